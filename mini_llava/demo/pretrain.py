@@ -1,8 +1,8 @@
 """Make the demo's two miniature pretrained models: `python -m mini_llava.demo.pretrain`.
 
-They stand where CLIP and Vicuna stand in LLaVA: a vision tower that knows shapes and colours but no language, and a language
-model that answers questions about described scenes but has seen no image. Both see easy-vqa's training split only, less one
-image in ten, on which the accuracies printed at the end are measured. A few minutes on one GPU; it runs on a CPU too.
+They stand where CLIP and Vicuna stand in LLaVA: a vision tower that knows shapes and colours but no language, and a
+language model that answers questions about described scenes but has seen no image. Both see easy-vqa's training split
+only, less one image in ten, on which the printed accuracies are measured. Five minutes on one H200; slow on a CPU.
 """
 
 import argparse
@@ -44,7 +44,20 @@ SENTENCES = (
     "{colour} is the color of the only shape, and the shape is a {shape}",
 )
 # What a description patch by patch says where it says neither the shape nor the colour.
-FILLERS = ("blank", "plain", "background", "empty", "edge", "corner", "small", "large", "here", "white", "light", "paper")
+FILLERS = (
+    "blank",
+    "plain",
+    "background",
+    "empty",
+    "edge",
+    "corner",
+    "small",
+    "large",
+    "here",
+    "white",
+    "light",
+    "paper",
+)
 
 VOCABULARY_SIZE = 640
 MAX_TURNS = 10
@@ -94,15 +107,15 @@ def learning_rate_factor(step: int, steps: int) -> float:
     return 0.5 * (1 + np.cos(np.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-# ---------------------------------------------------------------------------------------------------------------- the tower
+# ---- the tower ----
 
 
 class TowerHeads(nn.Module):
     """The two views of the tower that pretraining asks for shape and colour.
 
-    The class token is what CLIP's own objective reads. LLaVA reads the patches of an earlier layer, which in CLIP know the
-    picture because there is so much of it; a tower this small needs to be asked there as well: the mean of the patches, and
-    each patch alone.
+    The class token is what CLIP's own objective reads. LLaVA reads the patches of an earlier layer, which in CLIP know
+    the picture because there is so much of it; a tower this small needs to be asked there as well: the mean of the
+    patches, and each patch alone.
     """
 
     def __init__(self, width: int):
@@ -112,7 +125,7 @@ class TowerHeads(nn.Module):
         self.patches = nn.Linear(width, classes)
 
     def forward(self, outputs) -> list[torch.Tensor]:
-        """-> logits [n, classes] of the class token, [n, classes] of the mean patch, [n, patches, classes] of each patch."""
+        """-> logits of the class token [n, classes], the mean patch [n, classes], each patch [n, patches, classes]."""
         each = self.patches(F.layer_norm(outputs.hidden_states[SELECT_LAYER][:, 1:], (self.patches.in_features,)))
         return [self.pooled(outputs.pooler_output), each.mean(dim=1), each]
 
@@ -162,7 +175,7 @@ def pretrain_tower(kept: dict, held_out: dict, steps: int, device: str) -> CLIPV
 
 
 def load_images(questions: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> float32 pixels in [0, 1] [n, 3, 64, 64], and int64 [n, 2] shape and colour, -100 where the questions leave it open."""
+    """-> float32 pixels in [0, 1] [n, 3, 64, 64]; int64 [n, 2] shape and colour, -100 where no question tells."""
     paths = demo.image_paths("train")
     pixels, targets = [], []
     for image, turns in questions.items():
@@ -176,7 +189,7 @@ def load_images(questions: dict) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def augment(pixels: torch.Tensor) -> torch.Tensor:
-    """Three in four pictures mirrored, moved, stretched and a little noisy; the background goes on where a border would show."""
+    """Three in four pictures mirrored, moved, stretched and a little noisy; the background goes on past the border."""
     n, device = len(pixels), pixels.device
     theta = torch.zeros(n, 2, 3, device=device)
     mirrored = torch.randint(0, 2, (n,), device=device) * 2 - 1
@@ -228,21 +241,22 @@ def save_tower(tower: CLIPVisionModel, folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
 
 
-# ------------------------------------------------------------------------------------------------------------ the tokenizer
+# ---- the tokenizer ----
 
 
 def train_tokenizer(questions: dict) -> PreTrainedTokenizerFast:
-    """A Llama tokenizer on the demo's words: BPE with byte fallback, `<unk>` 0, `<s>` 1, `</s>` 2, the 256 bytes, the pieces.
+    """A Llama tokenizer on the demo's words: BPE, `<unk>` 0, `<s>` 1, `</s>` 2, then the 256 bytes, then the pieces.
 
-    It is trained on words, and then works on whole texts as Llama's does (a blank is U+2581, one is put before the text, no
-    pre-tokenisation otherwise): as no piece reaches over a blank, both cut a text in the same way. Line breaks stay bytes.
+    It is trained on words, and then works on whole texts as Llama's does (a blank is U+2581, one is put before the
+    text, no pre-tokenisation otherwise): as no piece reaches over a blank, both cut a text in the same way. A line
+    break stays a byte.
     """
     scenes = [(shape, colour) for shape in demo.SHAPES for colour in demo.COLOURS]
     texts = [SYSTEM_PROMPT, " ".join(FILLERS), *demo.CAPTION_REQUESTS] * 50
     texts += [sentence.format(shape=shape, colour=colour) for sentence in SENTENCES for shape, colour in scenes] * 5
     texts = [f" {text}" for text in texts]
     for turns in questions.values():
-        # A word that may also stand after a line break or right after an end mark is to be a piece without its blank, too.
+        # A word that may stand after a line break or right after an end mark is to be a piece without its blank, too.
         texts += [f"USER:\n{question} ASSISTANT: {answer}" for question, answer in turns]
         texts += [f" {SYSTEM_PROMPT} USER: {question} ASSISTANT: {answer}" for question, answer in turns]
     words = Tokenizer(models.BPE())
@@ -271,7 +285,7 @@ def train_tokenizer(questions: dict) -> PreTrainedTokenizerFast:
         "padding": None,
         "added_tokens": [mark | flags for mark in marks],
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-        # Two steps, because one `prepend_scheme: first` adds no blank to a text that begins with one; Llama's tokenizer does.
+        # Two steps: with one, a text that begins with a blank would get no second blank, which Llama's tokenizer adds.
         "pre_tokenizer": {
             "type": "Sequence",
             "pretokenizers": [
@@ -313,7 +327,7 @@ def train_tokenizer(questions: dict) -> PreTrainedTokenizerFast:
     )
 
 
-# ------------------------------------------------------------------------------------------------------- the language model
+# ---- the language model ----
 
 
 def describe_in_patches(rng: random.Random, shape: str, colour: str, words: int) -> str:
@@ -326,11 +340,11 @@ def describe_in_patches(rng: random.Random, shape: str, colour: str, words: int)
 
 
 def make_documents(tokenizer, scenes: dict, number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids int16 [number, MAX_TOKENS], 0 after the end, and bool of the same shape: the answers with their end marks.
+    """Token ids int16 [number, MAX_TOKENS], 0 after the end, and bool of that shape: the answers with their end marks.
 
-    Half of the documents are told patch by patch: the description stands where an image would, between two pieces of
-    text that are tokenised apart, as they are around an image. The others begin with a sentence. One in six is a caption
-    after a description, as in stage 1, the others are conversations as in stage 2.
+    Six in ten are told patch by patch: the description stands where an image would, between two pieces of text that are
+    tokenised apart, as they are around an image. The others begin with a sentence. One in six is a caption after a
+    description, as in stage 1; the others are conversations as in stage 2.
     """
     rng = random.Random(seed)
     heads, tails, caption = [], [], []
@@ -401,7 +415,9 @@ def pretrain_language_model(tokenizer, kept: dict, held_out: dict, arguments) ->
     ids, answered = (torch.from_numpy(array).to(device) for array in documents)
     held_out_documents = make_documents(tokenizer, demo.answers_by_scene(held_out), 2000, arguments.seed + 1)
     held_out_ids, held_out_answered = (torch.from_numpy(array).to(device) for array in held_out_documents)
-    print(f"{len(ids)} documents, {(ids != 0).sum(1).float().mean().item():.0f} tokens each, vocabulary {len(tokenizer)}")
+    print(
+        f"{len(ids)} documents, {(ids != 0).sum(1).float().mean().item():.0f} tokens each, vocabulary {len(tokenizer)}"
+    )
 
     steps = arguments.language_steps
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05)
@@ -429,14 +445,17 @@ def pretrain_language_model(tokenizer, kept: dict, held_out: dict, arguments) ->
 
 @torch.no_grad()
 def text_accuracy(model, tokenizer, ids: torch.Tensor, answered: torch.Tensor) -> str:
-    """Share of answers whose every token, end mark included, is the model's first choice (what greedy decoding would write).
+    """Share of answers whose every token, end mark included, is the model's first choice, as greedy decoding needs it.
 
-    By kind: captions, the first turn of a conversation, later turns.
+    By kind: captions, the first turn of a conversation, later turns. Captions stay below 1 because nothing tells
+    where a description of any length ends and its caption begins.
     """
     right = {"captions": [], "first turns": [], "later turns": []}
     for batch, trained in zip(ids.long().split(500), answered.split(500), strict=True):
         hits = model(input_ids=batch, use_cache=False).logits[:, :-1].argmax(dim=-1) == batch[:, 1:]
-        for tokens, hit, mask in zip(batch.cpu().numpy(), hits.cpu().numpy(), trained[:, 1:].cpu().numpy(), strict=True):
+        for tokens, hit, mask in zip(
+            batch.cpu().numpy(), hits.cpu().numpy(), trained[:, 1:].cpu().numpy(), strict=True
+        ):
             edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(np.int8), [0]])))
             for turn, (start, end) in enumerate(edges.reshape(-1, 2)):
                 if end == len(mask):
@@ -454,7 +473,9 @@ def save_language_model(model: LlamaForCausalLM, tokenizer, folder: Path) -> Non
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config = {key: value for key, value in config.items() if not re.match("backend|is_local|name_or_path", key)}
-    path.write_text(json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":
