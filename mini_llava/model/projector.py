@@ -62,7 +62,7 @@ def gathered_state_dict(
         dtype: floating-point tensors are cast to it; None keeps them as they are.
     """
     for name, parameter in named_parameters:
-        # DeepSpeed marks what it has partitioned with ds_id. Imported here, so that saving works where it is not installed.
+        # DeepSpeed marks what it has partitioned with ds_id. The import stands here because it need not be installed.
         if hasattr(parameter, "ds_id"):
             import deepspeed
 
@@ -113,7 +113,7 @@ def load_projector(projector: nn.Module, path: str | Path) -> None:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no table of tensors, or its names or shapes are not the projector's. Nothing has changed.
+        ValueError: the file is no table of tensors, or its names or shapes are not the projector's. Nothing is changed.
         RuntimeError: the projector is partitioned already.
     """
     if any(hasattr(parameter, "ds_id") for parameter in projector.parameters()):
@@ -123,8 +123,8 @@ def load_projector(projector: nn.Module, path: str | Path) -> None:
         path = path / PROJECTOR_FILE
     if not path.is_file():
         raise FileNotFoundError(
-            f"There is no projector at {path}. --pretrain_mm_mlp_adapter takes the {PROJECTOR_FILE} that stage 1 wrote, "
-            f"or the directory that holds it."
+            f"There is no projector at {path}. --pretrain_mm_mlp_adapter takes the {PROJECTOR_FILE} that stage 1 "
+            f"wrote, or the directory that holds it."
         )
     found: dict[str, torch.Tensor] = {}
     foreign = []
@@ -160,7 +160,7 @@ def load_projector(projector: nn.Module, path: str | Path) -> None:
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .bin or .safetensors file by name. In a .bin, a pickle, all but tensors is refused and not run."""
+    """Tensors of a .bin or .safetensors file by name; in a .bin, a pickle, anything but tensors is refused unrun."""
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -173,8 +173,8 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is damaged, or holds something other than tensors, which could run code when read. It was not loaded; "
-            f"take a {PROJECTOR_FILE} that holds tensors only."
+            f"{path} is damaged, or holds something other than tensors, which could run code when read. It was not "
+            f"loaded; take a {PROJECTOR_FILE} that holds tensors only."
         ) from error
     except (RuntimeError, EOFError) as error:
         raise ValueError(f"{path} is not a whole torch file ({error}). Fetch or write it again.") from error
