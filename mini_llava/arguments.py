@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import itertools
 import textwrap
 import types
 import typing
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from . import demo
+DEMO = Path(__file__).parent / "demo"
 
 
 @dataclass
@@ -129,9 +130,6 @@ class TrainingArguments:
 
     max_steps: int = -1
     """Optimizer steps in all; overrides num_train_epochs if positive."""
-
-    stop_at_step: int | None = None
-    """Save and end after this step as if interrupted; the schedule still plans for all steps."""
 
     global_batch_size: int | None = None
     """Samples in one optimizer step. The preset's value holds on any number of devices unless
@@ -272,6 +270,12 @@ KNOWN_VALUES = {
     "lazy_preprocess": (True,),
 }
 
+POSITIVE = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size", "num_train_epochs"),
+    *("logging_steps", "save_steps", "save_total_limit", "model_max_length", "max_tokens_per_micro_batch"),
+    *("per_device_eval_batch_size", "eval_max_samples"),
+)
+
 
 @dataclass
 class Arguments:
@@ -293,7 +297,7 @@ class Arguments:
 
 
 def parse_arguments(command_line: list[str] | None = None) -> Arguments:
-    """Resolves command line over `--config` file over preset over default. Ends the program with one sentence on a fault."""
+    """Command line over `--config` file over preset over default; a fault ends the program with one sentence."""
     parser = _build_parser()
     given = vars(parser.parse_args(command_line))
     stage, config_file = given.pop("stage"), given.pop("config", None)
@@ -307,7 +311,7 @@ def resolve(stage: int, command_line: dict, config_file: str | None = None) -> A
     """The arguments of one run. Raises ValueError with a sentence for the person at the terminal."""
     is_demo = config_file is None and _wants_demo(command_line)
     if is_demo:
-        config_file = str(demo.config_file(stage))
+        config_file = str(DEMO / f"stage{stage}.yaml")
     from_file = _read_config(config_file) if config_file else {}
     if from_file.pop("stage", stage) != stage:
         raise ValueError(f"{config_file} is written for another stage than --stage {stage}.")
@@ -368,10 +372,7 @@ def _check(arguments: Arguments) -> None:
     for name in ("model_name_or_path", "vision_tower", "data_path", "version"):
         if not values[name]:
             raise ValueError(f"--{name} is missing.")
-    for name in (
-        "per_device_train_batch_size gradient_accumulation_steps global_batch_size logging_steps save_steps "
-        "save_total_limit model_max_length max_tokens_per_micro_batch num_train_epochs stop_at_step"
-    ).split():
+    for name in POSITIVE:
         if values[name] is not None and values[name] <= 0:
             raise ValueError(f"--{name} must be positive, not {values[name]}.")
     if training.bf16 and training.fp16:
@@ -436,8 +437,8 @@ def _build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="train.py",
         description=(
-            "Trains a LLaVA-1.5 style vision-language model. Stage 1 trains the projector between a frozen vision tower "
-            "and a frozen language model; stage 2 trains projector and language model on visual instructions."
+            "Trains a LLaVA-1.5 style vision-language model. Stage 1 trains the projector between a frozen vision "
+            "tower and a frozen language model; stage 2 trains projector and language model on visual instructions."
         ),
         epilog=(
             "Without model and data flags a miniature demo is trained. Your own data: accelerate launch train.py "
@@ -447,13 +448,12 @@ def _build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         usage="accelerate launch [--config_file accelerate_configs/...] train.py --stage {1,2} [flags]",
     )
-    parser.add_argument("--stage", type=int, choices=(1, 2), required=True, help="which preset of LLaVA-1.5 to train with")
+    parser.add_argument("--stage", type=int, choices=(1, 2), required=True, help="which preset of LLaVA-1.5")
     parser.add_argument("--config", metavar="FILE.yaml", default=argparse.SUPPRESS, help="file with any of these flags")
-    for kind in (ModelArguments, DataArguments, TrainingArguments):
-        group = parser.add_argument_group(kind.__doc__)
-        texts = _field_texts(kind)
-        hints = typing.get_type_hints(kind)
-        for f in dataclasses.fields(kind):
+    for part in (ModelArguments, DataArguments, TrainingArguments):
+        group = parser.add_argument_group(part.__doc__)
+        texts, hints = _field_texts(part), typing.get_type_hints(part)
+        for f in dataclasses.fields(part):
             shown = {stage: PRESETS[stage][f.name] for stage in PRESETS if f.name in PRESETS[stage]}
             if not shown:
                 default = "" if f.default is None else f" [{f.default}]"
@@ -462,7 +462,8 @@ def _build_parser() -> argparse.ArgumentParser:
             else:
                 default = f" [stage 1: {shown.get(1, f.default)}, stage 2: {shown.get(2, f.default)}]"
             help_text = (texts[f.name] + default).replace("%", "%%")
-            group.add_argument(f"--{f.name}", **_argparse_kind(hints[f.name]), default=argparse.SUPPRESS, help=help_text)
+            kind = _argparse_kind(hints[f.name])
+            group.add_argument(f"--{f.name}", **kind, default=argparse.SUPPRESS, help=help_text)
     return parser
 
 
@@ -533,7 +534,7 @@ def _field_texts(kind) -> dict[str, str]:
     body = tree.body[0].body
     return {
         statement.target.id: " ".join(following.value.value.split())
-        for statement, following in zip(body, body[1:], strict=False)
+        for statement, following in itertools.pairwise(body)
         if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr)
     }
 
@@ -541,5 +542,3 @@ def _field_texts(kind) -> dict[str, str]:
 def save_arguments(arguments: Arguments, path: Path, extra: dict) -> None:
     """Writes every resolved argument, and under `run` what else describes the run, as YAML."""
     path.write_text(yaml.safe_dump(arguments.as_dict() | {"run": extra}, sort_keys=False), encoding="utf-8")
-
-

@@ -1,22 +1,22 @@
-"""Attention for packed batches: which implementation runs here, and torch's own variable-length kernel for transformers.
+"""Attention for packed batches: which implementation runs here, and torch's variable-length kernel for transformers.
 
 A packed row holds several samples, and attention must never cross their bounds. Three ways keep them apart:
-`flash_attention_2` where the package is installed; `varlen`, registered here, on any recent GPU without a further package;
-`sdpa` everywhere else, for which transformers builds a block-diagonal mask from the restarting positions (a mask of
-L x L, so it is meant for CPUs and short rows).
+`flash_attention_2` where the package is installed; `varlen`, registered here, on any recent GPU without a further
+package; `sdpa` everywhere else, for which transformers builds a block-diagonal mask from the restarting positions (a
+mask of L x L, so it is meant for CPUs and short rows).
 """
 
 import torch
 from transformers import AttentionInterface
 from transformers.utils import is_flash_attn_2_available
 
-# Families whose packed logits were compared with the unpacked ones; others (OPT, MPT) ignore the sample bounds without a word.
-PACKABLE = (
-    "llama mistral qwen2 qwen3 gemma gemma3_text phi phi3 gpt_neox smollm3"
-).split()
+# Families whose packed logits were compared with the unpacked ones; others (OPT, MPT) ignore the bounds without a word.
+PACKABLE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "phi", "phi3", "gpt_neox")
 
 
-def choose_attention(requested: str | None, model_type: str, packing: bool, device: torch.device, bf16_or_fp16: bool) -> str:
+def choose_attention(
+    requested: str | None, model_type: str, packing: bool, device: torch.device, half_precision: bool
+) -> str:
     """The `attn_implementation` to load the language model with.
 
     Raises:
@@ -27,7 +27,7 @@ def choose_attention(requested: str | None, model_type: str, packing: bool, devi
             f"Packing is not known to keep samples apart in models of type {model_type!r} (it is for "
             f"{', '.join(PACKABLE)}): use --packing False."
         )
-    on_gpu = device.type == "cuda" and bf16_or_fp16
+    on_gpu = device.type == "cuda" and half_precision
     if requested is None:
         if not (packing and on_gpu):
             return "sdpa"
@@ -69,7 +69,7 @@ def varlen_attention(
     if cu_seq_lens_q is None:
         raise RuntimeError("The varlen attention runs on packed batches only; generate with sdpa instead.")
     if dropout:
-        raise ValueError("The varlen attention has no dropout: set attention_dropout to 0 or use another implementation.")
+        raise ValueError("The varlen attention has no dropout: set attention_dropout to 0 or use sdpa.")
     output = varlen_attn(
         *(tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)),
         cu_seq_lens_q,

@@ -1,8 +1,8 @@
 """What is trained: one plan, made in one place from the flags, and the table that shows it.
 
-In LLaVA this is spread over `train.py` (`freeze_backbone`, `tune_mm_mlp_adapter`, ...), applied in an order in which later
-lines undo earlier ones. Here the flags give a set of trained parts, contradictions are errors (see `arguments.py`), and
-what the table shows is what a step changes.
+In LLaVA this is spread over `train.py` (`freeze_backbone`, `tune_mm_mlp_adapter`, ...), applied in an order in which
+later lines undo earlier ones. Here the flags give a set of trained parts, contradictions are errors (see
+`arguments.py`), and what the table shows is what a step changes.
 """
 
 from torch import nn
@@ -50,11 +50,8 @@ def trainable_table(model: nn.Module, groups: list[dict]) -> str:
         rates = " / ".join(sorted({f"{group['peak_lr']:g}" for group in mine})) or "-"
         decays = " / ".join(sorted({f"{group['weight_decay']:g}" for group in mine})) or "-"
         rows.append((part, f"{total:,}", f"{trained:,}" if trained else "frozen", rates, decays))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    )
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
 def _numel(parameter: nn.Parameter) -> int:

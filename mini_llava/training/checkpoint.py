@@ -1,9 +1,9 @@
 """Training states: written whole or not at all, read back to the last bit, by any number of processes.
 
-Each trained parameter has an fp32 master and AdamW's two moments. Whoever holds them (one process, DDP replicas, ZeRO-2 or
-ZeRO-3 partitions), they are flat pieces of named parameters, and that is what is written: rank r writes its pieces to
-safetensors files of its own, without gathering anything, and a loading rank copies the ranges it holds out of them.
-So there is one format, no pickle, no dependence on the number of processes, and every rank writes its share in parallel.
+Each trained parameter has an fp32 master and AdamW's two moments. Whoever holds them (one process, DDP replicas, ZeRO-2
+or ZeRO-3 partitions), they are flat pieces of named parameters, and that is what is written: rank r writes its pieces to
+safetensors files of its own, without gathering anything, and a loading rank copies the ranges it holds out of them. So
+there is one format, no pickle, no dependence on the number of processes, and all ranks write their share in parallel.
 Frozen weights are not in it: they come from the model the run was started from.
 """
 
@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,8 +126,8 @@ def save_checkpoint(
 ) -> Path:
     """Writes `output_dir/checkpoint-<step>` and removes the oldest beyond `keep`. All ranks must call it.
 
-    Everything is written under another name, flushed to disk, listed in `manifest.json` and renamed last, so that a kill
-    at any instant leaves either the whole checkpoint or none.
+    Everything is written under another name, flushed to disk, listed in `manifest.json` and renamed last, so that a
+    kill at any instant leaves either the whole checkpoint or none.
 
     Args:
         description: JSON values put into the manifest (sampler cursor, arguments, versions).
@@ -137,18 +138,18 @@ def save_checkpoint(
     """
     final = output_dir / f"checkpoint-{step}"
     temporary = output_dir / f".checkpoint-{step}.incomplete"
-    with agreement(accelerator, f"{final} could not be written") as attempt, attempt:
+    with agreement(accelerator, f"{final} could not be written"):
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
     digests: dict[str, dict] = {}
-    with agreement(accelerator, f"{final} could not be written") as attempt, attempt:
+    with agreement(accelerator, f"{final} could not be written"):
         digests = _write_pieces(accelerator, model, optimizer, temporary)
-    with agreement(accelerator, f"{final} could not be written") as attempt, attempt:
+    with agreement(accelerator, f"{final} could not be written"):
         if write_weights is not None:
             write_weights(temporary)
     all_digests = _gather_dictionaries(accelerator, digests)
-    with agreement(accelerator, f"{final} could not be written") as attempt, attempt:
+    with agreement(accelerator, f"{final} could not be written"):
         if accelerator.is_main_process:
             weights = {p.name: digest(p) for p in sorted(temporary.iterdir()) if p.name not in all_digests}
             manifest = {
@@ -253,38 +254,19 @@ def _remove_oldest(output_dir: Path, keep: int | None) -> None:
 # --- agreement of the ranks ------------------------------------------------------------------------------------------
 
 
-class agreement:  # noqa: N801
-    """`with agreement(accelerator, what) as attempt, attempt:` the inner block's failure on any rank fails all of them.
+@contextmanager
+def agreement(accelerator: Accelerator, what: str) -> Iterator[None]:
+    """A failure inside the block on any rank raises CheckpointError on all of them.
 
     Without it one rank raises and the others wait in their next collective until a timeout ends them.
     """
-
-    def __init__(self, accelerator: Accelerator, what: str):
-        self.accelerator, self.what, self.error = accelerator, what, None
-
-    def __enter__(self):
-        return self._Attempt(self)
-
-    def __exit__(self, *raised) -> bool:
-        if raised[0] is not None:
-            return False
-        if not all_agree(self.accelerator, self.error is None):
-            reason = str(self.error) if self.error else "another rank failed, see its message"
-            raise CheckpointError(f"{self.what}: {reason}") from self.error
-        return False
-
-    class _Attempt:
-        def __init__(self, outer: "agreement"):
-            self.outer = outer
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, kind, error, traceback) -> bool:
-            if isinstance(error, OSError | ValueError | CheckpointError):
-                self.outer.error = error
-                return True
-            return False
+    error = None
+    try:
+        yield
+    except (OSError, ValueError, CheckpointError) as caught:
+        error = caught
+    if not all_agree(accelerator, error is None):
+        raise CheckpointError(f"{what}: {error or 'another rank failed, see its message'}") from error
 
 
 def _gather_dictionaries(accelerator: Accelerator, mine: dict) -> dict:
@@ -327,7 +309,7 @@ def load_checkpoint(
 ) -> dict:
     """Restores masters, moments, weights and random states in place; returns the manifest. All ranks must call it."""
     manifest: dict = {}
-    with agreement(accelerator, f"{directory} was not loaded") as attempt, attempt:
+    with agreement(accelerator, f"{directory} was not loaded"):
         manifest = read_manifest(directory)
         mine, theirs = trained_shapes(accelerator, model), manifest["parameters"]
         if differing := sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)):

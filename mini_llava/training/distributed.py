@@ -1,7 +1,7 @@
 """Every quirk of accelerate and DeepSpeed that the trainer has to know, each with its reason.
 
-The loop in `train.py` uses `backward_and_step` and does not know which backend runs. Accumulation is 1 for accelerate and
-for DeepSpeed: the loop says itself which micro-batch is the last, so that a step may have any number of them.
+The loop in `train.py` uses `backward_and_step` and does not know which backend runs. Accumulation is 1 for accelerate
+and for DeepSpeed: the loop says itself which micro-batch is the last, so that a step may have any number of them.
 """
 
 import contextlib
@@ -27,13 +27,13 @@ def choose_precision(bf16: bool, fp16: bool, explicit: set[str]) -> str:
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     wanted = "bf16" if bf16 else "fp16" if fp16 else "no"
     if launched not in ("no", "bf16", "fp16"):
-        raise ValueError(f"mixed_precision {launched} of the accelerate config is not supported; known: no, bf16, fp16.")
+        raise ValueError(f"mixed_precision: {launched} of the accelerate config is unknown; known: no, bf16, fp16.")
     if launched != "no":
         asked = {"bf16": bf16, "fp16": fp16}
         contradicting = [name for name in asked if name in explicit and asked[name] != (launched == name)]
         if contradicting:
             name = contradicting[0]
-            raise ValueError(f"--{name} {asked[name]} contradicts mixed_precision: {launched} of the accelerate config.")
+            raise ValueError(f"--{name} {asked[name]} contradicts the accelerate config's mixed_precision: {launched}.")
         wanted = launched
     if wanted == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         return "fp16"  # V100, T4
@@ -41,11 +41,11 @@ def choose_precision(bf16: bool, fp16: bool, explicit: set[str]) -> str:
 
 
 def build_accelerator(precision: str, max_grad_norm: float, log_with: str | None, output_dir: str) -> Accelerator:
-    """The Accelerator for whatever the launcher started: one process, DDP, or DeepSpeed ZeRO-2 and ZeRO-3, GPU or CPU."""
+    """The Accelerator for what the launcher started: one process, DDP, DeepSpeed ZeRO-2 or ZeRO-3, on GPU or CPU."""
     handlers, plugin = [], None
     if "WORLD_SIZE" in os.environ:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        # Only in launched runs: without a launcher the handler makes accelerate look for a process group that is not there.
+        # Only in launched runs: without a launcher accelerate would look for a process group that is not there.
         handlers.append(InitProcessGroupKwargs(backend=backend))
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         if not torch.cuda.is_available():
@@ -73,7 +73,10 @@ def _complete_deepspeed_config(config: dict, precision: str, max_grad_norm: floa
             raise ValueError(f"The DeepSpeed config has an entry {key!r}; remove it, the trainer brings its own.")
     clipping = config.get("gradient_clipping", "auto")
     if clipping not in ("auto", max_grad_norm):
-        raise ValueError(f"gradient_clipping {clipping} of the DeepSpeed config contradicts --max_grad_norm {max_grad_norm}.")
+        raise ValueError(
+            f"gradient_clipping {clipping} of the DeepSpeed config contradicts --max_grad_norm {max_grad_norm}: "
+            "remove it there."
+        )
     config["gradient_clipping"] = float(max_grad_norm)  # left out or "auto" it would be 1.0
     config["train_micro_batch_size_per_gpu"] = 1  # of no effect: batches are never made by DeepSpeed
     config["gradient_accumulation_steps"] = 1
