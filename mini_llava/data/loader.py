@@ -4,16 +4,53 @@ A global step is one item of a torch `DataLoader` without a sampler of its own: 
 and sends each worker the record indices of this rank. Accelerate never sees the loader, so it cannot shard it again.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+from transformers.image_processing_utils import BaseImageProcessor
 
 from .collator import MicroBatch, collate
-from .images import BadImage
+from .images import BadImage, load_image, pixel_values
 from .records import RecordStore
 from .tokenization import IGNORE_INDEX, BadRecord, Sample
+
+
+def open_pixels(folder: str, name: str, processor: BaseImageProcessor, aspect_ratio: str, size: int) -> torch.Tensor:
+    """An image file to float32 [3, size, size]. Raises BadImage; ValueError if processor and tower disagree on the size."""
+    pixels = pixel_values(load_image(folder, name), processor, aspect_ratio)
+    if pixels.shape[1:] != (size, size):
+        raise ValueError(
+            f"The image processor gives {pixels.shape[2]}x{pixels.shape[1]} pixels, but the vision tower takes "
+            f"{size}x{size}: its directory holds a preprocessor_config.json of another tower."
+        )
+    return pixels
+
+
+def refuse_or_report(store: RecordStore, bad: dict[int, str], on_bad_sample: str) -> list[str]:
+    """The faults that measuring found, one sentence each, to be printed. With `--on_bad_sample error` it ends the run."""
+    sentences = [f"{store.describe(index)}: {reason}" for index, reason in sorted(bad.items())]
+    if sentences and on_bad_sample == "error":
+        shown = "\n".join(sentences[:20]) + (f"\n... and {len(sentences) - 20} more" if len(sentences) > 20 else "")
+        raise SystemExit(
+            f"{len(sentences)} of {len(store)} records cannot be trained on; mend them, or leave them out with "
+            f"--on_bad_sample skip:\n{shown}"
+        )
+    return sentences
+
+
+def log_skipped(store: RecordStore, skipped: Iterable[tuple[int, str]], file: Path) -> None:
+    """Appends skipped records to `skipped.jsonl`, one JSON object a line."""
+    lines = [
+        json.dumps({"index": index, "record": store.describe(index), "reason": reason}) + "\n" for index, reason in skipped
+    ]
+    if lines:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "a", encoding="utf-8") as out:
+            out.write("".join(lines))
 
 
 @dataclass
@@ -35,18 +72,19 @@ class RankSteps(Dataset):
         self,
         store: RecordStore,
         tokenize: Callable[[dict], Sample],
-        load_pixels: Callable[[str | None, str], torch.Tensor],
+        load_pixels: Callable[[str, str], torch.Tensor],
         image_size: int,
         packed: bool,
-        skip_bad_samples: bool,
+        on_bad_sample: str = "error",
     ):
         """
         Args:
             tokenize: record to `Sample`; raises `BadRecord`.
             load_pixels: (image folder, image name) to float32 [3, image_size, image_size]; raises `BadImage`.
+            on_bad_sample: `error` raises, naming file and record; `skip` leaves the sample out and reports it.
         """
         self.store, self.tokenize, self.load_pixels = store, tokenize, load_pixels
-        self.image_size, self.packed, self.skip_bad_samples = image_size, packed, skip_bad_samples
+        self.image_size, self.packed, self.on_bad_sample = image_size, packed, on_bad_sample
 
     def __getitem__(self, micro_batches: Sequence[Sequence[int]]) -> RankStep:
         step = RankStep([], [])
@@ -58,7 +96,7 @@ class RankSteps(Dataset):
                     sample = self.tokenize(self.store[index])
                     pixels = [self.load_pixels(self.store.image_folder(index), name) for name in sample.images]
                 except (BadRecord, BadImage) as error:
-                    if not self.skip_bad_samples:
+                    if self.on_bad_sample == "error":
                         raise type(error)(f"{self.store.describe(index)}: {error}") from None
                     step.skipped.append((index, str(error)))
                     continue

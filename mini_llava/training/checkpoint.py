@@ -1,9 +1,9 @@
 """Training states: written whole or not at all, read back to the last bit, by any number of processes.
 
 Each trained parameter has an fp32 master and AdamW's two moments. Whoever holds them (one process, DDP replicas, ZeRO-2
-or ZeRO-3 partitions), they are flat pieces of named parameters, and that is what is written: rank r writes its pieces to
-safetensors files of its own, without gathering anything, and a loading rank copies the ranges it holds out of them. So
-there is one format, no pickle, no dependence on the number of processes, and all ranks write their share in parallel.
+or ZeRO-3 partitions), they are flat pieces of named parameters, and that is what is written: each rank writes its
+pieces to safetensors files of its own, without gathering anything, and a loading rank copies the ranges it holds out of
+them. So there is one format, no pickle, no dependence on the number of processes, and all ranks write in parallel.
 Frozen weights are not in it: they come from the model the run was started from.
 """
 
@@ -285,6 +285,26 @@ def complete_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints of an output directory, oldest first. A manifest is written last, so its presence means whole."""
     found = [path for path in output_dir.glob("checkpoint-*") if (path / "manifest.json").is_file()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def find_checkpoint(output_dir: Path, requested: str | None) -> Path | None:
+    """The checkpoint that `--resume_from_checkpoint` names: `latest` (None if there is none yet) or a directory.
+
+    Raises:
+        CheckpointError: the directory is none, or nothing was requested although an earlier run's checkpoints are
+            there, which the new run's would mix with.
+    """
+    present = complete_checkpoints(output_dir)
+    if requested == "latest":
+        return present[-1] if present else None
+    if requested is not None:
+        return Path(requested)
+    if present:
+        raise CheckpointError(
+            f"{present[-1]} is there from an earlier run. Use --resume_from_checkpoint latest to go on from it, "
+            "another --output_dir to start anew, or delete it."
+        )
+    return None
 
 
 def read_manifest(directory: Path) -> dict:

@@ -5,8 +5,10 @@ and for DeepSpeed: the loop says itself which micro-batch is the last, so that a
 """
 
 import contextlib
+import importlib.metadata
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
@@ -14,7 +16,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import nn
 
 
-def local_world() -> tuple[int, int]:
+def launched_rank() -> tuple[int, int]:
     """(rank, number of processes), as the launcher says it, before any process group exists."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -40,7 +42,7 @@ def choose_precision(bf16: bool, fp16: bool, explicit: set[str]) -> str:
     return wanted
 
 
-def build_accelerator(precision: str, max_grad_norm: float, log_with: str | None, output_dir: str) -> Accelerator:
+def build_accelerator(precision: str, max_grad_norm: float, report_to: str, output_dir: Path) -> Accelerator:
     """The Accelerator for what the launcher started: one process, DDP, DeepSpeed ZeRO-2 or ZeRO-3, on GPU or CPU."""
     handlers, plugin = [], None
     if "WORLD_SIZE" in os.environ:
@@ -57,8 +59,8 @@ def build_accelerator(precision: str, max_grad_norm: float, log_with: str | None
         gradient_accumulation_steps=1,
         deepspeed_plugin=plugin,
         kwargs_handlers=handlers,
-        log_with=log_with,
-        project_dir=output_dir,
+        log_with=None if report_to == "none" else report_to,
+        project_dir=str(output_dir),
     )
     # ACCELERATE_GRADIENT_ACCUMULATION_STEPS of a config file would win over the argument above.
     accelerator.gradient_accumulation_steps = 1
@@ -104,14 +106,22 @@ def zero_stage(accelerator: Accelerator) -> int:
     return accelerator.deepspeed_plugin.zero_stage if is_deepspeed(accelerator) else 0
 
 
-def parameter_dtypes(accelerator: Accelerator) -> tuple[torch.dtype, torch.dtype]:
-    """(dtype of trained parameters, dtype of frozen ones).
+def parameter_dtypes(accelerator: Accelerator, trained: set[str]) -> dict[str, torch.dtype]:
+    """The dtype to load each part of the model in.
 
     Trained parameters always have fp32 masters: DeepSpeed keeps them in its optimizer beside half-precision working
     weights; otherwise the parameters themselves are the masters, and autocast computes in half precision.
     """
-    compute = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[accelerator.mixed_precision]
-    return (compute if is_deepspeed(accelerator) else torch.float32), compute
+    compute = compute_dtype(accelerator)
+    masters_elsewhere = is_deepspeed(accelerator)
+    return {
+        part: torch.float32 if part in trained and not masters_elsewhere else compute
+        for part in ("vision_tower", "projector", "language_model")
+    }
+
+
+def compute_dtype(accelerator: Accelerator) -> torch.dtype:
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[accelerator.mixed_precision]
 
 
 def describe(accelerator: Accelerator) -> str:
@@ -121,6 +131,34 @@ def describe(accelerator: Accelerator) -> str:
     count = f"{accelerator.num_processes} process" + ("es" if accelerator.num_processes > 1 else "")
     precision = accelerator.mixed_precision.replace("no", "fp32")
     return f"{count}, {kind}, {precision}, {accelerator.device.type}"
+
+
+def memory_note(accelerator: Accelerator, model: nn.Module) -> str | None:
+    """What a bare `accelerate launch` on several GPUs, which is DDP, costs on each of them; None elsewhere."""
+    if accelerator.distributed_type != DistributedType.MULTI_GPU:
+        return None
+    parameters = list(model.parameters())
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    frozen = sum(parameter.numel() * parameter.element_size() for parameter in parameters if not parameter.requires_grad)
+    return (
+        f"DDP keeps all weights, gradients and moments on every GPU, {(16 * trained + frozen) / 2**30:.1f} GiB each before "
+        "activations; --config_file accelerate_configs/zero3.yaml divides them among the GPUs."
+    )
+
+
+def is_offloaded(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed keeps the optimizer in CPU memory; accelerate then replaces AdamW by DeepSpeed's for CPUs."""
+    return is_deepspeed(accelerator) and accelerator.deepspeed_plugin.offload_optimizer_device not in (None, "none")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    packages = ("torch", "transformers", "accelerate", "deepspeed", "tokenizers", "pillow")
+    found = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def backward_and_step(
@@ -158,9 +196,18 @@ def backward_and_step(
     return norm
 
 
-def sum_over_ranks(accelerator: Accelerator, *values: torch.Tensor | float) -> torch.Tensor:
-    """fp64 [len(values)], each summed over all ranks, left on the device (one collective, no wait)."""
-    tensor = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=accelerator.device) for value in values])
+def to_device(batch: dict, device: torch.device) -> dict:
+    return {key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for key, value in batch.items()}
+
+
+def start_trackers(accelerator: Accelerator, values: dict) -> None:
+    """Starts the trackers of `--report_to` with all arguments as text."""
+    accelerator.init_trackers("runs", config={key: str(value) for key, value in values.items()})
+
+
+def sum_over_ranks(accelerator: Accelerator, value: torch.Tensor | float) -> torch.Tensor:
+    """The value, a number or a tensor, summed over all ranks in fp64 and left on the device (one collective, no wait)."""
+    tensor = torch.as_tensor(value, dtype=torch.float64, device=accelerator.device).clone()
     if accelerator.num_processes > 1:
         torch.distributed.all_reduce(tensor)
     return tensor

@@ -1,9 +1,10 @@
 """Held-out questions answered by greedy generation and compared with the expected answers.
 
-LLaVA has no evaluation in its training; its loss says little about whether the answers are right. The same questions can
-be asked with the pictures shuffled: what a model still gets right then, it did not see.
+LLaVA has no evaluation in its training; its loss says little about whether the answers are right. The same questions
+can be asked with the pictures shuffled: what a model still gets right then, it did not see.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ..data.records import RecordStore
 from ..data.tokenization import IMAGE_TOKEN_INDEX
 from .distributed import sum_over_ranks, zero_stage
 
@@ -38,6 +40,63 @@ def shuffle_images(questions: Sequence[Question], seed: int) -> list[Question]:
     return shuffled
 
 
+class HeldOut:
+    """The questions of `--eval_data_path`, asked before and after training; without the flag it does nothing."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        store: RecordStore | None,
+        to_prompt: Callable[[dict], np.ndarray],
+        load_pixels: Callable[[str, str], torch.Tensor],
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str],
+        batch_size: int,
+        max_samples: int | None,
+        seed: int,
+    ):
+        """
+        Args:
+            store: the held-out records; None = none.
+            to_prompt: record to the ids up to the answer of its last question.
+            load_pixels: (image folder, image name) to float32 [3, image_size, image_size].
+            max_samples: take so many of them, at random.
+        """
+        self.accelerator, self.model, self.store, self.load_pixels = accelerator, model, store, load_pixels
+        self.tokenizer, self.stop, self.batch_size, self.seed = tokenizer, stop, batch_size, seed
+        self.questions: list[Question] = []
+        if store is None:
+            return
+        chosen = range(len(store))
+        if max_samples and max_samples < len(store):
+            generator = torch.Generator().manual_seed(seed)
+            chosen = torch.randperm(len(store), generator=generator)[:max_samples].tolist()
+        for index in chosen:
+            record = store[index]
+            names = record.get("image", [])
+            images = [(index, name) for name in ([names] if isinstance(names, str) else names)]
+            self.questions.append(Question(to_prompt(record), images, record["conversations"][-1]["value"]))
+
+    def scores(self) -> dict[str, float]:
+        """Exact match, also with the pictures exchanged between the questions. All ranks must call it."""
+        if not self.questions:
+            return {}
+        ask = functools.partial(
+            exact_match,
+            self.accelerator,
+            self.model,
+            load_pixels=lambda index, name: self.load_pixels(self.store.image_folder(index), name),
+            tokenizer=self.tokenizer,
+            stop=self.stop,
+            batch_size=self.batch_size,
+        )
+        return {
+            "exact_match": ask(self.questions),
+            "exact_match_shuffled_images": ask(shuffle_images(self.questions, self.seed)),
+        }
+
+
 @torch.no_grad()
 def exact_match(
     accelerator: Accelerator,
@@ -47,13 +106,12 @@ def exact_match(
     tokenizer: PreTrainedTokenizerBase,
     stop: Sequence[str],
     batch_size: int,
-    image_size: int,
 ) -> float:
     """Share of the questions whose greedy answer, up to its end marker, is the expected text. All ranks must call it.
 
     Args:
         model: the prepared `LlavaModel`.
-        load_pixels: (record, image name) to float32 [3, image_size, image_size].
+        load_pixels: (record, image name) to float32 [3, image size, image size].
         stop: strings that end an answer.
     """
     llava = accelerator.unwrap_model(model)
@@ -85,7 +143,7 @@ def exact_match(
         with accelerator.autocast():
             embeddings = llava.embed(
                 input_ids.masked_fill(is_image, 0).to(accelerator.device),
-                (torch.stack(pixels) if pixels else torch.zeros(1, 3, image_size, image_size)).to(accelerator.device),
+                (torch.stack(pixels) if pixels else torch.zeros(1, 3, llava.vision_tower.image_size, llava.vision_tower.image_size)).to(accelerator.device),
                 is_image.flatten().nonzero().squeeze(-1).to(accelerator.device),
             )
             output = llava.language_model.generate(

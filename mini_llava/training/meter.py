@@ -1,45 +1,55 @@
 """Throughput, the progress line and the trackers: what a person watches while a model trains."""
 
 import time
-from collections.abc import Callable
 
+import torch
+from accelerate import Accelerator
 from tqdm import tqdm
+
+from .distributed import sum_over_ranks
 
 
 class Meter:
-    """Counts tokens and samples of finished steps against a clock that can be paused.
+    """Loss, tokens and samples of finished steps against a clock that can be paused.
 
-    The clock stands still while the run evaluates or saves, so that the throughput shown is the training's own.
+    The clock stands still while the run evaluates or saves, so that the throughput shown is the training's own. Sums
+    stay on the device; only `read` waits for it.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter):
-        self.clock = clock
-        self.last = clock()
-        self.training_seconds = 0.0  # of the whole run
-        self.window_seconds = self.tokens = self.samples = self.steps = 0.0
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+        self.tokens = self.samples = self.steps = 0
+        self.started = time.perf_counter()
 
-    def lap(self, tokens: float, samples: float) -> None:
-        """A step is done; tokens and samples are those of all ranks."""
-        now = self.clock()
-        self.window_seconds += now - self.last
-        self.training_seconds += now - self.last
-        self.last = now
+    def add_loss(self, loss: torch.Tensor) -> None:
+        """A micro-batch's contribution to the loss of its global batch."""
+        self.loss += loss.detach()
+
+    def add_step(self, tokens: int, samples: int) -> None:
+        """A step of this rank is done."""
         self.tokens, self.samples, self.steps = self.tokens + tokens, self.samples + samples, self.steps + 1
 
-    def resume(self) -> None:
-        """Forgets the time since the last lap: it went into something else than training."""
-        self.last = self.clock()
-
     def read(self) -> dict[str, float]:
-        """Rates since the last read."""
-        seconds = max(self.window_seconds, 1e-9)
-        rates = {
-            "tokens_per_second": self.tokens / seconds,
-            "samples_per_second": self.samples / seconds,
-            "seconds_per_step": seconds / max(self.steps, 1),
+        """Mean loss and rates of all ranks since the last read. A collective: all ranks must call it."""
+        counts = torch.tensor([self.tokens, self.samples], dtype=torch.float64, device=self.accelerator.device)
+        totals = sum_over_ranks(self.accelerator, torch.cat([self.loss[None], counts]))
+        loss, tokens, samples = totals.tolist()
+        seconds = time.perf_counter() - self.started
+        values = {
+            "loss": loss / self.steps,
+            "tokens_per_second": tokens / seconds,
+            "samples_per_second": samples / seconds,
+            "seconds_per_step": seconds / self.steps,
         }
-        self.window_seconds = self.tokens = self.samples = self.steps = 0.0
-        return rates
+        self.loss.zero_()
+        self.tokens = self.samples = self.steps = 0
+        self.started = time.perf_counter()
+        return values
+
+    def pause_ends(self) -> None:
+        """The time since the last read went into something else than training."""
+        self.started = time.perf_counter()
 
 
 class ProgressLine:

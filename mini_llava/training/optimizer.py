@@ -20,7 +20,7 @@ def parameter_groups(
 
     Args:
         learning_rate: peak rate of every part that `rates` does not give another.
-        rates: peak rate by part, a part being a direct child of the model: `{"projector": 2e-5}`. None counts as absent.
+        rates: peak rate by part, a part being a direct child of the model: `{"projector": 2e-5}`; None: absent.
 
     Returns:
         Dictionaries for a torch optimizer with the extra keys `name`, `peak_lr` and `parameter_names`; no empty group.
@@ -63,9 +63,9 @@ def no_decay_names(model: nn.Module) -> set[str]:
     }
 
 
-def build_adamw(groups: list[dict], beta1: float, beta2: float, epsilon: float, fused: bool) -> torch.optim.AdamW:
+def build_adamw(groups: list[dict], betas: tuple[float, float], epsilon: float, fused: bool) -> torch.optim.AdamW:
     """torch's AdamW. `fused` (one kernel for all parameters) needs every parameter on a GPU."""
-    return torch.optim.AdamW(groups, lr=groups[0]["lr"], betas=(beta1, beta2), eps=epsilon, fused=fused)
+    return torch.optim.AdamW(groups, lr=groups[0]["lr"], betas=betas, eps=epsilon, fused=fused)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
