@@ -272,7 +272,9 @@ def test_the_saved_processor_gives_the_pixels_that_training_used(tmp_path, mode)
     save(tmp_path, build(), image_aspect_ratio=mode)
     processor = AutoProcessor.from_pretrained(tmp_path)
     golden = np.load(FIXTURES / "images_uint8.npz")
-    mean, std = (np.array(values)[:, None, None] for values in (image_processor().image_mean, image_processor().image_std))
+    mean, std = (
+        np.array(values)[:, None, None] for values in (image_processor().image_mean, image_processor().image_std)
+    )
     keys = [key for key in golden.files if key.endswith("|" + mode)]
     assert len(keys) == 8
     for key in keys:
@@ -345,7 +347,13 @@ def test_llavas_layout_has_llavas_names_and_shapes(tmp_path):
     assert {name: list(tensor.shape) for name, tensor in found.items()} == shapes
     config = json.loads((tmp_path / "config.json").read_text())
     golden_config = json.loads((FIXTURES / "llava_init" / "config.json").read_text())
-    training_only = {"mm_projector_lr", "tokenizer_model_max_length", "torch_dtype", "transformers_version", "use_cache"}
+    training_only = {
+        "mm_projector_lr",
+        "tokenizer_model_max_length",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
     for key in golden_config.keys() - training_only:
         assert config[key] == golden_config[key], key
     assert config["torch_dtype"] == "float16" and config["unfreeze_mm_vision_tower"] is True
