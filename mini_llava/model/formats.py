@@ -20,9 +20,10 @@ from torch import nn
 from transformers import CLIPVisionConfig, GenerationConfig, LlavaConfig, LlavaProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from ..data.templates import IMAGE_MARK
+from ..data.tokenization import image_token_tokenizer
 from .projector import PROJECTOR_FILE, gathered_state_dict, save_projector
 
-IMAGE_TOKEN = "<image>"
 SHARD_BYTES = 5_000_000_000
 # Embeddings in a multiple of 64 rows, as llava-hf publishes them: matrix products over the vocabulary are faster so.
 ROWS_MULTIPLE = 64
@@ -123,7 +124,7 @@ def save_transformers(
         raise ValueError(f"{reason} Save it in LLaVA's layout.")
     directory = Path(directory)
     tokenizer = _with_image_token(tokenizer, chat_template)
-    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
 
     embeddings = model.language_model.get_input_embeddings().weight
     old_rows = _whole_shape(embeddings)[0]
@@ -155,7 +156,7 @@ def save_transformers(
         patch_size=model.vision_tower.model.config.patch_size,
         vision_feature_select_strategy=strategy,
         num_additional_image_tokens=1,  # CLIP's class token, which "default" then takes off
-        image_token=IMAGE_TOKEN,
+        image_token=IMAGE_MARK,
         chat_template=chat_template,
     )
     with _staged(directory) as staging:
@@ -306,8 +307,7 @@ def _portable(config: dict, dtype: torch.dtype) -> dict:
 
 
 def _with_image_token(tokenizer, chat_template: str | None):
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    tokenizer = copy.deepcopy(image_token_tokenizer(tokenizer))
     tokenizer.chat_template = chat_template
     # Batches are padded on the right in training, and on the left to generate.
     tokenizer.padding_side = "left"
@@ -335,13 +335,11 @@ def _make_readable_for_transformers_4(staging: Path, image_processor) -> None:
         config.pop(key, None)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    # transformers 4 takes only a table under this name, and 5 a table or a list.
-    extra = config.pop("extra_special_tokens", [])
-    if isinstance(extra, list):
-        if others := [token for token in extra if token != IMAGE_TOKEN]:
-            config["additional_special_tokens"] = others
-        extra = {}
-    config["extra_special_tokens"] = {**extra, "image_token": IMAGE_TOKEN}
+    # What 5 writes as a list under this name, 4 reads under the other; a table is read by both.
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    # 4 would otherwise add token_type_ids, which the model does not take.
+    config["model_input_names"] = ["input_ids", "attention_mask"]
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     # transformers 5 keeps the image processor inside processor_config.json.

@@ -23,6 +23,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from mini_llava.data.templates import get_template, render
+from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, load_tokenizer, tokenize_prompt
 from mini_llava.model.formats import (
     expressible_in_transformers,
     generation_settings,
@@ -67,7 +69,7 @@ def tied_language_model() -> Qwen2ForCausalLM:
 
 
 def tokenizer():
-    return AutoTokenizer.from_pretrained(FIXTURES / "tokenizer_llama_exact")
+    return load_tokenizer(FIXTURES / "tokenizer_llama_exact")
 
 
 def image_processor():
@@ -282,6 +284,29 @@ def test_the_saved_processor_gives_the_pixels_that_training_used(tmp_path, mode)
         picture.info.pop("transparency", None)
         found = processor(text=PROMPT, images=picture, return_tensors="np")["pixel_values"][0]
         np.testing.assert_allclose(found, (golden[key] / 255 - mean) / std, atol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize("template", ["v1", "llava_llama_2", "mistral_instruct", "qwen_2"])
+@pytest.mark.parametrize("family", ["tokenizer_llama", "tokenizer_qwen"])
+def test_the_saved_processor_gives_the_ids_that_training_used(tmp_path, template, family):
+    model, trained_with = build(), load_tokenizer(FIXTURES / family)
+    save_transformers(tmp_path, model, trained_with, image_processor(), image_aspect_ratio="pad", dtype=torch.float32)
+    processor, picture = AutoProcessor.from_pretrained(tmp_path), Image.open(PICTURE).convert("RGB")
+    image_id = AutoConfig.from_pretrained(tmp_path).image_token_id
+    assert processor.image_token_id == image_id
+    conversations = (
+        ["<image>\nWhat colour is it?"],
+        ["What colour is it?\n<image>", "Red.", "And  the  other?"],
+        ["<image>"],  # the text after the image then begins with a blank
+        ["Two: <image><image> Which?", "</s> is no answer", " 你好 "],
+    )
+    for turns in conversations:
+        images = ["x.png"] * turns[0].count("<image>")
+        roles = [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(turns)]
+        ids = tokenize_prompt({"image": images, "conversations": roles}, get_template(template), trained_with, 16)
+        text = "".join(piece for piece, _ in render(get_template(template), turns[0::2], turns[1::2], True))
+        found = processor(text=text, images=[picture] * len(images))["input_ids"][0]
+        assert found == np.where(ids == IMAGE_TOKEN_INDEX, image_id, ids).tolist(), turns
 
 
 def test_only_the_training_template_is_saved(tmp_path):
