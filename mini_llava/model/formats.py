@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import CLIPVisionConfig, GenerationConfig, LlavaConfig, LlavaProcessor
+from transformers import GenerationConfig, LlavaConfig, LlavaProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from ..data.templates import IMAGE_MARK
@@ -30,6 +30,13 @@ ROWS_MULTIPLE = 64
 
 # Read only when sampling. Vicuna sets the first two without `do_sample`, and transformers then refuses to save them.
 SAMPLING_SETTINGS = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+# What an older model in the directory may consist of; left there, it would be read beside the new one.
+MODEL_FILES = (
+    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "mm_projector.bin"),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    "chat_template.jinja",
+)
 # What transformers adds to every configuration, and where the weights lay on somebody's disk.
 CONFIG_NOISE = (
     *("_name_or_path", "id2label", "label2id", "problem_type", "chunk_size_feed_forward"),
@@ -60,6 +67,21 @@ def save_projector_only(
     if is_main_process:
         config = _llava_config(model, projector_type, vision_tower_name, image_aspect_ratio, model_max_length)
         _write_json(directory, "config.json", {**config, "tune_mm_mlp_adapter": True})
+
+
+def check_may_be_written(directory: str | Path) -> None:
+    """Raise ValueError if saving here would overwrite a model that is not LLaVA's, such as the language model itself.
+
+    The saving functions call it; called before the first step, too, it spares a long run that end.
+    """
+    config = Path(directory) / "config.json"
+    if config.is_file():
+        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type", "unknown")
+        if not model_type.startswith("llava"):
+            raise ValueError(
+                f"{directory} holds a model of type {model_type}, which saving would overwrite. Choose another "
+                f"--output_dir."
+            )
 
 
 def why_not_transformers(projector_type: str, language_model: nn.Module) -> str | None:
@@ -94,9 +116,9 @@ def save_transformers(
     tokenizer,
     image_processor,
     *,
+    projector_type: str,
     image_aspect_ratio: str,
     dtype: torch.dtype,
-    projector_type: str = "mlp2x_gelu",
     chat_template: str | None = None,
     stop: tuple[str, ...] = (),
     is_main_process: bool = True,
@@ -108,7 +130,7 @@ def save_transformers(
     the mean of the old ones: as inputs they give way to image features, and as outputs the mean never beats the best.
 
     Args:
-        model: a `LlavaModel`; under ZeRO-3 every rank calls this and the main process writes.
+        model: the bare `LlavaModel`, without DDP or engine; every rank calls this, the main process writes.
         tokenizer: the one trained with; it is copied, not changed.
         image_processor: the tower's; `image_aspect_ratio` "pad" is added to the copy that is saved.
         dtype: of the weights and in the configuration.
@@ -118,7 +140,7 @@ def save_transformers(
         shard_bytes: size of one weight file, and of what the main process holds in memory.
 
     Raises:
-        ValueError: the layout cannot express this model.
+        ValueError: the layout cannot express this model, or the directory holds another kind of model.
     """
     if reason := why_not_transformers(projector_type, model.language_model):
         raise ValueError(f"{reason} Save it in LLaVA's layout.")
@@ -169,7 +191,7 @@ def save_transformers(
     text_config.vocab_size, text_config.tie_word_embeddings = rows, tied
     config = LlavaConfig(
         text_config=text_config,
-        vision_config=CLIPVisionConfig(**model.vision_tower.model.config.to_dict()),
+        vision_config=copy.deepcopy(model.vision_tower.model.config),
         image_token_index=image_token_id,
         image_seq_length=model.vision_tower.tokens_per_image,
         vision_feature_layer=model.vision_tower.select_layer,
@@ -413,12 +435,13 @@ def _grown(matrix: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def _begin(directory: Path) -> None:
-    """Remove what makes an older model in this directory whole: its config, and weights that would mix with ours."""
+    """Remove an older model's config first, so that the rest is not taken for whole, then its other files."""
+    check_may_be_written(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").unlink(missing_ok=True)
-    for pattern in ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"):
+    for pattern in MODEL_FILES:
         for file in directory.glob(pattern):
-            file.unlink()
+            if file.is_file():
+                file.unlink()
 
 
 @contextmanager
@@ -427,12 +450,18 @@ def _staged(directory: Path) -> Iterator[Path]:
     staging = directory / ".unfinished"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
-    yield staging
-    for file in sorted(staging.iterdir()):
-        with open(file, "rb") as content:
-            os.fsync(content.fileno())
-        os.replace(file, directory / file.name)
-    staging.rmdir()
+    try:
+        yield staging
+        for file in sorted(staging.iterdir()):
+            with open(file, "rb") as content:
+                os.fsync(content.fileno())
+            os.replace(file, directory / file.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    # The names too must be on the disk before the next file's are, config.json last.
+    descriptor = os.open(directory, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def _write_json(directory: Path, name: str, content: dict) -> None:
