@@ -15,7 +15,9 @@ from .tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Sample
 MicroBatch = dict[str, torch.Tensor | int | None]
 
 
-def collate(samples: Sequence[Sample], pixel_values: Sequence[torch.Tensor], image_size: int, packed: bool) -> MicroBatch:
+def collate(
+    samples: Sequence[Sample], pixel_values: Sequence[torch.Tensor], image_size: int, packed: bool
+) -> MicroBatch:
     """One micro-batch of B rows and L columns (packed: one row) as the model's `forward` takes it.
 
     Args:

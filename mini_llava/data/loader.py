@@ -1,7 +1,7 @@
 """What one rank has to compute in one optimizer step: read, tokenize, open the images, collate.
 
 A global step is one item of a torch `DataLoader` without a sampler of its own: the main process deals the global batch
-and sends each worker the record indices of this rank. Accelerate never sees the loader, so it cannot shard it a second time.
+and sends each worker the record indices of this rank. Accelerate never sees the loader, so it cannot shard it again.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -73,7 +73,9 @@ class RankSteps(Dataset):
         return step
 
 
-def rank_step_loader(dataset: RankSteps, dealt: Iterable[list[list[int]]], num_workers: int, pin_memory: bool) -> DataLoader:
+def rank_step_loader(
+    dataset: RankSteps, dealt: Iterable[list[list[int]]], num_workers: int, pin_memory: bool
+) -> DataLoader:
     """A loader whose items are this rank's steps, prepared ahead by `num_workers` processes.
 
     Args:

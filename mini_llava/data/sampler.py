@@ -1,8 +1,8 @@
 """Which samples make one optimizer step, and how they are dealt over ranks and micro-batches.
 
-Replaces LLaVA's `LengthGroupedSampler` (`llava/train/llava_trainer.py`). Its grouping rules are kept: a global batch holds
-either image samples or text samples, all of similar length, and what is left over of both comes last. Its dependence on
-the global random state is not: here the order is a function of (seed, epoch), the same on every rank.
+Replaces LLaVA's `LengthGroupedSampler` (`llava/train/llava_trainer.py`). Its grouping rules are kept: a global batch
+holds either image samples or text samples, sorted by length, and what is left over of both comes last. Its dependence
+on the global random state is not: here the order is a function of (seed, epoch), the same on every rank.
 How a global batch is cut into micro-batches is a second, separate question (`deal`). The loss is normalised over the
 whole global batch, so the cut changes speed and memory only.
 
@@ -43,7 +43,7 @@ def llava_order(
 
     image_batches = _length_grouped(images, lengths, slots, global_batch_size, permutation)
     text_batches = _length_grouped(texts, lengths, slots, global_batch_size, permutation)
-    # The last batch of each modality is set aside even if it is full, as in the original: the same samples, the same step.
+    # The last batch of each modality is set aside even if it is full: the original does, and steps have to be equal.
     leftover = sorted(image_batches.pop() + text_batches.pop())
     batches = image_batches + text_batches
     return _concatenate([batches[i] for i in permutation(len(batches))]) + leftover
@@ -144,22 +144,26 @@ class GlobalBatchSampler:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Moves the cursor; refuses a state whose order would be another one."""
         mine = self.state_dict()
-        differing = [
-            f"{key} {state[key]} there, {mine[key]} here" for key in ("seed", "samples", "batch") if state[key] != mine[key]
-        ]
+        compared = ("seed", "samples", "batch")
+        differing = [f"{key} {state[key]} there, {mine[key]} here" for key in compared if state[key] != mine[key]]
         if differing:
             raise ValueError(f"The checkpoint's sample order is not the one of this run: {'; '.join(differing)}.")
         self.step = state["step"]
 
 
 def deal(
-    batch: Sequence[int], lengths: Sequence[int], ranks: int, micro_batches: int, layout: str, max_tokens: int | None = None
+    batch: Sequence[int],
+    lengths: Sequence[int],
+    ranks: int,
+    micro_batches: int,
+    layout: str,
+    max_tokens: int | None = None,
 ) -> list[list[list[int]]]:
-    """Deals a global batch: `[micro-batch][rank] -> sample indices`. Every rank gets the same number; some may be empty.
+    """Deals a global batch: `[micro-batch][rank] -> sample indices`, as many for every rank; some may be empty.
 
     Args:
         layout: `packed`: about equal token counts, largest sample first into the emptiest slot, for batches without
-            padding. `padded`: equal sample counts, samples of similar length together, the ranks of one micro-step alike.
+            padding. `padded`: equal sample counts, samples of similar length together, the ranks of a micro-step alike.
             `in_order`: equal counts in the order given, which for `llava_order` are LLaVA's own micro-batches.
         max_tokens: raises the number of micro-batches until no slot holds more tokens, padding included, unless a
             single sample does.

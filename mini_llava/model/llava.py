@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM
 
-from .vision_tower import VisionTower
+from .projector import build_projector, load_projector
+from .vision_tower import VisionTower, load_vision_tower
 
 IGNORE_INDEX = -100
 # Logits are turned to fp32 this many at a time, so that a vocabulary of 150,000 does not need gigabytes at once.
@@ -24,9 +26,7 @@ class LlavaModel(nn.Module):
         super().__init__()
         self.vision_tower, self.projector, self.language_model = vision_tower, projector, language_model
 
-    def embed(
-        self, input_ids: torch.Tensor, pixel_values: torch.Tensor, image_positions: torch.Tensor
-    ) -> torch.Tensor:
+    def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor, image_positions: torch.Tensor) -> torch.Tensor:
         """Word embeddings [B, L, width] with the projected image features at `image_positions`.
 
         A micro-batch without images brings one blank image and no position: tower and projector run all the same, so
@@ -51,15 +51,6 @@ class LlavaModel(nn.Module):
         cu_seqlens: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Sum of the losses of all trained tokens, fp32 scalar. Shapes as `collate` describes them."""
-        logits = self.logits(
-            input_ids, position_ids, pixel_values, image_positions, logit_positions, max_seqlen, attention_mask, cu_seqlens
-        )
-        return sum_of_token_losses(logits, targets)
-
-    def logits(
-        self, input_ids, position_ids, pixel_values, image_positions, logit_positions, max_seqlen, attention_mask, cu_seqlens
-    ) -> torch.Tensor:
-        """[B, K, vocabulary]: logits of the K columns `logit_positions` only, through the model's own head."""
         packing = {}
         if cu_seqlens is not None:
             packing = {
@@ -68,19 +59,49 @@ class LlavaModel(nn.Module):
                 "max_length_q": max_seqlen,
                 "max_length_k": max_seqlen,
             }
-        return self.language_model(
+        logits = self.language_model(
             inputs_embeds=self.embed(input_ids, pixel_values, image_positions),
             attention_mask=attention_mask,
             position_ids=position_ids,
             # With a cache transformers takes a packed row for one long sequence, and samples see each other.
             use_cache=False,
+            # Only the columns with something to predict, through the model's own head (a bare lm_head would lose the
+            # scaling that some families put behind it).
             logits_to_keep=logit_positions,
             **packing,
         ).logits
+        return sum_of_token_losses(logits, targets)
 
     def gradient_checkpointing_enable(self) -> None:
         """Recomputes the language model's layers in backward instead of keeping their activations."""
         self.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def load_llava(
+    model_name_or_path: str,
+    vision_tower: str,
+    projector_type: str,
+    select_layer: int,
+    select_feature: str,
+    attn_implementation: str,
+    dtypes: dict[str, torch.dtype],
+    pretrained_projector: str | None = None,
+) -> LlavaModel:
+    """A language model and a vision tower from hub names or local directories, with a projector between them.
+
+    Args:
+        dtypes: of the parts `language_model`, `vision_tower` and `projector`. Under ZeRO-3 the first two are read in
+            the DeepSpeed config's precision instead, because they are partitioned while they are read.
+        pretrained_projector: file or directory to read the projector from; None = new weights, from torch's generator.
+    """
+    language_model = AutoModelForCausalLM.from_pretrained(
+        model_name_or_path, dtype=dtypes["language_model"], attn_implementation=attn_implementation
+    )
+    tower = load_vision_tower(vision_tower, select_layer, select_feature, dtypes["vision_tower"])
+    projector = build_projector(projector_type, tower.hidden_size, language_model.config.hidden_size)
+    if pretrained_projector:
+        load_projector(projector, pretrained_projector)
+    return LlavaModel(tower, projector.to(dtypes["projector"]), language_model)
 
 
 def sum_of_token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

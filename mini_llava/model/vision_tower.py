@@ -27,10 +27,6 @@ class VisionTower(nn.Module):
             select_feature: `patch` drops the class token, `cls_patch` keeps it.
         """
         super().__init__()
-        if select_feature not in SELECT_FEATURES:
-            raise ValueError(
-                f"--mm_vision_select_feature {select_feature}: unknown; known: {', '.join(SELECT_FEATURES)}."
-            )
         layers = model.config.num_hidden_layers
         if not -layers - 1 <= select_layer <= layers:
             raise ValueError(
@@ -40,8 +36,7 @@ class VisionTower(nn.Module):
         self.model = model
         self.select_layer, self.select_feature = select_layer, select_feature
         self.image_size, self.hidden_size = model.config.image_size, model.config.hidden_size
-        self.num_patches = (model.config.image_size // model.config.patch_size) ** 2
-        self.tokens_per_image = self.num_patches + (select_feature == "cls_patch")
+        self.tokens_per_image = tokens_per_image(model.config, select_feature)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[images, 3, image_size, image_size] -> [images, tokens_per_image, hidden_size], in the tower's dtype."""
@@ -60,6 +55,13 @@ class VisionTower(nn.Module):
             if "post_layernorm" in name
             or (".layers." in name and int(name.split(".layers.")[1].split(".")[0]) >= used_layers)
         }
+
+
+def tokens_per_image(config, select_feature: str) -> int:
+    """Features of one image under a vision tower's configuration, known before any weight is read."""
+    if select_feature not in SELECT_FEATURES:
+        raise ValueError(f"--mm_vision_select_feature {select_feature}: unknown; known: {', '.join(SELECT_FEATURES)}.")
+    return (config.image_size // config.patch_size) ** 2 + (select_feature == "cls_patch")
 
 
 def load_vision_config(path: str):

@@ -1,7 +1,7 @@
 """AdamW over named parameter groups: each part of the model with its own rate, norms and biases without weight decay.
 
-Replaces `LLaVATrainer.create_optimizer`. Groups are found by name afterwards, never by position, because DeepSpeed drops
-empty groups without a word and the later ones move up.
+Replaces `LLaVATrainer.create_optimizer`. Groups are found by name afterwards, never by position, because DeepSpeed
+drops empty groups without a word and the later ones move up.
 
 This file needs torch and nothing else of the project.
 """
@@ -20,7 +20,7 @@ def parameter_groups(
 
     Args:
         learning_rate: peak rate of every part that `rates` does not give another.
-        rates: peak rate by part, a part being a direct child of the model (`{"projector": 2e-5}`); None = learning_rate.
+        rates: peak rate by part, a part being a direct child of the model: `{"projector": 2e-5}`. None counts as absent.
 
     Returns:
         Dictionaries for a torch optimizer with the extra keys `name`, `peak_lr` and `parameter_names`; no empty group.
