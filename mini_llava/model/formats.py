@@ -17,18 +17,26 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import CLIPVisionConfig, GenerationConfig, LlavaConfig, LlavaProcessor
+from transformers import GenerationConfig, LlavaConfig, LlavaProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from ..data.templates import IMAGE_MARK
+from ..data.tokenization import image_token_tokenizer
 from .projector import PROJECTOR_FILE, gathered_state_dict, save_projector
 
-IMAGE_TOKEN = "<image>"
 SHARD_BYTES = 5_000_000_000
 # Embeddings in a multiple of 64 rows, as llava-hf publishes them: matrix products over the vocabulary are faster so.
 ROWS_MULTIPLE = 64
 
 # Read only when sampling. Vicuna sets the first two without `do_sample`, and transformers then refuses to save them.
 SAMPLING_SETTINGS = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+# What an older model in the directory may consist of; left there, it would be read beside the new one.
+MODEL_FILES = (
+    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "mm_projector.bin"),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    "chat_template.jinja",
+)
 # What transformers adds to every configuration, and where the weights lay on somebody's disk.
 CONFIG_NOISE = (
     *("_name_or_path", "id2label", "label2id", "problem_type", "chunk_size_feed_forward"),
@@ -59,6 +67,21 @@ def save_projector_only(
     if is_main_process:
         config = _llava_config(model, projector_type, vision_tower_name, image_aspect_ratio, model_max_length)
         _write_json(directory, "config.json", {**config, "tune_mm_mlp_adapter": True})
+
+
+def check_may_be_written(directory: str | Path) -> None:
+    """Raise ValueError if saving here would overwrite a model that is not LLaVA's, such as the language model itself.
+
+    The saving functions call it; called before the first step, too, it spares a long run that end.
+    """
+    config = Path(directory) / "config.json"
+    if config.is_file():
+        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type", "unknown")
+        if not model_type.startswith("llava"):
+            raise ValueError(
+                f"{directory} holds a model of type {model_type}, which saving would overwrite. Choose another "
+                f"--output_dir."
+            )
 
 
 def why_not_transformers(projector_type: str, language_model: nn.Module) -> str | None:
@@ -93,9 +116,9 @@ def save_transformers(
     tokenizer,
     image_processor,
     *,
+    projector_type: str,
     image_aspect_ratio: str,
     dtype: torch.dtype,
-    projector_type: str = "mlp2x_gelu",
     chat_template: str | None = None,
     stop: tuple[str, ...] = (),
     is_main_process: bool = True,
@@ -107,7 +130,7 @@ def save_transformers(
     the mean of the old ones: as inputs they give way to image features, and as outputs the mean never beats the best.
 
     Args:
-        model: a `LlavaModel`; under ZeRO-3 every rank calls this and the main process writes.
+        model: the bare `LlavaModel`, without DDP or engine; every rank calls this, the main process writes.
         tokenizer: the one trained with; it is copied, not changed.
         image_processor: the tower's; `image_aspect_ratio` "pad" is added to the copy that is saved.
         dtype: of the weights and in the configuration.
@@ -117,13 +140,13 @@ def save_transformers(
         shard_bytes: size of one weight file, and of what the main process holds in memory.
 
     Raises:
-        ValueError: the layout cannot express this model.
+        ValueError: the layout cannot express this model, or the directory holds another kind of model.
     """
     if reason := why_not_transformers(projector_type, model.language_model):
         raise ValueError(f"{reason} Save it in LLaVA's layout.")
     directory = Path(directory)
     tokenizer = _with_image_token(tokenizer, chat_template)
-    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
 
     embeddings = model.language_model.get_input_embeddings().weight
     old_rows = _whole_shape(embeddings)[0]
@@ -155,7 +178,7 @@ def save_transformers(
         patch_size=model.vision_tower.model.config.patch_size,
         vision_feature_select_strategy=strategy,
         num_additional_image_tokens=1,  # CLIP's class token, which "default" then takes off
-        image_token=IMAGE_TOKEN,
+        image_token=IMAGE_MARK,
         chat_template=chat_template,
     )
     with _staged(directory) as staging:
@@ -168,7 +191,7 @@ def save_transformers(
     text_config.vocab_size, text_config.tie_word_embeddings = rows, tied
     config = LlavaConfig(
         text_config=text_config,
-        vision_config=CLIPVisionConfig(**model.vision_tower.model.config.to_dict()),
+        vision_config=copy.deepcopy(model.vision_tower.model.config),
         image_token_index=image_token_id,
         image_seq_length=model.vision_tower.tokens_per_image,
         vision_feature_layer=model.vision_tower.select_layer,
@@ -306,8 +329,7 @@ def _portable(config: dict, dtype: torch.dtype) -> dict:
 
 
 def _with_image_token(tokenizer, chat_template: str | None):
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    tokenizer = copy.deepcopy(image_token_tokenizer(tokenizer))
     tokenizer.chat_template = chat_template
     # Batches are padded on the right in training, and on the left to generate.
     tokenizer.padding_side = "left"
@@ -335,13 +357,11 @@ def _make_readable_for_transformers_4(staging: Path, image_processor) -> None:
         config.pop(key, None)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    # transformers 4 takes only a table under this name, and 5 a table or a list.
-    extra = config.pop("extra_special_tokens", [])
-    if isinstance(extra, list):
-        if others := [token for token in extra if token != IMAGE_TOKEN]:
-            config["additional_special_tokens"] = others
-        extra = {}
-    config["extra_special_tokens"] = {**extra, "image_token": IMAGE_TOKEN}
+    # What 5 writes as a list under this name, 4 reads under the other; a table is read by both.
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    # 4 would otherwise add token_type_ids, which the model does not take.
+    config["model_input_names"] = ["input_ids", "attention_mask"]
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     # transformers 5 keeps the image processor inside processor_config.json.
@@ -415,12 +435,13 @@ def _grown(matrix: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def _begin(directory: Path) -> None:
-    """Remove what makes an older model in this directory whole: its config, and weights that would mix with ours."""
+    """Remove an older model's config first, so that the rest is not taken for whole, then its other files."""
+    check_may_be_written(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").unlink(missing_ok=True)
-    for pattern in ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"):
+    for pattern in MODEL_FILES:
         for file in directory.glob(pattern):
-            file.unlink()
+            if file.is_file():
+                file.unlink()
 
 
 @contextmanager
@@ -429,12 +450,18 @@ def _staged(directory: Path) -> Iterator[Path]:
     staging = directory / ".unfinished"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
-    yield staging
-    for file in sorted(staging.iterdir()):
-        with open(file, "rb") as content:
-            os.fsync(content.fileno())
-        os.replace(file, directory / file.name)
-    staging.rmdir()
+    try:
+        yield staging
+        for file in sorted(staging.iterdir()):
+            with open(file, "rb") as content:
+                os.fsync(content.fileno())
+            os.replace(file, directory / file.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    # The names too must be on the disk before the next file's are, config.json last.
+    descriptor = os.open(directory, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def _write_json(directory: Path, name: str, content: dict) -> None:

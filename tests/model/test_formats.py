@@ -1,6 +1,10 @@
 """What is saved is read by transformers as it stands, and computes what the trained parts compute."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +27,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from mini_llava.data.templates import get_template, render
+from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, load_tokenizer, tokenize_prompt
 from mini_llava.model.formats import (
     expressible_in_transformers,
     generation_settings,
@@ -67,7 +73,7 @@ def tied_language_model() -> Qwen2ForCausalLM:
 
 
 def tokenizer():
-    return AutoTokenizer.from_pretrained(FIXTURES / "tokenizer_llama_exact")
+    return load_tokenizer(FIXTURES / "tokenizer_llama_exact")
 
 
 def image_processor():
@@ -75,8 +81,9 @@ def image_processor():
 
 
 def save(directory, model, **changes):
-    settings = {"image_aspect_ratio": "pad", "dtype": torch.float32} | changes
-    save_transformers(directory, model, tokenizer(), image_processor(), **settings)
+    settings = {"projector_type": "mlp2x_gelu", "image_aspect_ratio": "pad", "dtype": torch.float32} | changes
+    trained_with = settings.pop("tokenizer", None) or tokenizer()
+    save_transformers(directory, model, trained_with, image_processor(), **settings)
 
 
 def load_whole(directory) -> LlavaForConditionalGeneration:
@@ -195,22 +202,33 @@ def test_names_are_those_that_old_and_new_transformers_read(tmp_path):
 
 def test_a_second_save_replaces_the_first_and_leaves_nothing_of_it(tmp_path):
     model = build()
-    save(tmp_path, model, shard_bytes=60_000)
+    save(tmp_path, model, shard_bytes=60_000, chat_template="old")
     (tmp_path / "notes.txt").write_text("mine")
     save(tmp_path, model)
     assert (tmp_path / "notes.txt").exists()
     assert [file.name for file in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
+    assert AutoProcessor.from_pretrained(tmp_path).chat_template is None
     load_whole(tmp_path)
+
+
+def test_the_language_model_s_own_directory_is_not_overwritten(tmp_path):
+    base = tmp_path / "llm"
+    shutil.copytree(FIXTURES / "llm", base)
+    with pytest.raises(ValueError, match=r"type llama.*--output_dir"):
+        save(base, build())
+    with pytest.raises(ValueError, match=r"type llama.*--output_dir"):
+        save_projector_only(base, build(), projector_type="mlp2x_gelu", **LLAVA)
+    AutoModelForCausalLM.from_pretrained(base)
 
 
 def test_a_save_that_fails_leaves_no_config(tmp_path):
     model = build()
     save(tmp_path, model)
-    (tmp_path / "generation_config.json").unlink()
-    (tmp_path / "generation_config.json").mkdir()  # a file cannot be moved onto a directory
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.json").mkdir()  # a file cannot be moved onto a directory
     with pytest.raises(OSError):
         save(tmp_path, model)
-    assert not (tmp_path / "config.json").exists()
+    assert not (tmp_path / "config.json").exists() and not (tmp_path / ".unfinished").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -284,6 +302,29 @@ def test_the_saved_processor_gives_the_pixels_that_training_used(tmp_path, mode)
         np.testing.assert_allclose(found, (golden[key] / 255 - mean) / std, atol=1e-6, err_msg=key)
 
 
+@pytest.mark.parametrize("template", ["v1", "llava_llama_2", "mistral_instruct", "qwen_2"])
+@pytest.mark.parametrize("family", ["tokenizer_llama", "tokenizer_qwen"])
+def test_the_saved_processor_gives_the_ids_that_training_used(tmp_path, template, family):
+    model, trained_with = build(), load_tokenizer(FIXTURES / family)
+    save(tmp_path, model, tokenizer=trained_with)
+    processor, picture = AutoProcessor.from_pretrained(tmp_path), Image.open(PICTURE).convert("RGB")
+    image_id = AutoConfig.from_pretrained(tmp_path).image_token_id
+    assert processor.image_token_id == image_id
+    conversations = (
+        ["<image>\nWhat colour is it?"],
+        ["What colour is it?\n<image>", "Red.", "And  the  other?"],
+        ["<image>"],  # the text after the image then begins with a blank
+        ["Two: <image><image> Which?", "</s> is no answer", " 你好 "],
+    )
+    for turns in conversations:
+        images = ["x.png"] * turns[0].count("<image>")
+        roles = [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(turns)]
+        ids = tokenize_prompt({"image": images, "conversations": roles}, get_template(template), trained_with, 16)
+        text = "".join(piece for piece, _ in render(get_template(template), turns[0::2], turns[1::2], True))
+        found = processor(text=text, images=[picture] * len(images))["input_ids"][0]
+        assert found == np.where(ids == IMAGE_TOKEN_INDEX, image_id, ids).tolist(), turns
+
+
 def test_only_the_training_template_is_saved(tmp_path):
     template = "{% for message in messages %}USER: {{ message['content'] }} ASSISTANT:{% endfor %}"
     save(tmp_path / "with", build(), chat_template=template)
@@ -293,9 +334,7 @@ def test_only_the_training_template_is_saved(tmp_path):
 
     foreign = tokenizer()
     foreign.chat_template = "Another system prompt"
-    save_transformers(
-        tmp_path / "without", build(), foreign, image_processor(), image_aspect_ratio="pad", dtype=torch.float32
-    )
+    save(tmp_path / "without", build(), tokenizer=foreign)
     assert AutoProcessor.from_pretrained(tmp_path / "without").chat_template is None
     assert foreign.chat_template == "Another system prompt" and "<image>" not in foreign.get_vocab()
 
@@ -392,3 +431,30 @@ def test_stage_one_leaves_a_projector_and_a_config_with_llavas_keys(tmp_path):
         "vocab_size": 800,
     }
     assert {key: config[key] for key in expected} == expected
+
+
+@pytest.mark.slow
+def test_a_partitioned_model_is_saved_as_a_whole_one_is(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = subprocess.run(
+        [*command, "-m", "tests.model.zero3_save", str(tmp_path / "partitioned")],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+
+    for name, language_model in (("llama", None), ("qwen", tied_language_model())):
+        model, whole, partitioned = build(language_model=language_model), tmp_path / "whole", tmp_path / "partitioned"
+        save(whole / name / "transformers", model, shard_bytes=60_000)
+        settings = {"projector_type": "mlp2x_gelu", "dtype": torch.float32, **LLAVA}
+        save_llava(whole / name / "llava", model, tokenizer(), include_vision_tower=True, **settings)
+        save_projector_only(whole / name / "projector", model, **settings)
+        files = sorted(file.relative_to(whole) for file in (whole / name).rglob("*") if file.is_file())
+        assert files == sorted(
+            file.relative_to(partitioned) for file in (partitioned / name).rglob("*") if file.is_file()
+        )
+        for file in files:
+            assert (whole / file).read_bytes() == (partitioned / file).read_bytes(), file
