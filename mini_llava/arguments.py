@@ -1,0 +1,544 @@
+"""Every flag of the trainer: three dataclasses, the presets of the two stages, and the parser.
+
+The text under a field is its `--help`. Flag names are LLaVA's where it has one and transformers' otherwise, so that the
+command lines of LLaVA's published scripts run as they stand. A value is looked for on the command line, then in the
+`--config` file, then in the stage's preset, then here.
+"""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import inspect
+import itertools
+import textwrap
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+DEMO = Path(__file__).parent / "demo"
+
+
+@dataclass
+class ModelArguments:
+    """Model"""
+
+    model_name_or_path: str | None = None
+    """Language model: hub name or local directory, anything AutoModelForCausalLM loads (lmsys/vicuna-7b-v1.5)."""
+
+    vision_tower: str | None = None
+    """Vision tower: hub name or local directory of a CLIP vision model (openai/clip-vit-large-patch14-336)."""
+
+    version: str | None = None
+    """Conversation template the training text is rendered with; an unknown name lists the known ones."""
+
+    mm_projector_type: str = "linear"
+    """linear, mlp2x_gelu (any depth: mlpNx_gelu) or identity."""
+
+    mm_vision_select_layer: int = -1
+    """Which hidden state of the vision tower is used; LLaVA-1.5 takes -2, the one before the last."""
+
+    mm_vision_select_feature: str = "patch"
+    """patch drops the class token, cls_patch keeps it."""
+
+    pretrain_mm_mlp_adapter: str | None = None
+    """Projector to start from: an mm_projector.bin of LLaVA's or of stage 1, or the directory that holds it."""
+
+    tune_mm_mlp_adapter: bool = False
+    """Train the projector only (stage 1)."""
+
+    freeze_mm_mlp_adapter: bool = False
+    """Keep the projector frozen."""
+
+    freeze_backbone: bool = False
+    """Keep the whole language model frozen, its output head included (in LLaVA the head stays trainable)."""
+
+    unfreeze_mm_vision_tower: bool = False
+    """Train the vision tower too."""
+
+    attn_implementation: str | None = None
+    """Attention: sdpa, flash_attention_2, varlen (torch's own for packed batches) or eager. Default: the fastest that
+    runs here. LLaVA's flash_attn flags are spelled this way in transformers."""
+
+    mm_use_im_start_end: bool = False
+    """Accepted as False only: LLaVA's legacy image marks are not supported."""
+
+    mm_use_im_patch_token: bool = False
+    """Accepted as False only: LLaVA's legacy patch token is not supported."""
+
+
+@dataclass
+class DataArguments:
+    """Data"""
+
+    data_path: list[str] | None = None
+    """One or more JSON or JSON-lines files of LLaVA's records."""
+
+    image_folder: list[str] | None = None
+    """Image folder of each data file, in the same order; one folder serves several files."""
+
+    image_aspect_ratio: str = "square"
+    """square resizes and crops the middle; pad first fills up to a square with the processor's mean colour."""
+
+    group_by_modality_length: bool = False
+    """Make global batches of image samples only or text samples only, of similar length."""
+
+    model_max_length: int = 512
+    """Longest sequence in tokens, image tokens included; what is longer is cut at its end."""
+
+    packing: bool = True
+    """Lay the samples of a micro-batch behind each other without padding; attention never crosses samples. Changes
+    speed and memory, not the loss."""
+
+    max_tokens_per_micro_batch: int | None = None
+    """Most tokens in one micro-batch, padding included; more micro-batches are made until it holds."""
+
+    on_bad_sample: str = "error"
+    """error stops and names the record; skip leaves it out (the global batch shrinks) and lists it in skipped.jsonl."""
+
+    dataloader_num_workers: int = 0
+    """Processes that read, tokenize and open images ahead of the step."""
+
+    sample_order: str | None = None
+    """JSON file with the recorded order of a run, a list of global batches of record indices, to replay."""
+
+    eval_data_path: str | None = None
+    """Held-out records; answers are generated for their last question and compared with the one given."""
+
+    eval_image_folder: str | None = None
+    """Image folder of eval_data_path."""
+
+    eval_max_samples: int | None = None
+    """Take this many of the held-out records, at random; default all."""
+
+    lazy_preprocess: bool = True
+    """Accepted as True only: records are always read and tokenized when they are needed, as in LLaVA."""
+
+
+@dataclass
+class TrainingArguments:
+    """Training"""
+
+    output_dir: str | None = None
+    """Where everything is written; default outputs/stage1 or outputs/stage2."""
+
+    num_train_epochs: float = 1.0
+    """Passes over the data, a fraction is possible."""
+
+    max_steps: int = -1
+    """Optimizer steps in all; overrides num_train_epochs if positive."""
+
+    global_batch_size: int | None = None
+    """Samples in one optimizer step. The preset's value holds on any number of devices unless
+    gradient_accumulation_steps is given."""
+
+    per_device_train_batch_size: int = 8
+    """Samples in one micro-batch on one device; with packing their average."""
+
+    gradient_accumulation_steps: int | None = None
+    """Micro-batches in one optimizer step. Default: as many as the global batch needs. If given, the global batch is
+    devices x per_device_train_batch_size x this, as in LLaVA."""
+
+    learning_rate: float = 5e-5
+    """Peak learning rate."""
+
+    mm_projector_lr: float | None = None
+    """Peak learning rate of the projector, if another."""
+
+    mm_vision_tower_lr: float | None = None
+    """Peak learning rate of the vision tower, if another."""
+
+    weight_decay: float = 0.0
+    """Decay of all trained parameters but norms and biases."""
+
+    adam_beta1: float = 0.9
+    """AdamW's decay of the first moment."""
+
+    adam_beta2: float = 0.999
+    """AdamW's decay of the second moment."""
+
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+
+    max_grad_norm: float = 1.0
+    """Clip the gradient to this norm; 0 turns clipping off (as LLaVA's scripts on DeepSpeed did without saying so)."""
+
+    lr_scheduler_type: str = "linear"
+    """cosine, linear, constant or constant_with_warmup."""
+
+    warmup_ratio: float = 0.0
+    """Share of all steps in which the learning rate rises from 0."""
+
+    loss_normalization: str = "global_batch"
+    """global_batch: sum of token losses over the trained tokens of the global batch. micro_batch: LLaVA's mean of the
+    micro-batches' means (needs --packing False)."""
+
+    bf16: bool = False
+    """Compute in bfloat16; trained parameters keep an fp32 master copy. On a GPU without bfloat16: fp16."""
+
+    fp16: bool = False
+    """Compute in float16 with loss scaling; trained parameters keep an fp32 master copy."""
+
+    tf32: bool | None = None
+    """Allow TF32 in fp32 matrix products (Ampere and later)."""
+
+    gradient_checkpointing: bool = False
+    """Recompute the language model's layers in backward: less memory, about a third more work."""
+
+    seed: int = 42
+    """Seed of the sample order, of new weights and of dropout."""
+
+    logging_steps: int = 1
+    """Steps between two log entries."""
+
+    save_strategy: str = "steps"
+    """steps writes a training state every save_steps; no writes none."""
+
+    save_steps: int = 500
+    """Steps between two training states: the most work that a crash can cost."""
+
+    save_total_limit: int | None = None
+    """Training states to keep; the oldest is deleted once the newest is complete."""
+
+    resume_from_checkpoint: str | None = None
+    """latest, or the path of a checkpoint directory; latest starts anew if there is none."""
+
+    evaluation_strategy: str = "no"
+    """Accepted as "no" only: held-out answers are scored at the start and at the end, see eval_data_path."""
+
+    report_to: str = "tensorboard"
+    """tensorboard, wandb or another tracker that accelerate knows, or none."""
+
+    run_name: str | None = None
+    """Name of the run for the tracker."""
+
+    per_device_eval_batch_size: int = 16
+    """Questions answered at once in evaluation."""
+
+
+# LLaVA-1.5's published recipe: scripts/v1_5/pretrain.sh and finetune.sh of haotian-liu/LLaVA.
+LLAVA_1_5 = dict(
+    mm_projector_type="mlp2x_gelu",
+    mm_vision_select_layer=-2,
+    model_max_length=2048,
+    num_train_epochs=1.0,
+    weight_decay=0.0,
+    warmup_ratio=0.03,
+    lr_scheduler_type="cosine",
+    bf16=True,
+    tf32=True,
+    gradient_checkpointing=True,
+    dataloader_num_workers=4,
+)
+PRESETS = {
+    1: LLAVA_1_5
+    | dict(
+        version="plain",
+        tune_mm_mlp_adapter=True,
+        image_aspect_ratio="square",
+        learning_rate=1e-3,
+        per_device_train_batch_size=32,
+        global_batch_size=256,
+        output_dir="outputs/stage1",
+    ),
+    2: LLAVA_1_5
+    | dict(
+        version="v1",
+        image_aspect_ratio="pad",
+        group_by_modality_length=True,
+        learning_rate=2e-5,
+        per_device_train_batch_size=16,
+        global_batch_size=128,
+        output_dir="outputs/stage2",
+    ),
+}
+
+KNOWN_VALUES = {
+    "image_aspect_ratio": ("square", "pad"),
+    "mm_vision_select_feature": ("patch", "cls_patch"),
+    "on_bad_sample": ("error", "skip"),
+    "loss_normalization": ("global_batch", "micro_batch"),
+    "lr_scheduler_type": ("cosine", "linear", "constant", "constant_with_warmup"),
+    "save_strategy": ("steps", "no"),
+    "evaluation_strategy": ("no",),
+    "attn_implementation": ("sdpa", "flash_attention_2", "varlen", "eager"),
+    "mm_use_im_start_end": (False,),
+    "mm_use_im_patch_token": (False,),
+    "lazy_preprocess": (True,),
+}
+
+POSITIVE = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size", "num_train_epochs"),
+    *("logging_steps", "save_steps", "save_total_limit", "model_max_length", "max_tokens_per_micro_batch"),
+    *("per_device_eval_batch_size", "eval_max_samples"),
+)
+
+
+@dataclass
+class Arguments:
+    """All resolved arguments of a run; `explicit` names those given on the command line or in the file."""
+
+    stage: int
+    model: ModelArguments
+    data: DataArguments
+    training: TrainingArguments
+    explicit: set[str] = field(default_factory=set)
+    is_demo: bool = False
+
+    def as_dict(self) -> dict:
+        """Flag name to value, as a `--config` file would hold it."""
+        values = {"stage": self.stage}
+        for part in (self.model, self.data, self.training):
+            values |= dataclasses.asdict(part)
+        return values
+
+
+def parse_arguments(command_line: list[str] | None = None) -> Arguments:
+    """Command line over `--config` file over preset over default; a fault ends the program with one sentence."""
+    parser = _build_parser()
+    given = vars(parser.parse_args(command_line))
+    stage, config_file = given.pop("stage"), given.pop("config", None)
+    try:
+        return resolve(stage, given, config_file)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def resolve(stage: int, command_line: dict, config_file: str | None = None) -> Arguments:
+    """The arguments of one run. Raises ValueError with a sentence for the person at the terminal."""
+    is_demo = config_file is None and _wants_demo(command_line)
+    if is_demo:
+        config_file = str(DEMO / f"stage{stage}.yaml")
+    from_file = _read_config(config_file) if config_file else {}
+    if from_file.pop("stage", stage) != stage:
+        raise ValueError(f"{config_file} is written for another stage than --stage {stage}.")
+    explicit = from_file | command_line
+    values = PRESETS[stage] | explicit
+
+    parts = [
+        kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values})
+        for kind in (ModelArguments, DataArguments, TrainingArguments)
+    ]
+    arguments = Arguments(stage, *parts, explicit=set(explicit), is_demo=is_demo)
+    _check(arguments)
+    return arguments
+
+
+def _wants_demo(given: dict) -> bool:
+    """True if no model and no data flag is given; all of them: False; some: an error that names the missing ones."""
+    needed = ("model_name_or_path", "vision_tower", "data_path")
+    missing = [f"--{name}" for name in needed if name not in given]
+    if len(missing) == len(needed):
+        return True
+    if missing:
+        raise ValueError(
+            f"{' and '.join(missing)} missing: give the language model, the vision tower and the data, "
+            "or none of them for the embedded demo."
+        )
+    return False
+
+
+def _read_config(path: str) -> dict:
+    """A YAML mapping of flag names to values, checked like the command line."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--config {path}: {error.strerror or error}.") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path} must hold `flag: value` lines.")
+    kinds = {f.name: kind for f, kind in _fields()} | {"stage": int}
+    values = {}
+    for name, value in content.items():
+        if name not in kinds:
+            raise ValueError(f"--config {path}: {_unknown(str(name), kinds)}")
+        try:
+            values[name] = _convert(kinds[name], value)
+        except (ValueError, TypeError):
+            raise ValueError(f"--config {path}: {name}: {value!r} is not {_describe(kinds[name])}.") from None
+    return values
+
+
+def _check(arguments: Arguments) -> None:
+    values = arguments.as_dict()
+    for name, known in KNOWN_VALUES.items():
+        if values[name] is not None and values[name] not in known:
+            raise ValueError(f"--{name} {values[name]}: known values are {', '.join(map(str, known))}.")
+    model, data, training = arguments.model, arguments.data, arguments.training
+    for name in ("model_name_or_path", "vision_tower", "data_path", "version"):
+        if not values[name]:
+            raise ValueError(f"--{name} is missing.")
+    for name in POSITIVE:
+        if values[name] is not None and values[name] <= 0:
+            raise ValueError(f"--{name} must be positive, not {values[name]}.")
+    if training.bf16 and training.fp16:
+        if {"bf16", "fp16"} <= arguments.explicit:
+            raise ValueError("--bf16 and --fp16 cannot both be True.")
+        training.bf16 = False  # the preset's, against a flag
+    if training.loss_normalization == "micro_batch" and data.packing:
+        if "packing" in arguments.explicit:
+            raise ValueError("--loss_normalization micro_batch is defined for padded batches: use --packing False.")
+        data.packing = False
+    if model.tune_mm_mlp_adapter and model.freeze_mm_mlp_adapter:
+        raise ValueError("--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter together leave nothing to train.")
+    if model.tune_mm_mlp_adapter and model.unfreeze_mm_vision_tower:
+        raise ValueError("--tune_mm_mlp_adapter trains the projector only; --unfreeze_mm_vision_tower contradicts it.")
+    if data.eval_data_path is None and (data.eval_image_folder or data.eval_max_samples):
+        raise ValueError("--eval_image_folder and --eval_max_samples need --eval_data_path.")
+
+
+def choose_batch(arguments: Arguments, devices: int) -> tuple[int, int, str | None]:
+    """Global batch size and micro-batches a step for this number of devices, and a sentence if it is not the preset's.
+
+    Without `--gradient_accumulation_steps` the global batch is kept on any number of devices, divisible or not: a
+    global batch may be dealt unevenly, since the loss is normalised over all of it.
+    """
+    training = arguments.training
+    product = training.per_device_train_batch_size * devices
+    wanted = training.global_batch_size
+    if training.gradient_accumulation_steps is not None:
+        accumulation = training.gradient_accumulation_steps
+        actual = product * accumulation
+        if wanted is not None and wanted != actual:
+            arithmetic = (
+                f"{devices} devices x --per_device_train_batch_size {training.per_device_train_batch_size} x "
+                f"--gradient_accumulation_steps {accumulation} = {actual}"
+            )
+            if "global_batch_size" in arguments.explicit:
+                raise ValueError(f"--global_batch_size {wanted} contradicts {arithmetic}. Leave one of them out.")
+            reason = f"The global batch is {actual} instead of the preset's {wanted}: {arithmetic}."
+            return actual, accumulation, reason + f" Leave the last flag out to keep {wanted}."
+        return actual, accumulation, None
+    wanted = wanted or product
+    return wanted, -(-wanted // product), None
+
+
+# --- the parser ------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        """Faults are one sentence; the usage of a hundred flags would hide it."""
+        self.exit(2, f"train.py: error: {message}\n")
+
+    def parse_args(self, args=None, namespace=None):
+        namespace, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = {action.dest for action in self._actions}
+            self.error(_unknown(unknown[0].split("=")[0].lstrip("-"), flags))
+        return namespace
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="train.py",
+        description=(
+            "Trains a LLaVA-1.5 style vision-language model. Stage 1 trains the projector between a frozen vision "
+            "tower and a frozen language model; stage 2 trains projector and language model on visual instructions."
+        ),
+        epilog=(
+            "Without model and data flags a miniature demo is trained. Your own data: accelerate launch train.py "
+            "--stage 1 --model_name_or_path lmsys/vicuna-7b-v1.5 --vision_tower openai/clip-vit-large-patch14-336 "
+            "--data_path captions.json --image_folder images"
+        ),
+        allow_abbrev=False,
+        usage="accelerate launch [--config_file accelerate_configs/...] train.py --stage {1,2} [flags]",
+    )
+    parser.add_argument("--stage", type=int, choices=(1, 2), required=True, help="which preset of LLaVA-1.5")
+    parser.add_argument("--config", metavar="FILE.yaml", default=argparse.SUPPRESS, help="file with any of these flags")
+    for part in (ModelArguments, DataArguments, TrainingArguments):
+        group = parser.add_argument_group(part.__doc__)
+        texts, hints = _field_texts(part), typing.get_type_hints(part)
+        for f in dataclasses.fields(part):
+            shown = {stage: PRESETS[stage][f.name] for stage in PRESETS if f.name in PRESETS[stage]}
+            if not shown:
+                default = "" if f.default is None else f" [{f.default}]"
+            elif len(set(map(str, shown.values()))) == 1:
+                default = f" [{next(iter(shown.values()))}]"
+            else:
+                default = f" [stage 1: {shown.get(1, f.default)}, stage 2: {shown.get(2, f.default)}]"
+            help_text = (texts[f.name] + default).replace("%", "%%")
+            kind = _argparse_kind(hints[f.name])
+            group.add_argument(f"--{f.name}", **kind, default=argparse.SUPPRESS, help=help_text)
+    return parser
+
+
+def _argparse_kind(hint) -> dict:
+    kind = _plain(hint)
+    if kind is bool:
+        return {"type": _boolean, "nargs": "?", "const": True, "metavar": "True|False"}
+    if typing.get_origin(kind) is list:
+        return {"type": str, "nargs": "+", "metavar": "PATH"}
+    return {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("true", "1", "yes"):
+        return True
+    if text.lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is not True or False")
+
+
+def _plain(hint):
+    """`int | None` -> `int`."""
+    if isinstance(hint, types.UnionType):
+        return next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    return hint
+
+
+def _convert(kind, value):
+    """A YAML value to the field's type; a number written as text (`1e-3` is text in YAML) counts as a number."""
+    if value is None:
+        return None
+    if typing.get_origin(kind) is list:
+        return [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError
+        return value
+    if kind is str:
+        if isinstance(value, bool):  # YAML reads a bare `no` as False
+            return "no" if value is False else "yes"
+        return str(value)
+    if isinstance(value, bool):
+        raise ValueError
+    if kind is int and float(value) != int(float(value)):
+        raise ValueError
+    return kind(float(value))
+
+
+def _fields():
+    for kind in (ModelArguments, DataArguments, TrainingArguments):
+        hints = typing.get_type_hints(kind)
+        for f in dataclasses.fields(kind):
+            yield f, _plain(hints[f.name])
+
+
+def _describe(kind) -> str:
+    return {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}.get(kind, "a list of paths")
+
+
+def _unknown(name: str, known) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"unknown flag --{name}" + (f", did you mean --{close[0]}?" if close else "; see --help.")
+
+
+def _field_texts(kind) -> dict[str, str]:
+    """The docstring under each field, read from the source."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    body = tree.body[0].body
+    return {
+        statement.target.id: " ".join(following.value.value.split())
+        for statement, following in itertools.pairwise(body)
+        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr)
+    }
+
+
+def save_arguments(arguments: Arguments, path: Path, extra: dict) -> None:
+    """Writes every resolved argument, and under `run` what else describes the run, as YAML."""
+    path.write_text(yaml.safe_dump(arguments.as_dict() | {"run": extra}, sort_keys=False), encoding="utf-8")

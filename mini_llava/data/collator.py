@@ -1,0 +1,78 @@
+"""Samples to tensors: one micro-batch, padded to its longest sample or packed into one row without padding.
+
+Replaces LLaVA's `DataCollatorForSupervisedDataset` and the placing part of `prepare_inputs_labels_for_multimodal`. The
+image placeholders already have their full length here (see `tokenization.py`), so every index that the model needs is
+computed on the CPU, and no step waits for the device to find out where the images are.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from .tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Sample
+
+MicroBatch = dict[str, torch.Tensor | int | None]
+
+
+def collate(
+    samples: Sequence[Sample], pixel_values: Sequence[torch.Tensor], image_size: int, packed: bool
+) -> MicroBatch:
+    """One micro-batch of B rows and L columns (packed: one row) as the model's `forward` takes it.
+
+    Args:
+        samples: may be empty, at the end of an epoch.
+        pixel_values: float32 [3, image_size, image_size] of each image, in the order of the placeholders.
+        packed: samples behind each other in one row, told apart by `position_ids` and `cu_seqlens`.
+
+    Returns:
+        input_ids      int64 [B, L], 0 at image positions and padding (both are overwritten or masked, so that no real
+                       token, be it eos or unk, is ever taken for padding)
+        position_ids   int64 [B, L], from 0 in each sample
+        attention_mask bool [B, L], None when packed
+        cu_seqlens     int32 [samples + 1], bounds of the samples in the packed row; None when padded
+        max_seqlen     int, the longest sample
+        pixel_values   float32 [images, 3, image_size, image_size]; one blank image if the samples have none
+        image_positions int64 [image tokens], where the features go in the B x L positions counted row by row
+        logit_positions int64 [K], the columns in which some row has a token to predict
+        targets        int64 [B, K], the token that follows each of these columns, IGNORE_INDEX where none is trained
+    """
+    ids = [sample.input_ids.astype(np.int64) for sample in samples] or [np.zeros(1, np.int64)]
+    # What each position has to predict: the label of the next one of the same sample, nothing at the end of a sample.
+    next_labels = [np.append(sample.labels[1:], IGNORE_INDEX).astype(np.int64) for sample in samples]
+    next_labels = next_labels or [np.full(1, IGNORE_INDEX, np.int64)]
+    lengths = [len(row) for row in ids]
+    positions = [np.arange(length) for length in lengths]
+
+    if packed:
+        ids, next_labels, positions = (np.concatenate(rows)[None] for rows in (ids, next_labels, positions))
+        attention_mask, cu_seqlens = None, torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
+    else:
+        columns = max(lengths)
+        mask = np.arange(columns)[None] < np.array(lengths)[:, None]
+        ids, next_labels = _pad(ids, columns, 0), _pad(next_labels, columns, IGNORE_INDEX)
+        positions = np.tile(np.arange(columns), (len(lengths), 1))
+        attention_mask, cu_seqlens = torch.from_numpy(mask), None
+
+    is_image = ids == IMAGE_TOKEN_INDEX
+    columns_to_predict = np.flatnonzero((next_labels != IGNORE_INDEX).any(axis=0))
+    if len(columns_to_predict) == 0:  # nothing is trained here, but the language model's head must run on every rank
+        columns_to_predict = np.zeros(1, np.int64)
+    return {
+        "input_ids": torch.from_numpy(np.where(is_image, 0, ids)),
+        "position_ids": torch.from_numpy(positions),
+        "attention_mask": attention_mask,
+        "cu_seqlens": cu_seqlens,
+        "max_seqlen": max(lengths),
+        "pixel_values": torch.stack(list(pixel_values)) if pixel_values else torch.zeros(1, 3, image_size, image_size),
+        "image_positions": torch.from_numpy(np.flatnonzero(is_image)),
+        "logit_positions": torch.from_numpy(columns_to_predict),
+        "targets": torch.from_numpy(np.ascontiguousarray(next_labels[:, columns_to_predict])),
+    }
+
+
+def _pad(rows: list[np.ndarray], columns: int, value: int) -> np.ndarray:
+    padded = np.full((len(rows), columns), value, np.int64)
+    for row, content in zip(padded, rows, strict=True):
+        row[: len(content)] = content
+    return padded

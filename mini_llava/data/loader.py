@@ -1,0 +1,144 @@
+"""What one rank has to compute in one optimizer step: read, tokenize, open the images, collate.
+
+A global step is one item of a torch `DataLoader` without a sampler of its own: the main process deals the global batch
+and sends each worker the record indices of this rank. Accelerate never sees the loader, so it cannot shard it again.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers.image_processing_utils import BaseImageProcessor
+
+from .collator import MicroBatch, collate
+from .images import BadImage, load_image, pixel_values
+from .records import RecordStore
+from .tokenization import IGNORE_INDEX, BadRecord, Sample
+
+
+def open_pixels(folder: str, name: str, processor: BaseImageProcessor, aspect_ratio: str, size: int) -> torch.Tensor:
+    """An image file to float32 [3, size, size]. Raises BadImage; ValueError if processor and tower disagree on the size."""
+    pixels = pixel_values(load_image(folder, name), processor, aspect_ratio)
+    if pixels.shape[1:] != (size, size):
+        raise ValueError(
+            f"The image processor gives {pixels.shape[2]}x{pixels.shape[1]} pixels, but the vision tower takes "
+            f"{size}x{size}: its directory holds a preprocessor_config.json of another tower."
+        )
+    return pixels
+
+
+def refuse_or_report(store: RecordStore, bad: dict[int, str], on_bad_sample: str) -> list[str]:
+    """The faults that measuring found, one sentence each, to be printed. With `--on_bad_sample error` it ends the run."""
+    sentences = [f"{store.describe(index)}: {reason}" for index, reason in sorted(bad.items())]
+    if sentences and on_bad_sample == "error":
+        shown = "\n".join(sentences[:20]) + (f"\n... and {len(sentences) - 20} more" if len(sentences) > 20 else "")
+        raise SystemExit(
+            f"{len(sentences)} of {len(store)} records cannot be trained on; mend them, or leave them out with "
+            f"--on_bad_sample skip:\n{shown}"
+        )
+    return sentences
+
+
+def log_skipped(store: RecordStore, skipped: Iterable[tuple[int, str]], file: Path) -> None:
+    """Appends skipped records to `skipped.jsonl`, one JSON object a line."""
+    lines = [
+        json.dumps({"index": index, "record": store.describe(index), "reason": reason}) + "\n" for index, reason in skipped
+    ]
+    if lines:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "a", encoding="utf-8") as out:
+            out.write("".join(lines))
+
+
+@dataclass
+class RankStep:
+    """The micro-batches of one optimizer step on one rank, and what is in them."""
+
+    micro_batches: list[MicroBatch]
+    trained_tokens: list[int]  # of each micro-batch
+    tokens: int = 0  # real ones, image tokens included
+    samples: int = 0
+    records: list[int] = field(default_factory=list)
+    skipped: list[tuple[int, str]] = field(default_factory=list)  # record and reason, with `--on_bad_sample skip`
+
+
+class RankSteps(Dataset):
+    """Maps the record indices of a rank's micro-batches to a `RankStep`; runs in the loader's workers."""
+
+    def __init__(
+        self,
+        store: RecordStore,
+        tokenize: Callable[[dict], Sample],
+        load_pixels: Callable[[str, str], torch.Tensor],
+        image_size: int,
+        packed: bool,
+        on_bad_sample: str = "error",
+    ):
+        """
+        Args:
+            tokenize: record to `Sample`; raises `BadRecord`.
+            load_pixels: (image folder, image name) to float32 [3, image_size, image_size]; raises `BadImage`.
+            on_bad_sample: `error` raises, naming file and record; `skip` leaves the sample out and reports it.
+        """
+        self.store, self.tokenize, self.load_pixels = store, tokenize, load_pixels
+        self.image_size, self.packed, self.on_bad_sample = image_size, packed, on_bad_sample
+
+    def __getitem__(self, micro_batches: Sequence[Sequence[int]]) -> RankStep:
+        step = RankStep([], [])
+        for indices in micro_batches:
+            samples: list[Sample] = []
+            pixel_values: list[torch.Tensor] = []
+            for index in indices:
+                try:
+                    sample = self.tokenize(self.store[index])
+                    pixels = [self.load_pixels(self.store.image_folder(index), name) for name in sample.images]
+                except (BadRecord, BadImage) as error:
+                    if self.on_bad_sample == "error":
+                        raise type(error)(f"{self.store.describe(index)}: {error}") from None
+                    step.skipped.append((index, str(error)))
+                    continue
+                samples.append(sample)
+                pixel_values.extend(pixels)
+                step.records.append(index)
+                step.tokens += len(sample.input_ids)
+            batch = collate(samples, pixel_values, self.image_size, self.packed)
+            step.micro_batches.append(batch)
+            step.trained_tokens.append(int((batch["targets"] != IGNORE_INDEX).sum()))
+            step.samples += len(samples)
+        return step
+
+
+def rank_step_loader(
+    dataset: RankSteps, dealt: Iterable[list[list[int]]], num_workers: int, pin_memory: bool
+) -> DataLoader:
+    """A loader whose items are this rank's steps, prepared ahead by `num_workers` processes.
+
+    Args:
+        dealt: for each step, the record indices of each micro-batch of this rank.
+    """
+    return DataLoader(
+        dataset,
+        sampler=_Once(dealt),
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        collate_fn=_as_it_is,
+        # A generator of its own: the loader would otherwise draw its workers' seed from the global one, and a resumed
+        # run, which builds a second loader, would see other dropout masks.
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+class _Once(torch.utils.data.Sampler):
+    def __init__(self, dealt: Iterable[list[list[int]]]):
+        self.dealt = dealt
+
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        return iter(self.dealt)
+
+
+def _as_it_is(step: RankStep) -> RankStep:
+    return step

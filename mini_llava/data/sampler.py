@@ -1,0 +1,200 @@
+"""Which samples make one optimizer step, and how they are dealt over ranks and micro-batches.
+
+Replaces LLaVA's `LengthGroupedSampler` (`llava/train/llava_trainer.py`). Its grouping rules are kept: a global batch
+holds either image samples or text samples, sorted by length, and what is left over of both comes last. Its dependence
+on the global random state is not: here the order is a function of (seed, epoch), the same on every rank.
+How a global batch is cut into micro-batches is a second, separate question (`deal`). The loss is normalised over the
+whole global batch, so the cut changes speed and memory only.
+
+This file needs torch and nothing else of the project.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+Permutation = Callable[[int], list[int]]
+
+
+def llava_order(
+    lengths: Sequence[int], has_image: Sequence[bool], slots: int, global_batch_size: int, permutation: Permutation
+) -> list[int]:
+    """The order of one epoch under LLaVA's `--group_by_modality_length`, as sample indices.
+
+    Cut into pieces of `global_batch_size`, it gives the epoch's global batches; each piece cut into `slots` equal parts
+    gives LLaVA's micro-batches (part k is micro-step k // ranks on rank k % ranks).
+
+    Args:
+        lengths: tokens of each sample; only their order matters. Must be positive.
+        has_image: which samples are image samples.
+        slots: ranks times accumulation steps.
+        global_batch_size: samples in one optimizer step.
+        permutation: draws a random permutation of range(n), called in LLaVA's order (image samples, text samples,
+            global batches), so that recorded draws reproduce the original's order.
+    """
+    if len(lengths) == 0 or min(lengths) <= 0:
+        raise ValueError("llava_order needs at least one sample and positive lengths.")
+    images = [index for index, flag in enumerate(has_image) if flag]
+    texts = [index for index, flag in enumerate(has_image) if not flag]
+    if not images or not texts:
+        # The original leaves the lengths of all-text data negative, which sorts and balances them the wrong way round.
+        return _concatenate(_length_grouped(range(len(lengths)), lengths, slots, global_batch_size, permutation))
+
+    image_batches = _length_grouped(images, lengths, slots, global_batch_size, permutation)
+    text_batches = _length_grouped(texts, lengths, slots, global_batch_size, permutation)
+    # The last batch of each modality is set aside even if it is full: the original does, and steps have to be equal.
+    leftover = sorted(image_batches.pop() + text_batches.pop())
+    batches = image_batches + text_batches
+    return _concatenate([batches[i] for i in permutation(len(batches))]) + leftover
+
+
+def _length_grouped(
+    indices: Sequence[int], lengths: Sequence[int], slots: int, global_batch_size: int, permutation: Permutation
+) -> list[list[int]]:
+    """Global batches of random samples, each sorted by length (longest first) and balanced over the slots."""
+    shuffled = [indices[i] for i in permutation(len(indices))]
+    batches = []
+    for start in range(0, len(shuffled), global_batch_size):
+        batch = sorted(shuffled[start : start + global_batch_size], key=lambda index: lengths[index], reverse=True)
+        batches.append(_concatenate(even_chunks(batch, lengths, slots)))
+    return batches
+
+
+def even_chunks(batch: Sequence[int], lengths: Sequence[int], slots: int) -> list[list[int]]:
+    """LLaVA's `split_to_even_chunks`: equal counts, sums of lengths about equal; strided if the counts cannot be equal.
+
+    It balances work between ranks but puts long and short samples into one micro-batch, which costs padding. It is used
+    for the order itself and with `--loss_normalization micro_batch`; see `deal` for what is used otherwise.
+    """
+    if len(batch) % slots:
+        return [list(batch[slot::slots]) for slot in range(slots)]
+    chunks: list[list[int]] = [[] for _ in range(slots)]
+    totals: list[float] = [0] * slots
+    for index in batch:
+        shortest = totals.index(min(totals))
+        chunks[shortest].append(index)
+        totals[shortest] += lengths[index]
+        if len(chunks[shortest]) == len(batch) // slots:
+            totals[shortest] = math.inf
+    return chunks
+
+
+def _concatenate(lists: Sequence[Sequence[int]]) -> list[int]:
+    return [index for sublist in lists for index in sublist]
+
+
+class GlobalBatchSampler:
+    """Global batches as a function of (seed, epoch), and a cursor over them that is saved with a checkpoint.
+
+    The cursor `step` counts finished optimizer steps. The training loop moves it when a step is done; loading ahead
+    (`batches`) does not move it, so a checkpoint never skips samples that were prefetched but not trained on.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        has_image: Sequence[bool],
+        global_batch_size: int,
+        slots: int = 1,
+        seed: int = 42,
+        group_by_modality_length: bool = True,
+        recorded: list[list[int]] | None = None,
+    ):
+        """
+        Args:
+            lengths, has_image: one entry a sample, see `llava_order`.
+            slots: ranks times accumulation steps; it orders the samples inside a global batch and changes no batch.
+            recorded: global batches of a recorded run, replayed in a cycle instead of an order of our own.
+        """
+        self.lengths, self.has_image = [int(length) for length in lengths], [bool(flag) for flag in has_image]
+        self.global_batch_size, self.slots, self.seed = global_batch_size, slots, seed
+        self.group_by_modality_length, self.recorded = group_by_modality_length, recorded
+        self.step = 0
+        self._cached_epoch: tuple[int, list[list[int]]] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.recorded) if self.recorded else math.ceil(len(self.lengths) / self.global_batch_size)
+
+    def global_batches(self, epoch: int) -> list[list[int]]:
+        """All global batches of an epoch; the last one may be smaller, no sample comes twice."""
+        if self.recorded:
+            return self.recorded
+        if self._cached_epoch is None or self._cached_epoch[0] != epoch:
+            generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
+            draw = lambda n: torch.randperm(n, generator=generator).tolist()  # noqa: E731
+            if self.group_by_modality_length:
+                order = llava_order(self.lengths, self.has_image, self.slots, self.global_batch_size, draw)
+            else:
+                order = draw(len(self.lengths))
+            size = self.global_batch_size
+            self._cached_epoch = epoch, [order[start : start + size] for start in range(0, len(order), size)]
+        return self._cached_epoch[1]
+
+    def batches(self, total_steps: int):
+        """Yields the global batches of the steps from the cursor to `total_steps`, across ends of epochs."""
+        for step in range(self.step, total_steps):
+            epoch, position = divmod(step, self.steps_per_epoch)
+            yield self.global_batches(epoch)[position]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step, "seed": self.seed, "samples": len(self.lengths), "batch": self.global_batch_size}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Moves the cursor; refuses a state whose order would be another one."""
+        mine = self.state_dict()
+        compared = ("seed", "samples", "batch")
+        differing = [f"{key} {state[key]} there, {mine[key]} here" for key in compared if state[key] != mine[key]]
+        if differing:
+            raise ValueError(f"The checkpoint's sample order is not the one of this run: {'; '.join(differing)}.")
+        self.step = state["step"]
+
+
+def deal(
+    batch: Sequence[int],
+    lengths: Sequence[int],
+    ranks: int,
+    micro_batches: int,
+    layout: str,
+    max_tokens: int | None = None,
+) -> list[list[list[int]]]:
+    """Deals a global batch: `[micro-batch][rank] -> sample indices`, as many for every rank; some may be empty.
+
+    Args:
+        layout: `packed`: about equal token counts, largest sample first into the emptiest slot, for batches without
+            padding. `padded`: equal sample counts, samples of similar length together, the ranks of a micro-step alike.
+            `in_order`: equal counts in the order given, which for `llava_order` are LLaVA's own micro-batches.
+        max_tokens: raises the number of micro-batches until no slot holds more tokens, padding included, unless a
+            single sample does.
+    """
+    while True:
+        slots = _deal_into(batch, lengths, ranks * micro_batches, layout)
+        largest = max(_computed_tokens(slot, lengths, layout) for slot in slots)
+        if max_tokens is None or largest <= max_tokens or max(map(len, slots)) <= 1:
+            return [slots[start : start + ranks] for start in range(0, len(slots), ranks)]
+        micro_batches += 1
+
+
+def _deal_into(batch: Sequence[int], lengths: Sequence[int], slots: int, layout: str) -> list[list[int]]:
+    size = math.ceil(len(batch) / slots)
+    if layout == "in_order":
+        return [list(batch[slot * size : (slot + 1) * size]) for slot in range(slots)]
+    by_length = sorted(batch, key=lambda index: (-lengths[index], index))
+    if layout == "padded":
+        return [by_length[slot * size : (slot + 1) * size] for slot in range(slots)]
+    if layout != "packed":
+        raise ValueError(f"Unknown layout {layout!r}; known: packed, padded, in_order.")
+    dealt: list[list[int]] = [[] for _ in range(slots)]
+    totals = [0] * slots
+    for index in by_length:
+        emptiest = totals.index(min(totals))
+        dealt[emptiest].append(index)
+        totals[emptiest] += lengths[index]
+    return dealt
+
+
+def _computed_tokens(slot: Sequence[int], lengths: Sequence[int], layout: str) -> int:
+    if not slot:
+        return 0
+    return sum(lengths[i] for i in slot) if layout == "packed" else len(slot) * max(lengths[i] for i in slot)

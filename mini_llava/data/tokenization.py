@@ -1,0 +1,436 @@
+"""One record of LLaVA's format to `input_ids` and `labels`, for every template with one function.
+
+Replaces LLaVA's `preprocess*`, `preprocess_multimodal` and `tokenizer_image_token`. Those tokenize the text again, round
+by round, and subtract lengths; whenever the sum is off, the whole sample is masked with a printed warning. Here the
+text is rendered into pieces that are trained or not, tokenized once, and a token is trained if it overlaps a trained
+piece. Also here: loading a tokenizer so that it gives the ids LLaVA was trained with, whichever library reads it.
+"""
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import cached_file
+
+from .templates import IMAGE_MARK, Template, render
+
+IGNORE_INDEX = -100
+IMAGE_TOKEN_INDEX = -200
+
+
+class BadRecord(ValueError):
+    """One sentence about what is wrong with a record; whoever knows them adds the file and the position."""
+
+
+@dataclass(slots=True)
+class Sample:
+    """A record ready for training.
+
+    input_ids: int32 [L], with tokens_per_image copies of IMAGE_TOKEN_INDEX for each image.
+    labels: int32 [L], IGNORE_INDEX where nothing is trained. Not shifted.
+    images: file names in the order of the placeholders.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    images: list[str]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def tokenize(
+    record: dict, template: Template, tokenizer: PreTrainedTokenizerBase, tokens_per_image: int, max_length: int
+) -> Sample:
+    """Tokenize one record, cut to `max_length` positions (an image counts tokens_per_image and is never cut in two).
+
+    A token is trained if it overlaps a trained piece of text, so that the blank in front of an answer counts as part
+    of it whether or not the tokenizer makes it a token of its own. A last question without an answer stays, untrained.
+    Raises BadRecord for anything that is not a conversation, for image marks that do not match the images, and if no
+    trained token is left.
+    """
+    questions, answers, images = _conversation(record, template)
+    if not answers:
+        raise BadRecord("no question has an answer, so there is nothing to train on.")
+    input_ids, trained = _encode(render(template, questions, answers), tokenizer, tokens_per_image)
+
+    if len(input_ids) > max_length:
+        length, first_trained = len(input_ids), int(np.argmax(trained))
+        end = _cut(input_ids, tokens_per_image, max_length)
+        input_ids, trained = input_ids[:end], trained[:end]
+        images = images[: int(np.count_nonzero(input_ids == IMAGE_TOKEN_INDEX)) // max(tokens_per_image, 1)]
+        if not trained.any():
+            raise BadRecord(
+                f"it has {length} tokens (images included) and its first trained token is at position {first_trained}, "
+                f"but --model_max_length is {max_length}: nothing to train on is left."
+            )
+    return Sample(input_ids, np.where(trained, input_ids, np.int32(IGNORE_INDEX)), images)
+
+
+def tokenize_prompt(
+    record: dict, template: Template, tokenizer: PreTrainedTokenizerBase, tokens_per_image: int
+) -> np.ndarray:
+    """The ids, int32 [L], up to the place where the model is to answer the last question of a record.
+
+    Earlier rounds keep their answers; an answer to the last question is left out. The prompt is rendered and tokenized
+    as in training and ends with the assistant's role, without the blank that may follow: these are the first L ids of
+    the sample that `tokenize` makes from the same record, unless the tokenizer merges the end of the role with the
+    beginning of the answer (a ChatML role ends with a newline; an answer that begins with one may share a token).
+    Raises BadRecord.
+    """
+    questions, answers, _ = _conversation(record, template)
+    pieces = render(template, questions, answers[: len(questions) - 1], generation_prompt=True)
+    return _encode(pieces, tokenizer, tokens_per_image)[0]
+
+
+def _conversation(record: dict, template: Template) -> tuple[list[str], list[str], list[str]]:
+    """Check a record and return its questions, its answers (maybe one fewer) and its image names.
+
+    As in LLaVA a conversation that begins with the assistant loses that turn. Image marks are counted and written the
+    template's way: for one image given as a string the mark moves to the front of its turn, a list leaves them in place.
+    """
+    turns = _turns(record)
+    images, in_place = _images(record)
+
+    if template.captions_only and [role for role, _ in turns] != ["human", "gpt"]:
+        raise BadRecord(
+            f"the template {template.name} wants one human turn with the image and one gpt turn with its caption, "
+            f"found {len(turns)} turn{'s' * (len(turns) != 1)}."
+        )
+    if turns and turns[0][0] == "gpt":
+        turns = turns[1:]
+    if not turns:
+        raise BadRecord("it has no human turn.")
+    for index, (role, text) in enumerate(turns):
+        if role != ("human", "gpt")[index % 2]:
+            raise BadRecord(f"two turns of {role!r} follow each other; human and gpt must alternate.")
+        if role == "gpt" and IMAGE_MARK in text:
+            raise BadRecord(f"an answer contains {IMAGE_MARK}: a model that writes text cannot give an image.")
+
+    questions, answers = [text for _, text in turns[0::2]], [text for _, text in turns[1::2]]
+    marks = sum(text.count(IMAGE_MARK) for text in questions)
+    if marks != len(images):
+        raise BadRecord(
+            f"it has {marks} {IMAGE_MARK} mark{'s' * (marks != 1)} for {len(images)} image{'s' * (len(images) != 1)}; "
+            f"each image needs exactly one mark in a question."
+        )
+    if template.captions_only:
+        if not marks:
+            raise BadRecord(f"the template {template.name} wants an image, this record has none.")
+        questions = [IMAGE_MARK * marks]
+    elif not in_place:
+        questions = [_image_first(text) if IMAGE_MARK in text else text for text in questions]
+    if template.image_mark != IMAGE_MARK:
+        questions = [text.replace(IMAGE_MARK, template.image_mark) for text in questions]
+    return questions, answers, images
+
+
+def _turns(record: dict) -> list[tuple[str, str]]:
+    conversation = record.get("conversations") if isinstance(record, dict) else None
+    if not isinstance(conversation, list) or not conversation:
+        raise BadRecord("it has no list 'conversations' of turns.")
+    turns = []
+    for number, turn in enumerate(conversation, start=1):
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            raise BadRecord(f"turn {number} is not an object with a 'from' and a text 'value'.")
+        if turn.get("from") not in ("human", "gpt"):
+            raise BadRecord(f"turn {number} is from {turn.get('from')!r}; known roles are 'human' and 'gpt'.")
+        turns.append((turn["from"], turn["value"]))
+    return turns
+
+
+def _images(record: dict) -> tuple[list[str], bool]:
+    """The image names of a record, and whether their marks stay in place."""
+    if "image" not in record:
+        return [], True
+    image = record["image"]
+    if isinstance(image, str) and image:
+        return [image], False
+    if isinstance(image, list) and all(isinstance(name, str) and name for name in image):
+        return image, True
+    raise BadRecord(f"its 'image' is {image!r}; expected a file name, a list of file names, or no key 'image' at all.")
+
+
+def _image_first(text: str) -> str:
+    return (IMAGE_MARK + "\n" + text.replace(IMAGE_MARK, "").strip()).strip()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text to ids
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _encode(
+    pieces: list[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase, tokens_per_image: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids, int32 [L], and trained, bool [L], of rendered pieces.
+
+    As in LLaVA the text between two images is tokenized by itself: a Llama tokenizer puts its blank in front of each
+    such text, and BOS stands once, at the very beginning.
+    """
+    encoder, prefix = _encoder(tokenizer, len(tokenizer))
+    text = "".join(piece for piece, _ in pieces)
+    ends = np.cumsum([len(piece) for piece, _ in pieces])
+    starts = ends - [len(piece) for piece, _ in pieces]
+    is_trained = np.array([trained for _, trained in pieces], dtype=bool)
+    trained_starts, trained_ends = starts[is_trained], np.append(ends[is_trained], len(text) + 1)
+    # A token that reaches beyond the last trained piece meets the sentinel, which begins after the end of the text.
+    trained_starts = np.append(trained_starts, len(text) + 1)
+
+    ids, trained = [np.array(prefix, dtype=np.int32)], [np.zeros(len(prefix), dtype=bool)]
+    image_ids = np.full(tokens_per_image, IMAGE_TOKEN_INDEX, dtype=np.int32)
+    image_trained = np.zeros(tokens_per_image, dtype=bool)
+    position = 0
+    for index, chunk in enumerate(text.split(IMAGE_MARK)):
+        if index:
+            ids.append(image_ids)
+            trained.append(image_trained)
+            position += len(IMAGE_MARK)
+        if chunk:
+            encoding = encoder.encode(chunk, add_special_tokens=False)
+            offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2) + position
+            # A token without extent (none is known) counts as the character it stands before.
+            token_starts, token_ends = offsets[:, 0], np.maximum(offsets[:, 1], offsets[:, 0] + 1)
+            nearest = np.searchsorted(trained_ends, token_starts, side="right")
+            ids.append(np.array(encoding.ids, dtype=np.int32))
+            trained.append(trained_starts[nearest] < token_ends)
+        position += len(chunk)
+    return np.concatenate(ids), np.concatenate(trained)
+
+
+def _cut(input_ids: np.ndarray, tokens_per_image: int, max_length: int) -> int:
+    """The largest length of at most `max_length` that does not end inside an image."""
+    image_positions = np.flatnonzero(input_ids == IMAGE_TOKEN_INDEX)
+    inside = int(np.searchsorted(image_positions, max_length)) % max(tokens_per_image, 1)
+    return max_length - inside
+
+
+@lru_cache(maxsize=4)
+def _encoder(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) -> tuple[Tokenizer, list[int]]:
+    """A copy of the tokenizer's backend that keeps exact offsets, and the ids put before every text: BOS or none.
+
+    Byte-level post-processors may trim blanks off the offsets, and a call with truncation or padding leaves both
+    switched on in the shared backend: hence a copy. `vocabulary_size` renews it after tokens have been added.
+    """
+    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    encoder.post_processor = None
+    encoder.no_truncation()
+    encoder.no_padding()
+    special = tokenizer("").input_ids
+    return encoder, special[:1] if special and special[0] == tokenizer.bos_token_id else []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+# ---------------------------------------------------------------------------------------------------------------------
+
+_BLANK = "▁"
+
+
+def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
+    """Load a tokenizer, folder or hub name, so that its ids are those LLaVA trains with.
+
+    LLaVA reads Llama tokenizers with transformers 4.37's slow class. transformers 5 rebuilds them in the tokenizers
+    library without the blank before a text that itself begins with a blank, which is every text after an image and
+    before ` ASSISTANT:`; and it needs sentencepiece for folders that hold only `tokenizer.model`. Here such
+    tokenizers are rebuilt exactly, `legacy` included, as plain fast tokenizers, and stay exact when saved and loaded
+    by AutoTokenizer. All others are loaded as they are. Code from the folder is never run.
+    """
+    config = _read_json(path, "tokenizer_config.json")
+    backend = _llama_backend(path, config)
+    if backend is None:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+    # What describes the pipeline is now in tokenizer.json; the rest of the configuration is kept.
+    config = {**_read_json(path, "special_tokens_map.json"), **config, "tokenizer_class": "PreTrainedTokenizerFast"}
+    for key in (
+        *("auto_map", "legacy", "sp_model_kwargs", "add_prefix_space", "use_default_system_prompt"),
+        *("add_bos_token", "add_eos_token", "added_tokens_decoder"),
+    ):
+        config.pop(key, None)
+    for key in ("unk_token", "bos_token", "eos_token", "pad_token"):
+        if isinstance(config.get(key), dict):
+            config[key] = config[key]["content"]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
+        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+        chat_template = _find(path, "chat_template.jinja")
+        if chat_template:
+            (Path(folder) / "chat_template.jinja").write_bytes(Path(chat_template).read_bytes())
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.name_or_path = str(path)
+    return tokenizer
+
+
+def image_token_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy that knows `<image>` as one token, for processors that tokenize the whole text at once.
+
+    It gives the ids that `tokenize` makes from the chunks between images: after a run of `<image>` a Llama tokenizer
+    begins a new text and puts its blank there. That holds for any number of `<image>` in a row and survives
+    `save_pretrained`. A tokenizer that has `<image>` already is returned unchanged.
+    """
+    if IMAGE_MARK in tokenizer.get_vocab():
+        return tokenizer
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    prepends_once = backend.pre_tokenizer is not None and '"prepend_scheme":"first"' in backend.to_str()
+    if prepends_once:
+        # The blank of the whole text is the pre-tokenizer's, and comes at offset 0 only. The normalizer can see what
+        # follows an image, provided that the mark is looked for after it has run: hence normalized=True.
+        steps = [backend.normalizer] if backend.normalizer is not None else []
+        after_image = Regex(f"{IMAGE_MARK}(?!{IMAGE_MARK})(?=[\\s\\S])")
+        backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(after_image, IMAGE_MARK + _BLANK)])
+    backend.add_special_tokens([AddedToken(IMAGE_MARK, normalized=prepends_once, special=True)])
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        backend.save(str(Path(folder) / "tokenizer.json"))
+        copy = type(tokenizer).from_pretrained(folder)
+    copy.name_or_path = tokenizer.name_or_path
+    return copy
+
+
+def _llama_backend(path: str | os.PathLike, config: dict) -> Tokenizer | None:
+    """The exact pipeline of a Llama-style tokenizer (BPE over blanks written as U+2581), or None for any other."""
+    if config.get("tokenizer_class", "LlamaTokenizer") not in ("LlamaTokenizer", "LlamaTokenizerFast"):
+        return None
+    tokenizer_file, model_file = _find(path, "tokenizer.json"), _find(path, "tokenizer.model")
+    if tokenizer_file:
+        scheme = _prepend_scheme(json.loads(Path(tokenizer_file).read_text(encoding="utf-8")))
+        backend = Tokenizer.from_file(tokenizer_file) if scheme else None
+    elif model_file:
+        backend = _read_sentencepiece(Path(model_file).read_bytes())
+        scheme = "always"  # the slow class's default
+    else:
+        return None
+    if backend is None:
+        return None
+
+    if config.get("legacy") is not None:
+        scheme = "always" if config["legacy"] else "first"
+    # Two steps, because Metaspace leaves out its blank where the text begins with the character that it writes: the
+    # first step looks for ordinary blanks, of which the normalizer has left none.
+    backend.normalizer = normalizers.Replace(" ", _BLANK)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(" ", prepend_scheme=scheme, split=False),
+            pre_tokenizers.Metaspace(_BLANK, prepend_scheme="never", split=False),
+        ]
+    )
+    added = _read_json(path, "added_tokens.json")
+    for entry in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda entry: int(entry[0])):
+        added.setdefault(entry[1]["content"], int(entry[0]))
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    for key, default in special.items():
+        value = config.get(key, default)
+        special[key] = value["content"] if isinstance(value, dict) else value
+    for content in sorted(added, key=added.get):
+        if content not in special.values():
+            backend.add_tokens([AddedToken(content, normalized=False)])
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in special.values() if token])
+
+    if not tokenizer_file or "add_bos_token" in config or "add_eos_token" in config:
+        bos, eos = special["bos_token"], special["eos_token"]
+        before = [bos] if config.get("add_bos_token", True) and bos else []
+        after = [eos] if config.get("add_eos_token", False) and eos else []
+        backend.post_processor = processors.TemplateProcessing(
+            single=" ".join([*before, "$A", *after]),
+            pair=" ".join([*before, "$A", *after, *(f"{token}:1" for token in before), "$B:1", *after]),
+            special_tokens=[(token, backend.token_to_id(token)) for token in {*before, *after}],
+        )
+    return backend
+
+
+def _prepend_scheme(pipeline: dict) -> str | None:
+    """Where a Llama-style tokenizer.json puts its blank: "first" or "always"; None if it is of another kind."""
+    model, normalizer, pre_tokenizer = pipeline["model"], pipeline.get("normalizer"), pipeline.get("pre_tokenizer")
+    if model.get("type") != "BPE" or not model.get("byte_fallback"):
+        return None
+    if pre_tokenizer is None:  # the old conversion: a normalizer, which sees each text between special tokens
+        steps = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else []
+        return "always" if any(step["type"] == "Prepend" for step in steps) else None
+    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    if any(step["type"] != "Metaspace" or step.get("split", True) for step in steps):
+        return None
+    schemes = [step.get("prepend_scheme", "always") for step in steps]
+    return next((scheme for scheme in schemes if scheme != "never"), None)
+
+
+def _read_sentencepiece(content: bytes) -> Tokenizer | None:
+    """Build the BPE of a SentencePiece `tokenizer.model`; None if it holds another kind of model.
+
+    The file is a protocol buffer: pieces (field 1: text, score, type), trainer (field 2), normalizer (field 3).
+    SentencePiece joins the pair whose joined piece comes first in the vocabulary, the leftmost if there are several.
+    """
+    pieces, model_type, prefix_blank = [], 1, True
+    for field, value in _protocol_buffer(content):
+        if field == 1:
+            piece = dict(_protocol_buffer(value))
+            pieces.append((piece[1].decode("utf-8"), piece.get(3, 1)))
+        elif field == 2:
+            model_type = dict(_protocol_buffer(value)).get(3, 1)
+        elif field == 3:
+            settings = dict(_protocol_buffer(value))
+            prefix_blank = settings.get(3, 1) == 1 and settings.get(4, 1) == 0 and not settings.get(2)
+    if model_type != 2 or not prefix_blank:
+        return None
+    vocabulary = {piece: index for index, (piece, _) in enumerate(pieces)}
+    normal = {piece for piece, kind in pieces if kind == 1}
+    merges = []
+    for piece, kind in pieces:
+        if kind == 1:
+            halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+            halves = [(left, right) for left, right in halves if left in normal and right in normal]
+            merges += sorted(halves, key=lambda pair: (len(pair[0]), len(pair[1])))
+    unknown = next(piece for piece, kind in pieces if kind == 2)
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", left=1)]
+    )
+    return backend
+
+
+def _protocol_buffer(content: bytes):
+    """The (field number, value) pairs of a protocol buffer message; messages and strings come as bytes."""
+
+    def varint(position: int) -> tuple[int, int]:
+        value = shift = 0
+        while True:
+            byte = content[position]
+            value |= (byte & 127) << shift
+            position, shift = position + 1, shift + 7
+            if byte < 128:
+                return value, position
+
+    position = 0
+    while position < len(content):
+        key, position = varint(position)
+        kind = key & 7
+        if kind == 0:
+            value, position = varint(position)
+        else:
+            size = {1: 8, 5: 4}.get(kind)
+            if size is None:
+                size, position = varint(position)
+            value, position = content[position : position + size], position + size
+        yield key >> 3, value
+
+
+def _find(path: str | os.PathLike, name: str) -> str | None:
+    """A file of a folder or of a hub repository, or None if it has none of that name."""
+    if os.path.isdir(path):
+        file = os.path.join(path, name)
+        return file if os.path.isfile(file) else None
+    return cached_file(str(path), name, _raise_exceptions_for_missing_entries=False)
+
+
+def _read_json(path: str | os.PathLike, name: str) -> dict:
+    file = _find(path, name)
+    return json.loads(Path(file).read_text(encoding="utf-8")) if file else {}

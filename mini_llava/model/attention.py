@@ -1,0 +1,86 @@
+"""Attention for packed batches: which implementation runs here, and torch's variable-length kernel for transformers.
+
+A packed row holds several samples, and attention must never cross their bounds. Three ways keep them apart:
+`flash_attention_2` where the package is installed; `varlen`, registered here, on any recent GPU without a further
+package; `sdpa` everywhere else, for which transformers builds a block-diagonal mask from the restarting positions (a
+mask of L x L, so it is meant for CPUs and short rows).
+"""
+
+import torch
+from transformers import AttentionInterface
+from transformers.utils import is_flash_attn_2_available
+
+# Families whose packed logits were compared with the unpacked ones; others (OPT, MPT) ignore the bounds without a word.
+PACKABLE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "phi", "phi3", "gpt_neox")
+
+
+def choose_attention(
+    requested: str | None, model_type: str, packing: bool, device: torch.device, half_precision: bool
+) -> str:
+    """The `attn_implementation` to load the language model with.
+
+    Raises:
+        ValueError: the request cannot run here, or this family of models cannot be packed.
+    """
+    if packing and model_type not in PACKABLE:
+        raise ValueError(
+            f"Packing is not known to keep samples apart in models of type {model_type!r} (it is for "
+            f"{', '.join(PACKABLE)}): use --packing False."
+        )
+    on_gpu = device.type == "cuda" and half_precision
+    if requested is None:
+        if not (packing and on_gpu):
+            return "sdpa"
+        return "flash_attention_2" if is_flash_attn_2_available() else "varlen"
+    if requested == "flash_attention_2" and not is_flash_attn_2_available():
+        raise ValueError("--attn_implementation flash_attention_2: the package flash-attn is not installed.")
+    if requested in ("flash_attention_2", "varlen") and not on_gpu:
+        raise ValueError(f"--attn_implementation {requested} needs a GPU and --bf16 True or --fp16 True.")
+    if requested == "varlen" and not packing:
+        raise ValueError("--attn_implementation varlen is for packed batches: use --packing True or sdpa.")
+    return requested
+
+
+def varlen_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    sliding_window: int | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention inside each sample of a packed row, with transformers' signature.
+
+    Args:
+        query: [1, heads, L, head size], bf16 or fp16; key and value may have fewer heads.
+        cu_seq_lens_q: int32 [samples + 1], bounds of the samples.
+        max_length_q: the longest sample; known on the host, so that nothing waits for the device.
+
+    Returns:
+        [1, L, heads, head size], and no attention weights.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    if cu_seq_lens_q is None:
+        raise RuntimeError("The varlen attention runs on packed batches only; generate with sdpa instead.")
+    if dropout:
+        raise ValueError("The varlen attention has no dropout: set attention_dropout to 0 or use sdpa.")
+    output = varlen_attn(
+        *(tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)),
+        cu_seq_lens_q,
+        cu_seq_lens_q,
+        max_length_q,
+        max_length_q,
+        scale=scaling,
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+    return output.unsqueeze(0), None
+
+
+AttentionInterface.register("varlen", varlen_attention)

@@ -1,0 +1,470 @@
+"""Every directory layout that is written: stage 1's projector, transformers' whole model, LLaVA's whole model.
+
+Replaces LLaVA's `safe_save_model_for_hf_trainer` and the saving half of `train.py`, whose results need LLaVA's own code
+to be read. Here the default is what transformers and the servers built on it load as it stands. Weights stream from the
+partitioned model to the disk one shard at a time; `config.json` comes last, so that no partial result looks whole.
+"""
+
+import copy
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import GenerationConfig, LlavaConfig, LlavaProcessor
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from ..data.templates import IMAGE_MARK
+from ..data.tokenization import image_token_tokenizer
+from .projector import PROJECTOR_FILE, gathered_state_dict, save_projector
+
+SHARD_BYTES = 5_000_000_000
+# Embeddings in a multiple of 64 rows, as llava-hf publishes them: matrix products over the vocabulary are faster so.
+ROWS_MULTIPLE = 64
+
+# Read only when sampling. Vicuna sets the first two without `do_sample`, and transformers then refuses to save them.
+SAMPLING_SETTINGS = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+# What an older model in the directory may consist of; left there, it would be read beside the new one.
+MODEL_FILES = (
+    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "mm_projector.bin"),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    "chat_template.jinja",
+)
+# What transformers adds to every configuration, and where the weights lay on somebody's disk.
+CONFIG_NOISE = (
+    *("_name_or_path", "id2label", "label2id", "problem_type", "chunk_size_feed_forward"),
+    *("return_dict", "output_hidden_states", "output_attentions"),
+)
+
+
+def save_projector_only(
+    directory: str | Path,
+    model: nn.Module,
+    *,
+    projector_type: str,
+    vision_tower_name: str,
+    image_aspect_ratio: str,
+    model_max_length: int,
+    dtype: torch.dtype | None = None,
+    is_main_process: bool = True,
+) -> None:
+    """Stage 1's result, as LLaVA writes it: `mm_projector.bin` and the `config.json` that says what it belongs to.
+
+    Every rank calls it, the main process writes. `dtype` None keeps the projector as trained. `vision_tower_name` is
+    the value of `--vision_tower`.
+    """
+    directory = Path(directory)
+    if is_main_process:
+        _begin(directory)
+    save_projector(model.projector, directory / PROJECTOR_FILE, dtype, is_main_process)
+    if is_main_process:
+        config = _llava_config(model, projector_type, vision_tower_name, image_aspect_ratio, model_max_length)
+        _write_json(directory, "config.json", {**config, "tune_mm_mlp_adapter": True})
+
+
+def check_may_be_written(directory: str | Path) -> None:
+    """Raise ValueError if saving here would overwrite a model that is not LLaVA's, such as the language model itself.
+
+    The saving functions call it; called before the first step, too, it spares a long run that end.
+    """
+    config = Path(directory) / "config.json"
+    if config.is_file():
+        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type", "unknown")
+        if not model_type.startswith("llava"):
+            raise ValueError(
+                f"{directory} holds a model of type {model_type}, which saving would overwrite. Choose another "
+                f"--output_dir."
+            )
+
+
+def why_not_transformers(projector_type: str, language_model: nn.Module) -> str | None:
+    """None if `LlavaForConditionalGeneration` computes what the trained model does, otherwise the reason why not.
+
+    That class has exactly two linear layers with a GELU between them, calls the language model without its head and
+    puts a bare `lm_head` of its own on top.
+    """
+    if projector_type != "mlp2x_gelu":
+        return f"transformers' LLaVA knows the projector mlp2x_gelu only, not {projector_type}."
+    config = language_model.config
+    # Granite divides its logits, Cohere multiplies them, Gemma 2 caps them: all of it after lm_head, inside the class.
+    for setting, neutral in (("logits_scaling", 1.0), ("logit_scale", 1.0), ("final_logit_softcapping", None)):
+        if getattr(config, setting, neutral) not in (neutral, None):
+            return f"transformers' LLaVA would ignore the language model's {setting} {getattr(config, setting)}."
+    foreign = [
+        name for name in language_model.state_dict() if not name.startswith("model.") and name != "lm_head.weight"
+    ]
+    if foreign:
+        return f"transformers' LLaVA has no place for the language model's {foreign[0]}."
+    return None
+
+
+def expressible_in_transformers(projector_type: str, language_model: nn.Module) -> bool:
+    """Whether `save_transformers` can write this model; if not, `save_llava` can; `why_not_transformers` says why."""
+    return why_not_transformers(projector_type, language_model) is None
+
+
+def save_transformers(
+    directory: str | Path,
+    model: nn.Module,
+    tokenizer,
+    image_processor,
+    *,
+    projector_type: str,
+    image_aspect_ratio: str,
+    dtype: torch.dtype,
+    chat_template: str | None = None,
+    stop: tuple[str, ...] = (),
+    is_main_process: bool = True,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """The whole model as `LlavaForConditionalGeneration` with processor and tokenizer, for transformers 4 and 5 alike.
+
+    `<image>` becomes a token. Where the embeddings have no row for it they grow, to a multiple of 64, by rows that hold
+    the mean of the old ones: as inputs they give way to image features, and as outputs the mean never beats the best.
+
+    Args:
+        model: the bare `LlavaModel`, without DDP or engine; every rank calls this, the main process writes.
+        tokenizer: the one trained with; it is copied, not changed.
+        image_processor: the tower's; `image_aspect_ratio` "pad" is added to the copy that is saved.
+        dtype: of the weights and in the configuration.
+        chat_template: Jinja text of the template trained with. None saves none: the language model's own would not
+            be what the model was trained on.
+        stop: what ends an answer in that template; `generate` stops at those that are tokens, and at the end token.
+        shard_bytes: size of one weight file, and of what the main process holds in memory.
+
+    Raises:
+        ValueError: the layout cannot express this model, or the directory holds another kind of model.
+    """
+    if reason := why_not_transformers(projector_type, model.language_model):
+        raise ValueError(f"{reason} Save it in LLaVA's layout.")
+    directory = Path(directory)
+    tokenizer = _with_image_token(tokenizer, chat_template)
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
+
+    embeddings = model.language_model.get_input_embeddings().weight
+    old_rows = _whole_shape(embeddings)[0]
+    rows = old_rows if image_token_id < old_rows else math.ceil((image_token_id + 1) / ROWS_MULTIPLE) * ROWS_MULTIPLE
+
+    weights = []
+    for name, tensor in model.vision_tower.model.state_dict(keep_vars=True).items():
+        # transformers 5 dropped this level from CLIP; 4 needs it in the file, and 5 still reads it.
+        weights.append(("vision_tower.vision_model." + name.removeprefix("vision_model."), tensor))
+    layers = {"0": "linear_1", "2": "linear_2"}
+    for name, tensor in model.projector.state_dict(keep_vars=True).items():
+        number, part = name.split(".")
+        weights.append((f"multi_modal_projector.{layers[number]}.{part}", tensor))
+    language_weights, tied = _language_weights(model.language_model)
+    weights += [("language_model." + name, tensor) for name, tensor in language_weights]
+    resized = dict.fromkeys(("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"), rows)
+
+    if is_main_process:
+        _begin(directory)
+    _write_weights(directory, weights, dtype, is_main_process, shard_bytes, resized)
+    save_projector(model.projector, directory / PROJECTOR_FILE, dtype, is_main_process)
+    if not is_main_process:
+        return
+
+    strategy = "default" if model.vision_tower.select_feature == "patch" else "full"
+    processor = LlavaProcessor(
+        image_processor=_with_padding(image_processor, image_aspect_ratio),
+        tokenizer=tokenizer,
+        patch_size=model.vision_tower.model.config.patch_size,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=1,  # CLIP's class token, which "default" then takes off
+        image_token=IMAGE_MARK,
+        chat_template=chat_template,
+    )
+    with _staged(directory) as staging:
+        processor.save_pretrained(staging)
+        _make_readable_for_transformers_4(staging, processor.image_processor)
+    generation = generation_settings(model.language_model.generation_config, tokenizer, stop)
+    _write_json(directory, "generation_config.json", generation)
+
+    text_config = copy.deepcopy(model.language_model.config)
+    text_config.vocab_size, text_config.tie_word_embeddings = rows, tied
+    config = LlavaConfig(
+        text_config=text_config,
+        vision_config=copy.deepcopy(model.vision_tower.model.config),
+        image_token_index=image_token_id,
+        image_seq_length=model.vision_tower.tokens_per_image,
+        vision_feature_layer=model.vision_tower.select_layer,
+        vision_feature_select_strategy=strategy,
+        projector_hidden_act="gelu",
+        tie_word_embeddings=tied,
+        architectures=["LlavaForConditionalGeneration"],
+    ).to_dict()
+    config = _portable(config, dtype)
+    config["text_config"] = _portable(config["text_config"], dtype)
+    config["vision_config"] = _portable(config["vision_config"], dtype)
+    _write_json(directory, "config.json", config)
+
+
+def save_llava(
+    directory: str | Path,
+    model: nn.Module,
+    tokenizer,
+    *,
+    projector_type: str,
+    vision_tower_name: str,
+    image_aspect_ratio: str,
+    model_max_length: int,
+    dtype: torch.dtype,
+    include_vision_tower: bool = False,
+    is_main_process: bool = True,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """The whole model in the layout of LLaVA's own code (`liuhaotian/llava-v1.5-*`), which expresses every projector.
+
+    The tower's weights belong in it if they were trained; otherwise LLaVA fetches them by `vision_tower_name`.
+    Every rank calls it, the main process writes.
+    """
+    directory = Path(directory)
+    weights, tied = _language_weights(model.language_model)
+    for name, tensor in model.projector.state_dict(keep_vars=True).items():
+        weights.append((f"model.mm_projector.{name}", tensor))
+    if include_vision_tower:
+        for name, tensor in model.vision_tower.model.state_dict(keep_vars=True).items():
+            name = name.removeprefix("vision_model.")
+            weights.append((f"model.vision_tower.vision_tower.vision_model.{name}", tensor))
+
+    if is_main_process:
+        _begin(directory)
+    _write_weights(directory, weights, dtype, is_main_process, shard_bytes)
+    save_projector(model.projector, directory / PROJECTOR_FILE, dtype, is_main_process)
+    if not is_main_process:
+        return
+    with _staged(directory) as staging:
+        tokenizer.save_pretrained(staging)
+    generation = generation_settings(model.language_model.generation_config, tokenizer)
+    _write_json(directory, "generation_config.json", generation)
+    config = _llava_config(model, projector_type, vision_tower_name, image_aspect_ratio, model_max_length)
+    config = _portable({**config, "tie_word_embeddings": tied}, dtype)
+    # LLaVA's loader ignores tower weights in the files unless this is set (its issues 902 and 1694).
+    config["unfreeze_mm_vision_tower"] = include_vision_tower
+    _write_json(directory, "config.json", config)
+
+
+def generation_settings(generation_config: GenerationConfig, tokenizer, stop: tuple[str, ...] = ()) -> dict:
+    """The content of `generation_config.json`: the language model's own, made consistent.
+
+    Sampling values without `do_sample` are dropped (they made LLaVA's last save fail after the whole training, its
+    issue 1144), and the ids of begin, end and padding are the tokenizer's.
+    """
+    settings = {key: value for key, value in generation_config.to_dict().items() if value is not None}
+    settings.pop("_from_model_config", None)
+    if not settings.get("do_sample"):
+        for name in SAMPLING_SETTINGS:
+            settings.pop(name, None)
+    ends = settings.get("eos_token_id", [])
+    ends = list(ends) if isinstance(ends, list | tuple) else [ends]
+    if tokenizer.eos_token_id is not None:
+        ends.append(tokenizer.eos_token_id)
+    ends += [tokenizer.added_tokens_encoder[mark] for mark in stop if mark in tokenizer.added_tokens_encoder]
+    ends = list(dict.fromkeys(ends))
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [None])[0]
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": padding,
+    }
+    return settings | {name: value for name, value in ids.items() if value is not None}
+
+
+# ---------------------------------------------------------------------------------------------------- configurations
+
+
+def _llava_config(
+    model: nn.Module, projector_type: str, vision_tower_name: str, image_aspect_ratio: str, model_max_length: int
+) -> dict:
+    """The language model's configuration with the keys that LLaVA's `initialize_vision_modules` and `train` add."""
+    config = model.language_model.config.to_dict()
+    family = config["model_type"]
+    config |= {
+        "model_type": f"llava_{family}",
+        "architectures": [f"Llava{family.capitalize()}ForCausalLM"],
+        "use_mm_proj": True,
+        "mm_vision_tower": vision_tower_name,
+        "mm_projector_type": projector_type,
+        "mm_hidden_size": model.vision_tower.hidden_size,
+        "mm_vision_select_layer": model.vision_tower.select_layer,
+        "mm_vision_select_feature": model.vision_tower.select_feature,
+        "mm_patch_merge_type": "flat",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "tune_mm_mlp_adapter": False,
+        "freeze_mm_mlp_adapter": False,
+        "image_aspect_ratio": image_aspect_ratio,
+        "tokenizer_padding_side": "right",
+        "tokenizer_model_max_length": model_max_length,
+    }
+    return _portable(config, next(model.language_model.parameters()).dtype)
+
+
+def _portable(config: dict, dtype: torch.dtype) -> dict:
+    """A configuration without noise, that transformers 4 and 5 read alike.
+
+    5 keeps RoPE's base inside `rope_parameters`; 4 looks for `rope_theta`, and without it silently takes 10,000 (Llama
+    3 has 500,000). 4 calls the dtype `torch_dtype`. The cache, which training switches off, is on again.
+    """
+    config = {key: value for key, value in config.items() if key not in CONFIG_NOISE}
+    config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    if "use_cache" in config:
+        config["use_cache"] = True
+    rope = config.get("rope_parameters")
+    if rope and "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        config["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else scaling
+    return config
+
+
+# ------------------------------------------------------------------------------------------- tokenizer and processor
+
+
+def _with_image_token(tokenizer, chat_template: str | None):
+    tokenizer = copy.deepcopy(image_token_tokenizer(tokenizer))
+    tokenizer.chat_template = chat_template
+    # Batches are padded on the right in training, and on the left to generate.
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def _with_padding(image_processor, image_aspect_ratio: str):
+    """The tower's processor, with LLaVA's padding to a square on the mean colour if the training had it.
+
+    CLIP's own has no such option; `LlavaImageProcessor` is the same code with it. The PIL variant is pinned because the
+    torchvision one resizes differently, and a run would depend on what is installed.
+    """
+    if image_aspect_ratio != "pad":
+        return image_processor
+    settings = image_processor.to_dict()
+    settings.pop("image_processor_type", None)
+    return LlavaImageProcessorPil(**{**settings, "do_pad": True})
+
+
+def _make_readable_for_transformers_4(staging: Path, image_processor) -> None:
+    """Adjust what `LlavaProcessor.save_pretrained` of transformers 5 wrote, so that transformers 4 reads it too."""
+    path = staging / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("is_local", "local_files_only", "backend", "name_or_path"):
+        config.pop(key, None)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # What 5 writes as a list under this name, 4 reads under the other; a table is read by both.
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    # 4 would otherwise add token_type_ids, which the model does not take.
+    config["model_input_names"] = ["input_ids", "attention_mask"]
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    # transformers 5 keeps the image processor inside processor_config.json.
+    settings = json.loads(image_processor.to_json_string())
+    settings["image_processor_type"] = settings["image_processor_type"].removesuffix("Pil")
+    path = staging / "preprocessor_config.json"
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------- weights and files
+
+
+def _language_weights(language_model: nn.Module) -> tuple[list[tuple[str, torch.Tensor]], bool]:
+    """Names and tensors as the language model has them, without an `lm_head` that is the embedding; whether it is."""
+    embeddings = language_model.get_input_embeddings().weight
+    head = language_model.get_output_embeddings().weight
+    weights = language_model.state_dict(keep_vars=True)
+    return [(name, tensor) for name, tensor in weights.items() if head is not embeddings or name != "lm_head.weight"], (
+        head is embeddings
+    )
+
+
+def _whole_shape(tensor: torch.Tensor) -> torch.Size:
+    """The shape of the tensor, also where ZeRO-3 has left an empty one in its place."""
+    return getattr(tensor, "ds_shape", tensor.shape)
+
+
+def _write_weights(
+    directory: Path,
+    weights: list[tuple[str, torch.Tensor]],
+    dtype: torch.dtype,
+    is_main_process: bool,
+    shard_bytes: int,
+    rows: dict[str, int] | None = None,
+) -> None:
+    """Write safetensors files of about `shard_bytes` each, with their index; `rows` names matrices that grow."""
+    rows = rows or {}
+    shards: list[list[tuple[str, torch.Tensor]]] = [[]]
+    size = total = 0
+    for name, tensor in weights:
+        shape = _whole_shape(tensor)
+        item = math.prod((rows.get(name, shape[0]), *shape[1:]) if shape else ()) * dtype.itemsize
+        if shards[-1] and size + item > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append((name, tensor))
+        size, total = size + item, total + item
+
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= {name: file for name, _ in shard}
+        content = {
+            name: _grown(tensor, rows[name]) if name in rows else tensor
+            for name, tensor in gathered_state_dict(shard, is_main_process, dtype)
+        }
+        if is_main_process:
+            with _staged(directory) as staging:
+                save_file(content, staging / file, metadata={"format": "pt"})
+    if is_main_process and len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(directory, "model.safetensors.index.json", index)
+
+
+def _grown(matrix: torch.Tensor, rows: int) -> torch.Tensor:
+    """[old, width] -> [rows, width]: the new rows are the mean of the old ones."""
+    if rows == len(matrix):
+        return matrix
+    mean = matrix.mean(dim=0, dtype=torch.float32).to(matrix.dtype)
+    return torch.cat([matrix, mean.expand(rows - len(matrix), -1)])
+
+
+def _begin(directory: Path) -> None:
+    """Remove an older model's config first, so that the rest is not taken for whole, then its other files."""
+    check_may_be_written(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for pattern in MODEL_FILES:
+        for file in directory.glob(pattern):
+            if file.is_file():
+                file.unlink()
+
+
+@contextmanager
+def _staged(directory: Path) -> Iterator[Path]:
+    """A folder whose files are flushed to the disk and moved into `directory` when the block ends well."""
+    staging = directory / ".unfinished"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        yield staging
+        for file in sorted(staging.iterdir()):
+            with open(file, "rb") as content:
+                os.fsync(content.fileno())
+            os.replace(file, directory / file.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    # The names too must be on the disk before the next file's are, config.json last.
+    descriptor = os.open(directory, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _write_json(directory: Path, name: str, content: dict) -> None:
+    with _staged(directory) as staging:
+        text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+        (staging / name).write_text(text + "\n", encoding="utf-8")

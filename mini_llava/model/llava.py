@@ -1,0 +1,122 @@
+"""The model: encode the images, project them, place them among the word embeddings, sum the token losses.
+
+Replaces `LlavaMetaForCausalLM.prepare_inputs_labels_for_multimodal` and `LlavaLlamaForCausalLM.forward` (181 lines of
+splitting and stacking there). The placeholders were given their full length when the text was tokenized, so placing the
+features is one `index_copy`. Any causal language model of transformers fits.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM
+
+from .projector import build_projector, load_projector
+from .vision_tower import VisionTower, load_vision_tower
+
+IGNORE_INDEX = -100
+# Logits are turned to fp32 this many at a time, so that a vocabulary of 150,000 does not need gigabytes at once.
+LOGITS_IN_FP32_AT_ONCE = 64 * 2**20
+
+
+class LlavaModel(nn.Module):
+    """Vision tower, projector and language model; `forward` takes what `collate` gives."""
+
+    def __init__(self, vision_tower: VisionTower, projector: nn.Module, language_model: nn.Module):
+        super().__init__()
+        self.vision_tower, self.projector, self.language_model = vision_tower, projector, language_model
+
+    def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor, image_positions: torch.Tensor) -> torch.Tensor:
+        """Word embeddings [B, L, width] with the projected image features at `image_positions`.
+
+        A micro-batch without images brings one blank image and no position: tower and projector run all the same, so
+        that every rank makes the same collective calls, and the projector's gradient is zero rather than absent (AdamW
+        then still decays its moments, as in the original).
+        """
+        features = self.projector(self.vision_tower(pixel_values).to(_dtype(self.projector, pixel_values)))
+        embeddings = self.language_model.get_input_embeddings()(input_ids)
+        source = features.flatten(0, 1)[: image_positions.numel()].to(embeddings.dtype)
+        return embeddings.flatten(0, 1).index_copy(0, image_positions, source).view_as(embeddings)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        image_positions: torch.Tensor,
+        logit_positions: torch.Tensor,
+        targets: torch.Tensor,
+        max_seqlen: int,
+        attention_mask: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Sum of the losses of all trained tokens, fp32 scalar. Shapes as `collate` describes them."""
+        packing = {}
+        if cu_seqlens is not None:
+            packing = {
+                "cu_seq_lens_q": cu_seqlens,
+                "cu_seq_lens_k": cu_seqlens,
+                "max_length_q": max_seqlen,
+                "max_length_k": max_seqlen,
+            }
+        logits = self.language_model(
+            inputs_embeds=self.embed(input_ids, pixel_values, image_positions),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            # With a cache transformers takes a packed row for one long sequence, and samples see each other.
+            use_cache=False,
+            # Only the columns with something to predict, through the model's own head (a bare lm_head would lose the
+            # scaling that some families put behind it).
+            logits_to_keep=logit_positions,
+            **packing,
+        ).logits
+        return sum_of_token_losses(logits, targets)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recomputes the language model's layers in backward instead of keeping their activations."""
+        self.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def load_llava(
+    model_name_or_path: str,
+    vision_tower: str,
+    projector_type: str,
+    select_layer: int,
+    select_feature: str,
+    attn_implementation: str,
+    dtypes: dict[str, torch.dtype],
+    pretrained_projector: str | None = None,
+) -> LlavaModel:
+    """A language model and a vision tower from hub names or local directories, with a projector between them.
+
+    Args:
+        dtypes: of the parts `language_model`, `vision_tower` and `projector`. Under ZeRO-3 the first two are read in
+            the DeepSpeed config's precision instead, because they are partitioned while they are read.
+        pretrained_projector: file or directory to read the projector from; None = new weights, from torch's generator.
+    """
+    language_model = AutoModelForCausalLM.from_pretrained(
+        model_name_or_path, dtype=dtypes["language_model"], attn_implementation=attn_implementation
+    )
+    tower = load_vision_tower(vision_tower, select_layer, select_feature, dtypes["vision_tower"])
+    projector = build_projector(projector_type, tower.hidden_size, language_model.config.hidden_size)
+    if pretrained_projector:
+        load_projector(projector, pretrained_projector)
+    return LlavaModel(tower, projector.to(dtypes["projector"]), language_model)
+
+
+def sum_of_token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross entropy in fp32, summed over the targets other than IGNORE_INDEX: [B, K, V], [B, K] -> scalar."""
+    logits, targets = logits.flatten(0, 1), targets.flatten()
+    rows = max(1, LOGITS_IN_FP32_AT_ONCE // logits.shape[-1])
+    if len(logits) <= rows:
+        return _cross_entropy(logits, targets)
+    pieces = zip(logits.split(rows), targets.split(rows), strict=True)
+    return torch.stack([checkpoint(_cross_entropy, *piece, use_reentrant=False) for piece in pieces]).sum()
+
+
+def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def _dtype(module: nn.Module, default: torch.Tensor) -> torch.dtype:
+    return next((parameter.dtype for parameter in module.parameters()), default.dtype)

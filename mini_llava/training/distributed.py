@@ -1,0 +1,218 @@
+"""Every quirk of accelerate and DeepSpeed that the trainer has to know, each with its reason.
+
+The loop in `train.py` uses `backward_and_step` and does not know which backend runs. Accumulation is 1 for accelerate
+and for DeepSpeed: the loop says itself which micro-batch is the last, so that a step may have any number of them.
+"""
+
+import contextlib
+import importlib.metadata
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from torch import nn
+
+
+def launched_rank() -> tuple[int, int]:
+    """(rank, number of processes), as the launcher says it, before any process group exists."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def choose_precision(bf16: bool, fp16: bool, explicit: set[str]) -> str:
+    """`bf16`, `fp16` or `no`: accelerate's config where it sets one, else the flags; a contradiction is an error.
+
+    A bare `accelerate launch` exports `no` as well, so `no` counts as not set.
+    """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    wanted = "bf16" if bf16 else "fp16" if fp16 else "no"
+    if launched not in ("no", "bf16", "fp16"):
+        raise ValueError(f"mixed_precision: {launched} of the accelerate config is unknown; known: no, bf16, fp16.")
+    if launched != "no":
+        asked = {"bf16": bf16, "fp16": fp16}
+        contradicting = [name for name in asked if name in explicit and asked[name] != (launched == name)]
+        if contradicting:
+            name = contradicting[0]
+            raise ValueError(f"--{name} {asked[name]} contradicts the accelerate config's mixed_precision: {launched}.")
+        wanted = launched
+    if wanted == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "fp16"  # V100, T4
+    return wanted
+
+
+def build_accelerator(precision: str, max_grad_norm: float, report_to: str, output_dir: Path) -> Accelerator:
+    """The Accelerator for what the launcher started: one process, DDP, DeepSpeed ZeRO-2 or ZeRO-3, on GPU or CPU."""
+    handlers, plugin = [], None
+    if "WORLD_SIZE" in os.environ:
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        # Only in launched runs: without a launcher accelerate would look for a process group that is not there.
+        handlers.append(InitProcessGroupKwargs(backend=backend))
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        plugin = DeepSpeedPlugin()
+        _complete_deepspeed_config(plugin.deepspeed_config, precision, max_grad_norm)
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        gradient_accumulation_steps=1,
+        deepspeed_plugin=plugin,
+        kwargs_handlers=handlers,
+        log_with=None if report_to == "none" else report_to,
+        project_dir=str(output_dir),
+    )
+    # ACCELERATE_GRADIENT_ACCUMULATION_STEPS of a config file would win over the argument above.
+    accelerator.gradient_accumulation_steps = 1
+    return accelerator
+
+
+def _complete_deepspeed_config(config: dict, precision: str, max_grad_norm: float) -> None:
+    """Fills what the loop decides, in place. Raises ValueError where the file says something else."""
+    for key in ("optimizer", "scheduler"):
+        if key in config:
+            # LLaVA's zero3_offload.json has both, and silently replaces parameter groups and cosine by them.
+            raise ValueError(f"The DeepSpeed config has an entry {key!r}; remove it, the trainer brings its own.")
+    clipping = config.get("gradient_clipping", "auto")
+    if clipping not in ("auto", max_grad_norm):
+        raise ValueError(
+            f"gradient_clipping {clipping} of the DeepSpeed config contradicts --max_grad_norm {max_grad_norm}: "
+            "remove it there."
+        )
+    config["gradient_clipping"] = float(max_grad_norm)  # left out or "auto" it would be 1.0
+    config["train_micro_batch_size_per_gpu"] = 1  # of no effect: batches are never made by DeepSpeed
+    config["gradient_accumulation_steps"] = 1
+    config["zero_allow_untested_optimizer"] = True
+    zero = config["zero_optimization"]
+    # "auto" would be derived from the hidden size of a `model.config` that LlavaModel does not have.
+    for key, value in (
+        ("reduce_bucket_size", 500_000_000),
+        ("stage3_prefetch_bucket_size", 400_000_000),
+        ("stage3_param_persistence_threshold", 1_000_000),
+    ):
+        if zero.get(key, "auto") == "auto" and (zero["stage"] == 3 or not key.startswith("stage3")):
+            zero[key] = value
+    zero.setdefault("overlap_comm", torch.cuda.is_available())
+    for name in ("bf16", "fp16"):
+        config.setdefault(name, {})["enabled"] = precision == name
+
+
+def is_deepspeed(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def zero_stage(accelerator: Accelerator) -> int:
+    """0 without DeepSpeed."""
+    return accelerator.deepspeed_plugin.zero_stage if is_deepspeed(accelerator) else 0
+
+
+def parameter_dtypes(accelerator: Accelerator, trained: set[str]) -> dict[str, torch.dtype]:
+    """The dtype to load each part of the model in.
+
+    Trained parameters always have fp32 masters: DeepSpeed keeps them in its optimizer beside half-precision working
+    weights; otherwise the parameters themselves are the masters, and autocast computes in half precision.
+    """
+    compute = compute_dtype(accelerator)
+    masters_elsewhere = is_deepspeed(accelerator)
+    return {
+        part: torch.float32 if part in trained and not masters_elsewhere else compute
+        for part in ("vision_tower", "projector", "language_model")
+    }
+
+
+def compute_dtype(accelerator: Accelerator) -> torch.dtype:
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[accelerator.mixed_precision]
+
+
+def describe(accelerator: Accelerator) -> str:
+    """`2 processes, DeepSpeed ZeRO-3, bf16, cuda`"""
+    kind = f"DeepSpeed ZeRO-{zero_stage(accelerator)}" if is_deepspeed(accelerator) else None
+    kind = kind or ("DDP" if accelerator.num_processes > 1 else "no distribution")
+    count = f"{accelerator.num_processes} process" + ("es" if accelerator.num_processes > 1 else "")
+    precision = accelerator.mixed_precision.replace("no", "fp32")
+    return f"{count}, {kind}, {precision}, {accelerator.device.type}"
+
+
+def memory_note(accelerator: Accelerator, model: nn.Module) -> str | None:
+    """What a bare `accelerate launch` on several GPUs, which is DDP, costs on each of them; None elsewhere."""
+    if accelerator.distributed_type != DistributedType.MULTI_GPU:
+        return None
+    parameters = list(model.parameters())
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    frozen = sum(parameter.numel() * parameter.element_size() for parameter in parameters if not parameter.requires_grad)
+    return (
+        f"DDP keeps all weights, gradients and moments on every GPU, {(16 * trained + frozen) / 2**30:.1f} GiB each before "
+        "activations; --config_file accelerate_configs/zero3.yaml divides them among the GPUs."
+    )
+
+
+def is_offloaded(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed keeps the optimizer in CPU memory; accelerate then replaces AdamW by DeepSpeed's for CPUs."""
+    return is_deepspeed(accelerator) and accelerator.deepspeed_plugin.offload_optimizer_device not in (None, "none")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    packages = ("torch", "transformers", "accelerate", "deepspeed", "tokenizers", "pillow")
+    found = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def backward_and_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    losses: Iterator[torch.Tensor],
+    count: int,
+    max_grad_norm: float,
+) -> torch.Tensor | float:
+    """Backward for each of `count` losses, gradients synchronised with the last one, clip, step; returns the norm.
+
+    Args:
+        losses: yields the losses lazily, so that each forward runs right before its backward.
+
+    Returns:
+        The global gradient norm before clipping, on the device where the backend leaves it there.
+    """
+    deepspeed = is_deepspeed(accelerator)
+    unsynchronised = getattr(model, "no_sync", contextlib.nullcontext)
+    for number in range(1, count + 1):
+        last = number == count
+        # DeepSpeed is told through accelerate's flag (its own no_sync is refused by ZeRO-2 and ZeRO-3); DDP has to know
+        # already in forward.
+        accelerator.gradient_state._set_sync_gradients(last)
+        with contextlib.nullcontext() if last or deepspeed else unsynchronised():
+            accelerator.backward(next(losses))
+    if deepspeed:  # clipped and stepped inside the last backward
+        return accelerator.deepspeed_engine_wrapped.engine.get_global_grad_norm()
+    accelerator.unscale_gradients(optimizer)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm if max_grad_norm > 0 else float("inf"))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    return {key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for key, value in batch.items()}
+
+
+def start_trackers(accelerator: Accelerator, values: dict) -> None:
+    """Starts the trackers of `--report_to` with all arguments as text."""
+    accelerator.init_trackers("runs", config={key: str(value) for key, value in values.items()})
+
+
+def sum_over_ranks(accelerator: Accelerator, value: torch.Tensor | float) -> torch.Tensor:
+    """The value, a number or a tensor, summed over all ranks in fp64 and left on the device (one collective, no wait)."""
+    tensor = torch.as_tensor(value, dtype=torch.float64, device=accelerator.device).clone()
+    if accelerator.num_processes > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def all_agree(accelerator: Accelerator, ok: bool) -> bool:
+    """True if every rank says so. A collective: all ranks must call it."""
+    return int(sum_over_ranks(accelerator, float(not ok)).item()) == 0

@@ -1,0 +1,166 @@
+"""Held-out questions answered by greedy generation and compared with the expected answers.
+
+LLaVA has no evaluation in its training; its loss says little about whether the answers are right. The same questions
+can be asked with the pictures shuffled: what a model still gets right then, it did not see.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from ..data.records import RecordStore
+from ..data.tokenization import IMAGE_TOKEN_INDEX
+from .distributed import sum_over_ranks, zero_stage
+
+
+@dataclass
+class Question:
+    """A prompt as `tokenize_prompt` gives it, its pictures (record, name), and the answer expected."""
+
+    input_ids: np.ndarray
+    images: list[tuple[int, str]]
+    answer: str
+
+
+def shuffle_images(questions: Sequence[Question], seed: int) -> list[Question]:
+    """The same questions with the pictures of other ones; only questions with equally many pictures are exchanged."""
+    shuffled = list(questions)
+    generator = torch.Generator().manual_seed(seed)
+    for count in {len(question.images) for question in questions} - {0}:
+        places = [i for i, question in enumerate(questions) if len(question.images) == count]
+        for place, other in zip(places, torch.randperm(len(places), generator=generator).tolist(), strict=True):
+            shuffled[place] = replace(questions[place], images=questions[places[other]].images)
+    return shuffled
+
+
+class HeldOut:
+    """The questions of `--eval_data_path`, asked before and after training; without the flag it does nothing."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        store: RecordStore | None,
+        to_prompt: Callable[[dict], np.ndarray],
+        load_pixels: Callable[[str, str], torch.Tensor],
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str],
+        batch_size: int,
+        max_samples: int | None,
+        seed: int,
+    ):
+        """
+        Args:
+            store: the held-out records; None = none.
+            to_prompt: record to the ids up to the answer of its last question.
+            load_pixels: (image folder, image name) to float32 [3, image_size, image_size].
+            max_samples: take so many of them, at random.
+        """
+        self.accelerator, self.model, self.store, self.load_pixels = accelerator, model, store, load_pixels
+        self.tokenizer, self.stop, self.batch_size, self.seed = tokenizer, stop, batch_size, seed
+        self.questions: list[Question] = []
+        if store is None:
+            return
+        chosen = range(len(store))
+        if max_samples and max_samples < len(store):
+            generator = torch.Generator().manual_seed(seed)
+            chosen = torch.randperm(len(store), generator=generator)[:max_samples].tolist()
+        for index in chosen:
+            record = store[index]
+            names = record.get("image", [])
+            images = [(index, name) for name in ([names] if isinstance(names, str) else names)]
+            self.questions.append(Question(to_prompt(record), images, record["conversations"][-1]["value"]))
+
+    def scores(self) -> dict[str, float]:
+        """Exact match, also with the pictures exchanged between the questions. All ranks must call it."""
+        if not self.questions:
+            return {}
+        ask = functools.partial(
+            exact_match,
+            self.accelerator,
+            self.model,
+            load_pixels=lambda index, name: self.load_pixels(self.store.image_folder(index), name),
+            tokenizer=self.tokenizer,
+            stop=self.stop,
+            batch_size=self.batch_size,
+        )
+        return {
+            "exact_match": ask(self.questions),
+            "exact_match_shuffled_images": ask(shuffle_images(self.questions, self.seed)),
+        }
+
+
+@torch.no_grad()
+def exact_match(
+    accelerator: Accelerator,
+    model: nn.Module,
+    questions: Sequence[Question],
+    load_pixels: Callable[[int, str], torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    stop: Sequence[str],
+    batch_size: int,
+) -> float:
+    """Share of the questions whose greedy answer, up to its end marker, is the expected text. All ranks must call it.
+
+    Args:
+        model: the prepared `LlavaModel`.
+        load_pixels: (record, image name) to float32 [3, image size, image size].
+        stop: strings that end an answer.
+    """
+    llava = accelerator.unwrap_model(model)
+    was_training, attention = model.training, llava.language_model.config._attn_implementation
+    model.eval()
+    if attention == "varlen":  # for packed rows without a cache only
+        llava.language_model.set_attn_implementation("sdpa")
+    stop_ids = [tokenizer.convert_tokens_to_ids(text) for text in stop if text in tokenizer.get_vocab()]
+    settings = GenerationConfig(
+        do_sample=False,
+        # An answer longer than the longest expected one is wrong in any case.
+        max_new_tokens=4 + max(len(tokenizer(q.answer, add_special_tokens=False).input_ids) for q in questions),
+        eos_token_id=stop_ids or tokenizer.eos_token_id,
+        pad_token_id=0,
+    )
+    by_length = sorted(questions, key=lambda question: len(question.input_ids))
+    right = 0
+    # All ranks take the same number of batches, because under ZeRO-3 each forward is a collective; surplus ranks repeat
+    # the first question and do not count it.
+    for start in range(0, len(by_length), batch_size * accelerator.num_processes):
+        first = start + accelerator.process_index * batch_size
+        counted = by_length[first : first + batch_size]
+        batch = counted or by_length[:1]
+        ids = [torch.from_numpy(question.input_ids.astype(np.int64)) for question in batch]
+        input_ids = pad_sequence(ids, batch_first=True, padding_side="left")
+        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left")
+        is_image = input_ids == IMAGE_TOKEN_INDEX
+        pixels = [load_pixels(*image) for question in batch for image in question.images]
+        with accelerator.autocast():
+            embeddings = llava.embed(
+                input_ids.masked_fill(is_image, 0).to(accelerator.device),
+                (torch.stack(pixels) if pixels else torch.zeros(1, 3, llava.vision_tower.image_size, llava.vision_tower.image_size)).to(accelerator.device),
+                is_image.flatten().nonzero().squeeze(-1).to(accelerator.device),
+            )
+            output = llava.language_model.generate(
+                inputs_embeds=embeddings,
+                attention_mask=mask.to(accelerator.device),
+                generation_config=settings,
+                synced_gpus=zero_stage(accelerator) == 3,
+            )
+        texts = tokenizer.batch_decode(output, skip_special_tokens=False)
+        right += sum(_cut(text, stop) == q.answer.strip() for text, q in zip(texts, counted, strict=False))
+    if attention == "varlen":
+        llava.language_model.set_attn_implementation(attention)
+    model.train(was_training)
+    return sum_over_ranks(accelerator, float(right)).item() / len(questions)
+
+
+def _cut(text: str, stop: Sequence[str]) -> str:
+    for mark in stop:
+        text = text.split(mark)[0]
+    return text.strip()

@@ -1,0 +1,32 @@
+"""The learning-rate schedule as a pure function of the step; the values are those of transformers' schedulers.
+
+A function has no state to save or to lose: a resumed run asks for the factor of its step. It also cannot be replaced
+behind one's back, as LLaVA's cosine is when its `zero3_offload.json` brings a scheduler of DeepSpeed's.
+
+This file needs nothing else of the project.
+"""
+
+import math
+
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
+
+
+def warmup_steps(warmup_ratio: float, total_steps: int) -> int:
+    """As transformers counts them: rounded up."""
+    return math.ceil(warmup_ratio * total_steps)
+
+
+def learning_rate_factor(kind: str, step: int, total_steps: int, warmup: int) -> float:
+    """Factor on the peak learning rate at optimizer step `step`, counted from 0 (so with warmup the first one is 0)."""
+    if kind == "constant":
+        return 1.0
+    if step < warmup:
+        return step / max(1, warmup)
+    if kind == "constant_with_warmup":
+        return 1.0
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    if kind == "linear":
+        return max(0.0, 1.0 - progress)
+    if kind == "cosine":
+        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+    raise ValueError(f"--lr_scheduler_type {kind}: unknown; known: {', '.join(SCHEDULES)}.")

@@ -1,0 +1,48 @@
+"""Run by test_formats.py under torchrun: saves a model partitioned by ZeRO-3 in every layout."""
+
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from mini_llava.model.formats import save_llava, save_projector_only, save_transformers
+from tests.model.test_formats import LLAVA, build, image_processor, tied_language_model, tokenizer
+
+ZERO3 = {
+    "train_micro_batch_size_per_gpu": 1,
+    "zero_allow_untested_optimizer": True,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+}
+
+
+def main(directory: Path) -> None:
+    torch.set_num_threads(1)
+    deepspeed.init_distributed("gloo")
+    is_main_process = dist.get_rank() == 0
+    for name, language_model in (("llama", None), ("qwen", tied_language_model())):
+        model = build(language_model=language_model)
+        optimizer = torch.optim.AdamW(model.parameters())
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ZERO3)
+        model = engine.module
+        assert all(parameter.numel() == 0 for parameter in model.parameters()), "nothing is partitioned"
+        common = {"dtype": torch.float32, "is_main_process": is_main_process}
+        save_transformers(
+            directory / name / "transformers",
+            *(model, tokenizer(), image_processor()),
+            projector_type="mlp2x_gelu",
+            image_aspect_ratio="pad",
+            shard_bytes=60_000,
+            **common,
+        )
+        settings = {"projector_type": "mlp2x_gelu", **LLAVA, **common}
+        save_llava(directory / name / "llava", model, tokenizer(), include_vision_tower=True, **settings)
+        save_projector_only(directory / name / "projector", model, **settings)
+        assert all(parameter.numel() == 0 for parameter in model.parameters()), "a parameter was left whole"
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,255 @@
+"""Trains a LLaVA-1.5 style vision-language model: `accelerate launch train.py --stage {1,2}`.
+
+Read it from top to bottom: arguments, data, processes, model, optimizer, order, resume, then one loop, then the result.
+Stage 1 trains the projector between a frozen vision tower and a frozen language model; stage 2 trains projector and
+language model. They differ in their presets only (`mini_llava/arguments.py`).
+"""
+
+import functools
+import json
+import math
+import random
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from mini_llava import arguments as flags
+from mini_llava import demo
+from mini_llava.data.images import load_image_processor
+from mini_llava.data.loader import RankSteps, log_skipped, open_pixels, rank_step_loader, refuse_or_report
+from mini_llava.data.records import RecordStore, measure, measurement_key
+from mini_llava.data.sampler import GlobalBatchSampler, deal
+from mini_llava.data.templates import get_template
+from mini_llava.data.tokenization import load_tokenizer, tokenize, tokenize_prompt
+from mini_llava.model import formats
+from mini_llava.model.attention import choose_attention
+from mini_llava.model.freeze import apply_plan, trainable_table, trained_parts
+from mini_llava.model.llava import load_llava
+from mini_llava.model.vision_tower import load_vision_config, tokens_per_image
+from mini_llava.training import checkpoint, distributed
+from mini_llava.training.evaluation import HeldOut
+from mini_llava.training.meter import Meter, ProgressLine
+from mini_llava.training.optimizer import build_adamw, parameter_groups, set_learning_rates
+from mini_llava.training.schedule import learning_rate_factor, warmup_steps
+
+
+def train(arguments: flags.Arguments) -> None:
+    model_flags, data_flags, training = arguments.model, arguments.data, arguments.training
+    output_dir = Path(training.output_dir)
+    rank, world_size = distributed.launched_rank()
+    say = print if rank == 0 else lambda *_: None
+    if arguments.is_demo:
+        say(demo.prepare(arguments))
+
+    # --- Data: what becomes of one record ----------------------------------------------------------------------------
+    # Read and measured before the process group exists: NCCL gives up after ten minutes of waiting for one rank.
+    template = get_template(model_flags.version)
+    tokenizer = load_tokenizer(model_flags.model_name_or_path)
+    image_processor = load_image_processor(model_flags.vision_tower)
+    vision_config = load_vision_config(model_flags.vision_tower)
+    image_tokens = tokens_per_image(vision_config, model_flags.mm_vision_select_feature)
+    textual = dict(template=template, tokenizer=tokenizer, tokens_per_image=image_tokens)
+    to_sample = functools.partial(tokenize, max_length=data_flags.model_max_length, **textual)
+    to_pixels = functools.partial(
+        open_pixels, processor=image_processor, aspect_ratio=data_flags.image_aspect_ratio, size=vision_config.image_size
+    )
+    store = RecordStore(data_flags.data_path, data_flags.image_folder)
+    key = measurement_key(template, tokenizer, image_tokens, data_flags.model_max_length)
+    lengths = measure(store, to_sample, max(1, data_flags.dataloader_num_workers), output_dir / "cache", key)
+    for sentence in refuse_or_report(store, lengths.bad, data_flags.on_bad_sample):
+        say(f"skipped: {sentence}")
+
+    # --- Processes, precision, seed ----------------------------------------------------------------------------------
+    precision = distributed.choose_precision(training.bf16, training.fp16, arguments.explicit)
+    accelerator = distributed.build_accelerator(precision, training.max_grad_norm, training.report_to, output_dir)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = bool(training.tf32)
+    torch.manual_seed(training.seed)  # the same on every rank, because new weights must be equal
+
+    # --- Model, what of it is trained, optimizer ---------------------------------------------------------------------
+    trained = trained_parts(
+        model_flags.tune_mm_mlp_adapter,
+        model_flags.freeze_mm_mlp_adapter,
+        model_flags.freeze_backbone,
+        model_flags.unfreeze_mm_vision_tower,
+    )
+    model = load_llava(
+        model_flags.model_name_or_path,
+        model_flags.vision_tower,
+        model_flags.mm_projector_type,
+        model_flags.mm_vision_select_layer,
+        model_flags.mm_vision_select_feature,
+        choose_attention(
+            model_flags.attn_implementation,
+            AutoConfig.from_pretrained(model_flags.model_name_or_path).model_type,
+            data_flags.packing,
+            accelerator.device,
+            half_precision=precision != "no",
+        ),
+        distributed.parameter_dtypes(accelerator, trained),
+        model_flags.pretrain_mm_mlp_adapter,
+    )
+    apply_plan(model, trained)
+    if training.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    rates = {"projector": training.mm_projector_lr, "vision_tower": training.mm_vision_tower_lr}
+    groups = parameter_groups(model, training.learning_rate, training.weight_decay, rates)
+    table = trainable_table(model, groups)
+    optimizer = build_adamw(
+        groups,
+        (training.adam_beta1, training.adam_beta2),
+        training.adam_epsilon,
+        fused=accelerator.device.type == "cuda" and not distributed.is_offloaded(accelerator),
+    )
+    model, optimizer = accelerator.prepare(model, optimizer)
+    model.train()
+
+    # --- Order: the global batches, and this rank's micro-batches of each --------------------------------------------
+    global_batch_size, micro_batches, batch_note = flags.choose_batch(arguments, world_size)
+    sampler = GlobalBatchSampler(
+        lengths.length.clip(min=1),  # bad records have none; they keep their place and are left out of their batch
+        lengths.has_image,
+        global_batch_size,
+        slots=world_size * micro_batches,
+        seed=training.seed,
+        group_by_modality_length=data_flags.group_by_modality_length,
+        recorded=json.loads(Path(data_flags.sample_order).read_text()) if data_flags.sample_order else None,
+    )
+    total_steps = training.max_steps
+    if total_steps <= 0:
+        total_steps = math.ceil(training.num_train_epochs * sampler.steps_per_epoch)
+    layout = "packed" if data_flags.packing else "padded"
+    if training.loss_normalization == "micro_batch":
+        layout = "in_order"  # LLaVA's own micro-batches, on which its loss depends
+
+    def rank_plans():
+        for batch in sampler.batches(total_steps):
+            good = [index for index in batch if index not in lengths.bad]
+            max_tokens = data_flags.max_tokens_per_micro_batch
+            dealt = deal(good, lengths.length, world_size, micro_batches, layout, max_tokens)
+            yield [of_ranks[rank] for of_ranks in dealt]
+
+    # --- Resume ------------------------------------------------------------------------------------------------------
+    torch.manual_seed((training.seed << 16) + rank)  # from here on each rank has dropout masks of its own
+    resume_from = checkpoint.find_checkpoint(output_dir, training.resume_from_checkpoint)
+    if resume_from:
+        manifest = checkpoint.load_checkpoint(accelerator, model, optimizer, resume_from)
+        sampler.load_state_dict(manifest["sampler"])
+    described = dict(
+        model=accelerator.unwrap_model(model),
+        projector_type=model_flags.mm_projector_type,
+        vision_tower_name=model_flags.vision_tower,
+        image_aspect_ratio=data_flags.image_aspect_ratio,
+        model_max_length=data_flags.model_max_length,
+        is_main_process=accelerator.is_main_process,
+    )
+
+    # --- What a person sees ------------------------------------------------------------------------------------------
+    say(f"\n{distributed.describe(accelerator)}\n\n{table}\n")
+    for note in (batch_note, distributed.memory_note(accelerator, model)):
+        if note:
+            say(note)
+    say(
+        f"{len(store):,} records, {int(lengths.has_image.sum()):,} with images, {int(lengths.length.sum()):,} tokens; "
+        f"{total_steps:,} steps of {global_batch_size} samples, {layout}."
+        + (f" Resumed from {resume_from} at step {sampler.step}." if resume_from else "")
+    )
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        flags.save_arguments(arguments, output_dir / "arguments.yaml", distributed.versions())
+    distributed.start_trackers(accelerator, arguments.as_dict())
+    held_out = HeldOut(
+        accelerator,
+        model,
+        RecordStore([data_flags.eval_data_path], [data_flags.eval_image_folder]) if data_flags.eval_data_path else None,
+        functools.partial(tokenize_prompt, **textual),
+        to_pixels,
+        tokenizer,
+        template.stop,
+        training.per_device_eval_batch_size,
+        data_flags.eval_max_samples,
+        training.seed,
+    )
+    scores = {"before training": held_out.scores()} if sampler.step == 0 else {}
+
+    # --- The loop ----------------------------------------------------------------------------------------------------
+    loader = rank_step_loader(
+        RankSteps(store, to_sample, to_pixels, vision_config.image_size, data_flags.packing, data_flags.on_bad_sample),
+        rank_plans(),
+        data_flags.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    warmup = warmup_steps(training.warmup_ratio, total_steps)
+    progress = ProgressLine(total_steps, sampler.step, enabled=rank == 0)
+    meter = Meter(accelerator)
+
+    for work in loader:
+        trained_tokens = distributed.sum_over_ranks(accelerator, sum(work.trained_tokens))
+        factor = learning_rate_factor(training.lr_scheduler_type, sampler.step, total_steps, warmup)
+        set_learning_rates(optimizer, factor)  # before the last backward, inside which DeepSpeed steps
+
+        def losses(work=work, trained_tokens=trained_tokens):
+            for batch, own_tokens in zip(work.micro_batches, work.trained_tokens, strict=True):
+                sum_of_losses = model(**distributed.to_device(batch, accelerator.device))
+                if training.loss_normalization == "global_batch":
+                    loss = sum_of_losses / trained_tokens.float().clamp(min=1)
+                else:  # LLaVA's mean of means, blind to how many tokens a micro-batch trains
+                    loss = sum_of_losses / (max(own_tokens, 1) * len(work.micro_batches) * world_size)
+                meter.add_loss(loss)
+                yield loss * world_size  # every backend averages the ranks' gradients
+
+        gradient_norm = distributed.backward_and_step(
+            accelerator, model, optimizer, losses(), len(work.micro_batches), training.max_grad_norm
+        )
+        sampler.step += 1
+        meter.add_step(work.tokens, work.samples)
+        log_skipped(store, work.skipped, output_dir / "skipped.jsonl")
+
+        saving = training.save_strategy == "steps" and sampler.step % training.save_steps == 0
+        if saving or sampler.step % training.logging_steps == 0 or sampler.step == total_steps:
+            values = meter.read()  # here the host waits for the device
+            values |= {"learning_rate": training.learning_rate * factor, "gradient_norm": float(gradient_norm)}
+            stop_if_not_finite(values, precision, sampler.step, [store.describe(index) for index in work.records])
+            accelerator.log(values | {"epoch": sampler.step / sampler.steps_per_epoch}, step=sampler.step)
+            progress.update(sampler.step, values)
+        if saving:
+            description = {"stage": arguments.stage, "sampler": sampler.state_dict(), "arguments": arguments.as_dict()}
+            checkpoint.save_checkpoint(
+                accelerator,
+                model,
+                optimizer,
+                output_dir,
+                sampler.step,
+                description,
+                training.save_total_limit,
+                write_weights=functools.partial(formats.save_projector_only, **described),
+            )
+            meter.pause_ends()
+    progress.close()
+
+    # --- The result --------------------------------------------------------------------------------------------------
+    if trained == {"projector"}:
+        formats.save_projector_only(output_dir, **described)
+        say(f"The projector is in {output_dir}/mm_projector.bin; stage 2 takes it as --pretrain_mm_mlp_adapter.")
+    else:
+        dtype = distributed.compute_dtype(accelerator)
+        say(formats.save_whole_model(output_dir, tokenizer, image_processor, template, "vision_tower" in trained, dtype, **described))
+    scores["after training"] = held_out.scores()
+    for moment, values in scores.items():
+        for name, value in values.items():
+            say(f"{name.replace('_', ' ')} {moment}: {value:.1%}")
+    accelerator.end_training()
+
+
+def stop_if_not_finite(values: dict[str, float], precision: str, step: int, records: list[str]) -> None:
+    """Ends the run if the loss or the gradient is not a number; in fp16 the loss scaler deals with gradients itself."""
+    if math.isfinite(values["loss"]) and (math.isfinite(values["gradient_norm"]) or precision == "fp16"):
+        return
+    raise SystemExit(
+        f"Step {step}: loss {values['loss']}, gradient norm {values['gradient_norm']}. Nothing was saved since the last "
+        f"checkpoint. This rank's records of the step: {', '.join(records)}."
+    )
+
+
+if __name__ == "__main__":
+    train(flags.parse_arguments())
