@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessor, CLIPVisionModel
 
 from mini_llava import demo
+from mini_llava.data.templates import get_template
 
 
 @pytest.fixture(scope="module")
@@ -147,17 +148,13 @@ def test_the_tokenizer_cuts_like_llama_and_gives_every_text_back():
 def test_the_language_model_answers_from_a_description_before_it_has_seen_any_image():
     tokenizer = AutoTokenizer.from_pretrained(demo.LANGUAGE_MODEL)
     model = AutoModelForCausalLM.from_pretrained(demo.LANGUAGE_MODEL, dtype=torch.float32)
-    system = (
-        "A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions."
-    )
     for question, answer in (
         ("is there not a circle?", "no"),
         ("is there not a triangle?", "yes"),
         ("is a red shape present?", "yes"),
         ("what color is the shape?", "red"),
     ):
-        prompt = f"{system} USER: the picture shows a red circle.\n{question} ASSISTANT:"
+        prompt = f"{get_template('v1').opening}the picture shows a red circle.\n{question} ASSISTANT:"
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
         written = model.generate(**inputs, do_sample=False, max_new_tokens=4)[0, inputs.input_ids.shape[1] :]
         assert tokenizer.decode(written) == f"{answer}</s>"

@@ -145,24 +145,24 @@ def _convert(folder: Path) -> None:
         shape, colour = shape_and_colour(turns)
         if shape and colour:  # the questions of one image in ten leave one of them open
             request = f"<image>\n{rng.choice(CAPTION_REQUESTS)}"
-            captions.append(_record(f"caption-{image}", [(request, f"a {colour} {shape}")], f"train/{image}.png"))
+            captions.append(record(f"caption-{image}", [(request, f"a {colour} {shape}")], f"train/{image}.png"))
 
     conversations = []
     for image, turns in train.items():
         # The package lists "what ..." first and yes/no last; unshuffled, hardly a conversation would begin with yes/no.
         (question, answer), *rest = rng.sample(turns, len(turns))
         turns = [(f"<image>\n{question}", answer), *rest]
-        conversations.append(_record(f"image-{image}", turns, f"train/{image}.png"))
+        conversations.append(record(f"image-{image}", turns, f"train/{image}.png"))
     scenes = answers_by_scene(train)
     for number in range(TEXT_ONLY_RECORDS):
         (shape, colour), answers = rng.choice(list(scenes.items()))
         (question, answer), *rest = rng.sample(list(answers.items()), rng.randint(2, 10))
         sentence = rng.choice(SCENE_SENTENCES).format(shape=shape, colour=colour)
-        conversations.append(_record(f"text-{number}", [(f"{sentence}\n{question}", answer), *rest]))
+        conversations.append(record(f"text-{number}", [(f"{sentence}\n{question}", answer), *rest]))
     rng.shuffle(conversations)
 
     questions = [
-        _record(f"test-{image}-{number}", [(f"<image>\n{question}", answer)], f"test/{image}.png")
+        record(f"test-{image}-{number}", [(f"<image>\n{question}", answer)], f"test/{image}.png")
         for image, turns in test.items()
         for number, (question, answer) in enumerate(turns)
     ]
@@ -175,7 +175,7 @@ def _convert(folder: Path) -> None:
         (folder / f"{name}.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
 
 
-def _record(identifier: str, turns: list[tuple[str, str]], image: str | None = None) -> dict:
+def record(identifier: str, turns: list[tuple[str, str]], image: str | None = None) -> dict:
     """One record of LLaVA's JSON: human and gpt turns, and the image's name where there is one."""
     conversations = [
         {"from": speaker, "value": text}

@@ -2,7 +2,7 @@
 
 They stand where CLIP and Vicuna stand in LLaVA: a vision tower that knows shapes and colours but no language, and a
 language model that answers questions about described scenes but has seen no image. Both see easy-vqa's training split
-only, less one image in ten, on which the printed accuracies are measured. Five minutes on one H200; slow on a CPU.
+only, less one image in ten, on which the printed accuracies are measured. A few minutes on one H200; slow on a CPU.
 """
 
 import argparse
@@ -21,6 +21,8 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mini_llava import demo
+from mini_llava.data.templates import get_template
+from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, tokenize
 
 # CLIP's own mean and standard deviation of the pixel values.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -29,11 +31,6 @@ IMAGE_SIZE, PATCH_SIZE = 64, 8
 PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
 SELECT_LAYER = -2  # the layer whose patches LLaVA projects
 
-# The conversation is written as the template v1 writes it, which stage 2 trains with.
-SYSTEM_PROMPT = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
 # More ways to describe a scene than the conversations of stage 2 use.
 SENTENCES = (
     *demo.SCENE_SENTENCES,
@@ -62,7 +59,7 @@ FILLERS = (
 VOCABULARY_SIZE = 640
 MAX_TURNS = 10
 MAX_TOKENS = 272
-DOCUMENTS = 120_000
+DOCUMENTS = 60_000
 HELD_OUT_FRACTION = 0.1
 
 
@@ -70,8 +67,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=demo.HERE, help="where the two directories are written")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tower_steps", type=int, default=4000, help="optimizer steps of 256 images")
-    parser.add_argument("--language_steps", type=int, default=10_000, help="optimizer steps of 256 documents")
+    parser.add_argument("--tower_steps", type=int, default=2500, help="optimizer steps of 256 images")
+    parser.add_argument("--language_steps", type=int, default=3000, help="optimizer steps of 256 documents")
     parser.add_argument("--documents", type=int, default=DOCUMENTS, help="documents made for the language model")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -252,13 +249,13 @@ def train_tokenizer(questions: dict) -> PreTrainedTokenizerFast:
     break stays a byte.
     """
     scenes = [(shape, colour) for shape in demo.SHAPES for colour in demo.COLOURS]
-    texts = [SYSTEM_PROMPT, " ".join(FILLERS), *demo.CAPTION_REQUESTS] * 50
+    texts = [" ".join(FILLERS), *demo.CAPTION_REQUESTS] * 50
     texts += [sentence.format(shape=shape, colour=colour) for sentence in SENTENCES for shape, colour in scenes] * 5
     texts = [f" {text}" for text in texts]
     for turns in questions.values():
         # A word that may stand after a line break or right after an end mark is to be a piece without its blank, too.
         texts += [f"USER:\n{question} ASSISTANT: {answer}" for question, answer in turns]
-        texts += [f" {SYSTEM_PROMPT} USER: {question} ASSISTANT: {answer}" for question, answer in turns]
+        texts += [f" {get_template('v1').opening}{question} ASSISTANT: {answer}" for question, answer in turns]
     words = Tokenizer(models.BPE())
     words.normalizer = normalizers.Replace(" ", "▁")
     words.pre_tokenizer = pre_tokenizers.Sequence(
@@ -330,66 +327,44 @@ def train_tokenizer(questions: dict) -> PreTrainedTokenizerFast:
 # ---- the language model ----
 
 
-def describe_in_patches(rng: random.Random, shape: str, colour: str, words: int) -> str:
-    """A scene told patch by patch: `words` words, some of them the shape or the colour, the others about nothing."""
+def describe_in_patches(rng: random.Random, shape: str, colour: str) -> str:
+    """A scene told patch by patch: a word for each, some the shape or the colour, the others about nothing."""
     named = rng.uniform(0.05, 1.0)
-    text = [rng.choice((shape, colour)) if rng.random() < named else rng.choice(FILLERS) for _ in range(words)]
-    for word, place in zip((shape, colour), rng.sample(range(words), 2), strict=True):
-        text[place] = word
-    return " ".join(text)
+    words = [rng.choice((shape, colour)) if rng.random() < named else rng.choice(FILLERS) for _ in range(PATCHES)]
+    for word, place in zip((shape, colour), rng.sample(range(PATCHES), 2), strict=True):
+        words[place] = word
+    return " ".join(words)
 
 
 def make_documents(tokenizer, scenes: dict, number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Token ids int16 [number, MAX_TOKENS], 0 after the end, and bool of that shape: the answers with their end marks.
 
-    Six in ten are told patch by patch: the description stands where an image would, between two pieces of text that are
-    tokenised apart, as they are around an image. The others begin with a sentence. One in six is a caption after a
-    description, as in stage 1; the others are conversations as in stage 2.
+    Each document is written by the trainer's own templates. One in six is a caption (`plain`), the others are
+    conversations (`v1`). In the captions and in six of ten conversations the scene is told patch by patch, by as many
+    tokens as an image has and in an image's place; the other conversations begin with a sentence.
     """
     rng = random.Random(seed)
-    heads, tails, caption = [], [], []
-    scene_list = list(scenes.items())
-    for _ in range(number):
-        (shape, colour), answers = rng.choice(scene_list)
-        in_patches = rng.random() < 0.6
-        if in_patches:
-            words = PATCHES if rng.random() < 0.7 else rng.randint(4, PATCHES)
-            description = describe_in_patches(rng, shape, colour, words)
-        else:
-            description = rng.choice(SENTENCES).format(shape=shape, colour=colour)
-        caption.append(rng.random() < 1 / 6)
-        if caption[-1]:
-            heads.append(["", description])
-            tails.append(f"a {colour} {shape}\n")
-            continue
-        turns = rng.sample(list(answers.items()), rng.randint(1, MAX_TURNS))
-        tail = "</s>USER: ".join(f"{question} ASSISTANT: {answer}" for question, answer in turns) + "</s>"
-        if in_patches:
-            heads.append([f"{SYSTEM_PROMPT} USER: ", description])
-            tails.append("\n" + tail)
-        else:
-            heads.append([f"{SYSTEM_PROMPT} USER: {description}\n{tail}"])
-            tails.append(None)
-
-    pieces = [[*head, tail] if tail else head for head, tail in zip(heads, tails, strict=True)]
-    flat = [piece for document in pieces for piece in document if piece]
-    tokenized = iter(tokenizer(flat, add_special_tokens=False)["input_ids"])
-    opening, colon = tokenizer(" ASSISTANT:", add_special_tokens=False)["input_ids"][-2:]
     ids = np.zeros((number, MAX_TOKENS), dtype=np.int16)
     answered = np.zeros((number, MAX_TOKENS), dtype=bool)
-    for row, document in enumerate(pieces):
-        parts = [next(tokenized) for piece in document if piece]
-        tokens = np.array([tokenizer.bos_token_id, *(token for part in parts for token in part)], dtype=np.int16)
-        trained = np.zeros(len(tokens), dtype=bool)
-        if caption[row]:
-            trained[-len(parts[-1]) :] = True
+    scene_list = list(scenes.items())
+    for row in range(number):
+        (shape, colour), answers = rng.choice(scene_list)
+        is_caption = rng.random() < 1 / 6
+        in_patches = is_caption or rng.random() < 0.6
+        if is_caption:
+            turns = [("<image>", f"a {colour} {shape}")]
         else:
-            ends = np.flatnonzero(tokens == tokenizer.eos_token_id)
-            starts = np.flatnonzero((tokens[:-1] == opening) & (tokens[1:] == colon)) + 2
-            for start, end in zip(starts, ends, strict=True):
-                trained[start : end + 1] = True
-        length = min(len(tokens), MAX_TOKENS)
-        ids[row, :length], answered[row, :length] = tokens[:length], trained[:length]
+            (question, answer), *rest = rng.sample(list(answers.items()), rng.randint(1, MAX_TURNS))
+            scene = "<image>" if in_patches else rng.choice(SENTENCES).format(shape=shape, colour=colour)
+            turns = [(f"{scene}\n{question}", answer), *rest]
+        record = demo.record(f"document-{row}", turns, "description" if in_patches else None)
+        template = get_template("plain" if is_caption else "v1")
+        sample = tokenize(record, template, tokenizer, PATCHES, MAX_TOKENS)
+        if in_patches:
+            description = tokenizer(describe_in_patches(rng, shape, colour), add_special_tokens=False)["input_ids"]
+            sample.input_ids[sample.input_ids == IMAGE_TOKEN_INDEX] = description
+        ids[row, : len(sample.input_ids)] = sample.input_ids
+        answered[row, : len(sample.labels)] = sample.labels != IGNORE_INDEX
     return ids, answered
 
 
@@ -447,8 +422,7 @@ def pretrain_language_model(tokenizer, kept: dict, held_out: dict, arguments) ->
 def text_accuracy(model, tokenizer, ids: torch.Tensor, answered: torch.Tensor) -> str:
     """Share of answers whose every token, end mark included, is the model's first choice, as greedy decoding needs it.
 
-    By kind: captions, the first turn of a conversation, later turns. Captions stay below 1 because nothing tells
-    where a description of any length ends and its caption begins.
+    By kind: captions, the first turn of a conversation, later turns.
     """
     right = {"captions": [], "first turns": [], "later turns": []}
     for batch, trained in zip(ids.long().split(500), answered.split(500), strict=True):
