@@ -11,8 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, imported by accelerate, else warns that it looked for one
+
 from accelerate import Accelerator, DeepSpeedPlugin
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType
 from torch import nn
 
 
@@ -50,8 +54,6 @@ def build_accelerator(precision: str, max_grad_norm: float, report_to: str, outp
         # Only in launched runs: without a launcher accelerate would look for a process group that is not there.
         handlers.append(InitProcessGroupKwargs(backend=backend))
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        if not torch.cuda.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         plugin = DeepSpeedPlugin()
         _complete_deepspeed_config(plugin.deepspeed_config, precision, max_grad_norm)
     accelerator = Accelerator(
@@ -202,7 +204,13 @@ def to_device(batch: dict, device: torch.device) -> dict:
 
 def start_trackers(accelerator: Accelerator, values: dict) -> None:
     """Starts the trackers of `--report_to` with all arguments as text."""
-    accelerator.init_trackers("runs", config={key: str(value) for key, value in values.items()})
+    text = {key: str(value) for key, value in values.items()}
+    # TensorBoard would file a configuration under hyper-parameters, as two more runs; as text it is read.
+    accelerator.init_trackers("runs", config=None if accelerator.log_with == [LoggerType.TENSORBOARD] else text)
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard" and accelerator.is_main_process:
+            rows = "\n".join(f"| {key} | {value} |" for key, value in text.items())
+            tracker.writer.add_text("arguments", f"| flag | value |\n|---|---|\n{rows}")
 
 
 def sum_over_ranks(accelerator: Accelerator, value: torch.Tensor | float) -> torch.Tensor:

@@ -62,7 +62,7 @@ class ProgressLine:
             disable=not enabled,
             dynamic_ncols=True,
             unit="step",
-            bar_format="{percentage:3.0f}% step {n_fmt}/{total_fmt} {postfix} [{elapsed} + {remaining} left]",
+            bar_format="{percentage:3.0f}% step {n_fmt}/{total_fmt}{postfix} [{elapsed}, {remaining} left]",
         )
 
     def update(self, step: int, values: dict[str, float] | None = None) -> None:
