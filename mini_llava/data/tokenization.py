@@ -66,7 +66,7 @@ def tokenize(
         length, first_trained = len(input_ids), int(np.argmax(trained))
         end = _cut(input_ids, tokens_per_image, max_length)
         input_ids, trained = input_ids[:end], trained[:end]
-        images = images[: int(np.count_nonzero(input_ids == IMAGE_TOKEN_INDEX)) // max(tokens_per_image, 1)]
+        images = images[: int(np.count_nonzero(input_ids == IMAGE_TOKEN_INDEX)) // tokens_per_image]
         if not trained.any():
             raise BadRecord(
                 f"it has {length} tokens (images included) and its first trained token is at position {first_trained}, "
@@ -210,7 +210,7 @@ def _encode(
 def _cut(input_ids: np.ndarray, tokens_per_image: int, max_length: int) -> int:
     """The largest length of at most `max_length` that does not end inside an image."""
     image_positions = np.flatnonzero(input_ids == IMAGE_TOKEN_INDEX)
-    inside = int(np.searchsorted(image_positions, max_length)) % max(tokens_per_image, 1)
+    inside = int(np.searchsorted(image_positions, max_length)) % tokens_per_image
     return max_length - inside
 
 
