@@ -52,13 +52,18 @@ def train(arguments: flags.Arguments) -> None:
     textual = dict(template=template, tokenizer=tokenizer, tokens_per_image=image_tokens)
     to_sample = functools.partial(tokenize, max_length=data_flags.model_max_length, **textual)
     to_pixels = functools.partial(
-        open_pixels, processor=image_processor, aspect_ratio=data_flags.image_aspect_ratio, size=vision_config.image_size
+        open_pixels,
+        processor=image_processor,
+        aspect_ratio=data_flags.image_aspect_ratio,
+        size=vision_config.image_size,
     )
     store = RecordStore(data_flags.data_path, data_flags.image_folder)
     key = measurement_key(template, tokenizer, image_tokens, data_flags.model_max_length)
     lengths = measure(store, to_sample, max(1, data_flags.dataloader_num_workers), output_dir / "cache", key)
     for sentence in refuse_or_report(store, lengths.bad, data_flags.on_bad_sample):
         say(f"skipped: {sentence}")
+
+    formats.check_may_be_written(output_dir)
 
     # --- Processes, precision, seed ----------------------------------------------------------------------------------
     precision = distributed.choose_precision(training.bf16, training.fp16, arguments.explicit)
@@ -233,7 +238,11 @@ def train(arguments: flags.Arguments) -> None:
         say(f"The projector is in {output_dir}/mm_projector.bin; stage 2 takes it as --pretrain_mm_mlp_adapter.")
     else:
         dtype = distributed.compute_dtype(accelerator)
-        say(formats.save_whole_model(output_dir, tokenizer, image_processor, template, "vision_tower" in trained, dtype, **described))
+        say(
+            formats.save_whole_model(
+                output_dir, tokenizer, image_processor, template, "vision_tower" in trained, dtype, **described
+            )
+        )
     scores["after training"] = held_out.scores()
     for moment, values in scores.items():
         for name, value in values.items():

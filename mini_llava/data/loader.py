@@ -45,7 +45,8 @@ def refuse_or_report(store: RecordStore, bad: dict[int, str], on_bad_sample: str
 def log_skipped(store: RecordStore, skipped: Iterable[tuple[int, str]], file: Path) -> None:
     """Appends skipped records to `skipped.jsonl`, one JSON object a line."""
     lines = [
-        json.dumps({"index": index, "record": store.describe(index), "reason": reason}) + "\n" for index, reason in skipped
+        json.dumps({"index": index, "record": store.describe(index), "reason": reason}) + "\n"
+        for index, reason in skipped
     ]
     if lines:
         file.parent.mkdir(parents=True, exist_ok=True)

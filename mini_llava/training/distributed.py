@@ -7,17 +7,24 @@ and for DeepSpeed: the loop says itself which micro-batch is the last, so that a
 import contextlib
 import importlib.metadata
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, imported by accelerate, else warns that it looked for one
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cpu"
+    )  # DeepSpeed, imported by accelerate, else warns that it looked for one
 
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType
 from torch import nn
+
+
+# DeepSpeed calls collectives by names that torch is renaming; nobody who trains can act on that.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
 def launched_rank() -> tuple[int, int]:
@@ -141,7 +148,9 @@ def memory_note(accelerator: Accelerator, model: nn.Module) -> str | None:
         return None
     parameters = list(model.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    frozen = sum(parameter.numel() * parameter.element_size() for parameter in parameters if not parameter.requires_grad)
+    frozen = sum(
+        parameter.numel() * parameter.element_size() for parameter in parameters if not parameter.requires_grad
+    )
     return (
         f"DDP keeps all weights, gradients and moments on every GPU, {(16 * trained + frozen) / 2**30:.1f} GiB each before "
         "activations; --config_file accelerate_configs/zero3.yaml divides them among the GPUs."
@@ -199,7 +208,9 @@ def backward_and_step(
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    return {key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for key, value in batch.items()}
+    return {
+        key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for key, value in batch.items()
+    }
 
 
 def start_trackers(accelerator: Accelerator, values: dict) -> None:
