@@ -8,7 +8,6 @@ language model. They differ in their presets only (`mini_llava/arguments.py`).
 import functools
 import json
 import math
-import random
 from pathlib import Path
 
 import torch
@@ -255,8 +254,8 @@ def stop_if_not_finite(values: dict[str, float], precision: str, step: int, reco
     if math.isfinite(values["loss"]) and (math.isfinite(values["gradient_norm"]) or precision == "fp16"):
         return
     raise SystemExit(
-        f"Step {step}: loss {values['loss']}, gradient norm {values['gradient_norm']}. Nothing was saved since the last "
-        f"checkpoint. This rank's records of the step: {', '.join(records)}."
+        f"Step {step}: loss {values['loss']}, gradient norm {values['gradient_norm']}. Nothing was saved since the "
+        f"last checkpoint. This rank's records of the step: {', '.join(records)}."
     )
 
 

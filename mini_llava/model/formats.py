@@ -221,7 +221,7 @@ def save_whole_model(
     model_max_length: int,
     is_main_process: bool = True,
 ) -> str:
-    """Stage 2's result: transformers' layout where it can express the model, otherwise LLaVA's. Returns a line about it.
+    """Stage 2's result in transformers' layout, or LLaVA's where that cannot express it; returns a line about it.
 
     Every rank calls it, the main process writes.
     """

@@ -12,16 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault(
-        "DS_ACCELERATOR", "cpu"
-    )  # DeepSpeed, imported by accelerate, else warns that it looked for one
-
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType
 from torch import nn
-
 
 # DeepSpeed calls collectives by names that torch is renaming; nobody who trains can act on that.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -152,8 +145,8 @@ def memory_note(accelerator: Accelerator, model: nn.Module) -> str | None:
         parameter.numel() * parameter.element_size() for parameter in parameters if not parameter.requires_grad
     )
     return (
-        f"DDP keeps all weights, gradients and moments on every GPU, {(16 * trained + frozen) / 2**30:.1f} GiB each before "
-        "activations; --config_file accelerate_configs/zero3.yaml divides them among the GPUs."
+        f"DDP keeps all weights, gradients and moments on every GPU, {(16 * trained + frozen) / 2**30:.1f} GiB each "
+        "before activations; --config_file accelerate_configs/zero3.yaml divides them among the GPUs."
     )
 
 
@@ -225,7 +218,7 @@ def start_trackers(accelerator: Accelerator, values: dict) -> None:
 
 
 def sum_over_ranks(accelerator: Accelerator, value: torch.Tensor | float) -> torch.Tensor:
-    """The value, a number or a tensor, summed over all ranks in fp64 and left on the device (one collective, no wait)."""
+    """A number or tensor summed over all ranks in fp64, left on the device: one collective, no wait."""
     tensor = torch.as_tensor(value, dtype=torch.float64, device=accelerator.device).clone()
     if accelerator.num_processes > 1:
         torch.distributed.all_reduce(tensor)
