@@ -28,7 +28,7 @@ from mini_llava.model.llava import load_llava
 from mini_llava.model.vision_tower import load_vision_config, tokens_per_image
 from mini_llava.training import checkpoint, distributed
 from mini_llava.training.evaluation import HeldOut
-from mini_llava.training.meter import Meter, ProgressLine
+from mini_llava.training.meter import Meter, ProgressLine, append_json_line
 from mini_llava.training.optimizer import build_adamw, parameter_groups, set_learning_rates
 from mini_llava.training.schedule import learning_rate_factor, warmup_steps
 
@@ -214,8 +214,11 @@ def train(arguments: flags.Arguments) -> None:
             values = meter.read()  # here the host waits for the device
             values |= {"learning_rate": training.learning_rate * factor, "gradient_norm": float(gradient_norm)}
             stop_if_not_finite(values, precision, sampler.step, [store.describe(index) for index in work.records])
-            accelerator.log(values | {"epoch": sampler.step / sampler.steps_per_epoch}, step=sampler.step)
+            values["epoch"] = sampler.step / sampler.steps_per_epoch
+            accelerator.log(values, step=sampler.step)
             progress.update(sampler.step, values)
+            if rank == 0:
+                append_json_line(output_dir / "log.jsonl", {"step": sampler.step, **values})
         if saving:
             description = {"stage": arguments.stage, "sampler": sampler.state_dict(), "arguments": arguments.as_dict()}
             checkpoint.save_checkpoint(
