@@ -39,11 +39,12 @@ def train(arguments: flags.Arguments) -> None:
     rank, world_size = distributed.launched_rank()
     say = print if rank == 0 else lambda *_: None
     if arguments.is_demo:
-        say(demo.prepare(arguments))
+        say(demo.prepare_run(arguments))
 
     # --- Data: what becomes of one record ----------------------------------------------------------------------------
     # Read and measured before the process group exists: NCCL gives up after ten minutes of waiting for one rank.
     template = get_template(model_flags.version)
+    eval_template = get_template(data_flags.eval_version or model_flags.version)
     tokenizer = load_tokenizer(model_flags.model_name_or_path)
     image_processor = load_image_processor(model_flags.vision_tower)
     vision_config = load_vision_config(model_flags.vision_tower)
@@ -161,15 +162,19 @@ def train(arguments: flags.Arguments) -> None:
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         flags.save_arguments(arguments, output_dir / "arguments.yaml", distributed.versions())
+        if not resume_from:
+            (output_dir / "log.jsonl").unlink(missing_ok=True)
+            (output_dir / "skipped.jsonl").unlink(missing_ok=True)
+            log_skipped(store, lengths.bad.items(), output_dir / "skipped.jsonl")
     distributed.start_trackers(accelerator, arguments.as_dict())
     held_out = HeldOut(
         accelerator,
         model,
         RecordStore([data_flags.eval_data_path], [data_flags.eval_image_folder]) if data_flags.eval_data_path else None,
-        functools.partial(tokenize_prompt, **textual),
+        functools.partial(tokenize_prompt, **{**textual, "template": eval_template}),
         to_pixels,
         tokenizer,
-        template.stop,
+        eval_template.stop,
         training.per_device_eval_batch_size,
         data_flags.eval_max_samples,
         training.seed,
