@@ -170,7 +170,7 @@ def train(arguments: flags.Arguments) -> None:
     held_out = HeldOut(
         accelerator,
         model,
-        RecordStore([data_flags.eval_data_path], [data_flags.eval_image_folder]) if data_flags.eval_data_path else None,
+        open_held_out(data_flags),
         functools.partial(tokenize_prompt, **{**textual, "template": eval_template}),
         to_pixels,
         tokenizer,
@@ -255,6 +255,12 @@ def train(arguments: flags.Arguments) -> None:
         for name, value in values.items():
             say(f"{name.replace('_', ' ')} {moment}: {value:.1%}")
     accelerator.end_training()
+
+
+def open_held_out(data_flags: flags.DataArguments) -> RecordStore | None:
+    if data_flags.eval_data_path is None:
+        return None
+    return RecordStore([data_flags.eval_data_path], data_flags.eval_image_folder and [data_flags.eval_image_folder])
 
 
 def stop_if_not_finite(values: dict[str, float], precision: str, step: int, records: list[str]) -> None:

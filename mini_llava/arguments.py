@@ -78,7 +78,7 @@ class DataArguments:
     """One or more JSON or JSON-lines files of LLaVA's records."""
 
     image_folder: list[str] | None = None
-    """Image folder of each data file, in the same order; one folder serves several files."""
+    """Image folder of each data file, in the same order; none at all for text only."""
 
     image_aspect_ratio: str = "square"
     """square resizes and crops the middle; pad first fills up to a square with the processor's mean colour."""
