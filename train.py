@@ -8,7 +8,6 @@ language model. They differ in their presets only (`mini_llava/arguments.py`).
 import functools
 import json
 import math
-import random
 from pathlib import Path
 
 import torch
@@ -29,7 +28,7 @@ from mini_llava.model.llava import load_llava
 from mini_llava.model.vision_tower import load_vision_config, tokens_per_image
 from mini_llava.training import checkpoint, distributed
 from mini_llava.training.evaluation import HeldOut
-from mini_llava.training.meter import Meter, ProgressLine
+from mini_llava.training.meter import Meter, ProgressLine, append_json_line
 from mini_llava.training.optimizer import build_adamw, parameter_groups, set_learning_rates
 from mini_llava.training.schedule import learning_rate_factor, warmup_steps
 
@@ -40,11 +39,12 @@ def train(arguments: flags.Arguments) -> None:
     rank, world_size = distributed.launched_rank()
     say = print if rank == 0 else lambda *_: None
     if arguments.is_demo:
-        say(demo.prepare(arguments))
+        say(demo.prepare_run(arguments))
 
     # --- Data: what becomes of one record ----------------------------------------------------------------------------
     # Read and measured before the process group exists: NCCL gives up after ten minutes of waiting for one rank.
     template = get_template(model_flags.version)
+    eval_template = get_template(data_flags.eval_version or model_flags.version)
     tokenizer = load_tokenizer(model_flags.model_name_or_path)
     image_processor = load_image_processor(model_flags.vision_tower)
     vision_config = load_vision_config(model_flags.vision_tower)
@@ -52,13 +52,18 @@ def train(arguments: flags.Arguments) -> None:
     textual = dict(template=template, tokenizer=tokenizer, tokens_per_image=image_tokens)
     to_sample = functools.partial(tokenize, max_length=data_flags.model_max_length, **textual)
     to_pixels = functools.partial(
-        open_pixels, processor=image_processor, aspect_ratio=data_flags.image_aspect_ratio, size=vision_config.image_size
+        open_pixels,
+        processor=image_processor,
+        aspect_ratio=data_flags.image_aspect_ratio,
+        size=vision_config.image_size,
     )
     store = RecordStore(data_flags.data_path, data_flags.image_folder)
     key = measurement_key(template, tokenizer, image_tokens, data_flags.model_max_length)
     lengths = measure(store, to_sample, max(1, data_flags.dataloader_num_workers), output_dir / "cache", key)
     for sentence in refuse_or_report(store, lengths.bad, data_flags.on_bad_sample):
         say(f"skipped: {sentence}")
+
+    formats.check_may_be_written(output_dir)
 
     # --- Processes, precision, seed ----------------------------------------------------------------------------------
     precision = distributed.choose_precision(training.bf16, training.fp16, arguments.explicit)
@@ -157,15 +162,19 @@ def train(arguments: flags.Arguments) -> None:
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         flags.save_arguments(arguments, output_dir / "arguments.yaml", distributed.versions())
+        if not resume_from:
+            (output_dir / "log.jsonl").unlink(missing_ok=True)
+            (output_dir / "skipped.jsonl").unlink(missing_ok=True)
+            log_skipped(store, lengths.bad.items(), output_dir / "skipped.jsonl")
     distributed.start_trackers(accelerator, arguments.as_dict())
     held_out = HeldOut(
         accelerator,
         model,
-        RecordStore([data_flags.eval_data_path], [data_flags.eval_image_folder]) if data_flags.eval_data_path else None,
-        functools.partial(tokenize_prompt, **textual),
+        open_held_out(data_flags),
+        functools.partial(tokenize_prompt, **{**textual, "template": eval_template}),
         to_pixels,
         tokenizer,
-        template.stop,
+        eval_template.stop,
         training.per_device_eval_batch_size,
         data_flags.eval_max_samples,
         training.seed,
@@ -210,8 +219,11 @@ def train(arguments: flags.Arguments) -> None:
             values = meter.read()  # here the host waits for the device
             values |= {"learning_rate": training.learning_rate * factor, "gradient_norm": float(gradient_norm)}
             stop_if_not_finite(values, precision, sampler.step, [store.describe(index) for index in work.records])
-            accelerator.log(values | {"epoch": sampler.step / sampler.steps_per_epoch}, step=sampler.step)
+            values["epoch"] = sampler.step / sampler.steps_per_epoch
+            accelerator.log(values, step=sampler.step)
             progress.update(sampler.step, values)
+            if rank == 0:
+                append_json_line(output_dir / "log.jsonl", {"step": sampler.step, **values})
         if saving:
             description = {"stage": arguments.stage, "sampler": sampler.state_dict(), "arguments": arguments.as_dict()}
             checkpoint.save_checkpoint(
@@ -233,7 +245,11 @@ def train(arguments: flags.Arguments) -> None:
         say(f"The projector is in {output_dir}/mm_projector.bin; stage 2 takes it as --pretrain_mm_mlp_adapter.")
     else:
         dtype = distributed.compute_dtype(accelerator)
-        say(formats.save_whole_model(output_dir, tokenizer, image_processor, template, "vision_tower" in trained, dtype, **described))
+        say(
+            formats.save_whole_model(
+                output_dir, tokenizer, image_processor, template, "vision_tower" in trained, dtype, **described
+            )
+        )
     scores["after training"] = held_out.scores()
     for moment, values in scores.items():
         for name, value in values.items():
@@ -241,13 +257,19 @@ def train(arguments: flags.Arguments) -> None:
     accelerator.end_training()
 
 
+def open_held_out(data_flags: flags.DataArguments) -> RecordStore | None:
+    if data_flags.eval_data_path is None:
+        return None
+    return RecordStore([data_flags.eval_data_path], data_flags.eval_image_folder and [data_flags.eval_image_folder])
+
+
 def stop_if_not_finite(values: dict[str, float], precision: str, step: int, records: list[str]) -> None:
     """Ends the run if the loss or the gradient is not a number; in fp16 the loss scaler deals with gradients itself."""
     if math.isfinite(values["loss"]) and (math.isfinite(values["gradient_norm"]) or precision == "fp16"):
         return
     raise SystemExit(
-        f"Step {step}: loss {values['loss']}, gradient norm {values['gradient_norm']}. Nothing was saved since the last "
-        f"checkpoint. This rank's records of the step: {', '.join(records)}."
+        f"Step {step}: loss {values['loss']}, gradient norm {values['gradient_norm']}. Nothing was saved since the "
+        f"last checkpoint. This rank's records of the step: {', '.join(records)}."
     )
 
 

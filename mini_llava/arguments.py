@@ -78,7 +78,7 @@ class DataArguments:
     """One or more JSON or JSON-lines files of LLaVA's records."""
 
     image_folder: list[str] | None = None
-    """Image folder of each data file, in the same order; one folder serves several files."""
+    """Image folder of each data file, in the same order; none at all for text only."""
 
     image_aspect_ratio: str = "square"
     """square resizes and crops the middle; pad first fills up to a square with the processor's mean colour."""
@@ -110,6 +110,9 @@ class DataArguments:
 
     eval_image_folder: str | None = None
     """Image folder of eval_data_path."""
+
+    eval_version: str | None = None
+    """Template the held-out questions are asked with; default the one trained with."""
 
     eval_max_samples: int | None = None
     """Take this many of the held-out records, at random; default all."""
@@ -330,10 +333,9 @@ def resolve(stage: int, command_line: dict, config_file: str | None = None) -> A
 def _wants_demo(given: dict) -> bool:
     """True if no model and no data flag is given; all of them: False; some: an error that names the missing ones."""
     needed = ("model_name_or_path", "vision_tower", "data_path")
-    missing = [f"--{name}" for name in needed if name not in given]
-    if len(missing) == len(needed):
+    if not any(name in given for name in (*needed, "image_folder", "pretrain_mm_mlp_adapter")):
         return True
-    if missing:
+    if missing := [f"--{name}" for name in needed if name not in given]:
         raise ValueError(
             f"{' and '.join(missing)} missing: give the language model, the vision tower and the data, "
             "or none of them for the embedded demo."
@@ -387,8 +389,9 @@ def _check(arguments: Arguments) -> None:
         raise ValueError("--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter together leave nothing to train.")
     if model.tune_mm_mlp_adapter and model.unfreeze_mm_vision_tower:
         raise ValueError("--tune_mm_mlp_adapter trains the projector only; --unfreeze_mm_vision_tower contradicts it.")
-    if data.eval_data_path is None and (data.eval_image_folder or data.eval_max_samples):
-        raise ValueError("--eval_image_folder and --eval_max_samples need --eval_data_path.")
+    for name in ("eval_image_folder", "eval_max_samples", "eval_version"):
+        if values[name] is not None and data.eval_data_path is None:
+            raise ValueError(f"--{name} needs --eval_data_path.")
 
 
 def choose_batch(arguments: Arguments, devices: int) -> tuple[int, int, str | None]:
@@ -454,13 +457,10 @@ def _build_parser() -> argparse.ArgumentParser:
         group = parser.add_argument_group(part.__doc__)
         texts, hints = _field_texts(part), typing.get_type_hints(part)
         for f in dataclasses.fields(part):
-            shown = {stage: PRESETS[stage][f.name] for stage in PRESETS if f.name in PRESETS[stage]}
-            if not shown:
-                default = "" if f.default is None else f" [{f.default}]"
-            elif len(set(map(str, shown.values()))) == 1:
-                default = f" [{next(iter(shown.values()))}]"
-            else:
-                default = f" [stage 1: {shown.get(1, f.default)}, stage 2: {shown.get(2, f.default)}]"
+            first, second = (PRESETS[stage].get(f.name, f.default) for stage in (1, 2))
+            default = f" [stage 1: {first}, stage 2: {second}]" if first != second else f" [{first}]"
+            if first is None and second is None:
+                default = ""
             help_text = (texts[f.name] + default).replace("%", "%%")
             kind = _argparse_kind(hints[f.name])
             group.add_argument(f"--{f.name}", **kind, default=argparse.SUPPRESS, help=help_text)

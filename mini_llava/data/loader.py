@@ -20,7 +20,7 @@ from .tokenization import IGNORE_INDEX, BadRecord, Sample
 
 
 def open_pixels(folder: str, name: str, processor: BaseImageProcessor, aspect_ratio: str, size: int) -> torch.Tensor:
-    """An image file to float32 [3, size, size]. Raises BadImage; ValueError if processor and tower disagree on the size."""
+    """An image file to float32 [3, size, size]. Raises BadImage; ValueError if processor and tower disagree."""
     pixels = pixel_values(load_image(folder, name), processor, aspect_ratio)
     if pixels.shape[1:] != (size, size):
         raise ValueError(
@@ -31,7 +31,7 @@ def open_pixels(folder: str, name: str, processor: BaseImageProcessor, aspect_ra
 
 
 def refuse_or_report(store: RecordStore, bad: dict[int, str], on_bad_sample: str) -> list[str]:
-    """The faults that measuring found, one sentence each, to be printed. With `--on_bad_sample error` it ends the run."""
+    """The faults that measuring found, a sentence each; with `--on_bad_sample error` they end the run."""
     sentences = [f"{store.describe(index)}: {reason}" for index, reason in sorted(bad.items())]
     if sentences and on_bad_sample == "error":
         shown = "\n".join(sentences[:20]) + (f"\n... and {len(sentences) - 20} more" if len(sentences) > 20 else "")
@@ -45,7 +45,8 @@ def refuse_or_report(store: RecordStore, bad: dict[int, str], on_bad_sample: str
 def log_skipped(store: RecordStore, skipped: Iterable[tuple[int, str]], file: Path) -> None:
     """Appends skipped records to `skipped.jsonl`, one JSON object a line."""
     lines = [
-        json.dumps({"index": index, "record": store.describe(index), "reason": reason}) + "\n" for index, reason in skipped
+        json.dumps({"index": index, "record": store.describe(index), "reason": reason}) + "\n"
+        for index, reason in skipped
     ]
     if lines:
         file.parent.mkdir(parents=True, exist_ok=True)

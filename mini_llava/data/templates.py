@@ -5,6 +5,8 @@ strings; rendering gives pieces of text that know whether they are trained, so t
 The strings are what published models were trained with and stand verbatim, oddities included.
 """
 
+import dataclasses
+import json
 from dataclasses import dataclass
 
 IMAGE_MARK = "<image>"
@@ -193,3 +195,37 @@ def render(
         elif generation_prompt:
             pieces.append((template.answer_start, False))
     return [piece for piece in pieces if piece[0]]
+
+
+def chat_template(template: Template) -> str | None:
+    """The template as the Jinja text of transformers' `apply_chat_template`; None for captions, which are no chat.
+
+    Messages have the roles user and assistant; a user's pictures come before the text, as LLaVA places them.
+    """
+    if template.captions_only:
+        return None
+    quoted = {key: json.dumps(value) for key, value in dataclasses.asdict(template).items()}
+    quoted["image"] = json.dumps(template.image_mark + "\n")
+    return (
+        "{{%- for message in messages -%}}"
+        "{{%- if message['role'] == 'user' -%}}"
+        "{{{{ {opening} if loop.first else {next_question} }}}}"
+        "{{%- if message['content'] is string -%}}{{{{ message['content'] }}}}"
+        "{{%- else -%}}"
+        "{{%- for part in message['content'] if part['type'] == 'image' -%}}{{{{ {image} }}}}{{%- endfor -%}}"
+        "{{%- for part in message['content'] if part['type'] == 'text' -%}}{{{{ part['text'] }}}}{{%- endfor -%}}"
+        "{{%- endif -%}}"
+        "{{{{ {question_end} }}}}"
+        "{{%- elif message['role'] == 'assistant' -%}}"
+        "{{{{ {answer_start} + {answer_lead} }}}}"
+        "{{%- if message['content'] is string -%}}{{{{ message['content'] }}}}"
+        "{{%- else -%}}"
+        "{{%- for part in message['content'] -%}}{{{{ part['text'] }}}}{{%- endfor -%}}"
+        "{{%- endif -%}}"
+        "{{{{ {answer_end} + {round_end} }}}}"
+        "{{%- else -%}}"
+        "{{{{ raise_exception('Roles are user and assistant, not ' + message['role']) }}}}"
+        "{{%- endif -%}}"
+        "{{%- endfor -%}}"
+        "{{%- if add_generation_prompt -%}}{{{{ {answer_start} }}}}{{%- endif -%}}"
+    ).format(**quoted)

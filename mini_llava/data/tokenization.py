@@ -1,9 +1,9 @@
 """One record of LLaVA's format to `input_ids` and `labels`, for every template with one function.
 
-Replaces LLaVA's `preprocess*`, `preprocess_multimodal` and `tokenizer_image_token`. Those tokenize the text again, round
-by round, and subtract lengths; whenever the sum is off, the whole sample is masked with a printed warning. Here the
-text is rendered into pieces that are trained or not, tokenized once, and a token is trained if it overlaps a trained
-piece. Also here: loading a tokenizer so that it gives the ids LLaVA was trained with, whichever library reads it.
+Replaces LLaVA's `preprocess*`, `preprocess_multimodal` and `tokenizer_image_token`. Those tokenize the text again,
+round by round, and subtract lengths; whenever the sum is off, the whole sample is masked with a printed warning. Here
+the text is rendered into pieces that are trained or not, tokenized once, and a token is trained if it overlaps a
+trained piece. Also here: loading a tokenizer so that it gives the ids LLaVA was trained with, whatever reads it.
 """
 
 import json
@@ -66,7 +66,7 @@ def tokenize(
         length, first_trained = len(input_ids), int(np.argmax(trained))
         end = _cut(input_ids, tokens_per_image, max_length)
         input_ids, trained = input_ids[:end], trained[:end]
-        images = images[: int(np.count_nonzero(input_ids == IMAGE_TOKEN_INDEX)) // max(tokens_per_image, 1)]
+        images = images[: int(np.count_nonzero(input_ids == IMAGE_TOKEN_INDEX)) // tokens_per_image]
         if not trained.any():
             raise BadRecord(
                 f"it has {length} tokens (images included) and its first trained token is at position {first_trained}, "
@@ -95,7 +95,8 @@ def _conversation(record: dict, template: Template) -> tuple[list[str], list[str
     """Check a record and return its questions, its answers (maybe one fewer) and its image names.
 
     As in LLaVA a conversation that begins with the assistant loses that turn. Image marks are counted and written the
-    template's way: for one image given as a string the mark moves to the front of its turn, a list leaves them in place.
+    template's way: for one image given as a string the mark moves to the front of its turn; a list leaves the marks in
+    place.
     """
     turns = _turns(record)
     images, in_place = _images(record)
@@ -209,7 +210,7 @@ def _encode(
 def _cut(input_ids: np.ndarray, tokens_per_image: int, max_length: int) -> int:
     """The largest length of at most `max_length` that does not end inside an image."""
     image_positions = np.flatnonzero(input_ids == IMAGE_TOKEN_INDEX)
-    inside = int(np.searchsorted(image_positions, max_length)) % max(tokens_per_image, 1)
+    inside = int(np.searchsorted(image_positions, max_length)) % tokens_per_image
     return max_length - inside
 
 
@@ -299,7 +300,7 @@ def image_token_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedToken
 
 def _llama_backend(path: str | os.PathLike, config: dict) -> Tokenizer | None:
     """The exact pipeline of a Llama-style tokenizer (BPE over blanks written as U+2581), or None for any other."""
-    if config.get("tokenizer_class", "LlamaTokenizer") not in ("LlamaTokenizer", "LlamaTokenizerFast"):
+    if config.get("tokenizer_class") not in ("LlamaTokenizer", "LlamaTokenizerFast"):
         return None
     tokenizer_file, model_file = _find(path, "tokenizer.json"), _find(path, "tokenizer.model")
     if tokenizer_file:

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import GenerationConfig, LlavaConfig, LlavaProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from ..data.templates import IMAGE_MARK
+from ..data.templates import IMAGE_MARK, Template, chat_template
 from ..data.tokenization import image_token_tokenizer
 from .projector import PROJECTOR_FILE, gathered_state_dict, save_projector
 
@@ -204,6 +204,55 @@ def save_transformers(
     config["text_config"] = _portable(config["text_config"], dtype)
     config["vision_config"] = _portable(config["vision_config"], dtype)
     _write_json(directory, "config.json", config)
+
+
+def save_whole_model(
+    directory: str | Path,
+    tokenizer,
+    image_processor,
+    template: Template,
+    tower_was_trained: bool,
+    dtype: torch.dtype,
+    *,
+    model: nn.Module,
+    projector_type: str,
+    vision_tower_name: str,
+    image_aspect_ratio: str,
+    model_max_length: int,
+    is_main_process: bool = True,
+) -> str:
+    """Stage 2's result in transformers' layout, or LLaVA's where that cannot express it; returns a line about it.
+
+    Every rank calls it, the main process writes.
+    """
+    reason = why_not_transformers(projector_type, model.language_model)
+    if reason is None:
+        save_transformers(
+            directory,
+            model,
+            tokenizer,
+            image_processor,
+            projector_type=projector_type,
+            image_aspect_ratio=image_aspect_ratio,
+            dtype=dtype,
+            chat_template=chat_template(template),
+            stop=template.stop,
+            is_main_process=is_main_process,
+        )
+        return f"The model is in {directory}; transformers' LlavaForConditionalGeneration.from_pretrained reads it."
+    save_llava(
+        directory,
+        model,
+        tokenizer,
+        projector_type=projector_type,
+        vision_tower_name=vision_tower_name,
+        image_aspect_ratio=image_aspect_ratio,
+        model_max_length=model_max_length,
+        dtype=dtype,
+        include_vision_tower=tower_was_trained,
+        is_main_process=is_main_process,
+    )
+    return f"The model is in {directory}, in the layout of LLaVA's own code: {reason}"
 
 
 def save_llava(

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from .projector import build_projector, load_projector
-from .vision_tower import VisionTower, load_vision_tower
+from .vision_tower import VisionTower, load_vision_config, load_vision_tower
 
 IGNORE_INDEX = -100
 # Logits are turned to fp32 this many at a time, so that a vocabulary of 150,000 does not need gigabytes at once.
@@ -94,13 +94,16 @@ def load_llava(
             the DeepSpeed config's precision instead, because they are partitioned while they are read.
         pretrained_projector: file or directory to read the projector from; None = new weights, from torch's generator.
     """
+    # The projector first: reading the models may or may not draw random numbers, which depends on the backend, and new
+    # weights should depend on the seed alone.
+    text_width = AutoConfig.from_pretrained(model_name_or_path).get_text_config().hidden_size
+    projector = build_projector(projector_type, load_vision_config(vision_tower).hidden_size, text_width)
+    if pretrained_projector:
+        load_projector(projector, pretrained_projector)
     language_model = AutoModelForCausalLM.from_pretrained(
         model_name_or_path, dtype=dtypes["language_model"], attn_implementation=attn_implementation
     )
     tower = load_vision_tower(vision_tower, select_layer, select_feature, dtypes["vision_tower"])
-    projector = build_projector(projector_type, tower.hidden_size, language_model.config.hidden_size)
-    if pretrained_projector:
-        load_projector(projector, pretrained_projector)
     return LlavaModel(tower, projector.to(dtypes["projector"]), language_model)
 
 

@@ -324,6 +324,7 @@ def read_manifest(directory: Path) -> dict:
     return manifest
 
 
+@torch.no_grad()
 def load_checkpoint(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, directory: Path
 ) -> dict:

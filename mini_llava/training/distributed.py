@@ -7,13 +7,17 @@ and for DeepSpeed: the loop says itself which micro-batch is the last, so that a
 import contextlib
 import importlib.metadata
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType
 from torch import nn
+
+# DeepSpeed calls collectives by names that torch is renaming; nobody who trains can act on that.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
 def launched_rank() -> tuple[int, int]:
@@ -50,8 +54,6 @@ def build_accelerator(precision: str, max_grad_norm: float, report_to: str, outp
         # Only in launched runs: without a launcher accelerate would look for a process group that is not there.
         handlers.append(InitProcessGroupKwargs(backend=backend))
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        if not torch.cuda.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         plugin = DeepSpeedPlugin()
         _complete_deepspeed_config(plugin.deepspeed_config, precision, max_grad_norm)
     accelerator = Accelerator(
@@ -139,10 +141,12 @@ def memory_note(accelerator: Accelerator, model: nn.Module) -> str | None:
         return None
     parameters = list(model.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    frozen = sum(parameter.numel() * parameter.element_size() for parameter in parameters if not parameter.requires_grad)
+    frozen = sum(
+        parameter.numel() * parameter.element_size() for parameter in parameters if not parameter.requires_grad
+    )
     return (
-        f"DDP keeps all weights, gradients and moments on every GPU, {(16 * trained + frozen) / 2**30:.1f} GiB each before "
-        "activations; --config_file accelerate_configs/zero3.yaml divides them among the GPUs."
+        f"DDP keeps all weights, gradients and moments on every GPU, {(16 * trained + frozen) / 2**30:.1f} GiB each "
+        "before activations; --config_file accelerate_configs/zero3.yaml divides them among the GPUs."
     )
 
 
@@ -197,16 +201,24 @@ def backward_and_step(
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    return {key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for key, value in batch.items()}
+    return {
+        key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for key, value in batch.items()
+    }
 
 
 def start_trackers(accelerator: Accelerator, values: dict) -> None:
     """Starts the trackers of `--report_to` with all arguments as text."""
-    accelerator.init_trackers("runs", config={key: str(value) for key, value in values.items()})
+    text = {key: str(value) for key, value in values.items()}
+    # TensorBoard would file a configuration under hyper-parameters, as two more runs; as text it is read.
+    accelerator.init_trackers("runs", config=None if accelerator.log_with == [LoggerType.TENSORBOARD] else text)
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard" and accelerator.is_main_process:
+            rows = "\n".join(f"| {key} | {value} |" for key, value in text.items())
+            tracker.writer.add_text("arguments", f"| flag | value |\n|---|---|\n{rows}")
 
 
 def sum_over_ranks(accelerator: Accelerator, value: torch.Tensor | float) -> torch.Tensor:
-    """The value, a number or a tensor, summed over all ranks in fp64 and left on the device (one collective, no wait)."""
+    """A number or tensor summed over all ranks in fp64, left on the device: one collective, no wait."""
     tensor = torch.as_tensor(value, dtype=torch.float64, device=accelerator.device).clone()
     if accelerator.num_processes > 1:
         torch.distributed.all_reduce(tensor)

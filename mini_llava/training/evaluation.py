@@ -143,7 +143,11 @@ def exact_match(
         with accelerator.autocast():
             embeddings = llava.embed(
                 input_ids.masked_fill(is_image, 0).to(accelerator.device),
-                (torch.stack(pixels) if pixels else torch.zeros(1, 3, llava.vision_tower.image_size, llava.vision_tower.image_size)).to(accelerator.device),
+                (
+                    torch.stack(pixels)
+                    if pixels
+                    else torch.zeros(1, 3, llava.vision_tower.image_size, llava.vision_tower.image_size)
+                ).to(accelerator.device),
                 is_image.flatten().nonzero().squeeze(-1).to(accelerator.device),
             )
             output = llava.language_model.generate(

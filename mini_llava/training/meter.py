@@ -1,6 +1,8 @@
 """Throughput, the progress line and the trackers: what a person watches while a model trains."""
 
+import json
 import time
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -62,7 +64,7 @@ class ProgressLine:
             disable=not enabled,
             dynamic_ncols=True,
             unit="step",
-            bar_format="{percentage:3.0f}% step {n_fmt}/{total_fmt} {postfix} [{elapsed} + {remaining} left]",
+            bar_format="{percentage:3.0f}% step {n_fmt}/{total_fmt}{postfix} [{elapsed}, {remaining} left]",
         )
 
     def update(self, step: int, values: dict[str, float] | None = None) -> None:
@@ -81,3 +83,9 @@ class ProgressLine:
 
     def close(self) -> None:
         self.bar.close()
+
+
+def append_json_line(file: Path, values: dict) -> None:
+    """The log as text: one JSON object a line, floats to their last bit, readable without a tracker."""
+    with open(file, "a", encoding="utf-8") as out:
+        out.write(json.dumps(values) + "\n")

@@ -1,0 +1,104 @@
+"""From an image file to pixel values.
+
+Replaces the image half of LLaVA's dataset and its `expand2square`. A file that cannot be used becomes one clear
+sentence instead of a dead run, names cannot leave the image folder, and the processor is pinned to its PIL version, so
+that pixels do not depend on what else is installed. Photographs are turned upright, which LLaVA forgets.
+"""
+
+import os
+import warnings
+from functools import lru_cache
+
+import torch
+from PIL import Image, ImageOps
+from transformers import AutoImageProcessor
+from transformers.image_processing_utils import BaseImageProcessor
+
+ASPECT_RATIOS = ("pad", "square")
+MAX_SIDE_RATIO = 200  # a thinner strip than 1:200 fills gigabytes when its short side is resized to the tower's
+
+
+class BadImage(ValueError):
+    """One sentence about why an image cannot be used; whoever knows it adds the record."""
+
+
+def image_path(folder: str | os.PathLike, name: str) -> str:
+    """The path of an image that exists inside `folder`.
+
+    Raises BadImage if there is no such file, if the name is absolute, or if it leads out of the folder by `..` or a
+    symbolic link: names come with the data, which need not come from whoever runs the training.
+    """
+    root = _real_path(os.fspath(folder))
+    if os.path.isabs(name) or "\0" in name:
+        raise BadImage(f"the image name {name!r} is not relative to the image folder {folder}.")
+    path = os.path.realpath(os.path.join(root, name))
+    if os.path.commonpath([root, path]) != root:
+        raise BadImage(f"the image {name!r} leads out of the image folder {folder}, to {path}.")
+    if not os.path.isfile(path):
+        raise BadImage(f"the image {name!r} is not in the image folder {folder}.")
+    return path
+
+
+@lru_cache
+def _real_path(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def load_image(folder: str | os.PathLike, name: str) -> Image.Image:
+    """Read an image as upright RGB, converted from any mode by PIL's `convert("RGB")`.
+
+    Pillow's limit against decompression bombs holds. Raises BadImage for whatever keeps a file from being read whole.
+    """
+    path = image_path(folder, name)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on odd EXIF data and palettes
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as file:
+                image = ImageOps.exif_transpose(file).convert("RGB")
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise BadImage(f"the image {path} is too large to be read safely: {error}") from error
+    except Exception as error:  # Pillow's decoders raise nearly everything on damaged files
+        size = os.path.getsize(path)
+        detail = "the file is empty" if size == 0 else f"{type(error).__name__}: {error} (a file of {size} bytes)"
+        raise BadImage(f"the image {path} cannot be read: {detail}.") from error
+    if max(image.size) > MAX_SIDE_RATIO * min(image.size):
+        raise BadImage(
+            f"the image {path} is {image.width}x{image.height}; sides beyond 1:{MAX_SIDE_RATIO} are refused."
+        )
+    # convert() keeps a palette's transparent colour as a note, for which transformers would paint the image on white.
+    image.info = {}
+    return image
+
+
+def pixel_values(image: Image.Image, processor: BaseImageProcessor, aspect_ratio: str) -> torch.Tensor:
+    """Pixel values of one RGB image, float32 [3, H, W].
+
+    `square`: the processor's own resize and centre crop, which cuts off what does not fit. `pad`: the image is first
+    centred on a square of the processor's mean colour, so that all of it is seen. Raises ValueError for another value.
+    """
+    if aspect_ratio not in ASPECT_RATIOS:
+        raise ValueError(f"Unknown --image_aspect_ratio {aspect_ratio!r}. Known: {', '.join(ASPECT_RATIOS)}.")
+    if aspect_ratio == "pad":
+        image = _pad_to_square(image, tuple(int(mean * 255) for mean in processor.image_mean))
+    values = processor(images=image, return_tensors="pt")["pixel_values"][0]
+    return values.to(torch.float32)
+
+
+def _pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    if image.width == image.height:
+        return image
+    side = max(image.size)
+    if Image.MAX_IMAGE_PIXELS is not None and side**2 > 2 * Image.MAX_IMAGE_PIXELS:
+        raise BadImage(f"an image of {image.width}x{image.height} is too large to be padded to a square.")
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def load_image_processor(path: str | os.PathLike) -> BaseImageProcessor:
+    """The image processor of a vision tower, folder or hub name, in its PIL version.
+
+    Where torchvision is installed transformers would choose a processor whose pixels differ slightly.
+    """
+    return AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)

@@ -1,0 +1,409 @@
+"""The training records as bytes and offsets, and the exact length of each.
+
+Replaces LLaVA's `json.load` of the whole dataset, once per process, and its word-count lengths. Files stay on disk and
+are memory-mapped; a record costs sixteen bytes of offsets that forked loader workers share, and is parsed when it is
+asked for. Lengths are counted in tokens, by really tokenizing every record once, in parallel, and kept in a cache.
+"""
+
+import hashlib
+import io
+import json
+import mmap
+import multiprocessing
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from .images import BadImage, image_path
+from .templates import Template
+from .tokenization import IGNORE_INDEX, BadRecord, Sample
+
+CHUNK_BYTES = 16 * 2**20
+_WHITESPACE = b" \t\r\n"
+_BLANKS = re.compile(r"[ \t\r\n]*")
+
+
+class RecordStore:
+    """The records of several JSON files, in the order of the files, without a Python object per record.
+
+    data_path: files holding one JSON array (`[` is the first byte) or one JSON object per line (`{`).
+    image_folder: one folder for each file, matched by position, or none at all for text-only data.
+    Raises FileNotFoundError, NotADirectoryError or ValueError: a sentence that names the file or folder, and for broken
+    JSON the byte and line.
+    """
+
+    def __init__(self, data_path: list[str], image_folder: list[str] | None = None):
+        image_folder = list(image_folder or [])
+        if not data_path:
+            raise ValueError("No training data: give at least one file as --data_path.")
+        if image_folder and len(image_folder) != len(data_path):
+            raise ValueError(
+                f"--data_path lists {len(data_path)} files and --image_folder {len(image_folder)} folders; they are "
+                f"matched by position, so give one folder for each file."
+            )
+        for folder in image_folder:
+            if not os.path.isdir(folder):
+                raise NotADirectoryError(f"The image folder {folder} (--image_folder) does not exist.")
+        for path in data_path:
+            if not os.path.isfile(path):
+                raise FileNotFoundError(f"The data file {path} (--data_path) does not exist.")
+        self.data_path = [str(path) for path in data_path]
+        self._image_folder = [str(folder) for folder in image_folder]
+        self._maps = [_open(path) for path in self.data_path]
+        spans = [_spans(content, path) for content, path in zip(self._maps, self.data_path, strict=True)]
+        self._spans = np.concatenate(spans)
+        self._first = np.cumsum([0, *map(len, spans)])
+        self._digest = None
+        if not len(self):
+            raise ValueError(f"No record in {', '.join(self.data_path)}.")
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, index: int) -> dict:
+        """The record at `index`. Raises BadRecord if its bytes are not a JSON object."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"Record {index} of {len(self)}.")
+        start, end = self._spans[index].tolist()
+        content = self._maps[self.source(index)]
+        try:
+            record = json.loads(content[start:end].decode("utf-8"))
+        except ValueError as error:  # also UnicodeDecodeError
+            raise BadRecord(f"it is not JSON: {error} (bytes {start} to {end} of the file).") from error
+        if not isinstance(record, dict):
+            raise BadRecord(f"it is not a JSON object but a {type(record).__name__}.")
+        return record
+
+    def source(self, index: int) -> int:
+        """Which of the data files holds the record."""
+        return int(np.searchsorted(self._first, index, side="right")) - 1
+
+    def image_folder(self, index: int) -> str | None:
+        """The folder that the record's image names are relative to."""
+        return self._image_folder[self.source(index)] if self._image_folder else None
+
+    def describe(self, index: int) -> str:
+        """Where a record is, for messages: file, position in the file counted from 0, and its id if it has one."""
+        source = self.source(index)
+        try:
+            record_id = self[index].get("id")
+        except BadRecord:
+            record_id = None
+        suffix = "" if record_id is None else f" (id {record_id})"
+        return f"{self.data_path[source]}, record {index - int(self._first[source])}{suffix}"
+
+    def digest(self) -> str:
+        """A digest of the content of all files, in order; names and dates do not count."""
+        if self._digest is None:
+            digest = hashlib.blake2b(digest_size=16)
+            for content in self._maps:
+                digest.update(len(content).to_bytes(8, "little"))
+                with memoryview(content) as view:
+                    for start in range(0, len(view), CHUNK_BYTES):
+                        digest.update(view[start : start + CHUNK_BYTES])
+            self._digest = digest.hexdigest()
+        return self._digest
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_maps": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._maps = [_open(path) for path in self.data_path]
+
+
+def _open(path: str) -> mmap.mmap:
+    if os.path.getsize(path) == 0:
+        raise ValueError(f"The data file {path} is empty.")
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _spans(content: mmap.mmap, path: str) -> np.ndarray:
+    """The first and the last-plus-one byte of each record of a file, int64 [n, 2]."""
+    start = 3 if content[:3] == b"\xef\xbb\xbf" else 0
+    while start < len(content) and content[start] in _WHITESPACE:
+        start += 1
+    first = content[start : start + 1]
+    if first == b"[":
+        spans = _array_spans(content, start + 1, path)
+    elif first == b"{":
+        spans = _line_spans(content, start, path)
+    else:
+        raise ValueError(
+            f"{path} begins with {first!r}; expected a JSON array of records, or JSON lines with one object per line."
+        )
+    # fromiter keeps sixteen bytes for each record, where a list of tuples would keep two hundred.
+    return np.fromiter((value for span in spans for value in span), dtype=np.int64).reshape(-1, 2)
+
+
+def _array_spans(content: mmap.mmap, position: int, path: str) -> Iterator[tuple[int, int]]:
+    """The elements of the JSON array whose bracket is before `position`.
+
+    The text is read as latin-1, in which characters are bytes, so that the decoder's positions are file offsets. Never
+    more than a chunk, or twice the longest record, is in memory.
+    """
+    decode = json.JSONDecoder().raw_decode
+    offset, window, here = position, "", 0
+    expected = "an element or the closing bracket"
+    progress = tqdm(
+        total=len(content), desc=f"indexing {os.path.basename(path)}", unit="B", unit_scale=True, delay=2, leave=False
+    )
+
+    def broken(message: str, byte: int) -> ValueError:
+        return ValueError(f"{path} is not a whole JSON array: {message} at byte {byte}, line {_line(content, byte)}.")
+
+    while True:
+        here = _BLANKS.match(window, here).end()
+        at_end = offset + len(window) >= len(content)
+        if here < len(window):
+            if window[here] == "]" and expected != "an element":
+                break
+            if expected == "a comma or the closing bracket":
+                if window[here] != ",":
+                    raise broken(f"expected {expected}, found {window[here]!r}", offset + here)
+                expected, here = "an element", here + 1
+                continue
+            try:
+                _, end = decode(window, here)
+                yield offset + here, offset + end
+                expected, here = "a comma or the closing bracket", end
+                continue
+            except json.JSONDecodeError as error:
+                # Near the end of the window, or in a string that it cuts, the element may just be incomplete.
+                incomplete = error.pos > len(window) - 16 or error.msg.startswith("Unterminated string")
+                if at_end or not incomplete:
+                    raise broken(error.msg, offset + error.pos) from None
+        elif at_end:
+            raise broken(f"the file ends where {expected} should be,", len(content))
+        offset, size = offset + here, max(CHUNK_BYTES, 2 * (len(window) - here))
+        window, here = content[offset : offset + size].decode("latin-1"), 0
+        progress.update(offset - progress.n)
+
+    progress.close()
+    for byte in range(offset + here + 1, len(content)):
+        if content[byte] not in _WHITESPACE:
+            raise broken("something follows the closing bracket", byte)
+
+
+def _line_spans(content: mmap.mmap, start: int, path: str) -> Iterator[tuple[int, int]]:
+    """The lines that are not blank. Whether a line is JSON shows when it is read, so that it is one bad record."""
+    end = content.find(b"\n", start)
+    try:
+        json.loads(content[start : end if end >= 0 else len(content)].decode("utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} begins with an object, so it should have one whole JSON object per line, but its first one is not "
+            f"({error}). Otherwise the records must be elements of one JSON array."
+        ) from error
+    while start < len(content):
+        end = content.find(b"\n", start)
+        end = len(content) if end < 0 else end
+        if content[start:end].strip():
+            yield start, end
+        start = end + 1
+
+
+def _line(content: mmap.mmap, byte: int) -> int:
+    return 1 + sum(
+        content[start : min(start + CHUNK_BYTES, byte)].count(b"\n") for start in range(0, byte, CHUNK_BYTES)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lengths
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Lengths:
+    """What is known about each record before training.
+
+    length: int32 [n], tokens after truncation, an image counting all its positions; 0 for a bad record.
+    trained: int32 [n], trained tokens; 0 for a bad record.
+    has_image: bool [n].
+    bad: index -> one sentence, for the records that cannot be trained on.
+    """
+
+    length: np.ndarray
+    trained: np.ndarray
+    has_image: np.ndarray
+    bad: dict[int, str]
+
+
+def measurement_key(
+    template: Template, tokenizer: PreTrainedTokenizerBase, tokens_per_image: int, max_length: int
+) -> str:
+    """A digest of all that decides a record's length except the records, the code included."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (repr(template), tokenizer.backend_tokenizer.to_str(), f"{tokens_per_image} {max_length}"):
+        digest.update(part.encode("utf-8") + b"\0")
+    for name in ("templates.py", "tokenization.py", "records.py"):
+        digest.update(Path(__file__).with_name(name).read_bytes())
+    return digest.hexdigest()
+
+
+def measure(
+    store: RecordStore,
+    tokenize_function: Callable[[dict], Sample],
+    num_workers: int,
+    cache_folder: str | os.PathLike | None,
+    key: str,
+) -> Lengths:
+    """Tokenize every record once and return its length, in `num_workers` forked processes.
+
+    The result is kept in `cache_folder` under a digest of the records and of `key` (see `measurement_key`). Processes
+    of one machine that ask at the same time wait for the first; where nothing can be written, each computes for itself.
+    Records that raise BadRecord, and those whose images are missing, are in `bad`; missing images are looked for
+    again when the cache is read. Any other error stops the scan and names the record.
+    """
+    if cache_folder is None:
+        return _scan(store, tokenize_function, num_workers).lengths(store)
+    name = hashlib.blake2b(f"{store.digest()} {key}".encode(), digest_size=16).hexdigest()
+    file = Path(cache_folder) / f"lengths-{name}.npz"
+    if scan := _Scan.read(file, len(store)):
+        return scan.lengths(store)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{file}.lock")
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:  # a read-only folder, or a file system without locks
+        warnings.warn(f"Lengths are not cached: {cache_folder} cannot be written ({error}).", stacklevel=2)
+        return _scan(store, tokenize_function, num_workers).lengths(store)
+    try:
+        scan = _Scan.read(file, len(store))
+        if scan is None:
+            scan = _scan(store, tokenize_function, num_workers)
+            try:
+                scan.write(file)
+            except OSError as error:
+                warnings.warn(f"Lengths are not cached: {file} cannot be written ({error}).", stacklevel=2)
+    finally:
+        lock.release()
+    return scan.lengths(store)
+
+
+@dataclass
+class _Scan:
+    """The part of a measurement that depends on records and code alone, and so may be cached."""
+
+    length: np.ndarray
+    trained: np.ndarray
+    has_image: np.ndarray
+    faults: dict[int, str]
+    missing: dict[int, list[str]]
+    """Images that were not there. Put them in place and the next run finds them."""
+
+    def lengths(self, store: RecordStore) -> Lengths:
+        bad = dict(self.faults)
+        for index, names in self.missing.items():
+            if sentence := _missing_image(store, index, names):
+                bad[index] = sentence
+        usable = np.ones(len(self.length), dtype=bool)
+        usable[list(bad)] = False
+        return Lengths(self.length * usable, self.trained * usable, self.has_image, dict(sorted(bad.items())))
+
+    def write(self, file: Path) -> None:
+        buffer = io.BytesIO()
+        texts = json.dumps([list(self.faults.items()), list(self.missing.items())]).encode("utf-8")
+        np.savez_compressed(
+            buffer,
+            length=self.length,
+            trained=self.trained,
+            has_image=self.has_image,
+            texts=np.frombuffer(texts, dtype=np.uint8),
+        )
+        descriptor, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+        with os.fdopen(descriptor, "wb") as target:
+            target.write(buffer.getbuffer())
+        os.replace(temporary, file)  # whole or absent
+
+    @classmethod
+    def read(cls, file: Path, count: int) -> "_Scan | None":
+        """The cached scan, or None if there is none or the file is damaged."""
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                faults, missing = json.loads(arrays["texts"].tobytes())
+                scan = cls(arrays["length"], arrays["trained"], arrays["has_image"], dict(faults), dict(missing))
+        except Exception:  # a damaged archive raises zipfile, zlib, KeyError, ValueError or OSError
+            return None
+        return scan if len(scan.length) == count else None
+
+
+def _scan(store: RecordStore, tokenize_function: Callable[[dict], Sample], num_workers: int) -> _Scan:
+    count, step = len(store), 512
+    ranges = [(start, min(start + step, count)) for start in range(0, count, step)]
+    progress = tqdm(total=count, desc="measuring records", unit=" records", delay=2, mininterval=1)
+    parts = []
+    if num_workers > 1 and len(ranges) > 1 and "fork" in multiprocessing.get_all_start_methods():
+        # Forked workers share the store and the tokenizer; nothing is pickled but the results. The tokenizer's own
+        # threads would give nothing here, and it complains when a process that has used them forks.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        workers = ProcessPoolExecutor(
+            min(num_workers, len(ranges)), multiprocessing.get_context("fork"), _set_work, (store, tokenize_function)
+        )
+        with workers:
+            for part in workers.map(_scan_range, ranges):
+                parts.append(part)
+                progress.update(len(part.length))
+    else:
+        _set_work(store, tokenize_function)
+        for part in map(_scan_range, ranges):
+            parts.append(part)
+            progress.update(len(part.length))
+    progress.close()
+    return _Scan(
+        *(np.concatenate([getattr(part, name) for part in parts]) for name in ("length", "trained", "has_image")),
+        faults={index: sentence for part in parts for index, sentence in part.faults.items()},
+        missing={index: names for part in parts for index, names in part.missing.items()},
+    )
+
+
+def _set_work(store: RecordStore, tokenize_function: Callable[[dict], Sample]) -> None:
+    global _work
+    _work = store, tokenize_function
+
+
+def _scan_range(span: tuple[int, int]) -> _Scan:
+    store, tokenize_function = _work
+    start, stop = span
+    scan = _Scan(
+        np.zeros(stop - start, np.int32), np.zeros(stop - start, np.int32), np.zeros(stop - start, bool), {}, {}
+    )
+    for index in range(start, stop):
+        try:
+            sample = tokenize_function(store[index])
+        except BadRecord as error:
+            scan.faults[index] = str(error)
+            continue
+        except Exception as error:
+            raise RuntimeError(f"{store.describe(index)} could not be tokenized: {error!r}") from error
+        scan.length[index - start] = len(sample.input_ids)
+        scan.trained[index - start] = np.count_nonzero(sample.labels != IGNORE_INDEX)
+        scan.has_image[index - start] = bool(sample.images)
+        if _missing_image(store, index, sample.images):
+            scan.missing[index] = sample.images
+    return scan
+
+
+def _missing_image(store: RecordStore, index: int, names: list[str]) -> str | None:
+    """Why the images of a record cannot be opened, as far as their paths tell; None if nothing speaks against it."""
+    folder = store.image_folder(index)
+    if names and folder is None:
+        return f"it has the image {names[0]!r}, but no --image_folder is given."
+    try:
+        for name in names:
+            image_path(folder, name)
+    except BadImage as error:
+        return str(error)
+    return None
