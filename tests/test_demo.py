@@ -192,6 +192,6 @@ def test_stage_2_starts_from_the_projector_of_stage_1_and_says_so_when_there_is_
 
 def test_started_elsewhere_than_in_the_repository_the_demo_says_where_to_start_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="start train.py from the repository's root"):
+    with pytest.raises(FileNotFoundError, match="from the repository's root"):
         demo.prepare_run(resolve(1, {}))
     assert not any(tmp_path.iterdir())
