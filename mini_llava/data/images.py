@@ -7,7 +7,6 @@ that pixels do not depend on what else is installed. Photographs are turned upri
 
 import os
 import warnings
-from functools import lru_cache
 
 import torch
 from PIL import Image, ImageOps
@@ -28,7 +27,7 @@ def image_path(folder: str | os.PathLike, name: str) -> str:
     Raises BadImage if there is no such file, if the name is absolute, or if it leads out of the folder by `..` or a
     symbolic link: names come with the data, which need not come from whoever runs the training.
     """
-    root = _real_path(os.fspath(folder))
+    root = os.path.realpath(folder)
     if os.path.isabs(name) or "\0" in name:
         raise BadImage(f"the image name {name!r} is not relative to the image folder {folder}.")
     path = os.path.realpath(os.path.join(root, name))
@@ -37,11 +36,6 @@ def image_path(folder: str | os.PathLike, name: str) -> str:
     if not os.path.isfile(path):
         raise BadImage(f"the image {name!r} is not in the image folder {folder}.")
     return path
-
-
-@lru_cache
-def _real_path(folder: str) -> str:
-    return os.path.realpath(folder)
 
 
 def load_image(folder: str | os.PathLike, name: str) -> Image.Image:
