@@ -344,6 +344,29 @@ def test_added_tokens_keep_their_ids(keep, llama_folder):
     assert tokenizer("a <|im_end|>").input_ids[-1] == 800
 
 
+def test_added_tokens_that_take_the_blanks_around_them_still_do(llama_folder):
+    (llama_folder / "tokenizer.json").unlink()
+    token = {"content": "<sep>", "lstrip": True, "rstrip": True, "normalized": True, "special": False}
+    configure(llama_folder, added_tokens_decoder={"800": token})
+    tokenizer = load_tokenizer(llama_folder)
+    assert tokenizer("ball  <sep>  red").input_ids == tokenizer("ball<sep>red").input_ids
+
+
+def test_added_tokens_with_a_gap_before_them_are_an_error(llama_folder):
+    (llama_folder / "added_tokens.json").write_text('{"<pad>": 900}', encoding="utf-8")
+    with pytest.raises(ValueError, match="gives its added token '<pad>' the id 900"):
+        load_tokenizer(llama_folder)
+
+
+def test_a_tokenizer_without_a_blank_of_its_own_gets_none(llama, llama_folder):
+    backend = json.loads((llama_folder / "tokenizer.json").read_text(encoding="utf-8"))
+    backend["pre_tokenizer"] = None
+    (llama_folder / "tokenizer.json").write_text(json.dumps(backend), encoding="utf-8")
+    tokenizer = load_tokenizer(llama_folder)
+    assert tokenizer(" ball").input_ids == llama("ball").input_ids
+    assert tokenizer("ball").input_ids != llama("ball").input_ids
+
+
 def test_a_tokenizer_that_adds_no_bos_or_also_eos_is_honoured(llama_folder):
     configure(llama_folder, add_bos_token=False)
     assert tokenize(RECORDS[0], V1, load_tokenizer(llama_folder), 1, 1000).input_ids[0] != 1
@@ -355,12 +378,17 @@ def test_a_tokenizer_that_adds_no_bos_or_also_eos_is_honoured(llama_folder):
     assert sample.input_ids[0] == 1 and np.count_nonzero(sample.input_ids == 2) == 1
 
 
-@pytest.mark.parametrize("name", ["tokenizer_llama", "legacy", "tokenizer_qwen"])
+@pytest.mark.parametrize("name", ["tokenizer_llama", "legacy", "tokenizer_qwen", "qwen_class"])
 def test_the_exported_tokenizer_and_processor_give_the_ids_trained(name, llama_folder, tmp_path):
     """A processor tokenizes the whole text at once, in which each image has been written as N times <image>."""
     if name == "legacy":
         configure(llama_folder, legacy=True)
-    tokenizer = load_tokenizer(llama_folder if name == "legacy" else FIXTURES / name)
+    folder = llama_folder if name == "legacy" else FIXTURES / name
+    if name == "qwen_class":  # which transformers 5 rebuilds from its vocabulary
+        folder = tmp_path / "qwen"
+        shutil.copytree(FIXTURES / "tokenizer_qwen", folder)
+        configure(folder, tokenizer_class="Qwen2Tokenizer")
+    tokenizer = load_tokenizer(folder)
     exported = image_token_tokenizer(tokenizer)
     assert len(exported) == len(tokenizer) + 1 and "<image>" not in tokenizer.get_vocab()
     image_id = exported.convert_tokens_to_ids("<image>")
