@@ -6,11 +6,12 @@ that pixels do not depend on what else is installed. Photographs are turned upri
 """
 
 import os
+import re
 import warnings
 
 import torch
+import transformers
 from PIL import Image, ImageOps
-from transformers import AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 
 ASPECT_RATIOS = ("pad", "square")
@@ -93,6 +94,17 @@ def _pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Im
 def load_image_processor(path: str | os.PathLike) -> BaseImageProcessor:
     """The image processor of a vision tower, folder or hub name, in its PIL version.
 
-    Where torchvision is installed transformers would choose a processor whose pixels differ slightly.
+    Chosen by the class name in the settings, CLIP's old feature extractor included: AutoImageProcessor would take the
+    torchvision version where it is installed, whose pixels differ slightly, and in some versions demands it. Raises
+    ValueError if there is no PIL version.
     """
-    return AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
+    settings, _ = BaseImageProcessor.get_image_processor_dict(path)
+    name = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "none"
+    family = re.sub(r"(ImageProcessor(Fast|Pil)?|FeatureExtractor)$", "", name)
+    processor_class = getattr(transformers, f"{family}ImageProcessorPil", None)
+    if processor_class is None:
+        raise ValueError(
+            f"The image processor of {path} is {name!r}, of which transformers {transformers.__version__} has no PIL "
+            f"version; CLIP's and SigLIP's have one."
+        )
+    return processor_class.from_pretrained(path)

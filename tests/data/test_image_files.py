@@ -166,8 +166,25 @@ def test_an_unknown_aspect_ratio_is_an_error_that_lists_the_known_ones(processor
         pixel_values(noise("RGB"), processor, "anyres")
 
 
-def test_the_processor_is_the_pil_one(processor):
+def test_the_processor_is_the_pil_one_also_when_read_again(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    assert type(processor) is type(load_image_processor(tmp_path))
     assert type(processor).__name__ == "CLIPImageProcessorPil"
+
+
+def test_the_settings_of_openais_own_towers_are_read(tmp_path):
+    """They name a feature extractor, and give sizes as single numbers."""
+    config = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 28, "crop_size": 28, "resample": 3}
+    config |= {"do_resize": True, "do_center_crop": True, "do_normalize": True}
+    config |= {"image_mean": [0.5, 0.25, 0.75], "image_std": [0.5, 0.5, 0.5]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert pixel_values(noise("RGB", (60, 40)), load_image_processor(tmp_path), "square").shape == (3, 28, 28)
+
+
+def test_a_processor_without_a_pil_version_is_named(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "OwnImageProcessor"}')
+    with pytest.raises(ValueError, match=r"is 'OwnImageProcessor', of which transformers .* has no PIL version"):
+        load_image_processor(tmp_path)
 
 
 def test_a_siglip_processor_works_as_well(tmp_path):
