@@ -240,10 +240,10 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
     """Load a tokenizer, folder or hub name, so that its ids are those LLaVA trains with.
 
     LLaVA reads Llama tokenizers with transformers 4.37's slow class. transformers 5 rebuilds them in the tokenizers
-    library without the blank before a text that itself begins with a blank, which is every text after an image and
-    before ` ASSISTANT:`; and it needs sentencepiece for folders that hold only `tokenizer.model`. Here such
-    tokenizers are rebuilt exactly, `legacy` included, as plain fast tokenizers, and stay exact when saved and loaded
-    by AutoTokenizer. All others are loaded as they are. Code from the folder is never run.
+    library without the blank before a text that itself begins with a blank, such as the text after a question that is
+    only an image; and it needs sentencepiece for folders that hold only `tokenizer.model`. Here such tokenizers are
+    rebuilt exactly, `legacy` included, as plain fast tokenizers, and stay exact when saved and loaded by
+    AutoTokenizer. All others are loaded as they are. Code from the folder is never run.
     """
     config = _read_json(path, "tokenizer_config.json")
     backend = _llama_backend(path, config)
