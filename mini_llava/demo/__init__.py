@@ -87,7 +87,7 @@ def prepare_run(model_flags) -> str:
         lines.append(f"The projector comes from stage 1: {projector}.")
     elif projector:
         model_flags.pretrain_mm_mlp_adapter = None
-        lines.append(f"There is no {projector}, so the projector starts at random; run --stage 1 first for a better one.")
+        lines.append(f"There is no {projector}, so the projector starts at random; run --stage 1 first.")
     return "\n".join(lines)
 
 
