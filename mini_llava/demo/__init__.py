@@ -15,8 +15,6 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 HERE = Path(__file__).resolve().parent
 VISION_TOWER = HERE / "vision_tower"
 LANGUAGE_MODEL = HERE / "language_model"
@@ -73,31 +71,29 @@ def prepare(output_root: str | Path = "outputs") -> DemoData:
     return DemoData(folder / "stage1.json", folder / "stage2.json", folder / "test.json", folder / "images")
 
 
-def prepare_run(arguments) -> str:
-    """Make the demo's data for a run without model and data flags, and return the lines that tell the user about it.
+def prepare_run(model_flags) -> str:
+    """Makes what the demo's `--config` files name; returns what the user should know before it starts.
 
-    Stage 2 continues from the projector of the demo's stage 1 where there is one (sets `pretrain_mm_mlp_adapter`).
-    Raises FileNotFoundError if the paths of the demo's configs lead nowhere from the current directory.
+    Stage 2 starts from stage 1's projector if there is one; if not, the flag is cleared in `model_flags`. Raises
+    FileNotFoundError if the paths in the demo's files lead nowhere from the current directory.
     """
-    if not Path(arguments.model.model_name_or_path).is_dir():
+    if not Path(model_flags.model_name_or_path).is_dir():
         raise FileNotFoundError(
-            f"The demo's {arguments.model.model_name_or_path} is not below the current directory {Path.cwd()}: "
-            "start train.py from the repository's root."
+            f"The demo's {model_flags.model_name_or_path} is not below the current directory, {Path.cwd()}: start "
+            "train.py from the repository's root."
         )
     prepare()
     lines = [
-        f"This is the demo: a miniature LLaVA on the pictures of easy-vqa, set up by {STAGE_CONFIGS[arguments.stage]}. "
-        "To train on your own data give --model_name_or_path, --vision_tower, --data_path and --image_folder.",
-        f"The best guess from the question alone is right for {question_only_baseline():.1%} of its test questions.",
+        "No model and no data given: training the embedded demo, a miniature LLaVA on easy-vqa. To train on your own: "
+        "--model_name_or_path, --vision_tower, --data_path and --image_folder (see --help).",
+        f"Guessing its test answers from the questions alone gets {question_only_baseline():.1%} right.",
     ]
-    if arguments.stage == 2 and arguments.model.pretrain_mm_mlp_adapter is None:
-        stage1 = Path(yaml.safe_load(STAGE_CONFIGS[1].read_text(encoding="utf-8"))["output_dir"])
-        projector = stage1 / "mm_projector.bin"
-        if projector.is_file():
-            arguments.model.pretrain_mm_mlp_adapter = str(projector)
-            lines.append(f"The projector starts from {projector}.")
-        else:
-            lines.append(f"The projector starts from random weights: {projector} is not there, run --stage 1 first.")
+    projector = model_flags.pretrain_mm_mlp_adapter
+    if projector and Path(projector).exists():
+        lines.append(f"The projector comes from stage 1: {projector}.")
+    elif projector:
+        model_flags.pretrain_mm_mlp_adapter = None
+        lines.append(f"There is no {projector}, so the projector starts at random; run --stage 1 first.")
     return "\n".join(lines)
 
 
