@@ -72,7 +72,8 @@ def varlen_attention(
         raise ValueError("The varlen attention has no dropout: set attention_dropout to 0 or use sdpa.")
     grouped = {"enable_gqa": True} if key.shape[1] != query.shape[1] else {}  # the argument is younger than the kernel
     output = varlen_attn(
-        *(tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)),
+        # Rotary embeddings may have left queries and keys in fp32; the kernel takes half precision only.
+        *(tensor.to(value.dtype).squeeze(0).transpose(0, 1) for tensor in (query, key, value)),
         cu_seq_lens_q,
         cu_seq_lens_q,
         max_length_q,
