@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType
 from torch import nn
 
@@ -48,6 +49,14 @@ def choose_precision(bf16: bool, fp16: bool, explicit: set[str]) -> str:
 
 def build_accelerator(precision: str, max_grad_norm: float, report_to: str, output_dir: Path) -> Accelerator:
     """The Accelerator for what the launcher started: one process, DDP, DeepSpeed ZeRO-2 or ZeRO-3, on GPU or CPU."""
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    if report_to not in ("none", "all", *installed):
+        # accelerate leaves out a tracker whose package is missing, and says so at level DEBUG only.
+        known = ", ".join(sorted({"none", *LoggerType.list()} - {*installed}))
+        raise ValueError(
+            f"--report_to {report_to}: not installed or unknown. "
+            f"Installed: {', '.join(installed)}; also known: {known}."
+        )
     handlers, plugin = [], None
     if "WORLD_SIZE" in os.environ:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
