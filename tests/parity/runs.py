@@ -4,6 +4,7 @@ A run has a name. `curve/...` are the recorded runs of fixtures/curves with thei
 which test_other_settings.py compares with a plain loop of its own.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -41,7 +42,7 @@ COMMON = {
 # What the two processes of each backend run, all in one launch. `micro_batch` runs deal the original's micro-batches to
 # two ranks as the original would.
 TWO_PROCESSES = {
-    "cpu": [
+    "ddp": [
         "curve/stage2_batch8/4/padded",
         "curve/stage2_batch8/2/packed",
         "curve/stage1_batch8/2/padded",
@@ -185,28 +186,39 @@ def train_here(name: str, folder: Path, projector: Path) -> Run:
 
 
 def launch(backend: str, folder: Path, projector: Path) -> dict[str, Run]:
-    """Trains all runs of a backend (a file of accelerate_configs) in two processes, launched once."""
+    """Trains all runs of a backend (`ddp` or a file of accelerate_configs) in two processes, launched once."""
     given = {name: flags_of(name, folder, projector, processes=2) for name in TWO_PROCESSES[backend]}
+    port, *ports = free_ports(len(given) + 1)
+    lines = [command_line(values) for values in given.values()]
     listing = folder / "command_lines.json"
-    listing.write_text(json.dumps([command_line(values) for values in given.values()]))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--mixed_precision", "no"]
-    launcher += ["--config_file", str(ROOT / "accelerate_configs" / f"{backend}.yaml"), "--main_process_port", str(port)]
+    listing.write_text(json.dumps(list(zip(ports, lines, strict=True))))
+    if backend == "ddp":  # accelerate launches several processes on CPUs through MPI only
+        launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    else:
+        config_file = ROOT / "accelerate_configs" / f"{backend}.yaml"
+        launcher = ["accelerate.commands.launch", "--config_file", str(config_file), "--mixed_precision", "no"]
+        launcher += ["--num_processes", "2", "--main_process_port", str(port)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     finished = subprocess.run(
-        [*launcher, str(Path(__file__).with_name("several_runs.py")), str(listing)],
+        [sys.executable, "-m", *launcher, str(Path(__file__).with_name("several_runs.py")), str(listing)],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
+        timeout=240,
     )
     assert finished.returncode == 0, finished.stdout[-10_000:]
     return {name: read_run(values["output_dir"]) for name, values in given.items()}
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
 
 
 def read_run(output_dir: Path) -> Run:

@@ -1,4 +1,4 @@
-"""Started once by `accelerate launch`: trains each command line of a JSON file, one after the other.
+"""Launched once in two processes: trains each [port, command line] of a JSON file, one after the other.
 
 Launching two processes takes 15 seconds, most of it imports, and training a tiny model two. So each run gets a fork of
 the started process, with nothing of the run before it but the imported modules.
@@ -18,10 +18,11 @@ from mini_llava import arguments as flags
 
 
 def main(listing: Path) -> None:
-    for number, command_line in enumerate(json.loads(listing.read_text())):
+    assert os.environ["WORLD_SIZE"] == "2", "one process would pass every test and show nothing"
+    for port, command_line in json.loads(listing.read_text()):
         if (child := os.fork()) == 0:
-            # The runs share the launcher's store; another prefix keeps the keys of their rendezvous apart.
-            os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)
+            # The launcher's store still holds the addresses of the run before: each run opens a store of its own.
+            os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}
             status = 1
             try:
                 train.train(flags.parse_arguments(command_line))

@@ -73,7 +73,7 @@ def test_batch8_comes_out_however_the_batch_is_cut(stage, size, layout, one_proc
 )
 def test_the_curves_come_out_on_two_processes(backend, name, two_processes, golden_projector, agree):
     curve_name = name.split("/")[1]
-    route = {"cpu": "two processes, DDP", "zero2": "two processes, ZeRO-2", "zero3": "two processes, ZeRO-3"}[backend]
+    route = {"ddp": "two processes, DDP", "zero2": "two processes, ZeRO-2", "zero3": "two processes, ZeRO-3"}[backend]
     compare_with_recording(two_processes(backend, name), curve_name, route, golden_projector, agree)
 
 
