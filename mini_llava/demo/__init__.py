@@ -1,9 +1,9 @@
 """The embedded default: a small real data set in LLaVA's format and two miniature pretrained models.
 
-`prepare` converts easy-vqa (5,000 pictures of one coloured shape, 48,000 questions, an official test split) into LLaVA's JSON
-and an image folder, once. The vision tower and the language model beside this file are ordinary Hugging Face directories made
-by `python -m mini_llava.demo.pretrain`, and the two YAML files are ordinary `--config` files: the demo takes the same path
-through the code as CLIP and Vicuna do.
+`prepare` converts easy-vqa (5,000 pictures of one coloured shape, 48,000 questions, an official test split) into
+LLaVA's JSON and an image folder, once. The vision tower and the language model beside this file are ordinary Hugging
+Face directories made by `python -m mini_llava.demo.pretrain`, and the two YAML files are ordinary `--config` files: the
+demo takes the same path through the code as CLIP and Vicuna do.
 """
 
 import json
@@ -43,7 +43,7 @@ SEED = 0
 
 @dataclass(frozen=True, slots=True)
 class DemoData:
-    """Where the converted data lie: three JSON files in LLaVA's format and the folder that their image names start from."""
+    """Where the converted data lie: three JSON files in LLaVA's format, and the folder of the images that they name."""
 
     stage1: Path
     stage2: Path
@@ -54,8 +54,8 @@ class DemoData:
 def prepare(output_root: str | Path = "outputs") -> DemoData:
     """Convert easy-vqa into `output_root/demo-data`, unless that was done before, and return the paths.
 
-    The folder is written under another name and renamed at the end, so that it is whole or absent; several processes may
-    call this at once, and the first to finish wins.
+    The folder is written under another name and renamed at the end, so that it is whole or absent; several processes
+    may call this at once, and the first to finish wins.
     """
     folder = Path(output_root) / "demo-data"
     if not folder.exists():
@@ -71,8 +71,37 @@ def prepare(output_root: str | Path = "outputs") -> DemoData:
     return DemoData(folder / "stage1.json", folder / "stage2.json", folder / "test.json", folder / "images")
 
 
+def prepare_run(model_flags) -> str:
+    """Makes what the demo's `--config` files name; returns what the user should know before it starts.
+
+    Stage 2 starts from stage 1's projector if there is one; if not, the flag is cleared in `model_flags`. Raises
+    FileNotFoundError if the paths in the demo's files lead nowhere from the current directory.
+    """
+    if not Path(model_flags.model_name_or_path).is_dir():
+        raise FileNotFoundError(
+            f"The demo's {model_flags.model_name_or_path} is not below the current directory, {Path.cwd()}: start "
+            "train.py from the repository's root."
+        )
+    prepare()
+    lines = [
+        "No model and no data given: training the embedded demo, a miniature LLaVA on easy-vqa. To train on your own: "
+        "--model_name_or_path, --vision_tower, --data_path and --image_folder (see --help).",
+        f"Guessing its test answers from the questions alone gets {question_only_baseline():.1%} right.",
+    ]
+    projector = model_flags.pretrain_mm_mlp_adapter
+    if projector and Path(projector).exists():
+        lines.append(f"The projector comes from stage 1: {projector}.")
+    elif projector:
+        model_flags.pretrain_mm_mlp_adapter = None
+        lines.append(f"There is no {projector}, so the projector starts at random; run --stage 1 first.")
+    return "\n".join(lines)
+
+
 def question_only_baseline() -> float:
-    """Exact match on the test questions of the best guess without the image: each question's most frequent training answer."""
+    """Exact match on the test questions, in [0, 1], of the best guess that sees the question alone.
+
+    The guess is the most frequent training answer to the same question text.
+    """
     answers = defaultdict(Counter)
     for turns in read_questions("train").values():
         for question, answer in turns:
@@ -100,8 +129,8 @@ def image_paths(split: str) -> dict[int, str]:
 def shape_and_colour(turns: list[tuple[str, str]]) -> tuple[str | None, str | None]:
     """What the questions of one image tell about it: its shape and its colour, None where they leave it open.
 
-    A named shape or colour is a fact; so is one that a yes/no question affirms ("is there not a circle?", "no"). Where all
-    but one are denied, the last is a fact too.
+    A named shape or colour is a fact; so is one that a yes/no question affirms ("is there not a circle?", "no"). Where
+    all but one are denied, the last is a fact too.
     """
     shapes, colours = set(SHAPES), set(COLOURS)
     for question, answer in turns:
@@ -142,24 +171,24 @@ def _convert(folder: Path) -> None:
         shape, colour = shape_and_colour(turns)
         if shape and colour:  # the questions of one image in ten leave one of them open
             request = f"<image>\n{rng.choice(CAPTION_REQUESTS)}"
-            captions.append(_record(f"caption-{image}", [(request, f"a {colour} {shape}")], f"train/{image}.png"))
+            captions.append(record(f"caption-{image}", [(request, f"a {colour} {shape}")], f"train/{image}.png"))
 
     conversations = []
     for image, turns in train.items():
-        # In the package "what ..." comes first and yes/no last: without shuffling, no conversation would begin with the latter.
+        # The package lists "what ..." first and yes/no last; unshuffled, hardly a conversation would begin with yes/no.
         (question, answer), *rest = rng.sample(turns, len(turns))
         turns = [(f"<image>\n{question}", answer), *rest]
-        conversations.append(_record(f"image-{image}", turns, f"train/{image}.png"))
+        conversations.append(record(f"image-{image}", turns, f"train/{image}.png"))
     scenes = answers_by_scene(train)
     for number in range(TEXT_ONLY_RECORDS):
         (shape, colour), answers = rng.choice(list(scenes.items()))
         (question, answer), *rest = rng.sample(list(answers.items()), rng.randint(2, 10))
         sentence = rng.choice(SCENE_SENTENCES).format(shape=shape, colour=colour)
-        conversations.append(_record(f"text-{number}", [(f"{sentence}\n{question}", answer), *rest]))
+        conversations.append(record(f"text-{number}", [(f"{sentence}\n{question}", answer), *rest]))
     rng.shuffle(conversations)
 
     questions = [
-        _record(f"test-{image}-{number}", [(f"<image>\n{question}", answer)], f"test/{image}.png")
+        record(f"test-{image}-{number}", [(f"<image>\n{question}", answer)], f"test/{image}.png")
         for image, turns in test.items()
         for number, (question, answer) in enumerate(turns)
     ]
@@ -172,7 +201,7 @@ def _convert(folder: Path) -> None:
         (folder / f"{name}.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
 
 
-def _record(identifier: str, turns: list[tuple[str, str]], image: str | None = None) -> dict:
+def record(identifier: str, turns: list[tuple[str, str]], image: str | None = None) -> dict:
     """One record of LLaVA's JSON: human and gpt turns, and the image's name where there is one."""
     conversations = [
         {"from": speaker, "value": text}

@@ -85,7 +85,11 @@ def _complete_deepspeed_config(config: dict, precision: str, max_grad_norm: floa
     config["train_micro_batch_size_per_gpu"] = 1  # of no effect: batches are never made by DeepSpeed
     config["gradient_accumulation_steps"] = 1
     config["zero_allow_untested_optimizer"] = True
+    # Micro-batches add up in fp32: the default is the model's dtype, and bf16 sums drop what is 256 times smaller.
+    config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     zero = config["zero_optimization"]
+    if zero["stage"] not in (2, 3):
+        raise ValueError(f"zero_stage: {zero['stage']} of the accelerate config is not supported; known: 2, 3.")
     # "auto" would be derived from the hidden size of a `model.config` that LlavaModel does not have.
     for key, value in (
         ("reduce_bucket_size", 500_000_000),

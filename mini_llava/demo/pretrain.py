@@ -1,0 +1,456 @@
+"""Make the demo's two miniature pretrained models: `python -m mini_llava.demo.pretrain`.
+
+They stand where CLIP and Vicuna stand in LLaVA: a vision tower that knows shapes and colours but no language, and a
+language model that answers questions about described scenes but has seen no image. Both see easy-vqa's training split
+only, less one image in ten, on which the printed accuracies are measured. A few minutes on one H200; slow on a CPU.
+"""
+
+import argparse
+import json
+import random
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from mini_llava import demo
+from mini_llava.data.templates import get_template
+from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, tokenize
+
+# CLIP's own mean and standard deviation of the pixel values.
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGE_SIZE, PATCH_SIZE = 64, 8
+PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
+SELECT_LAYER = -2  # the layer whose patches LLaVA projects
+
+# More ways to describe a scene than the conversations of stage 2 use.
+SENTENCES = (
+    *demo.SCENE_SENTENCES,
+    "{shape}, {colour}",
+    "one {colour} {shape} on a plain background",
+    "in the image there is a {shape}. the color of the {shape} is {colour}.",
+    "the {shape} is {colour}",
+    "{colour} is the color of the only shape, and the shape is a {shape}",
+)
+# What a description patch by patch says where it says neither the shape nor the colour.
+FILLERS = (
+    "blank",
+    "plain",
+    "background",
+    "empty",
+    "edge",
+    "corner",
+    "small",
+    "large",
+    "here",
+    "white",
+    "light",
+    "paper",
+)
+
+VOCABULARY_SIZE = 640
+MAX_TURNS = 10
+MAX_TOKENS = 272
+DOCUMENTS = 60_000
+HELD_OUT_FRACTION = 0.1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=demo.HERE, help="where the two directories are written")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tower_steps", type=int, default=2500, help="optimizer steps of 256 images")
+    parser.add_argument("--language_steps", type=int, default=3000, help="optimizer steps of 256 documents")
+    parser.add_argument("--documents", type=int, default=DOCUMENTS, help="documents made for the language model")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.manual_seed(arguments.seed)
+
+    questions = demo.read_questions("train")
+    images = list(questions)
+    random.Random(arguments.seed).shuffle(images)
+    cut = int(len(images) * HELD_OUT_FRACTION)
+    held_out, kept = ({image: questions[image] for image in part} for part in (images[:cut], images[cut:]))
+
+    start = time.time()
+    tower = pretrain_tower(kept, held_out, arguments.tower_steps, arguments.device)
+    save_tower(tower, arguments.output / demo.VISION_TOWER.name)
+    print(f"vision tower: {count(tower):,} parameters, {time.time() - start:.0f} s", flush=True)
+
+    start = time.time()
+    tokenizer = train_tokenizer(kept)
+    language_model = pretrain_language_model(tokenizer, kept, held_out, arguments)
+    save_language_model(language_model, tokenizer, arguments.output / demo.LANGUAGE_MODEL.name)
+    print(f"language model: {count(language_model):,} parameters, {time.time() - start:.0f} s", flush=True)
+
+
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Linear warmup over the first 3 %, then a cosine down to zero."""
+    warmup = max(1, int(0.03 * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + np.cos(np.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+# ---- the tower ----
+
+
+class TowerHeads(nn.Module):
+    """The two views of the tower that pretraining asks for shape and colour.
+
+    The class token is what CLIP's own objective reads. LLaVA reads the patches of an earlier layer, which in CLIP know
+    the picture because there is so much of it; a tower this small needs to be asked there as well: the mean of the
+    patches, and each patch alone.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        classes = len(demo.SHAPES) + len(demo.COLOURS)
+        self.pooled = nn.Linear(width, classes)
+        self.patches = nn.Linear(width, classes)
+
+    def forward(self, outputs) -> list[torch.Tensor]:
+        """-> logits of the class token [n, classes], the mean patch [n, classes], each patch [n, patches, classes]."""
+        each = self.patches(F.layer_norm(outputs.hidden_states[SELECT_LAYER][:, 1:], (self.patches.in_features,)))
+        return [self.pooled(outputs.pooler_output), each.mean(dim=1), each]
+
+
+def pretrain_tower(kept: dict, held_out: dict, steps: int, device: str) -> CLIPVisionModel:
+    config = CLIPVisionConfig(
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        projection_dim=64,
+        initializer_factor=1.0,
+    )
+    tower = CLIPVisionModel(config).to(device)
+    heads = TowerHeads(config.hidden_size).to(device)
+    pixels, targets = (tensor.to(device) for tensor in load_images(kept))
+    test_pixels, test_targets = (tensor.to(device) for tensor in load_images(held_out))
+
+    parameters = [*tower.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * learning_rate_factor(step, steps)
+        chosen = torch.randint(len(pixels), (256,), device=device)
+        outputs = tower(normalize(augment(pixels[chosen])), output_hidden_states=True)
+        pooled, mean, each = heads(outputs)
+        target = targets[chosen]
+        loss = scene_loss(pooled, target) + scene_loss(mean, target)
+        loss = loss + 0.5 * scene_loss(each.flatten(0, 1), target.repeat_interleave(PATCHES, dim=0))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            with torch.no_grad():
+                views = heads(tower(normalize(test_pixels), output_hidden_states=True))
+            views[2] = views[2].flatten(0, 1)
+            lines = []
+            for name, logits in zip(("class token", "mean patch", "single patch"), views, strict=True):
+                target = test_targets.repeat_interleave(len(logits) // len(test_targets), dim=0)
+                shape, colour = scene_accuracy(logits, target)
+                lines.append(f"{name}: shape {shape:.3f}, color {colour:.3f}")
+            print(f"tower step {step + 1}: loss {loss.item():.3f}; held out: {'; '.join(lines)}", flush=True)
+    return tower
+
+
+def load_images(questions: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> float32 pixels in [0, 1] [n, 3, 64, 64]; int64 [n, 2] shape and colour, -100 where no question tells."""
+    paths = demo.image_paths("train")
+    pixels, targets = [], []
+    for image, turns in questions.items():
+        shape, colour = demo.shape_and_colour(turns)
+        with Image.open(paths[image]) as opened:
+            pixels.append(np.asarray(opened.convert("RGB")))
+        targets.append(
+            [demo.SHAPES.index(shape) if shape else -100, demo.COLOURS.index(colour) if colour else -100],
+        )
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255, torch.tensor(targets)
+
+
+def augment(pixels: torch.Tensor) -> torch.Tensor:
+    """Three in four pictures mirrored, moved, stretched and a little noisy; the background goes on past the border."""
+    n, device = len(pixels), pixels.device
+    theta = torch.zeros(n, 2, 3, device=device)
+    mirrored = torch.randint(0, 2, (n,), device=device) * 2 - 1
+    theta[:, 0, 0] = mirrored * torch.empty(n, device=device).uniform_(0.8, 1.25)
+    theta[:, 1, 1] = torch.empty(n, device=device).uniform_(0.8, 1.25)
+    theta[:, :, 2] = torch.empty(n, 2, device=device).uniform_(-0.2, 0.2)
+    grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
+    moved = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+    moved = moved + 0.02 * torch.randn_like(moved)
+    untouched = torch.rand(n, 1, 1, 1, device=device) < 0.25
+    return torch.where(untouched, pixels, moved)
+
+
+def normalize(pixels: torch.Tensor) -> torch.Tensor:
+    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
+    return (pixels - mean) / std
+
+
+def scene_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of shape plus that of colour; logits [n, classes], targets [n, 2]."""
+    shape, colour = logits.split([len(demo.SHAPES), len(demo.COLOURS)], dim=1)
+    return F.cross_entropy(shape, targets[:, 0]) + F.cross_entropy(colour, targets[:, 1])
+
+
+def scene_accuracy(logits: torch.Tensor, targets: torch.Tensor) -> list[float]:
+    parts = logits.split([len(demo.SHAPES), len(demo.COLOURS)], dim=1)
+    return [
+        (part.argmax(dim=1) == target)[target >= 0].float().mean().item()
+        for part, target in zip(parts, targets.unbind(dim=1), strict=True)
+    ]
+
+
+def save_tower(tower: CLIPVisionModel, folder: Path) -> None:
+    tower.half().save_pretrained(folder)
+    processor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": IMAGE_SIZE},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": IMAGE_MEAN,
+        "image_std": IMAGE_STD,
+        "do_convert_rgb": True,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
+
+
+# ---- the tokenizer ----
+
+
+def train_tokenizer(questions: dict) -> PreTrainedTokenizerFast:
+    """A Llama tokenizer on the demo's words: BPE, `<unk>` 0, `<s>` 1, `</s>` 2, then the 256 bytes, then the pieces.
+
+    It is trained on words, and then works on whole texts as Llama's does (a blank is U+2581, one is put before the
+    text, no pre-tokenisation otherwise): as no piece reaches over a blank, both cut a text in the same way. A line
+    break stays a byte.
+    """
+    scenes = [(shape, colour) for shape in demo.SHAPES for colour in demo.COLOURS]
+    texts = [" ".join(FILLERS), *demo.CAPTION_REQUESTS] * 50
+    texts += [sentence.format(shape=shape, colour=colour) for sentence in SENTENCES for shape, colour in scenes] * 5
+    texts = [f" {text}" for text in texts]
+    for turns in questions.values():
+        # A word that may stand after a line break or right after an end mark is to be a piece without its blank, too.
+        texts += [f"USER:\n{question} ASSISTANT: {answer}" for question, answer in turns]
+        texts += [f" {get_template('v1').opening}{question} ASSISTANT: {answer}" for question, answer in turns]
+    words = Tokenizer(models.BPE())
+    words.normalizer = normalizers.Replace(" ", "▁")
+    words.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split("\n", "removed"),
+            pre_tokenizers.Metaspace(prepend_scheme="never", split=True),
+            pre_tokenizers.Punctuation(),
+        ]
+    )
+    reserved = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    printable = [chr(code) for code in range(33, 127)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE, special_tokens=reserved, initial_alphabet=["▁", *printable], show_progress=False
+    )
+    words.train_from_iterator(texts, trainer)
+    trained = json.loads(words.to_str())["model"]
+
+    marks = ({"id": id_, "content": mark} for id_, mark in enumerate(reserved[:3]))
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    begin = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    pipeline = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [mark | flags for mark in marks],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        # Two steps: with one, a text that begins with a blank would get no second blank, which Llama's tokenizer adds.
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Metaspace", "replacement": " ", "prepend_scheme": "first", "split": False},
+                {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": False},
+            ],
+        },
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [begin, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [
+                begin,
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"SpecialToken": {"id": "<s>", "type_id": 1}},
+                {"Sequence": {"id": "B", "type_id": 1}},
+            ],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": trained | {"unk_token": "<unk>", "byte_fallback": True, "fuse_unk": True},
+    }
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(pipeline)),
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<unk>",
+        model_max_length=2048,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+# ---- the language model ----
+
+
+def describe_in_patches(rng: random.Random, shape: str, colour: str) -> str:
+    """A scene told patch by patch: a word for each, some the shape or the colour, the others about nothing."""
+    named = rng.uniform(0.05, 1.0)
+    words = [rng.choice((shape, colour)) if rng.random() < named else rng.choice(FILLERS) for _ in range(PATCHES)]
+    for word, place in zip((shape, colour), rng.sample(range(PATCHES), 2), strict=True):
+        words[place] = word
+    return " ".join(words)
+
+
+def make_documents(tokenizer, scenes: dict, number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids int16 [number, MAX_TOKENS], 0 after the end, and bool of that shape: the answers with their end marks.
+
+    Each document is written by the trainer's own templates. One in six is a caption (`plain`), the others are
+    conversations (`v1`). In the captions and in six of ten conversations the scene is told patch by patch, by as many
+    tokens as an image has and in an image's place; the other conversations begin with a sentence.
+    """
+    rng = random.Random(seed)
+    ids = np.zeros((number, MAX_TOKENS), dtype=np.int16)
+    answered = np.zeros((number, MAX_TOKENS), dtype=bool)
+    scene_list = list(scenes.items())
+    for row in range(number):
+        (shape, colour), answers = rng.choice(scene_list)
+        is_caption = rng.random() < 1 / 6
+        in_patches = is_caption or rng.random() < 0.6
+        if is_caption:
+            turns = [("<image>", f"a {colour} {shape}")]
+        else:
+            (question, answer), *rest = rng.sample(list(answers.items()), rng.randint(1, MAX_TURNS))
+            scene = "<image>" if in_patches else rng.choice(SENTENCES).format(shape=shape, colour=colour)
+            turns = [(f"{scene}\n{question}", answer), *rest]
+        record = demo.record(f"document-{row}", turns, "description" if in_patches else None)
+        template = get_template("plain" if is_caption else "v1")
+        sample = tokenize(record, template, tokenizer, PATCHES, MAX_TOKENS)
+        if in_patches:
+            description = tokenizer(describe_in_patches(rng, shape, colour), add_special_tokens=False)["input_ids"]
+            sample.input_ids[sample.input_ids == IMAGE_TOKEN_INDEX] = description
+        ids[row, : len(sample.input_ids)] = sample.input_ids
+        answered[row, : len(sample.labels)] = sample.labels != IGNORE_INDEX
+    return ids, answered
+
+
+def pretrain_language_model(tokenizer, kept: dict, held_out: dict, arguments) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    device = torch.device(arguments.device)
+    model = LlamaForCausalLM(config).to(device)
+    scenes = demo.answers_by_scene(kept)
+    documents = make_documents(tokenizer, scenes, arguments.documents, arguments.seed)
+    ids, answered = (torch.from_numpy(array).to(device) for array in documents)
+    held_out_documents = make_documents(tokenizer, demo.answers_by_scene(held_out), 2000, arguments.seed + 1)
+    held_out_ids, held_out_answered = (torch.from_numpy(array).to(device) for array in held_out_documents)
+    print(
+        f"{len(ids)} documents, {(ids != 0).sum(1).float().mean().item():.0f} tokens each, vocabulary {len(tokenizer)}"
+    )
+
+    steps = arguments.language_steps
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * learning_rate_factor(step, steps)
+        chosen = torch.randint(len(ids), (256,), device=device)
+        batch, trained = ids[chosen].long(), answered[chosen]
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+            logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+        losses = F.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")
+        # Every token counts, as in any pretraining, but the answers most: the rest is nearly all chance (which question
+        # comes next, which patch says what), and would drown them.
+        weights = 0.05 * (batch[:, 1:] != 0) + trained[:, 1:]
+        loss = (losses * weights).sum() / weights.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            accuracy = text_accuracy(model, tokenizer, held_out_ids, held_out_answered)
+            print(f"language step {step + 1}: loss {loss.item():.4f}; held out: {accuracy}", flush=True)
+    return model
+
+
+@torch.no_grad()
+def text_accuracy(model, tokenizer, ids: torch.Tensor, answered: torch.Tensor) -> str:
+    """Share of answers whose every token, end mark included, is the model's first choice, as greedy decoding needs it.
+
+    By kind: captions, the first turn of a conversation, later turns.
+    """
+    right = {"captions": [], "first turns": [], "later turns": []}
+    for batch, trained in zip(ids.long().split(500), answered.split(500), strict=True):
+        hits = model(input_ids=batch, use_cache=False).logits[:, :-1].argmax(dim=-1) == batch[:, 1:]
+        for tokens, hit, mask in zip(
+            batch.cpu().numpy(), hits.cpu().numpy(), trained[:, 1:].cpu().numpy(), strict=True
+        ):
+            edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(np.int8), [0]])))
+            for turn, (start, end) in enumerate(edges.reshape(-1, 2)):
+                if end == len(mask):
+                    continue  # cut at MAX_TOKENS
+                is_caption = tokens[end] != tokenizer.eos_token_id
+                kind = "captions" if is_caption else "later turns" if turn else "first turns"
+                right[kind].append(hit[start:end].all())
+    return ", ".join(f"{kind} {np.mean(values):.4f}" for kind, values in right.items() if values)
+
+
+def save_language_model(model: LlamaForCausalLM, tokenizer, folder: Path) -> None:
+    model.half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    # Which class save_pretrained names depends on the transformers version; this one reads tokenizer.json as it stands.
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config = {key: value for key, value in config.items() if not re.match("backend|is_local|name_or_path", key)}
+    path.write_text(
+        json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n", encoding="utf-8"
+    )
+
+
+if __name__ == "__main__":
+    main()

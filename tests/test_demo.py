@@ -1,0 +1,198 @@
+"""The embedded default: the converted data, and the two miniature models as they are shipped."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessor, CLIPVisionModel
+
+from mini_llava import demo
+from mini_llava.arguments import resolve
+from mini_llava.data.templates import get_template
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return demo.prepare(tmp_path_factory.mktemp("outputs"))
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def turns(record):
+    spoken = [turn["value"] for turn in record["conversations"]]
+    return list(zip(spoken[::2], spoken[1::2], strict=True))
+
+
+def test_every_image_that_a_record_names_is_there_and_is_64_pixels_square(data):
+    names = {
+        record["image"] for path in (data.stage1, data.stage2, data.test) for record in read(path) if "image" in record
+    }
+    assert len(names) == 5000
+    for name in sorted(names)[::100]:
+        with Image.open(data.images / name) as image:
+            assert image.size == (64, 64)
+
+
+def test_no_test_image_and_no_test_pair_of_image_and_question_is_trained_on(data):
+    def pairs(records):
+        return {
+            (record["image"], question.removeprefix("<image>\n")) for record in records for question, _ in turns(record)
+        }
+
+    trained = [record for path in (data.stage1, data.stage2) for record in read(path) if "image" in record]
+    held_out = read(data.test)
+    assert {record["image"] for record in trained}.isdisjoint(record["image"] for record in held_out)
+    assert pairs(trained).isdisjoint(pairs(held_out))
+    assert all(record["image"].startswith("train/") for record in trained)
+
+
+def test_the_test_file_holds_the_official_questions_one_a_record(data):
+    records = read(data.test)
+    official = {
+        (f"test/{image}.png", question, answer)
+        for image, asked in demo.read_questions("test").items()
+        for question, answer in asked
+    }
+    assert len(records) == 9673
+    assert len({record["id"] for record in records}) == 9673
+    assert {(record["image"], *turns(record)[0]) for record in records} == {
+        (image, f"<image>\n{question}", answer) for image, question, answer in official
+    }
+
+
+def test_stage_2_holds_every_training_question_and_a_share_of_text_only_records(data):
+    records = read(data.stage2)
+    with_image = [record for record in records if "image" in record]
+    assert sum(len(turns(record)) for record in with_image) == 38575
+    assert len(records) - len(with_image) == demo.TEXT_ONLY_RECORDS
+    for record in records:
+        text = json.dumps(record["conversations"])
+        assert text.count("<image>") == ("image" in record)
+
+
+def test_captions_say_what_the_questions_tell(data):
+    captions = {record["image"]: turns(record)[0][1] for record in read(data.stage1)}
+    assert len(captions) > 3500
+    for image, asked in demo.read_questions("train").items():
+        for question, answer in asked:
+            if f"train/{image}.png" in captions and answer not in ("yes", "no"):
+                assert answer in captions[f"train/{image}.png"].split(), (image, question)
+
+
+def test_a_denied_denial_tells_the_shape_and_elimination_tells_the_colour():
+    assert demo.shape_and_colour([("is there not a circle?", "no")]) == ("circle", None)
+    assert demo.shape_and_colour([("is there a circle?", "no"), ("is no triangle present?", "yes")]) == (
+        "rectangle",
+        None,
+    )
+    assert demo.shape_and_colour([("what is the red shape?", "circle")]) == ("circle", "red")
+
+
+def test_preparing_again_changes_nothing_and_another_place_gets_the_same_bytes(data, tmp_path):
+    root = data.images.parent.parent
+    before = {path: path.stat().st_mtime_ns for path in (data.stage1, data.stage2, data.test)}
+    assert demo.prepare(root) == data
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert [path.name for path in root.iterdir()] == ["demo-data"]
+    again = demo.prepare(tmp_path)
+    for name in ("stage1", "stage2", "test"):
+        assert getattr(again, name).read_bytes() == getattr(data, name).read_bytes()
+
+
+def test_an_interrupted_conversion_leaves_no_data_folder(tmp_path, monkeypatch):
+    def interrupt(source, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(demo.shutil, "copyfile", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            demo.prepare(tmp_path)
+    assert not (tmp_path / "demo-data").exists()
+    assert demo.prepare(tmp_path).test.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["demo-data"]
+
+
+def test_the_best_guess_without_the_image_is_right_for_two_questions_in_three():
+    assert demo.question_only_baseline() == pytest.approx(0.670, abs=0.001)
+
+
+def test_both_models_load_with_from_pretrained_and_take_less_than_5_mb():
+    files = [
+        path for folder in (demo.VISION_TOWER, demo.LANGUAGE_MODEL) for path in folder.rglob("*") if path.is_file()
+    ]
+    assert sum(path.stat().st_size for path in files) < 5e6
+    tower = CLIPVisionModel.from_pretrained(demo.VISION_TOWER)
+    processor = CLIPImageProcessor.from_pretrained(demo.VISION_TOWER)
+    language_model = AutoModelForCausalLM.from_pretrained(demo.LANGUAGE_MODEL)
+    assert {parameter.dtype for model in (tower, language_model) for parameter in model.parameters()} == {torch.float16}
+    image = Image.new("RGB", (64, 64), "white")
+    assert processor(image, return_tensors="pt")["pixel_values"].shape == (1, 3, 64, 64)
+    assert (tower.config.image_size // tower.config.patch_size) ** 2 == 64
+
+
+def test_the_tokenizer_cuts_like_llama_and_gives_every_text_back():
+    tokenizer = AutoTokenizer.from_pretrained(demo.LANGUAGE_MODEL)
+    assert tokenizer.convert_tokens_to_ids(["<unk>", "<s>", "</s>"]) == [0, 1, 2]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 0)
+    assert tokenizer.convert_ids_to_tokens(tokenizer(" ASSISTANT: no</s>USER:\nis").input_ids) == (
+        ["<s>", "▁", "▁ASSISTANT", ":", "▁no", "</s>", "USER", ":", "<0x0A>", "is"]
+    )
+    for text in ("is there not a circle?", "  two blanks", "Grüße, 你好 🙂\ttab\n", ""):
+        assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+
+
+def test_the_language_model_answers_from_a_description_before_it_has_seen_any_image():
+    tokenizer = AutoTokenizer.from_pretrained(demo.LANGUAGE_MODEL)
+    model = AutoModelForCausalLM.from_pretrained(demo.LANGUAGE_MODEL, dtype=torch.float32)
+    for question, answer in (
+        ("is there not a circle?", "no"),
+        ("is there not a triangle?", "yes"),
+        ("is a red shape present?", "yes"),
+        ("what color is the shape?", "red"),
+    ):
+        prompt = f"{get_template('v1').opening}the picture shows a red circle.\n{question} ASSISTANT:"
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        written = model.generate(**inputs, do_sample=False, max_new_tokens=4)[0, inputs.input_ids.shape[1] :]
+        assert tokenizer.decode(written) == f"{answer}</s>"
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_configs_name_the_shipped_models_and_the_converted_data(stage, data):
+    config = yaml.safe_load(demo.STAGE_CONFIGS[stage].read_text(encoding="utf-8"))
+    root = demo.HERE.parent.parent
+    assert root / config["model_name_or_path"] == demo.LANGUAGE_MODEL
+    assert root / config["vision_tower"] == demo.VISION_TOWER
+    converted = data.images.parent
+    for flag in ("data_path", "image_folder", "eval_data_path", "eval_image_folder"):
+        paths = config[flag] if isinstance(config[flag], list) else [config[flag]]
+        for path in paths:
+            assert (converted / Path(path).relative_to("outputs/demo-data")).exists(), flag
+
+
+def test_stage_2_starts_from_the_projector_of_stage_1_and_says_so_when_there_is_none(tmp_path, monkeypatch):
+    (tmp_path / "mini_llava").symlink_to(demo.HERE.parent)
+    monkeypatch.chdir(tmp_path)
+    model_flags = resolve(2, {}).model
+    assert "There is no outputs/demo-stage1/mm_projector.bin" in demo.prepare_run(model_flags)
+    assert model_flags.pretrain_mm_mlp_adapter is None
+
+    projector = Path("outputs/demo-stage1/mm_projector.bin")
+    projector.parent.mkdir()
+    projector.touch()
+    model_flags = resolve(2, {}).model
+    lines = demo.prepare_run(model_flags)
+    assert model_flags.pretrain_mm_mlp_adapter == str(projector)
+    assert "from stage 1: outputs/demo-stage1/mm_projector.bin" in lines
+    assert "67.0%" in lines and "--model_name_or_path" in lines
+
+
+def test_started_elsewhere_than_in_the_repository_the_demo_says_where_to_start_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="from the repository's root"):
+        demo.prepare_run(resolve(1, {}).model)
+    assert not any(tmp_path.iterdir())
