@@ -136,7 +136,10 @@ def flags_of(name: str, folder: Path, projector: Path, processes: int) -> dict:
     output_dir = folder / name.replace("/", "-")
     if kind == "setting":
         setting = SETTINGS[rest]
-        start = {"data_path": FIXTURES / f"data/train_stage{setting['stage']}.json", "pretrain_mm_mlp_adapter": projector}
+        start = {
+            "data_path": FIXTURES / f"data/train_stage{setting['stage']}.json",
+            "pretrain_mm_mlp_adapter": projector,
+        }
         return {**COMMON, **start, **setting, "output_dir": output_dir}
 
     curve_name, size, layout = rest.split("/")

@@ -22,8 +22,7 @@ def compare_with_recording(run, curve_name, route, golden_projector, agree):
     difference = max(abs(ours - step["loss"]) for ours, step in zip(run.losses, steps, strict=True))
     agree(f"loss, {route}", reference, difference, 1e-5)
     relative = [
-        abs(ours - step["grad_norm"]) / step["grad_norm"]
-        for ours, step in zip(run.gradient_norms, steps, strict=True)
+        abs(ours - step["grad_norm"]) / step["grad_norm"] for ours, step in zip(run.gradient_norms, steps, strict=True)
     ]
     agree(f"gradient norm, relative, {route}", reference, max(relative), 1e-5)
 
