@@ -58,8 +58,8 @@ def build_accelerator(precision: str, max_grad_norm: float, report_to: str, outp
         plugin = DeepSpeedPlugin()
         _complete_deepspeed_config(plugin.deepspeed_config, precision, max_grad_norm)
     accelerator = Accelerator(
-        # Without being told, accelerate takes processes that torchrun started on CPUs for single ones: no DDP, no error,
-        # and each trains alone.
+        # Without being told, accelerate takes processes that torchrun started on CPUs for single ones: no DDP and no
+        # error, each trains alone.
         cpu=launched and plugin is None and not torch.cuda.is_available(),
         mixed_precision=precision,
         gradient_accumulation_steps=1,

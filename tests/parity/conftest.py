@@ -1,6 +1,6 @@
 """What the parity tests share: the figures they record, printed as one table at the end, and the runs of `train.py`.
 
-Every comparison goes through the fixture `agree`, so that a test cannot pass without its largest difference being shown.
+Comparisons go through the fixture `agree`, so that no test passes without its largest difference being shown.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Reading the recordings in fixtures/ (`fixtures/README.md` says how they were made) and naming tensors as LLaVA does."""
+"""Reads the recordings in fixtures/ (`fixtures/README.md` says how they were made); names tensors as LLaVA does."""
 
 import json
 from pathlib import Path

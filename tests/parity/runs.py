@@ -1,7 +1,7 @@
 """Runs of `train.py`'s own loop for the parity tests: their command lines, where they run, and what is read from them.
 
-A run has a name. `curve/...` are the recorded runs of fixtures/curves with their sample order; `setting/...` are others,
-which test_other_settings.py compares with a plain loop of its own.
+A run has a name. `curve/...` are the recorded runs of fixtures/curves with their sample order; `setting/...` are
+others, which test_other_settings.py compares with a plain loop of its own.
 """
 
 import contextlib
@@ -203,16 +203,15 @@ def launch(backend: str, folder: Path, projector: Path) -> dict[str, Run]:
         launcher += ["--num_processes", "2", "--main_process_port", str(port)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    finished = subprocess.run(
-        [sys.executable, "-m", *launcher, str(Path(__file__).with_name("several_runs.py")), str(listing)],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
-    )
-    assert finished.returncode == 0, finished.stdout[-10_000:]
+    command = [sys.executable, "-m", *launcher, str(Path(__file__).with_name("several_runs.py")), str(listing)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
+        try:
+            output, _ = process.communicate(timeout=240)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # the launcher passes it on to the processes it started
+            output, _ = process.communicate()
+    assert process.returncode == 0, output[-10_000:]
     return {name: read_run(values["output_dir"]) for name, values in given.items()}
 
 

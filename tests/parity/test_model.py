@@ -1,4 +1,4 @@
-"""Merged labels and positions, logits, loss and gradients against LLaVA c121f04, recorded in fixtures/model_cases.json."""
+"""Merged labels and positions, logits, loss and gradients against LLaVA c121f04 (fixtures/model_cases.json)."""
 
 import numpy as np
 import pytest

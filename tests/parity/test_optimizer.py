@@ -35,7 +35,7 @@ def test_every_parameter_has_llavas_rate_and_decay(case, golden_projector, agree
 
     theirs, theirs_without_decay = {}, set()
     for number, group in enumerate(case["groups"]):  # with decay, without; then the projector's, with and without
-        theirs |= {name: (group["lr"], group["weight_decay"]) for name in group["names"]}
+        theirs |= dict.fromkeys(group["names"], (group["lr"], group["weight_decay"]))
         theirs_without_decay |= set(group["names"]) if number % 2 else set()
     assert set(ours) == set(theirs)
     assert ours_without_decay == theirs_without_decay

@@ -1,4 +1,4 @@
-"""The order of samples against LLaVA's `LengthGroupedSampler`, recorded in fixtures/sampler.json with its random draws."""
+"""The order of samples against LLaVA's `LengthGroupedSampler`, recorded with its draws in fixtures/sampler.json."""
 
 import json
 from itertools import pairwise
