@@ -161,7 +161,9 @@ def compare_with_reference(ours, theirs, route, golden_projector, agree):
         else:
             change = (theirs.tensors[name] - start[name]).norm()
             difference = float((tensor - theirs.tensors[name]).norm() / change)
-            agree(f"change of each tensor, relative, {route}", REFERENCE, difference, 1e-4)
+            # Wider than for the recordings: without warmup or clipping a few elements have gradients that are rounding
+            # and little else, and AdamW makes full steps of them.
+            agree(f"change of each tensor, relative, {route}", REFERENCE, difference, 3e-4)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
