@@ -58,7 +58,8 @@ def build_accelerator(precision: str, max_grad_norm: float, report_to: str, outp
             f"Installed: {', '.join(installed)}; also known: {known}."
         )
     handlers, plugin = [], None
-    if "WORLD_SIZE" in os.environ:
+    launched = "WORLD_SIZE" in os.environ
+    if launched:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         # Only in launched runs: without a launcher accelerate would look for a process group that is not there.
         handlers.append(InitProcessGroupKwargs(backend=backend))
@@ -66,6 +67,9 @@ def build_accelerator(precision: str, max_grad_norm: float, report_to: str, outp
         plugin = DeepSpeedPlugin()
         _complete_deepspeed_config(plugin.deepspeed_config, precision, max_grad_norm)
     accelerator = Accelerator(
+        # Without being told, accelerate takes processes that torchrun started on CPUs for single ones: no DDP and no
+        # error, each trains alone.
+        cpu=launched and plugin is None and not torch.cuda.is_available(),
         mixed_precision=precision,
         gradient_accumulation_steps=1,
         deepspeed_plugin=plugin,
