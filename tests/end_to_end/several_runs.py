@@ -17,7 +17,6 @@ from mini_llava import arguments as flags
 
 
 def main(file: Path) -> None:
-    failed = False
     for port, command_line in json.loads(file.read_text()):
         if (child := os.fork()) == 0:
             # The launcher's own meeting point still holds the addresses of the run before: rank 0 opens another.
@@ -32,8 +31,8 @@ def main(file: Path) -> None:
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(status)
-        failed |= os.waitpid(child, 0)[1] != 0
-    sys.exit(failed)
+        if os.waitpid(child, 0)[1] != 0:
+            sys.exit(1)  # at once, so that the launcher ends the other rank, which may wait for this one
 
 
 if __name__ == "__main__":
