@@ -39,7 +39,7 @@ def train(arguments: flags.Arguments) -> None:
     rank, world_size = distributed.launched_rank()
     say = print if rank == 0 else lambda *_: None
     if arguments.is_demo:
-        say(demo.prepare_run(arguments))
+        say(demo.prepare_run(model_flags))
 
     # --- Data: what becomes of one record ----------------------------------------------------------------------------
     # Read and measured before the process group exists: NCCL gives up after ten minutes of waiting for one rank.
@@ -179,7 +179,8 @@ def train(arguments: flags.Arguments) -> None:
         data_flags.eval_max_samples,
         training.seed,
     )
-    scores = {"before training": held_out.scores()} if sampler.step == 0 else {}
+    if sampler.step == 0:
+        held_out.report("before training", say)
 
     # --- The loop ----------------------------------------------------------------------------------------------------
     loader = rank_step_loader(
@@ -250,10 +251,7 @@ def train(arguments: flags.Arguments) -> None:
                 output_dir, tokenizer, image_processor, template, "vision_tower" in trained, dtype, **described
             )
         )
-    scores["after training"] = held_out.scores()
-    for moment, values in scores.items():
-        for name, value in values.items():
-            say(f"{name.replace('_', ' ')} {moment}: {value:.1%}")
+    held_out.report("after training", say)
     accelerator.end_training()
 
 

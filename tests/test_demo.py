@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessor, CLIPVisionModel
 
 from mini_llava import demo
+from mini_llava.arguments import resolve
 from mini_llava.data.templates import get_template
 
 
@@ -171,3 +172,27 @@ def test_the_configs_name_the_shipped_models_and_the_converted_data(stage, data)
         paths = config[flag] if isinstance(config[flag], list) else [config[flag]]
         for path in paths:
             assert (converted / Path(path).relative_to("outputs/demo-data")).exists(), flag
+
+
+def test_stage_2_starts_from_the_projector_of_stage_1_and_says_so_when_there_is_none(tmp_path, monkeypatch):
+    (tmp_path / "mini_llava").symlink_to(demo.HERE.parent)
+    monkeypatch.chdir(tmp_path)
+    model_flags = resolve(2, {}).model
+    assert "There is no outputs/demo-stage1/mm_projector.bin" in demo.prepare_run(model_flags)
+    assert model_flags.pretrain_mm_mlp_adapter is None
+
+    projector = Path("outputs/demo-stage1/mm_projector.bin")
+    projector.parent.mkdir()
+    projector.touch()
+    model_flags = resolve(2, {}).model
+    lines = demo.prepare_run(model_flags)
+    assert model_flags.pretrain_mm_mlp_adapter == str(projector)
+    assert "from stage 1: outputs/demo-stage1/mm_projector.bin" in lines
+    assert "67.0%" in lines and "--model_name_or_path" in lines
+
+
+def test_started_elsewhere_than_in_the_repository_the_demo_says_where_to_start_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="from the repository's root"):
+        demo.prepare_run(resolve(1, {}).model)
+    assert not any(tmp_path.iterdir())

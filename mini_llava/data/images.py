@@ -6,12 +6,12 @@ that pixels do not depend on what else is installed. Photographs are turned upri
 """
 
 import os
+import re
 import warnings
-from functools import lru_cache
 
 import torch
+import transformers
 from PIL import Image, ImageOps
-from transformers import AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 
 ASPECT_RATIOS = ("pad", "square")
@@ -28,7 +28,7 @@ def image_path(folder: str | os.PathLike, name: str) -> str:
     Raises BadImage if there is no such file, if the name is absolute, or if it leads out of the folder by `..` or a
     symbolic link: names come with the data, which need not come from whoever runs the training.
     """
-    root = _real_path(os.fspath(folder))
+    root = os.path.realpath(folder)
     if os.path.isabs(name) or "\0" in name:
         raise BadImage(f"the image name {name!r} is not relative to the image folder {folder}.")
     path = os.path.realpath(os.path.join(root, name))
@@ -37,11 +37,6 @@ def image_path(folder: str | os.PathLike, name: str) -> str:
     if not os.path.isfile(path):
         raise BadImage(f"the image {name!r} is not in the image folder {folder}.")
     return path
-
-
-@lru_cache
-def _real_path(folder: str) -> str:
-    return os.path.realpath(folder)
 
 
 def load_image(folder: str | os.PathLike, name: str) -> Image.Image:
@@ -99,6 +94,17 @@ def _pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Im
 def load_image_processor(path: str | os.PathLike) -> BaseImageProcessor:
     """The image processor of a vision tower, folder or hub name, in its PIL version.
 
-    Where torchvision is installed transformers would choose a processor whose pixels differ slightly.
+    Chosen by the class name in the settings, CLIP's old feature extractor included: AutoImageProcessor would take the
+    torchvision version where it is installed, whose pixels differ slightly, and in some versions demands it. Raises
+    ValueError if there is no PIL version.
     """
-    return AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
+    settings, _ = BaseImageProcessor.get_image_processor_dict(path)
+    name = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "none"
+    family = re.sub(r"(ImageProcessor(Fast|Pil)?|FeatureExtractor)$", "", name)
+    processor_class = getattr(transformers, f"{family}ImageProcessorPil", None)
+    if processor_class is None:
+        raise ValueError(
+            f"The image processor of {path} is {name!r}, of which transformers {transformers.__version__} has no PIL "
+            f"version; CLIP's and SigLIP's have one."
+        )
+    return processor_class.from_pretrained(path)

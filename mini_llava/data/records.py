@@ -183,7 +183,7 @@ def _array_spans(content: mmap.mmap, position: int, path: str) -> Iterator[tuple
                 # Near the end of the window, or in a string that it cuts, the element may just be incomplete.
                 incomplete = error.pos > len(window) - 16 or error.msg.startswith("Unterminated string")
                 if at_end or not incomplete:
-                    raise broken(error.msg, offset + error.pos) from None
+                    raise broken(error.msg.removesuffix(" at"), offset + error.pos) from None
         elif at_end:
             raise broken(f"the file ends where {expected} should be,", len(content))
         offset, size = offset + here, max(CHUNK_BYTES, 2 * (len(window) - here))

@@ -6,6 +6,7 @@ the text is rendered into pieces that are trained or not, tokenized once, and a 
 trained piece. Also here: loading a tokenizer so that it gives the ids LLaVA was trained with, whatever reads it.
 """
 
+import copy
 import json
 import os
 import tempfile
@@ -178,13 +179,14 @@ def _encode(
     such text, and BOS stands once, at the very beginning.
     """
     encoder, prefix = _encoder(tokenizer, len(tokenizer))
-    text = "".join(piece for piece, _ in pieces)
-    ends = np.cumsum([len(piece) for piece, _ in pieces])
-    starts = ends - [len(piece) for piece, _ in pieces]
-    is_trained = np.array([trained for _, trained in pieces], dtype=bool)
-    trained_starts, trained_ends = starts[is_trained], np.append(ends[is_trained], len(text) + 1)
-    # A token that reaches beyond the last trained piece meets the sentinel, which begins after the end of the text.
-    trained_starts = np.append(trained_starts, len(text) + 1)
+    text, trained_spans = "", []
+    for piece, is_trained in pieces:
+        if is_trained:
+            trained_spans.append((len(text), len(text) + len(piece)))
+        text += piece
+    # Tokens after the last trained piece meet a span that begins beyond the text.
+    trained_spans.append((len(text) + 1, len(text) + 1))
+    trained_starts, trained_ends = np.array(trained_spans).T
 
     ids, trained = [np.array(prefix, dtype=np.int32)], [np.zeros(len(prefix), dtype=bool)]
     image_ids = np.full(tokens_per_image, IMAGE_TOKEN_INDEX, dtype=np.int32)
@@ -198,11 +200,9 @@ def _encode(
         if chunk:
             encoding = encoder.encode(chunk, add_special_tokens=False)
             offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2) + position
-            # A token without extent (none is known) counts as the character it stands before.
-            token_starts, token_ends = offsets[:, 0], np.maximum(offsets[:, 1], offsets[:, 0] + 1)
-            nearest = np.searchsorted(trained_ends, token_starts, side="right")
+            first_not_passed = np.searchsorted(trained_ends, offsets[:, 0], side="right")
             ids.append(np.array(encoding.ids, dtype=np.int32))
-            trained.append(trained_starts[nearest] < token_ends)
+            trained.append(trained_starts[first_not_passed] < offsets[:, 1])
         position += len(chunk)
     return np.concatenate(ids), np.concatenate(trained)
 
@@ -240,10 +240,10 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
     """Load a tokenizer, folder or hub name, so that its ids are those LLaVA trains with.
 
     LLaVA reads Llama tokenizers with transformers 4.37's slow class. transformers 5 rebuilds them in the tokenizers
-    library without the blank before a text that itself begins with a blank, which is every text after an image and
-    before ` ASSISTANT:`; and it needs sentencepiece for folders that hold only `tokenizer.model`. Here such
-    tokenizers are rebuilt exactly, `legacy` included, as plain fast tokenizers, and stay exact when saved and loaded
-    by AutoTokenizer. All others are loaded as they are. Code from the folder is never run.
+    library without the blank before a text that itself begins with a blank, such as the text after a question that is
+    only an image; and it needs sentencepiece for folders that hold only `tokenizer.model`. Here such tokenizers are
+    rebuilt exactly, `legacy` included, as plain fast tokenizers, and stay exact when saved and loaded by
+    AutoTokenizer. All others are loaded as they are. Code from the folder is never run.
     """
     config = _read_json(path, "tokenizer_config.json")
     backend = _llama_backend(path, config)
@@ -281,21 +281,24 @@ def image_token_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedToken
     if IMAGE_MARK in tokenizer.get_vocab():
         return tokenizer
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    prepends_once = backend.pre_tokenizer is not None and '"prepend_scheme":"first"' in backend.to_str()
-    if prepends_once:
-        # The blank of the whole text is the pre-tokenizer's, and comes at offset 0 only. The normalizer can see what
-        # follows an image, provided that the mark is looked for after it has run: hence normalized=True.
-        steps = [backend.normalizer] if backend.normalizer is not None else []
-        after_image = Regex(f"{IMAGE_MARK}(?!{IMAGE_MARK})(?=[\\s\\S])")
-        backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(after_image, IMAGE_MARK + _BLANK)])
-    backend.add_special_tokens([AddedToken(IMAGE_MARK, normalized=prepends_once, special=True)])
+    if _prepend_scheme(json.loads(backend.to_str())) != "first":
+        with_image = copy.deepcopy(tokenizer)
+        with_image.add_tokens([AddedToken(IMAGE_MARK, normalized=False, special=True)])
+        return with_image
 
+    # The blank of the whole text is the pre-tokenizer's, and comes at offset 0 only. The normalizer can see what
+    # follows an image, provided that the mark is looked for after it has run: hence normalized=True.
+    after_image = normalizers.Replace(Regex(f"{IMAGE_MARK}(?!{IMAGE_MARK})(?=[\\s\\S])"), IMAGE_MARK + _BLANK)
+    backend.normalizer = normalizers.Sequence(
+        [backend.normalizer, after_image] if backend.normalizer else [after_image]
+    )
+    backend.add_special_tokens([AddedToken(IMAGE_MARK, normalized=True, special=True)])
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         backend.save(str(Path(folder) / "tokenizer.json"))
-        copy = type(tokenizer).from_pretrained(folder)
-    copy.name_or_path = tokenizer.name_or_path
-    return copy
+        with_image = PreTrainedTokenizerFast.from_pretrained(folder)
+    with_image.name_or_path = tokenizer.name_or_path
+    return with_image
 
 
 def _llama_backend(path: str | os.PathLike, config: dict) -> Tokenizer | None:
@@ -304,18 +307,20 @@ def _llama_backend(path: str | os.PathLike, config: dict) -> Tokenizer | None:
         return None
     tokenizer_file, model_file = _find(path, "tokenizer.json"), _find(path, "tokenizer.model")
     if tokenizer_file:
-        scheme = _prepend_scheme(json.loads(Path(tokenizer_file).read_text(encoding="utf-8")))
-        backend = Tokenizer.from_file(tokenizer_file) if scheme else None
+        pipeline = json.loads(Path(tokenizer_file).read_text(encoding="utf-8"))
+        scheme = _prepend_scheme(pipeline)
+        for token in pipeline["added_tokens"]:
+            token["normalized"] = False  # the slow class looks for them in the text as it is
+        backend = Tokenizer.from_str(json.dumps(pipeline))
     elif model_file:
-        backend = _read_sentencepiece(Path(model_file).read_bytes())
-        scheme = "always"  # the slow class's default
+        backend, scheme = _read_sentencepiece(Path(model_file).read_bytes())
     else:
         return None
-    if backend is None:
+    if scheme is None:
         return None
-
-    if config.get("legacy") is not None:
+    if scheme != "never" and config.get("legacy") is not None:
         scheme = "always" if config["legacy"] else "first"
+
     # Two steps, because Metaspace leaves out its blank where the text begins with the character that it writes: the
     # first step looks for ordinary blanks, of which the normalizer has left none.
     backend.normalizer = normalizers.Replace(" ", _BLANK)
@@ -325,17 +330,21 @@ def _llama_backend(path: str | os.PathLike, config: dict) -> Tokenizer | None:
             pre_tokenizers.Metaspace(_BLANK, prepend_scheme="never", split=False),
         ]
     )
-    added = _read_json(path, "added_tokens.json")
-    for entry in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda entry: int(entry[0])):
-        added.setdefault(entry[1]["content"], int(entry[0]))
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     for key, default in special.items():
         value = config.get(key, default)
         special[key] = value["content"] if isinstance(value, dict) else value
-    for content in sorted(added, key=added.get):
-        if content not in special.values():
-            backend.add_tokens([AddedToken(content, normalized=False)])
     backend.add_special_tokens([AddedToken(token, normalized=False) for token in special.values() if token])
+    added = {index: {"content": content} for content, index in _read_json(path, "added_tokens.json").items()}
+    added |= {int(index): token for index, token in config.get("added_tokens_decoder", {}).items()}
+    for index, token in sorted(added.items()):
+        flags = {key: token.get(key, False) for key in ("lstrip", "rstrip", "single_word", "special")}
+        backend.add_tokens([AddedToken(token["content"], normalized=False, **flags)])
+        if backend.token_to_id(token["content"]) != index:
+            raise ValueError(
+                f"The tokenizer in {path} gives its added token {token['content']!r} the id {index}, but its "
+                f"vocabulary ends before that: the ids of added tokens must follow without a gap."
+            )
 
     if not tokenizer_file or "add_bos_token" in config or "add_eos_token" in config:
         bos, eos = special["bos_token"], special["eos_token"]
@@ -350,52 +359,52 @@ def _llama_backend(path: str | os.PathLike, config: dict) -> Tokenizer | None:
 
 
 def _prepend_scheme(pipeline: dict) -> str | None:
-    """Where a Llama-style tokenizer.json puts its blank: "first" or "always"; None if it is of another kind."""
+    """Where a Llama-style tokenizer.json puts its blank: "first", "always" or "never"; None for other kinds."""
     model, normalizer, pre_tokenizer = pipeline["model"], pipeline.get("normalizer"), pipeline.get("pre_tokenizer")
     if model.get("type") != "BPE" or not model.get("byte_fallback"):
         return None
-    if pre_tokenizer is None:  # the old conversion: a normalizer, which sees each text between special tokens
-        steps = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else []
-        return "always" if any(step["type"] == "Prepend" for step in steps) else None
-    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    if pre_tokenizer is None:  # the old conversion: normalizers, which see each text between special tokens
+        steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
+        kinds = [step["type"] for step in steps]
+        return {("Prepend", "Replace"): "always", ("Replace",): "never"}.get(tuple(kinds))
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     if any(step["type"] != "Metaspace" or step.get("split", True) for step in steps):
         return None
     schemes = [step.get("prepend_scheme", "always") for step in steps]
-    return next((scheme for scheme in schemes if scheme != "never"), None)
+    return next((scheme for scheme in schemes if scheme != "never"), "never")
 
 
-def _read_sentencepiece(content: bytes) -> Tokenizer | None:
-    """Build the BPE of a SentencePiece `tokenizer.model`; None if it holds another kind of model.
+def _read_sentencepiece(content: bytes) -> tuple[Tokenizer | None, str | None]:
+    """Build the BPE of a SentencePiece `tokenizer.model`, and say where it puts its blank; None, None for other kinds.
 
     The file is a protocol buffer: pieces (field 1: text, score, type), trainer (field 2), normalizer (field 3).
     SentencePiece joins the pair whose joined piece comes first in the vocabulary, the leftmost if there are several.
     """
-    pieces, model_type, prefix_blank = [], 1, True
+    pieces, model_type, normalizer = [], None, {}
     for field, value in _protocol_buffer(content):
         if field == 1:
             piece = dict(_protocol_buffer(value))
             pieces.append((piece[1].decode("utf-8"), piece.get(3, 1)))
         elif field == 2:
-            model_type = dict(_protocol_buffer(value)).get(3, 1)
+            model_type = dict(_protocol_buffer(value)).get(3)
         elif field == 3:
-            settings = dict(_protocol_buffer(value))
-            prefix_blank = settings.get(3, 1) == 1 and settings.get(4, 1) == 0 and not settings.get(2)
-    if model_type != 2 or not prefix_blank:
-        return None
-    vocabulary = {piece: index for index, (piece, _) in enumerate(pieces)}
+            normalizer = dict(_protocol_buffer(value))
+    adds_blank, collapses_blanks, character_map = normalizer.get(3, 1), normalizer.get(4, 1), normalizer.get(2)
+    if model_type != 2 or collapses_blanks or character_map:  # 2: BPE
+        return None, None
+
     normal = {piece for piece, kind in pieces if kind == 1}
     merges = []
     for piece, kind in pieces:
         if kind == 1:
             halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-            halves = [(left, right) for left, right in halves if left in normal and right in normal]
-            merges += sorted(halves, key=lambda pair: (len(pair[0]), len(pair[1])))
+            merges += [(left, right) for left, right in halves if left in normal and right in normal]
+    vocabulary = {piece: index for index, (piece, _) in enumerate(pieces)}
     unknown = next(piece for piece, kind in pieces if kind == 2)
     backend = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", left=1)]
-    )
-    return backend
+    decoder = [decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*decoder, decoders.Strip(" ", left=1)] if adds_blank else decoder)
+    return backend, "always" if adds_blank else "never"  # "always": legacy, the slow class's default
 
 
 def _protocol_buffer(content: bytes):

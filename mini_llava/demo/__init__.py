@@ -71,6 +71,32 @@ def prepare(output_root: str | Path = "outputs") -> DemoData:
     return DemoData(folder / "stage1.json", folder / "stage2.json", folder / "test.json", folder / "images")
 
 
+def prepare_run(model_flags) -> str:
+    """Makes what the demo's `--config` files name; returns what the user should know before it starts.
+
+    Stage 2 starts from stage 1's projector if there is one; if not, the flag is cleared in `model_flags`. Raises
+    FileNotFoundError if the paths in the demo's files lead nowhere from the current directory.
+    """
+    if not Path(model_flags.model_name_or_path).is_dir():
+        raise FileNotFoundError(
+            f"The demo's {model_flags.model_name_or_path} is not below the current directory, {Path.cwd()}: start "
+            "train.py from the repository's root."
+        )
+    prepare()
+    lines = [
+        "No model and no data given: training the embedded demo, a miniature LLaVA on easy-vqa. To train on your own: "
+        "--model_name_or_path, --vision_tower, --data_path and --image_folder (see --help).",
+        f"Guessing its test answers from the questions alone gets {question_only_baseline():.1%} right.",
+    ]
+    projector = model_flags.pretrain_mm_mlp_adapter
+    if projector and Path(projector).exists():
+        lines.append(f"The projector comes from stage 1: {projector}.")
+    elif projector:
+        model_flags.pretrain_mm_mlp_adapter = None
+        lines.append(f"There is no {projector}, so the projector starts at random; run --stage 1 first.")
+    return "\n".join(lines)
+
+
 def question_only_baseline() -> float:
     """Exact match on the test questions, in [0, 1], of the best guess that sees the question alone.
 

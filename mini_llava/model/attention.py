@@ -70,15 +70,17 @@ def varlen_attention(
         raise RuntimeError("The varlen attention runs on packed batches only; generate with sdpa instead.")
     if dropout:
         raise ValueError("The varlen attention has no dropout: set attention_dropout to 0 or use sdpa.")
+    grouped = {"enable_gqa": True} if key.shape[1] != query.shape[1] else {}  # the argument is younger than the kernel
     output = varlen_attn(
-        *(tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)),
+        # Rotary embeddings may have left queries and keys in fp32; the kernel takes half precision only.
+        *(tensor.to(value.dtype).squeeze(0).transpose(0, 1) for tensor in (query, key, value)),
         cu_seq_lens_q,
         cu_seq_lens_q,
         max_length_q,
         max_length_q,
         scale=scaling,
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-        enable_gqa=key.shape[1] != query.shape[1],
+        **grouped,
     )
     return output.unsqueeze(0), None
 

@@ -35,6 +35,9 @@ class LlavaModel(nn.Module):
         """
         features = self.projector(self.vision_tower(pixel_values).to(_dtype(self.projector, pixel_values)))
         embeddings = self.language_model.get_input_embeddings()(input_ids)
+        if torch.is_autocast_enabled(embeddings.device.type):
+            # Embedding fp32 masters gives fp32, and all layers would carry it on at twice the memory.
+            embeddings = embeddings.to(torch.get_autocast_dtype(embeddings.device.type))
         source = features.flatten(0, 1)[: image_positions.numel()].to(embeddings.dtype)
         return embeddings.flatten(0, 1).index_copy(0, image_positions, source).view_as(embeddings)
 

@@ -78,10 +78,10 @@ class HeldOut:
             images = [(index, name) for name in ([names] if isinstance(names, str) else names)]
             self.questions.append(Question(to_prompt(record), images, record["conversations"][-1]["value"]))
 
-    def scores(self) -> dict[str, float]:
-        """Exact match, also with the pictures exchanged between the questions. All ranks must call it."""
+    def report(self, moment: str, say: Callable[[str], None]) -> None:
+        """Says the exact match, also with the pictures exchanged between the questions. All ranks must call it."""
         if not self.questions:
-            return {}
+            return
         ask = functools.partial(
             exact_match,
             self.accelerator,
@@ -91,10 +91,11 @@ class HeldOut:
             stop=self.stop,
             batch_size=self.batch_size,
         )
-        return {
-            "exact_match": ask(self.questions),
-            "exact_match_shuffled_images": ask(shuffle_images(self.questions, self.seed)),
-        }
+        right, without_looking = ask(self.questions), ask(shuffle_images(self.questions, self.seed))
+        say(
+            f"{len(self.questions):,} held-out questions {moment}: {right:.1%} answered exactly, "
+            f"{without_looking:.1%} with the images shuffled."
+        )
 
 
 @torch.no_grad()

@@ -19,9 +19,9 @@ MAX_LENGTH = 384
 
 # What the original does with the records that it treats wrongly.
 FAULTS = {
-    "separator_in_text": "It splits the text at end marks and roles even inside a turn, loses count and masks everything.",
+    "separator_in_text": "It splits at end marks and roles even inside a turn, loses count and masks everything.",
     "unk_is_pad": "It takes <unk> in the text for padding, loses count and masks everything.",
-    "empty_turn_loses_marks": "It renders an empty turn without its end mark, then masks everything or melts two rounds.",
+    "empty_turn_loses_marks": "It renders an empty turn without its end mark, then masks everything or merges rounds.",
     "zeroed_unanswered_question": "It masks all answers of a conversation that ends with a question.",
     "zeroed_no_human_turn": "It masks a conversation without a human turn completely and trains on nothing.",
     "nothing_left_after_truncation": "It keeps a sample whose answers are all cut off and trains on nothing.",

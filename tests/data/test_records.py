@@ -1,0 +1,355 @@
+"""Records are bytes and offsets; lengths are exact, cached, and never stale."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mini_llava.data import records
+from mini_llava.data.records import RecordStore, measure, measurement_key
+from mini_llava.data.templates import get_template
+from mini_llava.data.tokenization import BadRecord, Sample, load_tokenizer, tokenize
+
+FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
+
+
+def write(path, content):
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return str(path)
+
+
+def lines(values):
+    return "".join(json.dumps(value) + "\n" for value in values)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    values=st.lists(
+        st.dictionaries(st.text(max_size=4), st.text() | st.lists(st.integers() | st.none(), max_size=3), max_size=4),
+        min_size=1,
+        max_size=12,
+    ),
+    ascii_only=st.booleans(),
+    indent=st.sampled_from([None, 0, 3]),
+    chunk=st.integers(1, 60),
+)
+def test_any_array_is_read_back_with_any_size_of_chunk(values, ascii_only, indent, chunk, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "CHUNK_BYTES", chunk)
+    try:
+        text = json.dumps(values, ensure_ascii=ascii_only, indent=indent)
+        path = write(tmp_path / "a.json", text)
+    except UnicodeEncodeError:  # a lone surrogate is not UTF-8; JSON may only escape it
+        path = write(tmp_path / "a.json", json.dumps(values, indent=indent))
+    store = RecordStore([path])
+    assert [store[index] for index in range(len(store))] == values
+
+
+def test_json_lines_are_recognised_by_their_first_byte(tmp_path):
+    values = [{"id": index, "text": "é\u2028" * index} for index in range(5)]
+    text = "\n" + lines(values).replace("\n", "\n\n", 2)
+    store = RecordStore([write(tmp_path / "a.json", text), write(tmp_path / "b.jsonl", json.dumps(values))])
+    assert [store[index] for index in range(len(store))] == values * 2
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf[{"id": 1}]')
+    assert RecordStore([str(tmp_path / "a.json")])[0] == {"id": 1}
+
+
+def test_several_files_follow_each_other_each_with_its_folder(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    paths = [write(tmp_path / "a.json", [{"id": "a0"}, {"id": "a1"}]), write(tmp_path / "b.json", [{"id": "b0"}])]
+    store = RecordStore(paths, [str(tmp_path / "one"), str(tmp_path / "two")])
+    assert len(store) == 3
+    assert [store.source(index) for index in range(3)] == [0, 0, 1]
+    assert store.image_folder(1) == str(tmp_path / "one") and store.image_folder(2) == str(tmp_path / "two")
+    assert store.describe(2) == f"{paths[1]}, record 0 (id b0)"
+
+
+def test_without_image_folders_there_is_none(tmp_path):
+    assert RecordStore([write(tmp_path / "a.json", [{}])]).image_folder(0) is None
+
+
+def test_an_index_beyond_the_end_is_an_error(tmp_path):
+    store = RecordStore([write(tmp_path / "a.json", [{}])])
+    for index in (-1, 1):
+        with pytest.raises(IndexError):
+            store[index]
+
+
+def test_an_element_that_is_no_object_is_a_bad_record(tmp_path):
+    store = RecordStore([write(tmp_path / "a.json", [{"id": 1}, 7])])
+    with pytest.raises(BadRecord, match="not a JSON object but a int"):
+        store[1]
+    assert store.describe(1).endswith("a.json, record 1")
+
+
+def test_a_broken_line_is_one_bad_record(tmp_path):
+    store = RecordStore([write(tmp_path / "a.jsonl", '{"id": 1}\n{"id": \n{"id": 3}\n')])
+    assert len(store) == 3 and store[2] == {"id": 3}
+    with pytest.raises(BadRecord, match=r"not JSON: Expecting value.*\(bytes 10 to 17 of the file\)"):
+        store[1]
+
+
+@pytest.mark.parametrize("chunk", [7, 1000])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('[{"a": 1},\n{"b": }\n]', "Expecting value at byte 17, line 2"),
+        ('[{"a": 1},\n{"b": 2}\n', "the file ends where a comma or the closing bracket should be, at byte 20, line 3"),
+        ('[{"a": 1}\n{"b": 2}]', "expected a comma or the closing bracket, found '{' at byte 10, line 2"),
+        ('[{"a": 1},\n]', "Expecting value at byte 11, line 2"),
+        ('[,{"a": 1}]', "Expecting value at byte 1, line 1"),
+        ('[{"a": "x\n"}]', "Invalid control character at byte 9, line 1"),
+        ('[{"a": "x}]', "Unterminated string starting at byte 7, line 1"),
+        ('[{"a": 1}] x', "something follows the closing bracket at byte 11, line 1"),
+        ("[", "the file ends where an element or the closing bracket should be, at byte 1, line 1"),
+    ],
+)
+def test_a_broken_array_is_an_error_with_byte_and_line(text, message, chunk, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "CHUNK_BYTES", chunk)
+    path = write(tmp_path / "a.json", text)
+    with pytest.raises(ValueError) as error:
+        RecordStore([path])
+    assert str(error.value).startswith(f"{path} is not a whole JSON array: {message}")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "is empty"),
+        ("\n", "begins with b''"),
+        ("id,text\n", "begins with b'i'"),
+        ('{\n "id": 1\n}\n', "one whole JSON object per line"),
+        ("[]", "No record in"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(text, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        RecordStore([write(tmp_path / "a.json", text)])
+
+
+def test_missing_files_and_folders_and_unmatched_lists_are_named(tmp_path):
+    path = write(tmp_path / "a.json", [{}])
+    with pytest.raises(FileNotFoundError, match=r"The data file .*nothing\.json \(--data_path\) does not exist"):
+        RecordStore([str(tmp_path / "nothing.json")])
+    with pytest.raises(NotADirectoryError, match=r"The image folder .*images \(--image_folder\) does not exist"):
+        RecordStore([path], [str(tmp_path / "images")])
+    with pytest.raises(ValueError, match="lists 2 files and --image_folder 1 folders"):
+        RecordStore([path, path], [str(tmp_path)])
+    with pytest.raises(ValueError, match="No training data"):
+        RecordStore([])
+
+
+def test_memory_does_not_grow_with_the_records(tmp_path):
+    path = write(tmp_path / "a.json", [{"id": index, "text": "x" * 100} for index in range(2000)])
+    assert len(pickle.dumps(RecordStore([path]))) < 2000 * 16 + 2000
+
+
+def ids_in_another_process(store, queue):
+    queue.put([store[index]["id"] for index in range(len(store))])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_of_both_kinds_read_the_same_records(method, tmp_path):
+    store = RecordStore([write(tmp_path / "a.json", [{"id": index} for index in range(20)])])
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    process = context.Process(target=ids_in_another_process, args=(store, queue))
+    process.start()
+    assert queue.get(timeout=120) == list(range(20))
+    process.join()
+
+
+def test_the_digest_follows_the_content_and_not_the_name(tmp_path):
+    one = RecordStore([write(tmp_path / "a.json", [{"id": 1}])])
+    same = RecordStore([write(tmp_path / "b.json", [{"id": 1}])])
+    other = RecordStore([write(tmp_path / "c.json", [{"id": 2}])])
+    assert one.digest() == same.digest() != other.digest()
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+class Words:
+    """Stands for a tokenizer: a token for each word, ten for an image; every call leaves a line in a file."""
+
+    def __init__(self, log):
+        self.log = log
+
+    def __call__(self, record):
+        with open(self.log, "a") as file:
+            file.write("x\n")
+        if "crash" in record:
+            raise KeyError(record["crash"])
+        if not record.get("text"):
+            raise BadRecord("it has no text.")
+        images = [record["image"]] if "image" in record else []
+        length = len(record["text"].split()) + 10 * len(images)
+        labels = np.full(length, -100, np.int32)
+        labels[-1] = 1
+        return Sample(np.zeros(length, np.int32), labels, images)
+
+    def calls(self):
+        return Path(self.log).read_text().count("x") if os.path.exists(self.log) else 0
+
+
+@pytest.fixture
+def data(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "here.png").touch()
+    values = [{"text": "a " * (1 + index % 7)} for index in range(1200)]
+    values[3]["image"] = "here.png"
+    values[5] = {"text": ""}
+    values[700]["image"] = "gone.png"
+    path = write(tmp_path / "a.json", values)
+    return RecordStore([path], [str(tmp_path / "images")]), Words(tmp_path / "calls"), tmp_path / "cache"
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_lengths_are_those_of_the_samples(num_workers, data):
+    store, words, cache = data
+    lengths = measure(store, words, num_workers, cache, "key")
+    expected = np.array([1 + index % 7 for index in range(1200)])
+    expected[3] += 10
+    expected[[5, 700]] = 0
+    assert lengths.length.tolist() == expected.tolist()
+    assert lengths.length.dtype == lengths.trained.dtype == np.int32
+    assert lengths.trained.tolist() == (expected > 0).astype(int).tolist()
+    assert np.flatnonzero(lengths.has_image).tolist() == [3, 700]
+    assert lengths.bad[5] == "it has no text."
+    assert "'gone.png' is not in the image folder" in lengths.bad[700]
+    assert list(lengths.bad) == [5, 700]
+
+
+def test_the_second_run_reads_the_cache(data):
+    store, words, cache = data
+    first = measure(store, words, 2, cache, "key")
+    second = measure(store, words, 2, cache, "key")
+    assert words.calls() == 1200
+    assert all(
+        np.array_equal(getattr(first, name), getattr(second, name)) for name in ("length", "trained", "has_image")
+    )
+    assert first.bad == second.bad
+
+
+def test_another_key_or_changed_data_is_measured_again(data):
+    store, words, cache = data
+    measure(store, words, 1, cache, "key")
+    measure(store, words, 1, cache, "another key")
+    assert words.calls() == 2400
+    path = Path(store.data_path[0])
+    stamp = path.stat()
+    path.write_text(path.read_text().replace("a a a a", "b a a a", 1))
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # same size and date
+    measure(RecordStore([str(path)]), words, 1, cache, "key")
+    assert words.calls() == 3600
+
+
+def test_an_image_put_in_place_later_is_found_without_measuring_again(data):
+    store, words, cache = data
+    assert 700 in measure(store, words, 1, cache, "key").bad
+    Path(store.image_folder(0), "gone.png").touch()
+    lengths = measure(store, words, 1, cache, "key")
+    assert 700 not in lengths.bad and lengths.length[700] == 11
+    assert words.calls() == 1200
+
+
+def test_images_without_a_folder_are_bad_records(data):
+    store, words, cache = data
+    assert "no --image_folder is given" in measure(RecordStore(store.data_path), words, 1, cache, "key").bad[3]
+
+
+def test_a_damaged_cache_is_measured_again(data):
+    store, words, cache = data
+    expected = measure(store, words, 1, cache, "key")
+    (file,) = cache.glob("*.npz")
+    content = file.read_bytes()
+    for damage in (b"", content[: len(content) // 2], content[:200] + b"\0" * 50 + content[250:]):
+        file.write_bytes(damage)
+        assert measure(store, words, 1, cache, "key").length.tolist() == expected.length.tolist()
+    assert words.calls() == 4 * 1200
+
+
+@pytest.mark.parametrize("cache_folder", [None, "in/a/file"])
+def test_where_nothing_can_be_written_lengths_are_computed_all_the_same(cache_folder, data, tmp_path):
+    store, words, cache = data
+    expected = measure(store, words, 1, cache, "key").length.tolist()
+    if cache_folder is None:
+        assert measure(store, words, 1, None, "key").length.tolist() == expected
+    else:
+        (tmp_path / "in").touch()
+        with pytest.warns(UserWarning, match="Lengths are not cached"):
+            assert measure(store, words, 1, tmp_path / cache_folder, "key").length.tolist() == expected
+
+
+def measure_slowly(store, words, cache):
+    def slow(record):
+        time.sleep(0.0005)
+        return words(record)
+
+    measure(store, slow, 1, cache, "key")
+
+
+def test_ranks_of_one_machine_measure_once(data):
+    store, words, cache = data
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=measure_slowly, args=(store, words, cache)) for _ in range(3)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(timeout=120)
+    assert [rank.exitcode for rank in ranks] == [0, 0, 0]
+    assert words.calls() == 1200
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_an_unexpected_error_names_the_record_and_stops(num_workers, tmp_path):
+    values = [{"id": f"n{index}", "text": "a"} for index in range(600)]
+    values[550]["crash"] = "inside"
+    store = RecordStore([write(tmp_path / "a.json", values)])
+    with pytest.raises(RuntimeError, match=r"a\.json, record 550 \(id n550\) could not be tokenized: KeyError"):
+        measure(store, Words(tmp_path / "calls"), num_workers, tmp_path, "key")
+
+
+def test_the_key_follows_everything_that_decides_a_length():
+    tokenizer = load_tokenizer(FIXTURES / "tokenizer_llama")
+    other = load_tokenizer(FIXTURES / "tokenizer_qwen")
+    v1, plain = get_template("v1"), get_template("plain")
+    keys = {
+        measurement_key(v1, tokenizer, 16, 384),
+        measurement_key(plain, tokenizer, 16, 384),
+        measurement_key(v1, other, 16, 384),
+        measurement_key(v1, tokenizer, 17, 384),
+        measurement_key(v1, tokenizer, 16, 385),
+    }
+    assert len(keys) == 5
+    assert measurement_key(v1, load_tokenizer(FIXTURES / "tokenizer_llama"), 16, 384) in keys
+
+
+def test_real_records_are_measured_as_they_are_tokenized(tmp_path):
+    store = RecordStore([str(FIXTURES / "data" / "records.json")], [str(FIXTURES / "data" / "images")])
+    tokenizer, template = load_tokenizer(FIXTURES / "tokenizer_llama"), get_template("v1")
+    lengths = measure(store, lambda record: tokenize(record, template, tokenizer, 16, 384), 2, tmp_path, "key")
+    for index in range(len(store)):
+        try:
+            sample = tokenize(store[index], template, tokenizer, 16, 384)
+        except BadRecord as error:
+            assert lengths.bad[index] == str(error)
+        else:
+            if store[index]["id"] == "image_missing_file":
+                assert "'no_such_file.png'" in lengths.bad[index]
+            else:
+                assert lengths.length[index] == len(sample.input_ids)
+                assert lengths.trained[index] == np.count_nonzero(sample.labels != -100)
