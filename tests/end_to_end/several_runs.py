@@ -1,4 +1,4 @@
-"""Started once by `accelerate launch`: runs `train.py`'s `train` for several command lines, one after the other.
+"""Started once by a launcher: runs `train.py`'s `train` for several command lines, one after the other.
 
 Starting two DeepSpeed processes costs 10 to 20 seconds, most of it imports, and training a tiny model one or two. So
 every run gets a fork of the started process, with nothing of the run before it but the imported modules.

@@ -1,4 +1,4 @@
-"""Five steps on two processes leave the weights of five steps on one: both stages, DDP, ZeRO-2, ZeRO-3, ZeRO-3 offloaded."""
+"""Five steps on two processes leave the weights of five steps on one: DDP, ZeRO-2, ZeRO-3, ZeRO-3 with offload."""
 
 import math
 
@@ -8,8 +8,7 @@ from transformers import LlavaForConditionalGeneration
 
 from tests.end_to_end import runs
 
-TOLERANCE = 1e-5  # of the change that five steps made to the tensor
-ROUNDING = 2.0**-24  # of fp32: what storing a weight can cost, however small its change was
+TOLERANCE = 1e-5  # of the change that five steps made to the tensor; what does not change has to stay equal
 
 ON_TWO_PROCESSES = [pair for pair in runs.on_two_processes("stage") if "bf16" not in pair[1]]
 
@@ -38,7 +37,7 @@ def test_two_processes_save_the_weights_of_one(one_process, two_processes, start
     differing = {}
     for name, weight in expected.items():
         change, difference = (weight - before[name]).norm(), (found[name] - weight).norm()
-        if difference > TOLERANCE * change + (ROUNDING * weight.norm() if change else 0):
+        if not difference <= TOLERANCE * change:
             differing[name] = float(difference / change)
     assert differing == {}
     assert any((weight != before[name]).any() for name, weight in expected.items())
@@ -78,9 +77,10 @@ def test_bf16_trains_and_saves_under_zero3(one_process, two_processes, stage):
 
 @pytest.mark.slow
 def test_the_command_of_the_readme_trains_and_saves_under_zero3(tmp_path):
-    """`accelerate launch --config_file accelerate_configs/zero3.yaml train.py --stage 2`, in bf16 as the preset has it."""
+    """`accelerate launch --config_file accelerate_configs/zero3.yaml train.py --stage 2`, in the preset's bf16."""
+    zero3 = runs.CONFIGS / "zero3.yaml"
     command_line = runs.flags_of(2, tmp_path, runs.FIVE_STEPS | {"bf16": True})
-    printed = runs.accelerate_launch(runs.CONFIGS / "zero3.yaml", runs.ROOT / "train.py", *command_line)
+    printed = runs.launch([*runs.ACCELERATE, "--config_file", zero3], runs.ROOT / "train.py", *command_line)
     assert "2 processes, DeepSpeed ZeRO-3, bf16, cpu" in printed
     losses = [line["loss"] for line in runs.log(tmp_path)]
     assert len(losses) == 5 and all(map(math.isfinite, losses))

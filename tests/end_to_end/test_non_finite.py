@@ -1,4 +1,4 @@
-"""A loss that is no number ends the run, with a sentence that says where, and nothing is saved as if it were a result."""
+"""A loss that is no number ends the run with a sentence that says where, and nothing is saved as a result."""
 
 import shutil
 
@@ -37,4 +37,4 @@ def test_on_two_processes_both_stop(tmp_path):
     """Neither rank is left waiting for the other."""
     flags = runs.flags_of(2, tmp_path / "run", SETTINGS | {"learning_rate": 1e30})
     with pytest.raises(AssertionError, match=r"Step 2: loss (nan|inf)"):
-        runs.accelerate_launch(runs.CONFIGS / "cpu.yaml", runs.ROOT / "train.py", *flags)
+        runs.launch(runs.TORCHRUN, runs.ROOT / "train.py", *flags)

@@ -1,7 +1,7 @@
 """One global batch has one gradient, however it is cut into micro-batches, laid out, and divided over processes.
 
-The gradients come out of whole runs of `train.py` (see `KEEP_GRADIENTS` in runs.py): dealing, collating, the scaling of the
-loss, accumulation and the reduction over ranks are the trainer's own. Language model, projector and vision tower are trained.
+The gradients come out of whole runs of `train.py` (see `KEEP_GRADIENTS` in runs.py): dealing, collating, the scaling
+of the loss, accumulation and the reduction over ranks are the trainer's own. Every part of the model is trained.
 """
 
 import pytest
