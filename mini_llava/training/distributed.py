@@ -67,9 +67,9 @@ def build_accelerator(precision: str, max_grad_norm: float, report_to: str, outp
         plugin = DeepSpeedPlugin()
         _complete_deepspeed_config(plugin.deepspeed_config, precision, max_grad_norm)
     accelerator = Accelerator(
-        # Without being told, accelerate takes processes that torchrun started on CPUs for single ones: no DDP and no
-        # error, each trains alone.
-        cpu=launched and plugin is None and not torch.cuda.is_available(),
+        # Several processes on CPUs: without being told, accelerate makes a process group and then never synchronises
+        # gradients. Told so under DeepSpeed, it leaves DeepSpeed out.
+        cpu=plugin is None and launched_rank()[1] > 1 and not torch.cuda.is_available(),
         mixed_precision=precision,
         gradient_accumulation_steps=1,
         deepspeed_plugin=plugin,
@@ -79,7 +79,20 @@ def build_accelerator(precision: str, max_grad_norm: float, report_to: str, outp
     )
     # ACCELERATE_GRADIENT_ACCUMULATION_STEPS of a config file would win over the argument above.
     accelerator.gradient_accumulation_steps = 1
+    _check_it_is_what_was_launched(accelerator, wants_deepspeed=plugin is not None)
     return accelerator
+
+
+def _check_it_is_what_was_launched(accelerator: Accelerator, wants_deepspeed: bool) -> None:
+    """Raises ValueError where accelerate made something else of the launch, which it does without a word."""
+    if wants_deepspeed and not is_deepspeed(accelerator):
+        raise ValueError(
+            "The accelerate config asks for DeepSpeed, but accelerate leaves it out when it is told to use the CPU: "
+            "set use_cpu: false and unset ACCELERATE_USE_CPU; DeepSpeed takes the CPU by itself where there is no GPU."
+        )
+    launched = launched_rank()[1]
+    if accelerator.num_processes != launched or (launched > 1 and accelerator.distributed_type == DistributedType.NO):
+        raise ValueError(f"{launched} processes were launched, but accelerate would let each of them train alone.")
 
 
 def _complete_deepspeed_config(config: dict, precision: str, max_grad_norm: float) -> None:
