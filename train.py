@@ -256,7 +256,7 @@ def train(arguments: flags.Arguments) -> None:
             )
         )
     held_out.report("after training", say)
-    accelerator.end_training()
+    distributed.end_training(accelerator, model)
 
 
 def open_held_out(data_flags: flags.DataArguments) -> RecordStore | None:
