@@ -4,11 +4,9 @@ A run has a name. `curve/...` are the recorded runs of fixtures/curves with thei
 others, which test_other_settings.py compares with a plain loop of its own.
 """
 
-import contextlib
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -184,19 +182,17 @@ def train_here(name: str, folder: Path, projector: Path) -> Run:
 def launch(backend: str, folder: Path, projector: Path) -> dict[str, Run]:
     """Trains all runs of a backend (`ddp` or a file of accelerate_configs) in two processes, launched once."""
     given = {name: flags_of(name, folder, projector, processes=2) for name in TWO_PROCESSES[backend]}
-    port, *ports = free_ports(len(given) + 1)
-    lines = [command_line(values) for values in given.values()]
     listing = folder / "command_lines.json"
-    listing.write_text(json.dumps(list(zip(ports, lines, strict=True))))
+    listing.write_text(json.dumps([command_line(values) for values in given.values()]))
     if backend == "ddp":  # accelerate launches several processes on CPUs through MPI only
-        launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+        launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     else:
         config_file = ROOT / "accelerate_configs" / f"{backend}.yaml"
         launcher = ["accelerate.commands.launch", "--config_file", str(config_file), "--mixed_precision", "no"]
-        launcher += ["--num_processes", "2", "--main_process_port", str(port)]
+        launcher += ["--num_processes", "2", "--main_process_port", "0"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", *launcher, str(Path(__file__).with_name("several_runs.py")), str(listing)]
+    command = [sys.executable, "-m", *launcher, str(ROOT / "tests" / "several_runs.py"), str(listing)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
         try:
@@ -206,14 +202,6 @@ def launch(backend: str, folder: Path, projector: Path) -> dict[str, Run]:
             output, _ = process.communicate()
     assert process.returncode == 0, output[-10_000:]
     return {name: read_run(values["output_dir"]) for name, values in given.items()}
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def read_run(output_dir: Path) -> Run:
