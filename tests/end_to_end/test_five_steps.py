@@ -1,7 +1,5 @@
 """Five steps on two processes leave the weights of five steps on one: DDP, ZeRO-2, ZeRO-3, ZeRO-3 with offload."""
 
-import math
-
 import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
@@ -61,28 +59,30 @@ def test_clipping_is_at_work_in_every_step_of_the_clipped_runs(one_process, star
     assert (with_clipping - without).norm() > 0.1 * without.norm()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2])
-def test_bf16_trains_and_saves_under_zero3(one_process, two_processes, stage):
-    run = two_processes("zero3", f"stage {stage}, bf16")
-    expected = runs.log(one_process(f"stage {stage}, not clipped"))
-    losses = [line["loss"] for line in runs.log(run)]
-    # bf16 rounds at 0.4 %, and its losses are means over a few hundred tokens.
-    assert losses == pytest.approx([line["loss"] for line in expected], rel=5e-3)
-    weights = runs.saved_weights(run)
-    assert all(weight.isfinite().all() for weight in weights.values())
-    if stage == 2:
-        assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+def learns_as_in_fp32(in_bf16, in_fp32) -> None:
+    losses, expected = ([line["loss"] for line in runs.log(run)] for run in (in_bf16, in_fp32))
+    assert len(losses) == 5
+    # The first step has a rate of 0, so two losses belong to the first weights: bf16 rounds at 0.4 %, and each is a mean
+    # over tens of tokens or more. After that the paths part slowly.
+    assert losses[:2] == pytest.approx(expected[:2], rel=1e-3)
+    assert losses[4] - losses[1] == pytest.approx(expected[4] - expected[1], rel=0.1)
 
 
 @pytest.mark.slow
-def test_the_command_of_the_readme_trains_and_saves_under_zero3(tmp_path):
-    """`accelerate launch --config_file accelerate_configs/zero3.yaml train.py --stage 2`, in the preset's bf16."""
-    zero3 = runs.CONFIGS / "zero3.yaml"
-    command_line = runs.flags_of(2, tmp_path, runs.FIVE_STEPS | {"bf16": True})
-    printed = runs.launch([*runs.ACCELERATE, "--config_file", zero3], runs.ROOT / "train.py", *command_line)
+def test_stage_1_in_bf16_trains_and_saves_under_zero3(one_process, two_processes):
+    run = two_processes("zero3", "stage 1, bf16")
+    learns_as_in_fp32(run, one_process("stage 1, not clipped"))
+    assert all(weight.isfinite().all() for weight in runs.saved_weights(run).values())
+
+
+@pytest.mark.slow
+def test_stage_2_in_bf16_trains_and_saves_under_zero3(one_process, tmp_path):
+    """With the command and the config of the README."""
+    values = runs.FIVE_STEPS | {"bf16": True, "max_grad_norm": 0}
+    zero3 = [*runs.ACCELERATE, "--config_file", runs.CONFIGS / "zero3.yaml"]
+    printed = runs.launch(zero3, runs.ROOT / "train.py", *runs.flags_of(2, tmp_path, values))
     assert "2 processes, DeepSpeed ZeRO-3, bf16, cpu" in printed
-    losses = [line["loss"] for line in runs.log(tmp_path)]
-    assert len(losses) == 5 and all(map(math.isfinite, losses))
+    learns_as_in_fp32(tmp_path, one_process("stage 2, not clipped"))
+    assert {weight.dtype for weight in runs.saved_weights(tmp_path).values()} == {torch.bfloat16}
     model, loading = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(loading.values()) and model.dtype == torch.bfloat16
