@@ -7,9 +7,8 @@ from tests.end_to_end import runs
 
 
 @pytest.fixture(autouse=True)
-def one_thread_on_the_cpu(monkeypatch):
+def one_thread():
     torch.set_num_threads(1)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
 
 @pytest.fixture(scope="session")

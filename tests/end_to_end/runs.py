@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
@@ -146,9 +147,12 @@ def command_line(name: str, folder: Path) -> list[str]:
 
 
 def train_here(command_line: list[str]) -> None:
-    """`python train.py ...` in this process."""
+    """`python train.py ...` in this process, on the CPU."""
     AcceleratorState._reset_state(reset_partial_state=True)  # what an earlier run left behind
-    train.train(flags.parse_arguments(command_line))
+    # For this run alone: launched ones would inherit it, and accelerate would then leave DeepSpeed out.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        train.train(flags.parse_arguments(command_line))
 
 
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
@@ -159,7 +163,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "
 
 def launch(launcher: list[str | Path], script: Path, *arguments: str) -> str:
     """Two processes on the CPU; returns what they print, which is the error if they fail."""
-    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     command = [*map(str, launcher), str(script), *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

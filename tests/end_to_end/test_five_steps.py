@@ -62,8 +62,8 @@ def test_clipping_is_at_work_in_every_step_of_the_clipped_runs(one_process, star
 def learns_as_in_fp32(in_bf16, in_fp32) -> None:
     losses, expected = ([line["loss"] for line in runs.log(run)] for run in (in_bf16, in_fp32))
     assert len(losses) == 5
-    # The first step has a rate of 0, so two losses belong to the first weights: bf16 rounds at 0.4 %, and each is a mean
-    # over tens of tokens or more. After that the paths part slowly.
+    # The first step has a rate of 0, so two losses belong to the first weights: bf16 rounds at 0.4 %, and each
+    # is a mean over tens of tokens or more. After that the paths part slowly.
     assert losses[:2] == pytest.approx(expected[:2], rel=1e-3)
     assert losses[4] - losses[1] == pytest.approx(expected[4] - expected[1], rel=0.1)
 

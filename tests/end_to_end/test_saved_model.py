@@ -29,7 +29,6 @@ def trained(tmp_path_factory):
     """(the trainer's model after three steps with every part trained, transformers' from the files, their processor)"""
     output_dir, kept, load = tmp_path_factory.mktemp("stage2"), [], train.load_llava
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
         # The real model; the test keeps hold of it.
         patch.setattr(train, "load_llava", lambda *arguments: kept.append(load(*arguments)) or kept[0])
         values = {"max_steps": 3, "learning_rate": 1e-2, "global_batch_size": 8, "unfreeze_mm_vision_tower": True}

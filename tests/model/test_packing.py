@@ -30,7 +30,7 @@ WINDOWS = {
 CASES = [(family, {}) for family in PACKABLE] + list(WINDOWS.items())
 NAMES = list(PACKABLE) + [f"{family} with a window" for family in WINDOWS]
 
-# fp32 sums in another order; the logits are of size 1 to 30. Seeing another sample changes them by more than 0.1.
+# fp32 sums in another order; the logits go up to 5. Seeing another sample changes them by more than 0.1.
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
 
 
