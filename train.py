@@ -8,6 +8,9 @@ language model. They differ in their presets only (`mini_llava/arguments.py`).
 import functools
 import json
 import math
+import sys
+import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -271,5 +274,21 @@ def stop_if_not_finite(values: dict[str, float], precision: str, step: int, reco
     )
 
 
+def main() -> None:
+    """The program: what the person at the terminal can mend ends it with a sentence, a bug with its traceback."""
+    arguments = flags.parse_arguments()
+    try:
+        train(arguments)
+    except (ValueError, ImportError, OSError, checkpoint.CheckpointError) as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        ours = Path(last.filename).is_relative_to(Path(__file__).resolve().parent / "mini_llava")
+        if isinstance(error, (ValueError, ImportError)) and not (ours and last.line.startswith("raise ")):
+            raise  # nobody has written a sentence about it
+        rank, _ = distributed.launched_rank()
+        if rank > 0:
+            time.sleep(5)  # mostly rank 0 has said the same by then, and the launcher has ended this process
+        sys.exit(f"train.py: error{f' on rank {rank}' if rank else ''}: {error}")
+
+
 if __name__ == "__main__":
-    train(flags.parse_arguments())
+    main()

@@ -374,6 +374,11 @@ def _check(arguments: Arguments) -> None:
     for name in ("model_name_or_path", "vision_tower", "data_path", "version"):
         if not values[name]:
             raise ValueError(f"--{name} is missing.")
+    for name in ("model_name_or_path", "vision_tower"):
+        path = Path(values[name])
+        if (path.is_dir() or values[name].startswith(("/", "."))) and not (path / "config.json").is_file():
+            found = "a directory without config.json" if path.is_dir() else "no directory"
+            raise ValueError(f"--{name} {path} is {found}; give a model's directory or its name on the hub.")
     for name in POSITIVE:
         if values[name] is not None and values[name] <= 0:
             raise ValueError(f"--{name} must be positive, not {values[name]}.")

@@ -31,11 +31,11 @@ def open_pixels(folder: str, name: str, processor: BaseImageProcessor, aspect_ra
 
 
 def refuse_or_report(store: RecordStore, bad: dict[int, str], on_bad_sample: str) -> list[str]:
-    """The faults that measuring found, a sentence each; with `--on_bad_sample error` they end the run."""
+    """The faults that measuring found, a sentence each; with `--on_bad_sample error` BadRecord with all of them."""
     sentences = [f"{store.describe(index)}: {reason}" for index, reason in sorted(bad.items())]
     if sentences and on_bad_sample == "error":
         shown = "\n".join(sentences[:20]) + (f"\n... and {len(sentences) - 20} more" if len(sentences) > 20 else "")
-        raise SystemExit(
+        raise BadRecord(
             f"{len(sentences)} of {len(store)} records cannot be trained on; mend them, or leave them out with "
             f"--on_bad_sample skip:\n{shown}"
         )
@@ -64,6 +64,7 @@ class RankStep:
     samples: int = 0
     records: list[int] = field(default_factory=list)
     skipped: list[tuple[int, str]] = field(default_factory=list)  # record and reason, with `--on_bad_sample skip`
+    fault: BadRecord | BadImage | None = None  # what ends the run, with `--on_bad_sample error`
 
 
 class RankSteps(Dataset):
@@ -82,7 +83,8 @@ class RankSteps(Dataset):
         Args:
             tokenize: record to `Sample`; raises `BadRecord`.
             load_pixels: (image folder, image name) to float32 [3, image_size, image_size]; raises `BadImage`.
-            on_bad_sample: `error` raises, naming file and record; `skip` leaves the sample out and reports it.
+            on_bad_sample: `error` returns the fault, naming file and record; `skip` leaves the sample out and reports
+                it.
         """
         self.store, self.tokenize, self.load_pixels = store, tokenize, load_pixels
         self.image_size, self.packed, self.on_bad_sample = image_size, packed, on_bad_sample
@@ -98,7 +100,7 @@ class RankSteps(Dataset):
                     pixels = [self.load_pixels(self.store.image_folder(index), name) for name in sample.images]
                 except (BadRecord, BadImage) as error:
                     if self.on_bad_sample == "error":
-                        raise type(error)(f"{self.store.describe(index)}: {error}") from None
+                        return RankStep([], [], fault=type(error)(f"{self.store.describe(index)}: {error}"))
                     step.skipped.append((index, str(error)))
                     continue
                 samples.append(sample)
@@ -114,13 +116,16 @@ class RankSteps(Dataset):
 
 def rank_step_loader(
     dataset: RankSteps, dealt: Iterable[list[list[int]]], num_workers: int, pin_memory: bool
-) -> DataLoader:
-    """A loader whose items are this rank's steps, prepared ahead by `num_workers` processes.
+) -> Iterator[RankStep]:
+    """Yields this rank's steps, prepared ahead by `num_workers` processes.
 
     Args:
         dealt: for each step, the record indices of each micro-batch of this rank.
+
+    Raises:
+        BadRecord, BadImage: with `--on_bad_sample error`, when the step with the bad sample is reached.
     """
-    return DataLoader(
+    steps = DataLoader(
         dataset,
         sampler=_Once(dealt),
         batch_size=None,
@@ -131,6 +136,10 @@ def rank_step_loader(
         # run, which builds a second loader, would see other dropout masks.
         generator=torch.Generator().manual_seed(0),
     )
+    for step in steps:
+        if step.fault is not None:  # raised here because a worker's exception comes with the worker's traceback as text
+            raise step.fault
+        yield step
 
 
 class _Once(torch.utils.data.Sampler):

@@ -9,6 +9,7 @@ whole global batch, so the cut changes speed and memory only.
 This file needs torch and nothing else of the project.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 
@@ -111,6 +112,8 @@ class GlobalBatchSampler:
         self.global_batch_size, self.slots, self.seed = global_batch_size, slots, seed
         self.group_by_modality_length, self.recorded = group_by_modality_length, recorded
         self.step = 0
+        order = repr((self.lengths, self.has_image, recorded)).encode()
+        self._lengths_digest = hashlib.blake2b(order, digest_size=8).hexdigest()
         self._cached_epoch: tuple[int, list[list[int]]] | None = None
 
     @property
@@ -138,14 +141,24 @@ class GlobalBatchSampler:
             epoch, position = divmod(step, self.steps_per_epoch)
             yield self.global_batches(epoch)[position]
 
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self.step, "seed": self.seed, "samples": len(self.lengths), "batch": self.global_batch_size}
+    def state_dict(self) -> dict[str, int | bool | str]:
+        """The cursor, and what the order is a function of (but for slots, which change no global batch)."""
+        return {
+            "step": self.step,
+            "seed": self.seed,
+            "samples": len(self.lengths),
+            "batch": self.global_batch_size,
+            "grouped": self.group_by_modality_length,
+            "lengths": self._lengths_digest,
+        }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, int | bool | str]) -> None:
         """Moves the cursor; refuses a state whose order would be another one."""
-        mine = self.state_dict()
-        compared = ("seed", "samples", "batch")
-        differing = [f"{key} {state[key]} there, {mine[key]} here" for key in compared if state[key] != mine[key]]
+        differing = [
+            f"{key} {state.get(key)} there, {value} here"
+            for key, value in self.state_dict().items()
+            if key != "step" and state.get(key) != value
+        ]
         if differing:
             raise ValueError(f"The checkpoint's sample order is not the one of this run: {'; '.join(differing)}.")
         self.step = state["step"]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType
 from torch import nn
 
@@ -48,8 +49,17 @@ def choose_precision(bf16: bool, fp16: bool, explicit: set[str]) -> str:
 
 def build_accelerator(precision: str, max_grad_norm: float, report_to: str, output_dir: Path) -> Accelerator:
     """The Accelerator for what the launcher started: one process, DDP, DeepSpeed ZeRO-2 or ZeRO-3, on GPU or CPU."""
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    if report_to not in ("none", "all", *installed):
+        # accelerate leaves out a tracker whose package is missing, and says so at level DEBUG only.
+        known = ", ".join(sorted({"none", *LoggerType.list()} - {*installed}))
+        raise ValueError(
+            f"--report_to {report_to}: not installed or unknown. "
+            f"Installed: {', '.join(installed)}; also known: {known}."
+        )
     handlers, plugin = [], None
-    if "WORLD_SIZE" in os.environ:
+    launched = "WORLD_SIZE" in os.environ
+    if launched:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         # Only in launched runs: without a launcher accelerate would look for a process group that is not there.
         handlers.append(InitProcessGroupKwargs(backend=backend))
@@ -57,6 +67,9 @@ def build_accelerator(precision: str, max_grad_norm: float, report_to: str, outp
         plugin = DeepSpeedPlugin()
         _complete_deepspeed_config(plugin.deepspeed_config, precision, max_grad_norm)
     accelerator = Accelerator(
+        # Several processes on CPUs: without being told, accelerate makes a process group and then never synchronises
+        # gradients. Told so under DeepSpeed, it leaves DeepSpeed out.
+        cpu=plugin is None and launched_rank()[1] > 1 and not torch.cuda.is_available(),
         mixed_precision=precision,
         gradient_accumulation_steps=1,
         deepspeed_plugin=plugin,
@@ -66,7 +79,20 @@ def build_accelerator(precision: str, max_grad_norm: float, report_to: str, outp
     )
     # ACCELERATE_GRADIENT_ACCUMULATION_STEPS of a config file would win over the argument above.
     accelerator.gradient_accumulation_steps = 1
+    _check_it_is_what_was_launched(accelerator, wants_deepspeed=plugin is not None)
     return accelerator
+
+
+def _check_it_is_what_was_launched(accelerator: Accelerator, wants_deepspeed: bool) -> None:
+    """Raises ValueError where accelerate made something else of the launch, which it does without a word."""
+    if wants_deepspeed and not is_deepspeed(accelerator):
+        raise ValueError(
+            "The accelerate config asks for DeepSpeed, but accelerate leaves it out when it is told to use the CPU: "
+            "set use_cpu: false and unset ACCELERATE_USE_CPU; DeepSpeed takes the CPU by itself where there is no GPU."
+        )
+    launched = launched_rank()[1]
+    if accelerator.num_processes != launched or (launched > 1 and accelerator.distributed_type == DistributedType.NO):
+        raise ValueError(f"{launched} processes were launched, but accelerate would let each of them train alone.")
 
 
 def _complete_deepspeed_config(config: dict, precision: str, max_grad_norm: float) -> None:

@@ -24,9 +24,9 @@ def learning_rate_factor(kind: str, step: int, total_steps: int, warmup: int) ->
         return step / max(1, warmup)
     if kind == "constant_with_warmup":
         return 1.0
-    progress = (step - warmup) / max(1, total_steps - warmup)
     if kind == "linear":
-        return max(0.0, 1.0 - progress)
+        return max(0.0, (total_steps - step) / max(1, total_steps - warmup))
     if kind == "cosine":
+        progress = (step - warmup) / max(1, total_steps - warmup)
         return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
     raise ValueError(f"--lr_scheduler_type {kind}: unknown; known: {', '.join(SCHEDULES)}.")

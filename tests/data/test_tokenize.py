@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -431,26 +429,3 @@ def rendered_text(turns, record, template):
         ]
     questions = [turn.replace("<image>", template.image_mark) for turn in turns[0::2]]
     return "".join(piece for piece, _ in render(template, questions, turns[1::2]))
-
-
-# --- copying ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_two_files_work_when_copied_alone_into_another_repository(tmp_path):
-    source = Path(__file__).parents[2] / "mini_llava" / "data"
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "__init__.py").touch()
-    for name in ("templates.py", "tokenization.py"):
-        shutil.copy(source / name, tmp_path / "data")
-    script = f"""
-import sys
-from data.templates import get_template
-from data.tokenization import load_tokenizer, tokenize
-record = {RECORDS[0]!r}
-sample = tokenize(record, get_template("v1"), load_tokenizer({str(FIXTURES / "tokenizer_llama")!r}), 4, 2048)
-assert not [name for name in sys.modules if name.split(".")[0] in ("mini_llava", "deepspeed")]
-print(len(sample.input_ids))
-"""
-    run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split()[-1] == "105"

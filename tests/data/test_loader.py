@@ -1,0 +1,111 @@
+"""What one rank gets for one step, and what becomes of a sample that turns out bad."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from mini_llava.data.images import BadImage
+from mini_llava.data.loader import RankSteps, log_skipped, rank_step_loader, refuse_or_report
+from mini_llava.data.records import RecordStore
+from mini_llava.data.tokenization import BadRecord, Sample
+
+SIZE = 8
+
+
+@pytest.fixture
+def store(tmp_path) -> RecordStore:
+    """Ten records; the fourth cannot be tokenized and the seventh's image cannot be opened."""
+    records = [{"id": f"r{number}"} for number in range(10)]
+    records[3]["bad"] = True
+    for number in (1, 6):
+        records[number]["image"] = f"{number}.png"
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    return RecordStore([str(tmp_path / "data.json")], [str(tmp_path)])
+
+
+def tokenize(record: dict) -> Sample:
+    """As many tokens as the number in the id, plus two; all trained."""
+    if "bad" in record:
+        raise BadRecord("it has no answer.")
+    ids = np.arange(2 + int(record["id"][1:]), dtype=np.int32)
+    return Sample(ids, ids, [record["image"]] if "image" in record else [])
+
+
+def load_pixels(folder: str, name: str) -> torch.Tensor:
+    if name == "6.png":
+        raise BadImage(f"the image {name!r} cannot be read.")
+    return torch.ones(3, SIZE, SIZE)
+
+
+def steps(store, dealt, num_workers=0, on_bad_sample="error", packed=True):
+    dataset = RankSteps(store, tokenize, load_pixels, SIZE, packed, on_bad_sample)
+    return rank_step_loader(dataset, dealt, num_workers, pin_memory=False)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_steps_come_in_order_with_their_micro_batches_and_counts(store, num_workers):
+    dealt = [[[0, 1], [2]], [[5, 4], []], [[9], [8]], [[7], [0]]]
+    found = list(steps(store, dealt, num_workers))
+    assert [step.records for step in found] == [[0, 1, 2], [5, 4], [9, 8], [7, 0]]
+    assert [step.samples for step in found] == [3, 2, 2, 2]
+    assert [step.tokens for step in found] == [2 + 3 + 4, 7 + 6, 11 + 10, 9 + 2]
+    assert [step.trained_tokens for step in found] == [[3, 3], [11, 0], [10, 9], [8, 1]]  # a first token is no target
+    assert all(len(step.micro_batches) == 2 for step in found)
+    assert found[0].micro_batches[0]["pixel_values"].any() and not found[0].micro_batches[1]["pixel_values"].any()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("index, kind, reason", [(3, BadRecord, "it has no answer."), (6, BadImage, "'6.png' cannot")])
+def test_a_bad_sample_ends_the_run_when_its_step_is_reached(store, num_workers, index, kind, reason):
+    loader = steps(store, [[[0]], [[1, index]], [[2]]], num_workers)
+    assert next(loader).records == [0]
+    with pytest.raises(kind) as error:
+        next(loader)
+    assert f"data.json, record {index} (id r{index}): " in str(error.value) and reason in str(error.value)
+    assert "Traceback" not in str(error.value)  # workers would put theirs into the text
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_skipped_sample_is_reported_and_nothing_takes_its_place(store, num_workers, tmp_path):
+    [step] = steps(store, [[[0, 3], [6, 1], [3]]], num_workers, on_bad_sample="skip")
+    assert step.records == [0, 1] and step.samples == 2
+    assert step.trained_tokens == [1, 2, 0]  # the third micro-batch is empty, and there all the same
+    assert step.skipped == [
+        (3, "it has no answer."),
+        (6, "the image '6.png' cannot be read."),
+        (3, "it has no answer."),
+    ]
+
+    log_skipped(store, step.skipped[:2], tmp_path / "new" / "skipped.jsonl")
+    log_skipped(store, [], tmp_path / "new" / "skipped.jsonl")
+    log_skipped(store, step.skipped[2:], tmp_path / "new" / "skipped.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "new" / "skipped.jsonl").read_text().splitlines()]
+    assert [line["index"] for line in lines] == [3, 6, 3]
+    assert lines[0]["record"].endswith("data.json, record 3 (id r3)") and lines[0]["reason"] == "it has no answer."
+
+
+def test_what_measuring_finds_is_reported_all_at_once(store):
+    bad = {6: "its image is gone.", 3: "it has no answer."}
+    with pytest.raises(BadRecord) as error:
+        refuse_or_report(store, bad, "error")
+    message = str(error.value)
+    assert message.startswith("2 of 10 records cannot be trained on") and "--on_bad_sample skip" in message
+    assert message.index("record 3 (id r3): it has no answer.") < message.index("record 6 (id r6): its image is gone.")
+    assert len(refuse_or_report(store, bad, "skip")) == 2
+    assert refuse_or_report(store, {}, "error") == []
+
+
+def test_a_long_list_of_faults_is_cut_and_counted(tmp_path):
+    (tmp_path / "long.json").write_text(json.dumps([{}] * 23))
+    store = RecordStore([str(tmp_path / "long.json")])
+    with pytest.raises(BadRecord, match=r"record 19: it is bad\.\n\.\.\. and 3 more$"):
+        refuse_or_report(store, dict.fromkeys(range(23), "it is bad."), "error")
+
+
+def test_loading_draws_nothing_from_the_global_generator(store):
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    list(steps(store, [[[0]], [[1]]], num_workers=2))
+    assert torch.equal(torch.get_rng_state(), state)

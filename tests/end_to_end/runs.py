@@ -1,0 +1,254 @@
+"""The runs of `train.py` that the tests here compare, on tiny models in fp32, and how they are started.
+
+A run is named, and its name means the same command line for every backend. On two processes all runs of a backend share
+one launch, and each has to say that it ran as what was asked for.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import train
+from mini_llava import arguments as flags
+from mini_llava.training.checkpoint import read_manifest
+
+ROOT = Path(__file__).parents[2]
+FIXTURES = ROOT / "tests" / "parity" / "fixtures"
+CONFIGS = ROOT / "accelerate_configs"
+
+MODEL_AND_DATA = {
+    "model_name_or_path": FIXTURES / "llm",
+    "vision_tower": FIXTURES / "clip",
+    "image_folder": FIXTURES / "data" / "images",
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "dataloader_num_workers": 0,
+    "report_to": "none",
+}
+
+
+def flags_of(stage: int, output_dir: Path, values: dict) -> list[str]:
+    """A command line of `train.py`."""
+    data_path = FIXTURES / "data" / f"train_stage{stage}.json"
+    values = {"stage": stage, "data_path": data_path, **MODEL_AND_DATA, **values, "output_dir": output_dir}
+    return [text for name, value in values.items() for text in (f"--{name}", str(value))]
+
+
+# --- one optimizer step, whose gradient is kept ----------------------------------------------------------------------
+
+RECORDS = json.loads((FIXTURES / "data" / "train_stage2.json").read_text(encoding="utf-8"))
+IMAGES = [index for index, record in enumerate(RECORDS) if "image" in record]
+TEXTS = [index for index, record in enumerate(RECORDS) if "image" not in record]
+GLOBAL_BATCHES = {
+    "two with an image, two without": [IMAGES[0], TEXTS[0], IMAGES[1], TEXTS[1]],
+    "six with an image, one without": [*IMAGES[2:8], TEXTS[2]],
+    "text only": TEXTS[3:7],
+    "images only": IMAGES[8:12],
+    "three samples": [IMAGES[12], TEXTS[7], TEXTS[8]],
+    "a single sample with an image": [IMAGES[13]],
+    "a single sample without": [TEXTS[9]],
+}
+# AdamW with beta1 = 0 has the step's gradient as its first moment, which the training state keeps; with a learning rate
+# of 0 every step starts from the same weights. So each step of such a run tells the gradient of one global batch, just
+# as the loop made it.
+KEEP_GRADIENTS = {
+    "adam_beta1": 0,
+    "learning_rate": 0,
+    "max_grad_norm": 0,
+    "save_steps": 1,
+    "unfreeze_mm_vision_tower": True,
+}
+
+
+def _cut(slots: int, packing: bool, **more) -> dict:
+    """Dealt into this many slots, ranks times micro-batches."""
+    return KEEP_GRADIENTS | {"global_batch_size": slots, "per_device_train_batch_size": 1, "packing": packing} | more
+
+
+WHOLE = "1 slot, padded"
+CUTS = {
+    WHOLE: KEEP_GRADIENTS | {"global_batch_size": 8, "per_device_train_batch_size": 8, "packing": False},
+    "2 slots, padded": _cut(2, packing=False),
+    "3 slots, padded": _cut(3, packing=False),
+    "4 slots, padded": _cut(4, packing=False),
+    "1 slot, packed": KEEP_GRADIENTS | {"global_batch_size": 8, "per_device_train_batch_size": 8, "packing": True},
+    "2 slots, packed": _cut(2, packing=True),
+    "4 slots, packed": _cut(4, packing=True),
+    "at most 200 tokens, packed": _cut(2, packing=True, max_tokens_per_micro_batch=200),
+    "at most 300 tokens, padded, recomputed": _cut(
+        2, packing=False, max_tokens_per_micro_batch=300, gradient_checkpointing=True
+    ),
+}
+
+# --- five steps, whose weights are compared --------------------------------------------------------------------------
+
+# Nothing at its default that a backend could lose: rates, decay and moments all differ from AdamW's own. The rates are
+# high because the weights of norms are about 1, where fp32 has steps of 1e-7: a change of 1e-3 would be known to 1e-4.
+FIVE_STEPS = {
+    "max_steps": 5,
+    "learning_rate": 1e-2,
+    "mm_projector_lr": 2e-2,
+    "weight_decay": 0.1,
+    "adam_beta1": 0.8,
+    "adam_beta2": 0.95,
+    "adam_epsilon": 1e-4,  # large, so that the size of a clipped gradient matters
+    "warmup_ratio": 0.3,
+    "global_batch_size": 8,
+    "per_device_train_batch_size": 2,
+    "save_strategy": "no",
+}
+CLIP_AT = 0.1
+CHANGES = {
+    "clipped": {"max_grad_norm": CLIP_AT},
+    "not clipped": {"max_grad_norm": 0},
+    "bf16": {"bf16": True},
+}
+
+RUNS = {f"gradients, {name}": (2, values) for name, values in CUTS.items()} | {
+    f"stage {stage}, {name}": (stage, FIVE_STEPS | values) for stage in (1, 2) for name, values in CHANGES.items()
+}
+ON_TWO_PROCESSES = {
+    "ddp": [
+        *(f"gradients, {cut}" for cut in ("2 slots, padded", "4 slots, padded", "4 slots, packed")),
+        *(f"stage {stage}, {clipping}" for stage in (1, 2) for clipping in ("clipped", "not clipped")),
+    ],
+    "zero2": ["gradients, 4 slots, padded", "gradients, 2 slots, packed", "stage 1, clipped", "stage 2, clipped"],
+    "zero3": [
+        *(f"gradients, {cut}" for cut in ("2 slots, padded", "4 slots, packed")),
+        *(f"stage {stage}, {change}" for stage in (1, 2) for change in CHANGES),
+    ],
+    "zero3_offload": ["stage 2, clipped"],
+}
+DESCRIPTIONS = {
+    "ddp": "DDP",
+    "zero2": "DeepSpeed ZeRO-2",
+    "zero3": "DeepSpeed ZeRO-3",
+    "zero3_offload": "DeepSpeed ZeRO-3",
+}
+
+
+def command_line(name: str, folder: Path) -> list[str]:
+    stage, values = RUNS[name]
+    if name.startswith("gradients"):
+        order = folder / "global_batches.json"
+        order.write_text(json.dumps(list(GLOBAL_BATCHES.values())))
+        values = values | {"sample_order": order, "max_steps": len(GLOBAL_BATCHES)}
+    return flags_of(stage, folder / name, values)
+
+
+def train_here(command_line: list[str]) -> None:
+    """`python train.py ...` in this process."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # what an earlier run left behind
+    train.train(flags.parse_arguments(command_line))
+
+
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2"]
+# accelerate starts several CPU processes through MPI only.
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+
+
+def launch(launcher: list[str | Path], script: Path, *arguments: str) -> str:
+    """Two processes on the CPU; returns what they print, which is the error if they fail."""
+    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
+    port = ["--master_port" if launcher == TORCHRUN else "--main_process_port", str(free_ports(1)[0])]
+    # No time limit: a launch killed while DeepSpeed compiles leaves a lock behind, for which all later ones wait.
+    result = subprocess.run(
+        [*map(str, launcher), *port, str(script), *arguments],
+        cwd=ROOT,
+        env=environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+def launch_all(backend: str, folder: Path) -> None:
+    """All runs of a backend, each into the folder of its name."""
+    names = ON_TWO_PROCESSES[backend]
+    runs = [(port, command_line(name, folder)) for port, name in zip(free_ports(len(names)), names, strict=True)]
+    (folder / "runs.json").write_text(json.dumps(runs))
+    launcher = TORCHRUN if backend == "ddp" else [*ACCELERATE, "--config_file", config_file(backend, folder)]
+    printed = launch(launcher, Path(__file__).with_name("several_runs.py"), f"{folder}/runs.json")
+    assert printed.count(f"2 processes, {DESCRIPTIONS[backend]}, ") == len(names), printed
+
+
+def config_file(backend: str, folder: Path) -> Path:
+    """The config that users take, but with limits so low that models of this size are really divided."""
+    config = yaml.safe_load((CONFIGS / f"{backend}.yaml").read_text())
+    stage = config["deepspeed_config"]["zero_stage"]
+    zero = {"stage": stage, "reduce_bucket_size": 20_000}
+    if stage == 3:
+        zero |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 20_000}
+        for part in ("optimizer", "param"):
+            zero[f"offload_{part}"] = {"device": config["deepspeed_config"][f"offload_{part}_device"]}
+    deepspeed_file = folder / "deepspeed.json"
+    deepspeed_file.write_text(json.dumps({"zero_optimization": zero}))
+    initialisation = config["deepspeed_config"]["zero3_init_flag"]
+    config["deepspeed_config"] = {"deepspeed_config_file": str(deepspeed_file), "zero3_init_flag": initialisation}
+    path = folder / "accelerate.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for listening in sockets:
+        listening.bind(("127.0.0.1", 0))
+    ports = [listening.getsockname()[1] for listening in sockets]
+    for listening in sockets:
+        listening.close()
+    return ports
+
+
+# --- what a run left -------------------------------------------------------------------------------------------------
+
+
+def gradients(run: Path, batch: str) -> dict[str, torch.Tensor]:
+    """The gradient of every trained parameter for one of the global batches of a gradient run."""
+    step = 1 + list(GLOBAL_BATCHES).index(batch)
+    return first_moments(run / f"checkpoint-{step}")
+
+
+def first_moments(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """AdamW's first moment of every trained parameter, flat, put together from the pieces of all ranks."""
+    manifest = read_manifest(checkpoint)
+    pieces: dict[str, list[tuple[int, torch.Tensor]]] = {name: [] for name in manifest["parameters"]}
+    for path in checkpoint.glob("state-rank*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                name, kind, start = key.rsplit("|", 2)
+                if kind == "exp_avg":
+                    pieces[name].append((int(start), file.get_tensor(key)))
+    whole = {name: torch.cat([piece for _, piece in sorted(found)]) for name, found in pieces.items()}
+    for name, shape in manifest["parameters"].items():
+        assert whole[name].numel() == torch.Size(shape).numel(), name
+    return whole
+
+
+def saved_weights(run: Path) -> dict[str, torch.Tensor]:
+    """The result of a run: its projector and, of a second stage, the whole model."""
+    weights = {f"mm_projector.bin/{k}": v for k, v in torch.load(run / "mm_projector.bin", weights_only=True).items()}
+    if (run / "model.safetensors").exists():
+        weights |= load_file(run / "model.safetensors")
+    return weights
+
+
+def log(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def on_two_processes(prefix: str) -> list[tuple[str, str]]:
+    """(backend, run) of all runs whose name begins so."""
+    pairs = ((backend, run) for backend, names in ON_TWO_PROCESSES.items() for run in names)
+    return [(backend, run) for backend, run in pairs if run.startswith(prefix)]

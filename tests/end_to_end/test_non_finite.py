@@ -1,0 +1,40 @@
+"""A loss that is no number ends the run with a sentence that says where, and nothing is saved as a result."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.end_to_end import runs
+
+SETTINGS = {"global_batch_size": 4, "max_steps": 6, "save_steps": 1, "warmup_ratio": 0}
+
+
+def test_weights_that_explode_end_the_run(tmp_path):
+    flags = runs.flags_of(2, tmp_path, SETTINGS | {"learning_rate": 1e30})
+    with pytest.raises(SystemExit, match=r"^Step 2: loss (nan|inf).*last checkpoint.*train_stage2\.json, record \d+"):
+        runs.train_here(flags)
+    assert len(runs.log(tmp_path)) == 1
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("logging_steps", [1, 3])
+def test_a_weight_that_is_infinite_ends_the_run_at_the_first_log_entry(tmp_path, logging_steps):
+    shutil.copytree(runs.FIXTURES / "llm", tmp_path / "llm")
+    weights = load_file(tmp_path / "llm" / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][0, 0] = torch.inf
+    save_file(weights, tmp_path / "llm" / "model.safetensors", metadata={"format": "pt"})
+    values = {"model_name_or_path": tmp_path / "llm", "logging_steps": logging_steps, "save_strategy": "no"}
+    with pytest.raises(SystemExit, match=rf"^Step {logging_steps}: loss nan"):
+        runs.train_here(runs.flags_of(1, tmp_path / "run", SETTINGS | values))
+    assert not (tmp_path / "run" / "log.jsonl").exists() and not (tmp_path / "run" / "mm_projector.bin").exists()
+
+
+@pytest.mark.slow
+def test_on_two_processes_both_stop(tmp_path):
+    """Neither rank is left waiting for the other."""
+    flags = runs.flags_of(2, tmp_path / "run", SETTINGS | {"learning_rate": 1e30})
+    with pytest.raises(AssertionError, match=r"Step 2: loss (nan|inf)"):
+        runs.launch(runs.TORCHRUN, runs.ROOT / "train.py", *flags)

@@ -1,0 +1,294 @@
+"""N steps equal k steps, SIGKILL and N - k steps in a new process, to the last bit.
+
+Every run here is real: train.py in processes of its own, two loader workers, dropout in the language model's attention,
+and SIGKILL to all of its processes while it is beyond the checkpoint. Losses and gradient norms are compared as hex and
+final weights by their sha256. An epoch of the 80 records is 10 steps.
+"""
+
+import hashlib
+import itertools
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.forked_runs import ROOT, Run, start
+
+FIXTURES = ROOT / "tests" / "parity" / "fixtures"
+STEPS, SAVE_STEPS = 17, 5
+KILLED_BEYOND = (5, 10)  # the middle of the first epoch, and its end
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass(frozen=True)
+class Case:
+    stage: int
+    packing: bool
+    config: str | None = None
+    processes: int = 1
+
+    def flags(self, language_model: Path, output_dir: Path, **others) -> list[str]:
+        values = {
+            "stage": self.stage,
+            "model_name_or_path": language_model,
+            "vision_tower": FIXTURES / "clip",
+            "data_path": FIXTURES / "data" / f"train_stage{self.stage}.json",
+            "image_folder": FIXTURES / "data" / "images",
+            "packing": self.packing,
+            "bf16": False,
+            "learning_rate": 1e-3,
+            "global_batch_size": 8,
+            "per_device_train_batch_size": 2,
+            "max_steps": STEPS,
+            "save_steps": SAVE_STEPS,
+            "save_total_limit": 2,
+            "dataloader_num_workers": 2,
+            "report_to": "none",
+            "output_dir": output_dir,
+        }
+        return [text for name, value in (values | others).items() for text in (f"--{name}", str(value))]
+
+
+CASES = {
+    "stage 1, packed, one process": Case(1, packing=True),
+    "stage 2, packed, one process": Case(2, packing=True),
+    "stage 2, padded, one process": Case(2, packing=False),
+    "stage 1, padded, ZeRO-3 on two": Case(1, packing=False, config="zero3", processes=2),
+    "stage 2, packed, ZeRO-3 on two": Case(2, packing=True, config="zero3", processes=2),
+}
+LAUNCHED = "stage 2, packed, ZeRO-3 on two"  # killed and resumed under `accelerate launch`, the others as forks
+
+
+@dataclass
+class Interrupted:
+    """The output directories of an uninterrupted run and of one that was killed and resumed."""
+
+    whole: Path
+    killed: Path
+
+
+def log(output_dir: Path) -> list[dict]:
+    file = output_dir / "log.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def as_hex(entry: dict) -> tuple[str, str]:
+    return entry["loss"].hex(), entry["gradient_norm"].hex()
+
+
+def per_step(entry: dict, rate: str) -> int:
+    """How many samples or tokens the step had."""
+    return round(entry[rate] * entry["seconds_per_step"])
+
+
+def weights(output_dir: Path) -> dict[str, str]:
+    files = sorted([*output_dir.glob("*.safetensors"), *output_dir.glob("mm_projector.bin")])
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def checkpoints(output_dir: Path) -> list[str]:
+    return sorted(path.name for path in output_dir.glob("*checkpoint*"))
+
+
+def is_beyond(output_dir: Path, step: int):
+    complete = output_dir / f"checkpoint-{step}" / "manifest.json"
+    return lambda: complete.exists() and log(output_dir)[-1]["step"] > step
+
+
+def finish(run: Run) -> None:
+    assert run.wait() == 0, run.text
+
+
+def interrupt_and_resume(case: Case, language_model: Path, directory: Path, launched: bool) -> Interrupted:
+    whole, killed = directory / "whole", directory / "killed"
+    backend = dict(config=case.config, processes=case.processes)
+    finish(start(case.flags(language_model, whole), directory / "whole.txt", **backend))
+    # `latest` from the beginning, as a job that may be requeued has it: without a checkpoint it starts anew.
+    flags = case.flags(language_model, killed, resume_from_checkpoint="latest")
+    for step in KILLED_BEYOND:
+        run = start(flags, directory / f"killed beyond {step}.txt", **backend, launched=launched)
+        run.wait_until(is_beyond(killed, step))
+        run.kill()
+        assert not weights(killed), "the run was over before it was killed"
+    finish(start(flags, directory / "last.txt", **backend))
+    return Interrupted(whole, killed)
+
+
+@pytest.fixture(scope="module")
+def language_models(tmp_path_factory) -> dict[str, Path]:
+    """The golden language model, and the same with dropout."""
+    directory = tmp_path_factory.mktemp("language model") / "llm"
+    shutil.copytree(FIXTURES / "llm", directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
+    return {"dropout": directory, "no dropout": FIXTURES / "llm"}
+
+
+@pytest.fixture(scope="module")
+def interrupted(language_models, tmp_path_factory):
+    """`interrupted(name)` gives the two runs of a case; all are computed ahead, two at a time."""
+    directory = tmp_path_factory.mktemp("resume")
+    with ThreadPoolExecutor(2) as pool:
+        futures = {
+            name: pool.submit(
+                interrupt_and_resume, case, language_models["dropout"], directory / name, launched=name == LAUNCHED
+            )
+            for name, case in CASES.items()
+        }
+        yield lambda name: futures[name].result()
+
+
+@pytest.fixture
+def saved(interrupted, tmp_path) -> Path:
+    """A copy of an output directory that holds checkpoints."""
+    source = interrupted("stage 2, packed, one process").killed
+    return Path(shutil.copytree(source, tmp_path / "saved"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_and_gradient_norms_after_a_kill_are_those_of_an_uninterrupted_run(name, interrupted):
+    runs = interrupted(name)
+    whole = {entry["step"]: as_hex(entry) for entry in log(runs.whole)}
+    assert sorted(whole) == list(range(1, STEPS + 1))
+    killed = [(entry["step"], as_hex(entry)) for entry in log(runs.killed)]  # some steps more than once
+    assert {step for step, _ in killed} == set(whole)
+    assert [(step, values) for step, values in killed if values != whole[step]] == []
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_final_weights_after_a_kill_are_those_of_an_uninterrupted_run(name, interrupted):
+    runs = interrupted(name)
+    assert weights(runs.whole), "nothing was saved"
+    assert weights(runs.killed) == weights(runs.whole)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_killed_run_went_on_from_its_checkpoints_and_kept_the_newest_two(name, interrupted):
+    runs = interrupted(name)
+    steps = [entry["step"] for entry in log(runs.killed)]
+    resumed_at = [following - 1 for step, following in itertools.pairwise(steps) if following <= step]
+    assert len(resumed_at) == len(KILLED_BEYOND)
+    for step, at_least in zip(resumed_at, KILLED_BEYOND, strict=True):
+        assert step >= at_least and step % SAVE_STEPS == 0
+    assert checkpoints(runs.killed) == ["checkpoint-10", "checkpoint-15"]
+
+
+def test_what_a_kill_during_saving_leaves_behind_is_passed_over(interrupted, saved, language_models, tmp_path):
+    (saved / "checkpoint-15" / "manifest.json").unlink()  # written last: without it nothing else counts
+    half = saved / ".checkpoint-15.incomplete"
+    half.mkdir()
+    (half / "state-rank00000-0000.safetensors").write_bytes(b"half")
+    case = CASES["stage 2, packed, one process"]
+    flags = case.flags(language_models["dropout"], saved, resume_from_checkpoint="latest")
+    run = start(flags, tmp_path / "run.txt")
+    finish(run)
+    assert f"Resumed from {saved / 'checkpoint-10'} at step 10" in run.text
+    assert weights(saved) == weights(interrupted("stage 2, packed, one process").whole)
+    assert checkpoints(saved) == ["checkpoint-10", "checkpoint-15"] and not half.exists()
+
+
+# --- another number of processes -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_ranks(language_models, tmp_path_factory) -> Path:
+    """The output of eight steps of stage 2 under ZeRO-3 on two processes, without dropout, with a checkpoint after 4.
+
+    Without dropout, because a rank draws its masks from a generator of its own: with another number of ranks the
+    masks are others.
+    """
+    case, directory = Case(2, packing=True, config="zero3", processes=2), tmp_path_factory.mktemp("two ranks")
+    flags = case.flags(language_models["no dropout"], directory / "run", max_steps=8, save_steps=4)
+    finish(start(flags, directory / "run.txt", case.config, case.processes))
+    return directory / "run"
+
+
+@pytest.mark.parametrize("config, processes", [(None, 1), ("cpu", 2)], ids=["one process", "DDP on two"])
+def test_a_zero3_checkpoint_of_two_ranks_goes_on_elsewhere(config, processes, two_ranks, language_models, tmp_path):
+    case = Case(2, packing=True, config=config, processes=processes)
+    checkpoint = two_ranks / "checkpoint-4"
+    flags = case.flags(
+        language_models["no dropout"], tmp_path / "run", max_steps=8, resume_from_checkpoint=checkpoint, save_steps=8
+    )
+    finish(start(flags, tmp_path / "run.txt", config, processes))
+    before = [entry for entry in log(two_ranks) if entry["step"] > 4]
+    after = log(tmp_path / "run")
+    assert [entry["step"] for entry in after] == [5, 6, 7, 8]
+    for key in ("samples_per_second", "tokens_per_second"):  # the same global batches
+        assert [per_step(entry, key) for entry in after] == [per_step(entry, key) for entry in before]
+    for key in ("loss", "gradient_norm"):
+        # Only the order of fp32 sums differs (rounding 6e-8), and at this learning rate four steps amplify it little.
+        assert [entry[key] for entry in after] == pytest.approx([entry[key] for entry in before], rel=1e-5)
+
+
+def test_dropout_is_on_in_the_runs_above(interrupted, two_ranks):
+    with_dropout = log(interrupted("stage 2, packed, one process").whole)
+    assert with_dropout[0]["step"] == 1
+    # In the first step weights and samples are the same: only dropout tells the losses apart.
+    assert with_dropout[0]["loss"] != pytest.approx(log(two_ranks)[0]["loss"], rel=1e-5)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def refusal(
+    language_models, directory: Path, output_dir: Path, case: Case = CASES["stage 2, packed, one process"], **flags
+):
+    """What a run that has to fail prints after its progress: one sentence, no traceback."""
+    run = start(
+        case.flags(language_models["dropout"], output_dir, **flags),
+        directory / "refused.txt",
+        case.config,
+        case.processes,
+    )
+    assert run.wait() != 0, run.text
+    assert "Traceback" not in run.text
+    [sentence] = [line for line in run.text.splitlines() if line.startswith("train.py: error")]
+    return sentence
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "one bit"])
+def test_a_damaged_checkpoint_is_refused_and_the_file_named(damage, saved, language_models, tmp_path):
+    file = next((saved / "checkpoint-15").glob("state-rank*.safetensors"))
+    content = file.read_bytes()
+    file.unlink()
+    if damage == "truncated":
+        file.write_bytes(content[:-100])
+    elif damage == "one bit":
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    sentence = refusal(language_models, tmp_path, saved, resume_from_checkpoint="latest")
+    assert str(file) in sentence and "older checkpoint" in sentence
+
+
+def test_two_ranks_refuse_a_damaged_checkpoint_together_and_say_so_once(saved, language_models, tmp_path):
+    file = next((saved / "checkpoint-15").glob("state-rank*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+    case = Case(2, packing=True, config="cpu", processes=2)
+    assert str(file) in refusal(language_models, tmp_path, saved, case, resume_from_checkpoint="latest")
+
+
+def test_a_directory_that_is_no_checkpoint_is_refused(language_models, tmp_path):
+    sentence = refusal(language_models, tmp_path, tmp_path / "new", resume_from_checkpoint=tmp_path)
+    assert str(tmp_path) in sentence and "manifest.json" in sentence
+
+
+def test_checkpoints_of_an_earlier_run_are_not_mixed_with_a_new_one(saved, language_models, tmp_path):
+    sentence = refusal(language_models, tmp_path, saved)
+    assert "checkpoint-15" in sentence and "--resume_from_checkpoint latest" in sentence and "--output_dir" in sentence
+    assert checkpoints(saved) == ["checkpoint-10", "checkpoint-15"]
+
+
+def test_a_checkpoint_of_other_trained_parameters_is_refused(saved, language_models, tmp_path):
+    flags = dict(resume_from_checkpoint=saved / "checkpoint-10", freeze_backbone=True)
+    sentence = refusal(language_models, tmp_path, tmp_path / "new", **flags)
+    assert "checkpoint-10" in sentence and "language_model." in sentence and "not trained here" in sentence
+
+
+def test_a_checkpoint_of_another_order_is_refused(saved, language_models, tmp_path):
+    flags = dict(resume_from_checkpoint=saved / "checkpoint-10", seed=7, global_batch_size=16)
+    sentence = refusal(language_models, tmp_path, tmp_path / "new", **flags)
+    assert "seed 42 there, 7 here" in sentence and "batch 8 there, 16 here" in sentence

@@ -1,0 +1,158 @@
+"""Runs of train.py as processes of their own that start in a second instead of ten.
+
+A server process imports torch, transformers, DeepSpeed and the project once and does nothing with them. Each run is a
+fork of it that executes train.py as `__main__` with the flags of its command line and the environment variables that
+`accelerate launch` sets for the config file of the same name. With `launched` it is the launcher itself.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+ZERO = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+}
+ENVIRONMENTS = {
+    "cpu": {"ACCELERATE_USE_CPU": "true"},
+    "zero2": {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false"},
+    "zero3": {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true"},
+}
+
+_fork_server = multiprocessing.get_context("forkserver")
+_fork_server.set_forkserver_preload(["tests.forked_runs_imports"])
+
+
+class Run:
+    """A started run; `text` is what its processes have printed so far."""
+
+    def __init__(self, process: multiprocessing.Process, output: Path):
+        self.process, self.output = process, output
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text(encoding="utf-8", errors="replace")
+
+    def wait(self, timeout: float = 300) -> int:
+        """The exit code; a run that takes longer is killed, and what it has printed is the error."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.kill()
+            raise TimeoutError(f"still running after {timeout} s:\n{self.text}")
+        return self.process.exitcode
+
+    def wait_until(self, condition, timeout: float = 300) -> None:
+        """Polls `condition` often enough to act between two steps; an error if the run ends before."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert self.process.exitcode is None and time.monotonic() < deadline, f"it ended too soon:\n{self.text}"
+            time.sleep(0.005)
+
+    def kill(self) -> None:
+        """SIGKILL to launcher, ranks and loader workers at once."""
+        leader = psutil.Process(self.process.pid)
+        everything = [leader, *leader.children(recursive=True)]
+        for process in everything:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
+        psutil.wait_procs(everything, timeout=60)
+        self.process.join()
+
+
+def start(
+    flags: list[str],
+    output: Path,
+    config: str | None = None,
+    processes: int = 1,
+    launched: bool = False,
+    environment: dict | None = None,
+) -> Run:
+    """Starts `python train.py FLAGS`, or with `config` what `accelerate launch` makes of it.
+
+    Args:
+        output: file for all that is printed.
+        config: `cpu`, `zero2` or `zero3`.
+        launched: start by `accelerate launch --config_file accelerate_configs/CONFIG.yaml` indeed.
+        environment: further variables.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_bytes(b"")
+    port = _free_port()
+    if launched:
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+        command += ["--config_file", f"accelerate_configs/{config}.yaml", "--main_process_port", port]
+        target, arguments = _execute, ([*command, "train.py", *flags],)
+    else:
+        target, arguments = _start_ranks, (flags, config, processes, port)
+    process = _fork_server.Process(target=_prepare, args=(output, environment or {}, target, arguments))
+    process.start()
+    return Run(process, output)
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def _prepare(output: Path, environment: dict, target, arguments: tuple) -> None:
+    """In the fork."""
+    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    target(*arguments)
+
+
+def _execute(command: list[str]) -> None:
+    os.execv(command[0], command)
+
+
+def _start_ranks(flags: list[str], config: str | None, processes: int, port: str) -> None:
+    """Starts the ranks, waits for them, and like the launcher ends the others when one has failed."""
+    if config is not None:
+        os.environ.update(ENVIRONMENTS[config])
+        os.environ.update(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    ranks = []
+    for rank in range(processes):
+        if (pid := os.fork()) == 0:
+            if config is not None:
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            _become_train_py(flags)
+        ranks.append(pid)
+    for _ in range(processes):
+        pid, status = os.wait()
+        ranks.remove(pid)
+        if status:
+            for other in ranks:
+                os.kill(other, signal.SIGTERM)
+            sys.exit(os.waitstatus_to_exitcode(status))
+
+
+def _become_train_py(flags: list[str]) -> None:
+    sys.argv = ["train.py", *flags]
+    code = 0
+    try:
+        runpy.run_path("train.py", run_name="__main__")
+    except SystemExit as end:  # as the interpreter treats it
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

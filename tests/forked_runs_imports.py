@@ -1,0 +1,13 @@
+"""What the server of forked_runs.py imports once for all runs; nothing here computes anything."""
+
+import os
+
+# One thread: OpenMP's threads do not survive a fork, and continuous integration has few cores.
+os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
+
+import accelerate.utils.deepspeed  # noqa: F401
+import deepspeed  # noqa: F401
+import transformers.models.clip.modeling_clip
+import transformers.models.llama.modeling_llama  # noqa: F401
+
+import train  # noqa: F401
