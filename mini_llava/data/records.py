@@ -5,6 +5,7 @@ are memory-mapped; a record costs sixteen bytes of offsets that forked loader wo
 asked for. Lengths are counted in tokens, by really tokenizing every record once, in parallel, and kept in a cache.
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -14,7 +15,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -355,7 +356,7 @@ class _Scan:
     def lengths(self, store: RecordStore) -> Lengths:
         bad = dict(self.faults)
         for index, names in self.missing.items():
-            if sentence := _missing_image(store, index, names):
+            if sentence := missing_image(store, index, names):
                 bad[index] = sentence
         usable = np.ones(len(self.length), dtype=bool)
         usable[list(bad)] = False
@@ -388,28 +389,42 @@ class _Scan:
         return scan if len(scan.length) == count else None
 
 
-def _scan(store: RecordStore, tokenize_function: Callable[[dict], Sample], num_workers: int) -> _Scan:
-    count, step = len(store), 512
-    ranges = [(start, min(start + step, count)) for start in range(0, count, step)]
-    progress = tqdm(total=count, desc="measuring records", unit=" records", delay=2, mininterval=1)
-    parts = []
-    if num_workers > 1 and len(ranges) > 1 and "fork" in multiprocessing.get_all_start_methods():
-        # Forked workers share the store and the tokenizer; nothing is pickled but the results. The tokenizer's own
-        # threads would give nothing here, and it complains when a process that has used them forks.
+def map_ranges(function: Callable[[range], object], count: int, num_workers: int, what: str) -> Iterator:
+    """Yields `function(part)` for the consecutive parts of `range(count)`, computed by forked processes, in order.
+
+    The processes share what the function refers to (store, tokenizer); nothing is pickled but the results.
+    """
+    parts = [range(start, min(start + 512, count)) for start in range(0, count, 512)]
+    progress = tqdm(total=count, desc=what, unit=f" {what.split()[-1]}", delay=2, mininterval=1)
+
+    def with_progress(results: Iterable) -> Iterator:
+        for part, result in zip(parts, results, strict=True):
+            progress.update(len(part))
+            yield result
+        progress.close()
+
+    if num_workers > 1 and len(parts) > 1 and "fork" in multiprocessing.get_all_start_methods():
+        # The tokenizer's own threads would give nothing here, and it complains when a process that used them forks.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        workers = ProcessPoolExecutor(
-            min(num_workers, len(ranges)), multiprocessing.get_context("fork"), _set_work, (store, tokenize_function)
-        )
-        with workers:
-            for part in workers.map(_scan_range, ranges):
-                parts.append(part)
-                progress.update(len(part.length))
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(min(num_workers, len(parts)), context, _set_work, (function,)) as workers:
+            yield from with_progress(workers.map(_do_work, parts))
     else:
-        _set_work(store, tokenize_function)
-        for part in map(_scan_range, ranges):
-            parts.append(part)
-            progress.update(len(part.length))
-    progress.close()
+        yield from with_progress(map(function, parts))
+
+
+def _set_work(function: Callable[[range], object]) -> None:
+    global _work
+    _work = function
+
+
+def _do_work(part: range) -> object:
+    return _work(part)
+
+
+def _scan(store: RecordStore, tokenize_function: Callable[[dict], Sample], num_workers: int) -> _Scan:
+    scan_part = functools.partial(_scan_part, store, tokenize_function)
+    parts = list(map_ranges(scan_part, len(store), num_workers, "measuring records"))
     return _Scan(
         *(np.concatenate([getattr(part, name) for part in parts]) for name in ("length", "trained", "has_image")),
         faults={index: sentence for part in parts for index, sentence in part.faults.items()},
@@ -417,18 +432,9 @@ def _scan(store: RecordStore, tokenize_function: Callable[[dict], Sample], num_w
     )
 
 
-def _set_work(store: RecordStore, tokenize_function: Callable[[dict], Sample]) -> None:
-    global _work
-    _work = store, tokenize_function
-
-
-def _scan_range(span: tuple[int, int]) -> _Scan:
-    store, tokenize_function = _work
-    start, stop = span
-    scan = _Scan(
-        np.zeros(stop - start, np.int32), np.zeros(stop - start, np.int32), np.zeros(stop - start, bool), {}, {}
-    )
-    for index in range(start, stop):
+def _scan_part(store: RecordStore, tokenize_function: Callable[[dict], Sample], part: range) -> _Scan:
+    scan = _Scan(np.zeros(len(part), np.int32), np.zeros(len(part), np.int32), np.zeros(len(part), bool), {}, {})
+    for place, index in enumerate(part):
         try:
             sample = tokenize_function(store[index])
         except BadRecord as error:
@@ -436,15 +442,15 @@ def _scan_range(span: tuple[int, int]) -> _Scan:
             continue
         except Exception as error:
             raise RuntimeError(f"{store.describe(index)} could not be tokenized: {error!r}") from error
-        scan.length[index - start] = len(sample.input_ids)
-        scan.trained[index - start] = np.count_nonzero(sample.labels != IGNORE_INDEX)
-        scan.has_image[index - start] = bool(sample.images)
-        if _missing_image(store, index, sample.images):
+        scan.length[place] = len(sample.input_ids)
+        scan.trained[place] = np.count_nonzero(sample.labels != IGNORE_INDEX)
+        scan.has_image[place] = bool(sample.images)
+        if missing_image(store, index, sample.images):
             scan.missing[index] = sample.images
     return scan
 
 
-def _missing_image(store: RecordStore, index: int, names: list[str]) -> str | None:
+def missing_image(store: RecordStore, index: int, names: list[str]) -> str | None:
     """Why the images of a record cannot be opened, as far as their paths tell; None if nothing speaks against it."""
     folder = store.image_folder(index)
     if names and folder is None:
