@@ -2,7 +2,7 @@
 
 LLaVA has nothing like it: there a bad image ends a run after hours, and a bad conversation trains on nothing. Every
 fault comes from the functions that the trainer itself calls, so that the two never disagree. The records with faults
-go to a file that `train.py --exclude` leaves out. Exit code: 0 if all records are good, 1 if some are bad, 2 if flags or
+go to a file that `train.py --exclude` takes. Exit code: 0 if all records are good, 1 if some are bad, 2 if flags or
 files cannot be read.
 """
 
