@@ -78,7 +78,8 @@ def train(arguments: flags.Arguments) -> None:
     # --- Processes, precision, seed ----------------------------------------------------------------------------------
     precision = distributed.choose_precision(training.bf16, training.fp16, arguments.explicit)
     accelerator = distributed.build_accelerator(precision, training.max_grad_norm, training.report_to, output_dir)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = bool(training.tf32)
+    if training.tf32 is not None:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = training.tf32
     torch.manual_seed(training.seed)  # the same on every rank, because new weights must be equal
 
     # --- Model, what of it is trained, optimizer ---------------------------------------------------------------------

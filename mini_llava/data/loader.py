@@ -91,6 +91,14 @@ class RankStep:
     skipped: list[tuple[int, str]] = field(default_factory=list)  # record and reason, with `--on_bad_sample skip`
     fault: BadRecord | BadImage | None = None  # what ends the run, with `--on_bad_sample error`
 
+    def pin_memory(self) -> "RankStep":
+        """Called by the loader, which looks into dictionaries and lists but not into other objects."""
+        self.micro_batches = [
+            {key: value.pin_memory() if torch.is_tensor(value) else value for key, value in batch.items()}
+            for batch in self.micro_batches
+        ]
+        return self
+
 
 class RankSteps(Dataset):
     """Maps the record indices of a rank's micro-batches to a `RankStep`; runs in the loader's workers."""

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..data.records import RecordStore
-from ..data.tokenization import IMAGE_TOKEN_INDEX
+from ..data.tokenization import IMAGE_TOKEN_INDEX, BadRecord
 from .distributed import sum_over_ranks, zero_stage
 
 
@@ -76,7 +76,10 @@ class HeldOut:
             record = store[index]
             names = record.get("image", [])
             images = [(index, name) for name in ([names] if isinstance(names, str) else names)]
-            self.questions.append(Question(to_prompt(record), images, record["conversations"][-1]["value"]))
+            try:
+                self.questions.append(Question(to_prompt(record), images, record["conversations"][-1]["value"]))
+            except BadRecord as error:
+                raise BadRecord(f"--eval_data_path: {store.describe(index)}: {error}") from None
 
     def report(self, moment: str, say: Callable[[str], None]) -> None:
         """Says the exact match, also with the pictures exchanged between the questions. All ranks must call it."""
