@@ -59,6 +59,9 @@ class RecordStore:
         for path in data_path:
             if not os.path.isfile(path):
                 raise FileNotFoundError(f"The data file {path} (--data_path) does not exist.")
+        for path in exclude or []:
+            if not os.path.isfile(path):
+                raise FileNotFoundError(f"The list {path} (--exclude) does not exist.")
         self.data_path = [str(path) for path in data_path]
         self._image_folder = [str(folder) for folder in image_folder]
         self._maps = [_open(path) for path in self.data_path]
@@ -127,12 +130,12 @@ class RecordStore:
     def _listed(self, path: str) -> list[int]:
         """The indices that an exclude file lists. Called before any record is left out, so that they are positions."""
         listed = []
-        with open(path, encoding="utf-8") as lines:
+        with open(path, encoding="utf-8", errors="replace") as lines:
             for number, line in enumerate(lines, start=1):
                 try:
                     entry = json.loads(line)
                     index, digest = int(entry["index"]), entry["digest"]
-                except (ValueError, TypeError, KeyError):
+                except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
                     raise ValueError(
                         f"--exclude {path}, line {number}: expected an object with 'index' and 'digest', as the doctor "
                         f"writes them, found {shorten(line)}."

@@ -18,6 +18,7 @@ from mini_llava.data.images import BadImage, load_image
 from mini_llava.data.records import RecordStore, measure
 from mini_llava.data.templates import TEMPLATES
 from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, BadRecord, load_tokenizer, tokenize
+from mini_llava.tools.doctor import examine_records
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
@@ -128,14 +129,14 @@ def store(tmp_path_factory):
 
 @pytest.mark.parametrize("version, tokenizer", [("v1", "llama"), ("plain", "llama"), ("qwen_2", "qwen")])
 def test_ten_thousand_mutated_records_are_trained_on_or_named(version, tokenizer, store):
-    """`measure` lets nothing but BadRecord pass; any other exception would end it."""
+    """`measure` lets nothing but BadRecord pass; any other exception would end it. The doctor finds the same."""
     tokenizer = load_tokenizer(FIXTURES / f"tokenizer_{tokenizer}")
 
-    def to_sample(record):
+    def to_sample(record, max_length=MAX_LENGTH):
         started = time.monotonic()
-        sample = tokenize(record, TEMPLATES[version], tokenizer, TOKENS_PER_IMAGE, MAX_LENGTH)
+        sample = tokenize(record, TEMPLATES[version], tokenizer, TOKENS_PER_IMAGE, max_length)
         assert time.monotonic() - started < 5
-        assert sample.input_ids.shape == sample.labels.shape and len(sample.input_ids) <= MAX_LENGTH
+        assert sample.input_ids.shape == sample.labels.shape and len(sample.input_ids) <= max_length
         assert (sample.input_ids == IMAGE_TOKEN_INDEX).sum() == TOKENS_PER_IMAGE * len(sample.images)
         assert ((sample.labels == sample.input_ids) | (sample.labels == IGNORE_INDEX)).all()
         return sample
@@ -145,6 +146,8 @@ def test_ten_thousand_mutated_records_are_trained_on_or_named(version, tokenizer
     accepted = len(lengths.length) - len(lengths.bad)
     assert accepted > (500 if version == "plain" else 2500), "mutations are too strong to test what is accepted"
     assert len(lengths.bad) > 2500, "mutations are too weak"
+    found = examine_records(store, to_sample, TOKENS_PER_IMAGE, MAX_LENGTH, range(len(store)))
+    assert found.faults == lengths.bad and (found.length == lengths.length).all()
     for index, sentence in lengths.bad.items():
         shown = f"{store.describe(index)}: {sentence}"
         assert len(shown) < 2000 and shown.isprintable(), shown
