@@ -113,6 +113,8 @@ def _prepare(output: Path, environment: dict, target, arguments: tuple) -> None:
     os.dup2(descriptor, 2)
     os.environ.update(environment)
     os.chdir(ROOT)
+    # A child of a fork server would start loader workers by a server of its own, unlike the program that is tested.
+    multiprocessing.set_start_method("fork", force=True)
     target(*arguments)
 
 

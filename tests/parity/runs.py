@@ -51,18 +51,11 @@ TWO_PROCESSES = {
         "setting/0",
         "setting/uneven",
     ],
-    "zero2": [
-        "curve/stage2_batch8/4/padded",
-        "curve/stage2_batch8/2/packed",
-        "curve/stage1_batch8/4/packed",
-        "setting/1",
-        "setting/uneven",
-    ],
+    "zero2": ["curve/stage2_batch8/4/padded", "curve/stage2_batch8/2/packed", "setting/uneven"],
     "zero3": [
         "curve/stage2_batch8/4/padded",
         "curve/stage2_batch8/2/packed",
         "curve/stage1_batch8/4/packed",
-        "setting/2",
         "setting/uneven",
     ],
 }
@@ -207,7 +200,7 @@ def launch(backend: str, folder: Path, projector: Path) -> dict[str, Run]:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
         try:
-            output, _ = process.communicate(timeout=240)
+            output, _ = process.communicate(timeout=420)
         except subprocess.TimeoutExpired:
             process.terminate()  # the launcher passes it on to the processes it started
             output, _ = process.communicate()
