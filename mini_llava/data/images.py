@@ -17,7 +17,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from .tokenization import shorten
 
 ASPECT_RATIOS = ("pad", "square")
-MAX_NAME_BYTES = 4096  # Linux knows no longer path, and following one of megabytes takes hours
+MAX_NAME_BYTES = 4096  # Linux knows no longer path, and following one of megabytes takes minutes
 # The formats of photographs and drawings. Pillow knows some fifty, and starts another program (Ghostscript) for some.
 Image.init()
 FORMATS = [
