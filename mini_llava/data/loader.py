@@ -76,7 +76,7 @@ def count_reasons(reasons: Iterable[str]) -> list[str]:
 def kind_of_fault(reason: str) -> str:
     """A sentence about a record without what is special to the record: what is quoted, and numbers."""
     reason = re.sub(r"""(?<!\w)b?('(\\.|[^'\\])*'|"(\\.|[^"\\])*")""", "…", reason)
-    return re.sub(r"(?<!\w)\d+(x\d+)?", "#", reason)
+    return re.sub(r"(?<!\w)\d\w*([.+]\d\w*)*", "#", reason)
 
 
 @dataclass

@@ -66,6 +66,9 @@ def runs(folder, records, bad):
 
     batches = [list(range(first, first + 8)) for first in range(0, 24, 8)]
     (folder / "order.json").write_text(json.dumps(batches))
+    good = [record for index, record in enumerate(records) if index not in bad]
+    (folder / "good_records.json").write_text(json.dumps(good))
+    (folder / "gone.json").write_text(json.dumps([good[0] | {"image": GONE}]))
     (folder / "good.json").write_text(json.dumps([[i for i in batch if i not in bad] for batch in batches]))
     skip = dict(on_bad_sample="skip", sample_order=folder / "order.json")
     started = {
@@ -75,6 +78,8 @@ def runs(folder, records, bad):
         "scan": run("scan", processes=2),
         "torn": run("torn", data_path=folder / "torn.json", dataloader_num_workers=2),
     }
+    held_out = dict(eval_data_path=folder / "gone.json", eval_image_folder=folder / "images")
+    started["held out"] = run("held out", data_path=folder / "good_records.json", **held_out)
     results = {name: (run.wait(), run.text) for name, run in started.items()}
     last = run("excluded", exclude=folder / "one" / "skipped.jsonl", sample_order=folder / "kept.json")
     return results | {"excluded": (last.wait(), last.text)}
@@ -139,6 +144,14 @@ def test_all_faults_that_a_scan_can_find_are_reported_together_before_step_1(run
     assert message.startswith("3 of 24 records cannot be trained on; mend them, or leave them out with --on_bad_sample")
     for index, record in enumerate(records):
         assert (f"record {index} (id " in message) == (index == NO_MARK or record.get("image") == GONE)
+
+
+def test_a_held_out_record_that_cannot_be_asked_ends_the_run_before_step_1(runs, folder):
+    code, text = runs["held out"]
+    assert code == 1 and "Traceback" not in text and not (folder / "held out" / "log.jsonl").exists()
+    assert re.search(
+        r"error: --eval_data_path: .*gone\.json, record 0 \(id .*\): the image 'gone\.png' is not in", text
+    )
 
 
 def test_an_image_that_turns_out_torn_ends_the_run_with_one_sentence(runs, folder):
