@@ -1,4 +1,4 @@
-"""Launched once in two processes: trains each [port, command line] of a JSON file, one after the other.
+"""Launched once in two processes by `launching.py`: trains each [port, command line] of a JSON file, in turn.
 
 Launching two processes takes 15 seconds, most of it imports, and training a tiny model two. So each run gets a fork of
 the started process, with nothing of the run before it but the imported modules.
