@@ -1,9 +1,7 @@
 """Two processes on the CPU, launched as users launch them, for one program or for many runs of `train.py` in turn."""
 
-import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,12 +17,11 @@ def launch(config_file: Path | None, script: Path, *arguments: str) -> str:
         config_file: accelerate's, for `accelerate launch`; None starts DDP by `torchrun`, since accelerate starts
             several processes on CPUs through MPI only.
     """
-    port = str(free_ports(1)[0])
     if config_file is None:
-        launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+        launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     else:
         launcher = ["accelerate.commands.launch", "--config_file", str(config_file)]
-        launcher += ["--num_processes", "2", "--main_process_port", port]
+        launcher += ["--num_processes", "2", "--main_process_port", "0"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     # No time limit: a launch killed while DeepSpeed compiles leaves a lock behind, for which all later ones wait.
     result = subprocess.run(
@@ -42,13 +39,5 @@ def launch(config_file: Path | None, script: Path, *arguments: str) -> str:
 def train_in_turn(config_file: Path | None, command_lines: list[list[str]], folder: Path) -> str:
     """Trains all of them in one launch, because launching costs far more than training a tiny model."""
     listing = folder / "command_lines.json"
-    listing.write_text(json.dumps(list(zip(free_ports(len(command_lines)), command_lines, strict=True))))
+    listing.write_text(json.dumps(command_lines))
     return launch(config_file, Path(__file__).with_name("several_runs.py"), str(listing))
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
