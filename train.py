@@ -265,7 +265,7 @@ def train(arguments: flags.Arguments) -> None:
     for line in count_skipped(output_dir / "skipped.jsonl"):
         say(f"skipped: {line}")
     held_out.report("after training", say)
-    accelerator.end_training()
+    distributed.end_training(accelerator, model)
 
 
 def open_held_out(data_flags: flags.DataArguments) -> RecordStore | None:

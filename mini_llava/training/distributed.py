@@ -247,6 +247,16 @@ def start_trackers(accelerator: Accelerator, values: dict) -> None:
             tracker.writer.add_text("arguments", f"| flag | value |\n|---|---|\n{rows}")
 
 
+def end_training(accelerator: Accelerator, model: nn.Module) -> None:
+    """Ends trackers and process group; a model that was wrapped for DDP cannot be trained any further."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        # They would keep the process group until the model goes, and drop it while holding Python's lock, for which one
+        # of gloo's threads may wait to let go of its last collective: a deadlock (pytorch issue 56297). The process
+        # group's own Python object lets go of the lock first.
+        del model.logger, model.reducer
+    accelerator.end_training()
+
+
 def sum_over_ranks(accelerator: Accelerator, value: torch.Tensor | float) -> torch.Tensor:
     """A number or tensor summed over all ranks in fp64, left on the device: one collective, no wait."""
     tensor = torch.as_tensor(value, dtype=torch.float64, device=accelerator.device).clone()

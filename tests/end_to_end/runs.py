@@ -5,10 +5,6 @@ one launch, and each has to say that it ran as what was asked for.
 """
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -20,10 +16,9 @@ from safetensors.torch import load_file
 import train
 from mini_llava import arguments as flags
 from mini_llava.training.checkpoint import read_manifest
+from tests.launching import CONFIGS, ROOT, train_in_turn
 
-ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "parity" / "fixtures"
-CONFIGS = ROOT / "accelerate_configs"
 
 MODEL_AND_DATA = {
     "model_name_or_path": FIXTURES / "llm",
@@ -151,35 +146,11 @@ def train_here(command_line: list[str]) -> None:
     train.train(flags.parse_arguments(command_line))
 
 
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2"]
-# accelerate starts several CPU processes through MPI only.
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-
-
-def launch(launcher: list[str | Path], script: Path, *arguments: str) -> str:
-    """Two processes on the CPU; returns what they print, which is the error if they fail."""
-    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
-    port = ["--master_port" if launcher == TORCHRUN else "--main_process_port", str(free_ports(1)[0])]
-    # No time limit: a launch killed while DeepSpeed compiles leaves a lock behind, for which all later ones wait.
-    result = subprocess.run(
-        [*map(str, launcher), *port, str(script), *arguments],
-        cwd=ROOT,
-        env=environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout
-    return result.stdout
-
-
 def launch_all(backend: str, folder: Path) -> None:
     """All runs of a backend, each into the folder of its name."""
     names = ON_TWO_PROCESSES[backend]
-    runs = [(port, command_line(name, folder)) for port, name in zip(free_ports(len(names)), names, strict=True)]
-    (folder / "runs.json").write_text(json.dumps(runs))
-    launcher = TORCHRUN if backend == "ddp" else [*ACCELERATE, "--config_file", config_file(backend, folder)]
-    printed = launch(launcher, Path(__file__).with_name("several_runs.py"), f"{folder}/runs.json")
+    config = None if backend == "ddp" else config_file(backend, folder)
+    printed = train_in_turn(config, [command_line(name, folder) for name in names], folder)
     assert printed.count(f"2 processes, {DESCRIPTIONS[backend]}, ") == len(names), printed
 
 
@@ -199,16 +170,6 @@ def config_file(backend: str, folder: Path) -> Path:
     path = folder / "accelerate.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for listening in sockets:
-        listening.bind(("127.0.0.1", 0))
-    ports = [listening.getsockname()[1] for listening in sockets]
-    for listening in sockets:
-        listening.close()
-    return ports
 
 
 # --- what a run left -------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from tests.end_to_end import runs
+from tests.launching import CONFIGS, ROOT, launch
 
 TOLERANCE = 1e-5  # of the change that five steps made to the tensor; what does not change has to stay equal
 
@@ -78,9 +79,9 @@ def test_bf16_trains_and_saves_under_zero3(one_process, two_processes, stage):
 @pytest.mark.slow
 def test_the_command_of_the_readme_trains_and_saves_under_zero3(tmp_path):
     """`accelerate launch --config_file accelerate_configs/zero3.yaml train.py --stage 2`, in the preset's bf16."""
-    zero3 = runs.CONFIGS / "zero3.yaml"
+    zero3 = CONFIGS / "zero3.yaml"
     command_line = runs.flags_of(2, tmp_path, runs.FIVE_STEPS | {"bf16": True})
-    printed = runs.launch([*runs.ACCELERATE, "--config_file", zero3], runs.ROOT / "train.py", *command_line)
+    printed = launch(zero3, ROOT / "train.py", *command_line)
     assert "2 processes, DeepSpeed ZeRO-3, bf16, cpu" in printed
     losses = [line["loss"] for line in runs.log(tmp_path)]
     assert len(losses) == 5 and all(map(math.isfinite, losses))
