@@ -19,7 +19,14 @@ from transformers import AutoConfig
 from mini_llava import arguments as flags
 from mini_llava import demo
 from mini_llava.data.images import load_image_processor
-from mini_llava.data.loader import RankSteps, log_skipped, open_pixels, rank_step_loader, refuse_or_report
+from mini_llava.data.loader import (
+    RankSteps,
+    count_skipped,
+    log_skipped,
+    open_pixels,
+    rank_step_loader,
+    refuse_or_report,
+)
 from mini_llava.data.records import RecordStore, measure, measurement_key
 from mini_llava.data.sampler import GlobalBatchSampler, deal
 from mini_llava.data.templates import get_template
@@ -60,11 +67,11 @@ def train(arguments: flags.Arguments) -> None:
         aspect_ratio=data_flags.image_aspect_ratio,
         size=vision_config.image_size,
     )
-    store = RecordStore(data_flags.data_path, data_flags.image_folder)
+    store = RecordStore(data_flags.data_path, data_flags.image_folder, data_flags.exclude)
     key = measurement_key(template, tokenizer, image_tokens, data_flags.model_max_length)
     lengths = measure(store, to_sample, max(1, data_flags.dataloader_num_workers), output_dir / "cache", key)
-    for sentence in refuse_or_report(store, lengths.bad, data_flags.on_bad_sample):
-        say(f"skipped: {sentence}")
+    for line in refuse_or_report(store, lengths.bad, data_flags.on_bad_sample):
+        say(f"skipped: {line}")
 
     formats.check_may_be_written(output_dir)
 
@@ -255,6 +262,8 @@ def train(arguments: flags.Arguments) -> None:
                 output_dir, tokenizer, image_processor, template, "vision_tower" in trained, dtype, **described
             )
         )
+    for line in count_skipped(output_dir / "skipped.jsonl"):
+        say(f"skipped: {line}")
     held_out.report("after training", say)
     distributed.end_training(accelerator, model)
 

@@ -80,6 +80,9 @@ class DataArguments:
     image_folder: list[str] | None = None
     """Image folder of each data file, in the same order; none at all for text only."""
 
+    exclude: list[str] | None = None
+    """Lists of records to leave out from the start: mini_llava.tools.doctor writes one, and skipped.jsonl is one."""
+
     image_aspect_ratio: str = "square"
     """square resizes and crops the middle; pad first fills up to a square with the processor's mean colour."""
 

@@ -377,7 +377,7 @@ def failing_runs(tmp_path_factory):
         ("mark", ["mark.json, record 1 (id no-image): it has 1 <image> mark for 0 images", "--on_bad_sample skip"]),
         ("image", ["image.json, record 1 (id no-mark): it has 0 <image> marks for 1 image", "--on_bad_sample skip"]),
         ("gone", ["gone.json, record 0 (id gone): the image 'gone.png' is not in the image folder"]),
-        ("image file", ["one.json, record 0 (id good): the image ", "wide_rgb.png cannot be read"]),
+        ("image file", ["one.json, record 0 (id good): the image ", "wide_rgb.png' cannot be read"]),
         ("broken json", ["broken.json is not a whole JSON array", "byte 11, line 1"]),
         ("no file", ["The data file ", "none.json (--data_path) does not exist."]),
         ("no folder", ["The image folder ", "none (--image_folder) does not exist."]),

@@ -14,7 +14,15 @@ import transformers
 from PIL import Image, ImageOps
 from transformers.image_processing_utils import BaseImageProcessor
 
+from .tokenization import shorten
+
 ASPECT_RATIOS = ("pad", "square")
+MAX_NAME_BYTES = 4096  # Linux knows no longer path, and following one of megabytes takes minutes
+# The formats of photographs and drawings. Pillow knows some fifty, and starts another program (Ghostscript) for some.
+Image.init()
+FORMATS = [
+    name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF") if name in Image.OPEN
+]
 MAX_SIDE_RATIO = 200  # a thinner strip than 1:200 fills gigabytes when its short side is resized to the tower's
 
 
@@ -30,12 +38,16 @@ def image_path(folder: str | os.PathLike, name: str) -> str:
     """
     root = os.path.realpath(folder)
     if os.path.isabs(name) or "\0" in name:
-        raise BadImage(f"the image name {name!r} is not relative to the image folder {folder}.")
-    path = os.path.realpath(os.path.join(root, name))
+        raise BadImage(f"the image name {shorten(name)} is not relative to the image folder {folder}.")
+    try:
+        possible = len(os.fsencode(name)) <= MAX_NAME_BYTES
+    except UnicodeEncodeError:
+        possible = False
+    path = os.path.realpath(os.path.join(root, name)) if possible else root
     if os.path.commonpath([root, path]) != root:
-        raise BadImage(f"the image {name!r} leads out of the image folder {folder}, to {path}.")
+        raise BadImage(f"the image {shorten(name)} leads out of the image folder {folder}, to {shorten(path)}.")
     if not os.path.isfile(path):
-        raise BadImage(f"the image {name!r} is not in the image folder {folder}.")
+        raise BadImage(f"the image {shorten(name)} is not in the image folder {folder}.")
     return path
 
 
@@ -49,17 +61,17 @@ def load_image(folder: str | os.PathLike, name: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on odd EXIF data and palettes
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
+            with Image.open(path, formats=FORMATS) as file:
                 image = ImageOps.exif_transpose(file).convert("RGB")
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise BadImage(f"the image {path} is too large to be read safely: {error}") from error
+        raise BadImage(f"the image {shorten(path)} is too large to be read safely: {error}") from error
     except Exception as error:  # Pillow's decoders raise nearly everything on damaged files
         size = os.path.getsize(path)
         detail = "the file is empty" if size == 0 else f"{type(error).__name__}: {error} (a file of {size} bytes)"
-        raise BadImage(f"the image {path} cannot be read: {detail}.") from error
+        raise BadImage(f"the image {shorten(path)} cannot be read: {detail}.") from error
     if max(image.size) > MAX_SIDE_RATIO * min(image.size):
         raise BadImage(
-            f"the image {path} is {image.width}x{image.height}; sides beyond 1:{MAX_SIDE_RATIO} are refused."
+            f"the image {shorten(path)} is {image.width}x{image.height}; sides beyond 1:{MAX_SIDE_RATIO} are refused."
         )
     # convert() keeps a palette's transparent colour as a note, for which transformers would paint the image on white.
     image.info = {}
@@ -75,12 +87,12 @@ def pixel_values(image: Image.Image, processor: BaseImageProcessor, aspect_ratio
     if aspect_ratio not in ASPECT_RATIOS:
         raise ValueError(f"Unknown --image_aspect_ratio {aspect_ratio!r}. Known: {', '.join(ASPECT_RATIOS)}.")
     if aspect_ratio == "pad":
-        image = _pad_to_square(image, tuple(int(mean * 255) for mean in processor.image_mean))
+        image = pad_to_square(image, tuple(int(mean * 255) for mean in processor.image_mean))
     values = processor(images=image, return_tensors="pt")["pixel_values"][0]
     return values.to(torch.float32)
 
 
-def _pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
     if image.width == image.height:
         return image
     side = max(image.size)

@@ -5,6 +5,8 @@ and sends each worker the record indices of this rank. Accelerate never sees the
 """
 
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,27 +33,50 @@ def open_pixels(folder: str, name: str, processor: BaseImageProcessor, aspect_ra
 
 
 def refuse_or_report(store: RecordStore, bad: dict[int, str], on_bad_sample: str) -> list[str]:
-    """The faults that measuring found, a sentence each; with `--on_bad_sample error` BadRecord with all of them."""
+    """How many records of each fault measuring found; with `--on_bad_sample error` BadRecord with all of them."""
     sentences = [f"{store.describe(index)}: {reason}" for index, reason in sorted(bad.items())]
     if sentences and on_bad_sample == "error":
         shown = "\n".join(sentences[:20]) + (f"\n... and {len(sentences) - 20} more" if len(sentences) > 20 else "")
         raise BadRecord(
             f"{len(sentences)} of {len(store)} records cannot be trained on; mend them, or leave them out with "
-            f"--on_bad_sample skip:\n{shown}"
+            f"--on_bad_sample skip, or with --exclude and the list that mini_llava.tools.doctor writes:\n{shown}"
         )
-    return sentences
+    return count_reasons(bad.values())
 
 
 def log_skipped(store: RecordStore, skipped: Iterable[tuple[int, str]], file: Path) -> None:
-    """Appends skipped records to `skipped.jsonl`, one JSON object a line."""
-    lines = [
-        json.dumps({"index": index, "record": store.describe(index), "reason": reason}) + "\n"
-        for index, reason in skipped
-    ]
+    """Appends records to `skipped.jsonl`, one JSON object a line: also what `--exclude` reads.
+
+    index: the record's position in all data files, excluded records counted; digest: of its bytes.
+    """
+    lines = []
+    for index, reason in skipped:
+        entry = {"index": store.position(index), "record": store.describe(index), "reason": reason}
+        lines.append(json.dumps(entry | {"digest": store.record_digest(index)}) + "\n")
     if lines:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(file, "a", encoding="utf-8") as out:
             out.write("".join(lines))
+
+
+def count_skipped(file: Path) -> list[str]:
+    """How many records a `skipped.jsonl` lists for each reason; a record skipped in several epochs counts once."""
+    if not file.exists():
+        return []
+    entries = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return count_reasons({entry["index"]: entry["reason"] for entry in entries}.values())
+
+
+def count_reasons(reasons: Iterable[str]) -> list[str]:
+    """`3 records: turn # is not an object.` for each kind of fault, the most frequent first."""
+    counts = Counter(map(kind_of_fault, reasons))
+    return [f"{count:,} record{'s' * (count != 1)}: {kind}" for kind, count in counts.most_common()]
+
+
+def kind_of_fault(reason: str) -> str:
+    """A sentence about a record without what is special to the record: what is quoted, and numbers."""
+    reason = re.sub(r"""(?<!\w)b?('(\\.|[^'\\])*'|"(\\.|[^"\\])*")""", "…", reason)
+    return re.sub(r"(?<!\w)\d\w*([.+]\d\w*)*", "#", reason)
 
 
 @dataclass
@@ -108,7 +133,11 @@ class RankSteps(Dataset):
                     pixels = [self.load_pixels(self.store.image_folder(index), name) for name in sample.images]
                 except (BadRecord, BadImage) as error:
                     if self.on_bad_sample == "error":
-                        return RankStep([], [], fault=type(error)(f"{self.store.describe(index)}: {error}"))
+                        sentence = (
+                            f"{self.store.describe(index)}: {error} Mend it, or leave such records out with "
+                            f"--on_bad_sample skip; mini_llava.tools.doctor finds all of them."
+                        )
+                        return RankStep([], [], fault=type(error)(sentence))
                     step.skipped.append((index, str(error)))
                     continue
                 samples.append(sample)

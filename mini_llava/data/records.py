@@ -5,6 +5,7 @@ are memory-mapped; a record costs sixteen bytes of offsets that forked loader wo
 asked for. Lengths are counted in tokens, by really tokenizing every record once, in parallel, and kept in a cache.
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -14,7 +15,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .images import BadImage, image_path
 from .templates import Template
-from .tokenization import IGNORE_INDEX, BadRecord, Sample
+from .tokenization import IGNORE_INDEX, BadRecord, Sample, shorten
 
 CHUNK_BYTES = 16 * 2**20
 _WHITESPACE = b" \t\r\n"
@@ -38,11 +39,12 @@ class RecordStore:
 
     data_path: files holding one JSON array (`[` is the first byte) or one JSON object per line (`{`).
     image_folder: one folder for each file, matched by position, or none at all for text-only data.
+    exclude: files that the doctor or `log_skipped` wrote; the records they list are not in the store.
     Raises FileNotFoundError, NotADirectoryError or ValueError: a sentence that names the file or folder, and for broken
     JSON the byte and line.
     """
 
-    def __init__(self, data_path: list[str], image_folder: list[str] | None = None):
+    def __init__(self, data_path: list[str], image_folder: list[str] | None = None, exclude: list[str] | None = None):
         image_folder = list(image_folder or [])
         if not data_path:
             raise ValueError("No training data: give at least one file as --data_path.")
@@ -57,6 +59,9 @@ class RecordStore:
         for path in data_path:
             if not os.path.isfile(path):
                 raise FileNotFoundError(f"The data file {path} (--data_path) does not exist.")
+        for path in exclude or []:
+            if not os.path.isfile(path):
+                raise FileNotFoundError(f"The list {path} (--exclude) does not exist.")
         self.data_path = [str(path) for path in data_path]
         self._image_folder = [str(folder) for folder in image_folder]
         self._maps = [_open(path) for path in self.data_path]
@@ -64,29 +69,42 @@ class RecordStore:
         self._spans = np.concatenate(spans)
         self._first = np.cumsum([0, *map(len, spans)])
         self._digest = None
+        self._kept_before = np.zeros(0, np.int64)  # for each excluded record, how many kept ones are before it
         if not len(self):
             raise ValueError(f"No record in {', '.join(self.data_path)}.")
+        if exclude:
+            excluded = np.unique([position for path in exclude for position in self._listed(path)]).astype(np.int64)
+            self._kept_before = excluded - np.arange(len(excluded))
+            if not len(self):
+                raise ValueError(f"No record is left of {', '.join(self.data_path)} after --exclude.")
 
     def __len__(self) -> int:
-        return len(self._spans)
+        return len(self._spans) - len(self._kept_before)
 
     def __getitem__(self, index: int) -> dict:
         """The record at `index`. Raises BadRecord if its bytes are not a JSON object."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"Record {index} of {len(self)}.")
-        start, end = self._spans[index].tolist()
-        content = self._maps[self.source(index)]
         try:
-            record = json.loads(content[start:end].decode("utf-8"))
-        except ValueError as error:  # also UnicodeDecodeError
+            record = json.loads(self._content(index).decode("utf-8"))
+        except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8, and nesting without end
+            start, end = self._spans[self.position(index)].tolist()
             raise BadRecord(f"it is not JSON: {error} (bytes {start} to {end} of the file).") from error
         if not isinstance(record, dict):
             raise BadRecord(f"it is not a JSON object but a {type(record).__name__}.")
         return record
 
+    def _content(self, index: int) -> bytes:
+        start, end = self._spans[self.position(index)].tolist()
+        return self._maps[self.source(index)][start:end]
+
+    def position(self, index: int) -> int:
+        """The record's number among the records of all files, counted from 0, excluded ones included."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"Record {index} of {len(self)}.")
+        return index + int(np.searchsorted(self._kept_before, index, side="right"))
+
     def source(self, index: int) -> int:
         """Which of the data files holds the record."""
-        return int(np.searchsorted(self._first, index, side="right")) - 1
+        return int(np.searchsorted(self._first, self.position(index), side="right")) - 1
 
     def image_folder(self, index: int) -> str | None:
         """The folder that the record's image names are relative to."""
@@ -99,11 +117,39 @@ class RecordStore:
             record_id = self[index].get("id")
         except BadRecord:
             record_id = None
-        suffix = "" if record_id is None else f" (id {record_id})"
-        return f"{self.data_path[source]}, record {index - int(self._first[source])}{suffix}"
+        shown = shorten(record_id)
+        if isinstance(record_id, str):
+            shown = shown[1:-1]  # without the quotes
+        suffix = "" if record_id is None else f" (id {shown})"
+        return f"{self.data_path[source]}, record {self.position(index) - int(self._first[source])}{suffix}"
+
+    def record_digest(self, index: int) -> str:
+        """A digest of the record's bytes, by which `exclude` knows that a file speaks of this data."""
+        return hashlib.blake2b(self._content(index), digest_size=8).hexdigest()
+
+    def _listed(self, path: str) -> list[int]:
+        """The indices that an exclude file lists. Called before any record is left out, so that they are positions."""
+        listed = []
+        with open(path, encoding="utf-8", errors="replace") as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    entry = json.loads(line)
+                    index, digest = int(entry["index"]), entry["digest"]
+                except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+                    raise ValueError(
+                        f"--exclude {path}, line {number}: expected an object with 'index' and 'digest', as the doctor "
+                        f"writes them, found {shorten(line)}."
+                    ) from None
+                if not 0 <= index < len(self) or self.record_digest(index) != digest:
+                    raise ValueError(
+                        f"--exclude {path}, line {number}: record {index} of this data is another one than was listed. "
+                        f"The file belongs to other data, or the data has changed: run the doctor again."
+                    )
+                listed.append(index)
+        return listed
 
     def digest(self) -> str:
-        """A digest of the content of all files, in order; names and dates do not count."""
+        """A digest of the content of all files, in order, and of what is excluded; names and dates do not count."""
         if self._digest is None:
             digest = hashlib.blake2b(digest_size=16)
             for content in self._maps:
@@ -111,6 +157,7 @@ class RecordStore:
                 with memoryview(content) as view:
                     for start in range(0, len(view), CHUNK_BYTES):
                         digest.update(view[start : start + CHUNK_BYTES])
+            digest.update(self._kept_before.tobytes())
             self._digest = digest.hexdigest()
         return self._digest
 
@@ -153,7 +200,8 @@ def _array_spans(content: mmap.mmap, position: int, path: str) -> Iterator[tuple
     The text is read as latin-1, in which characters are bytes, so that the decoder's positions are file offsets. Never
     more than a chunk, or twice the longest record, is in memory.
     """
-    decode = json.JSONDecoder().raw_decode
+    # Numbers stay texts: Python refuses to convert very long ones, which is a matter of one record.
+    decode = json.JSONDecoder(parse_int=str, parse_float=str).raw_decode
     offset, window, here = position, "", 0
     expected = "an element or the closing bracket"
     progress = tqdm(
@@ -176,9 +224,13 @@ def _array_spans(content: mmap.mmap, position: int, path: str) -> Iterator[tuple
                 continue
             try:
                 _, end = decode(window, here)
-                yield offset + here, offset + end
-                expected, here = "a comma or the closing bracket", end
-                continue
+                # A number has no end of its own: what follows beyond the window may belong to it.
+                if at_end or end < len(window) - 2:
+                    yield offset + here, offset + end
+                    expected, here = "a comma or the closing bracket", end
+                    continue
+            except RecursionError:
+                raise broken("an element is nested too deeply", offset + here) from None
             except json.JSONDecodeError as error:
                 # Near the end of the window, or in a string that it cuts, the element may just be incomplete.
                 incomplete = error.pos > len(window) - 16 or error.msg.startswith("Unterminated string")
@@ -201,10 +253,10 @@ def _line_spans(content: mmap.mmap, start: int, path: str) -> Iterator[tuple[int
     end = content.find(b"\n", start)
     try:
         json.loads(content[start : end if end >= 0 else len(content)].decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} begins with an object, so it should have one whole JSON object per line, but its first one is not "
-            f"({error}). Otherwise the records must be elements of one JSON array."
+            f"{path} begins with an object, so it should have one whole JSON object per line, but line "
+            f"{_line(content, start)} is not ({error}). Otherwise the records must be elements of one JSON array."
         ) from error
     while start < len(content):
         end = content.find(b"\n", start)
@@ -307,7 +359,7 @@ class _Scan:
     def lengths(self, store: RecordStore) -> Lengths:
         bad = dict(self.faults)
         for index, names in self.missing.items():
-            if sentence := _missing_image(store, index, names):
+            if sentence := missing_image(store, index, names):
                 bad[index] = sentence
         usable = np.ones(len(self.length), dtype=bool)
         usable[list(bad)] = False
@@ -340,28 +392,42 @@ class _Scan:
         return scan if len(scan.length) == count else None
 
 
-def _scan(store: RecordStore, tokenize_function: Callable[[dict], Sample], num_workers: int) -> _Scan:
-    count, step = len(store), 512
-    ranges = [(start, min(start + step, count)) for start in range(0, count, step)]
-    progress = tqdm(total=count, desc="measuring records", unit=" records", delay=2, mininterval=1)
-    parts = []
-    if num_workers > 1 and len(ranges) > 1 and "fork" in multiprocessing.get_all_start_methods():
-        # Forked workers share the store and the tokenizer; nothing is pickled but the results. The tokenizer's own
-        # threads would give nothing here, and it complains when a process that has used them forks.
+def map_ranges(function: Callable[[range], object], count: int, num_workers: int, what: str) -> Iterator:
+    """Yields `function(part)` for the consecutive parts of `range(count)`, computed by forked processes, in order.
+
+    The processes share what the function refers to (store, tokenizer); nothing is pickled but the results.
+    """
+    parts = [range(start, min(start + 512, count)) for start in range(0, count, 512)]
+    progress = tqdm(total=count, desc=what, unit=f" {what.split()[-1]}", delay=2, mininterval=1)
+
+    def with_progress(results: Iterable) -> Iterator:
+        for part, result in zip(parts, results, strict=True):
+            progress.update(len(part))
+            yield result
+        progress.close()
+
+    if num_workers > 1 and len(parts) > 1 and "fork" in multiprocessing.get_all_start_methods():
+        # The tokenizer's own threads would give nothing here, and it complains when a process that used them forks.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        workers = ProcessPoolExecutor(
-            min(num_workers, len(ranges)), multiprocessing.get_context("fork"), _set_work, (store, tokenize_function)
-        )
-        with workers:
-            for part in workers.map(_scan_range, ranges):
-                parts.append(part)
-                progress.update(len(part.length))
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(min(num_workers, len(parts)), context, _set_work, (function,)) as workers:
+            yield from with_progress(workers.map(_do_work, parts))
     else:
-        _set_work(store, tokenize_function)
-        for part in map(_scan_range, ranges):
-            parts.append(part)
-            progress.update(len(part.length))
-    progress.close()
+        yield from with_progress(map(function, parts))
+
+
+def _set_work(function: Callable[[range], object]) -> None:
+    global _work
+    _work = function
+
+
+def _do_work(part: range) -> object:
+    return _work(part)
+
+
+def _scan(store: RecordStore, tokenize_function: Callable[[dict], Sample], num_workers: int) -> _Scan:
+    scan_part = functools.partial(_scan_part, store, tokenize_function)
+    parts = list(map_ranges(scan_part, len(store), num_workers, "measuring records"))
     return _Scan(
         *(np.concatenate([getattr(part, name) for part in parts]) for name in ("length", "trained", "has_image")),
         faults={index: sentence for part in parts for index, sentence in part.faults.items()},
@@ -369,18 +435,9 @@ def _scan(store: RecordStore, tokenize_function: Callable[[dict], Sample], num_w
     )
 
 
-def _set_work(store: RecordStore, tokenize_function: Callable[[dict], Sample]) -> None:
-    global _work
-    _work = store, tokenize_function
-
-
-def _scan_range(span: tuple[int, int]) -> _Scan:
-    store, tokenize_function = _work
-    start, stop = span
-    scan = _Scan(
-        np.zeros(stop - start, np.int32), np.zeros(stop - start, np.int32), np.zeros(stop - start, bool), {}, {}
-    )
-    for index in range(start, stop):
+def _scan_part(store: RecordStore, tokenize_function: Callable[[dict], Sample], part: range) -> _Scan:
+    scan = _Scan(np.zeros(len(part), np.int32), np.zeros(len(part), np.int32), np.zeros(len(part), bool), {}, {})
+    for place, index in enumerate(part):
         try:
             sample = tokenize_function(store[index])
         except BadRecord as error:
@@ -388,15 +445,15 @@ def _scan_range(span: tuple[int, int]) -> _Scan:
             continue
         except Exception as error:
             raise RuntimeError(f"{store.describe(index)} could not be tokenized: {error!r}") from error
-        scan.length[index - start] = len(sample.input_ids)
-        scan.trained[index - start] = np.count_nonzero(sample.labels != IGNORE_INDEX)
-        scan.has_image[index - start] = bool(sample.images)
-        if _missing_image(store, index, sample.images):
+        scan.length[place] = len(sample.input_ids)
+        scan.trained[place] = np.count_nonzero(sample.labels != IGNORE_INDEX)
+        scan.has_image[place] = bool(sample.images)
+        if missing_image(store, index, sample.images):
             scan.missing[index] = sample.images
     return scan
 
 
-def _missing_image(store: RecordStore, index: int, names: list[str]) -> str | None:
+def missing_image(store: RecordStore, index: int, names: list[str]) -> str | None:
     """Why the images of a record cannot be opened, as far as their paths tell; None if nothing speaks against it."""
     folder = store.image_folder(index)
     if names and folder is None:

@@ -183,7 +183,7 @@ def deal(
     """
     while True:
         slots = _deal_into(batch, lengths, ranks * micro_batches, layout)
-        largest = max(_computed_tokens(slot, lengths, layout) for slot in slots)
+        largest = max(computed_tokens(slot, lengths, layout) for slot in slots)
         if max_tokens is None or largest <= max_tokens or max(map(len, slots)) <= 1:
             return [slots[start : start + ranks] for start in range(0, len(slots), ranks)]
         micro_batches += 1
@@ -207,7 +207,8 @@ def _deal_into(batch: Sequence[int], lengths: Sequence[int], slots: int, layout:
     return dealt
 
 
-def _computed_tokens(slot: Sequence[int], lengths: Sequence[int], layout: str) -> int:
+def computed_tokens(slot: Sequence[int], lengths: Sequence[int], layout: str) -> int:
+    """Positions that a micro-batch of these samples computes, padding included."""
     if not slot:
         return 0
     return sum(lengths[i] for i in slot) if layout == "packed" else len(slot) * max(lengths[i] for i in slot)

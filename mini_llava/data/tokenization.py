@@ -9,6 +9,7 @@ trained piece. Also here: loading a tokenizer so that it gives the ids LLaVA was
 import copy
 import json
 import os
+import reprlib
 import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,6 +28,13 @@ IMAGE_TOKEN_INDEX = -200
 
 class BadRecord(ValueError):
     """One sentence about what is wrong with a record; whoever knows them adds the file and the position."""
+
+
+def shorten(value: object) -> str:
+    """A value from a record as messages show it: on one line, printable and short, whatever it is."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 200
+    return short.repr(value)
 
 
 @dataclass(slots=True)
@@ -130,6 +138,8 @@ def _conversation(record: dict, template: Template) -> tuple[list[str], list[str
         questions = [IMAGE_MARK * marks]
     elif not in_place:
         questions = [_image_first(text) if IMAGE_MARK in text else text for text in questions]
+        if sum(text.count(IMAGE_MARK) for text in questions) != marks:
+            raise BadRecord(f"without its {IMAGE_MARK} mark a question reads {IMAGE_MARK} again.")
     if template.image_mark != IMAGE_MARK:
         questions = [text.replace(IMAGE_MARK, template.image_mark) for text in questions]
     return questions, answers, images
@@ -144,7 +154,12 @@ def _turns(record: dict) -> list[tuple[str, str]]:
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise BadRecord(f"turn {number} is not an object with a 'from' and a text 'value'.")
         if turn.get("from") not in ("human", "gpt"):
-            raise BadRecord(f"turn {number} is from {turn.get('from')!r}; known roles are 'human' and 'gpt'.")
+            raise BadRecord(f"turn {number} is from {shorten(turn.get('from'))}; known roles are 'human' and 'gpt'.")
+        try:
+            turn["value"].encode("utf-8")
+        except UnicodeEncodeError as error:  # JSON can escape what no text file can hold
+            half = error.object[error.start]
+            raise BadRecord(f"turn {number} holds {half!r}, half of a pair of characters.") from None
         turns.append((turn["from"], turn["value"]))
     return turns
 
@@ -158,7 +173,9 @@ def _images(record: dict) -> tuple[list[str], bool]:
         return [image], False
     if isinstance(image, list) and all(isinstance(name, str) and name for name in image):
         return image, True
-    raise BadRecord(f"its 'image' is {image!r}; expected a file name, a list of file names, or no key 'image' at all.")
+    raise BadRecord(
+        f"its 'image' is {shorten(image)}; expected a file name, a list of file names, or no key 'image' at all."
+    )
 
 
 def _image_first(text: str) -> str:

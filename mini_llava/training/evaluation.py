@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ..data.records import RecordStore
+from ..data.records import RecordStore, missing_image
 from ..data.tokenization import IMAGE_TOKEN_INDEX, BadRecord
 from .distributed import sum_over_ranks, zero_stage
 
@@ -73,13 +73,19 @@ class HeldOut:
             generator = torch.Generator().manual_seed(seed)
             chosen = torch.randperm(len(store), generator=generator)[:max_samples].tolist()
         for index in chosen:
-            record = store[index]
-            names = record.get("image", [])
-            images = [(index, name) for name in ([names] if isinstance(names, str) else names)]
             try:
-                self.questions.append(Question(to_prompt(record), images, record["conversations"][-1]["value"]))
+                record = store[index]
+                input_ids = to_prompt(record)
+                names = record.get("image", [])
+                names = [names] if isinstance(names, str) else names
+                if fault := missing_image(store, index, names):
+                    raise BadRecord(fault)
+                if record["conversations"][-1]["from"] != "gpt":
+                    raise BadRecord("its last question has no answer to compare with.")
             except BadRecord as error:
                 raise BadRecord(f"--eval_data_path: {store.describe(index)}: {error}") from None
+            images = [(index, name) for name in names]
+            self.questions.append(Question(input_ids, images, record["conversations"][-1]["value"]))
 
     def report(self, moment: str, say: Callable[[str], None]) -> None:
         """Says the exact match, also with the pictures exchanged between the questions. All ranks must call it."""

@@ -107,7 +107,7 @@ def test_a_missing_image_is_named(name, folder):
 
 def test_an_empty_file_is_named(tmp_path):
     (tmp_path / "a.jpg").touch()
-    with pytest.raises(BadImage, match=r"a\.jpg cannot be read: the file is empty\.$"):
+    with pytest.raises(BadImage, match=r"a\.jpg' cannot be read: the file is empty\.$"):
         load_image(tmp_path, "a.jpg")
 
 
@@ -116,13 +116,13 @@ def test_a_truncated_file_is_named(suffix, tmp_path):
     noise("RGB", (200, 200)).save(tmp_path / f"a.{suffix}")
     content = (tmp_path / f"a.{suffix}").read_bytes()
     (tmp_path / f"a.{suffix}").write_bytes(content[: len(content) // 2])
-    with pytest.raises(BadImage, match=rf"a\.{suffix} cannot be read: .* \(a file of {len(content) // 2} bytes\)"):
+    with pytest.raises(BadImage, match=rf"a\.{suffix}' cannot be read: .* \(a file of {len(content) // 2} bytes\)"):
         load_image(tmp_path, f"a.{suffix}")
 
 
 def test_a_text_file_is_named(tmp_path):
     (tmp_path / "a.png").write_text("<html>404 Not Found</html>")
-    with pytest.raises(BadImage, match=r"a\.png cannot be read: UnidentifiedImageError"):
+    with pytest.raises(BadImage, match=r"a\.png' cannot be read: UnidentifiedImageError"):
         load_image(tmp_path, "a.png")
 
 
@@ -131,7 +131,7 @@ def test_a_decompression_bomb_is_refused(factor, tmp_path, monkeypatch):
     """Pillow only warns between one and two times its limit."""
     noise("RGB", (60, 40)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", int(60 * 40 / factor))
-    with pytest.raises(BadImage, match=r"a\.png is too large to be read safely"):
+    with pytest.raises(BadImage, match=r"a\.png' is too large to be read safely"):
         load_image(tmp_path, "a.png")
 
 

@@ -5,9 +5,6 @@ one launch, and each has to say that it ran as what was asked for.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,10 +17,9 @@ from safetensors.torch import load_file
 import train
 from mini_llava import arguments as flags
 from mini_llava.training.checkpoint import read_manifest
+from tests.launching import CONFIGS, ROOT, train_in_turn
 
-ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "parity" / "fixtures"
-CONFIGS = ROOT / "accelerate_configs"
 
 MODEL_AND_DATA = {
     "model_name_or_path": FIXTURES / "llm",
@@ -155,35 +151,11 @@ def train_here(command_line: list[str]) -> None:
         train.train(flags.parse_arguments(command_line))
 
 
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-ACCELERATE += ["--num_processes", "2", "--main_process_port", "0"]
-# accelerate starts several CPU processes through MPI only.
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-
-
-def launch(launcher: list[str | Path], script: Path, *arguments: str) -> str:
-    """Two processes on the CPU; returns what they print, which is the error if they fail."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    command = [*map(str, launcher), str(script), *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
-        try:
-            # Long: a launch killed while DeepSpeed compiles leaves a lock behind, for which all later ones wait.
-            printed, _ = process.communicate(timeout=420)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # the launcher passes it on to the processes it started
-            printed, _ = process.communicate()
-    assert process.returncode == 0, printed[-20_000:]
-    return printed
-
-
 def launch_all(backend: str, folder: Path) -> None:
     """All runs of a backend, each into the folder of its name."""
     names = ON_TWO_PROCESSES[backend]
-    (folder / "runs.json").write_text(json.dumps([command_line(name, folder) for name in names]))
-    launcher = TORCHRUN if backend == "ddp" else [*ACCELERATE, "--config_file", config_file(backend, folder)]
-    printed = launch(launcher, ROOT / "tests" / "several_runs.py", f"{folder}/runs.json")
+    config = None if backend == "ddp" else config_file(backend, folder)
+    printed = train_in_turn(config, [command_line(name, folder) for name in names], folder)
     assert printed.count(f"2 processes, {DESCRIPTIONS[backend]}, ") == len(names), printed
 
 

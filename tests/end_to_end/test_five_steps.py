@@ -5,6 +5,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from tests.end_to_end import runs
+from tests.launching import CONFIGS, ROOT, launch
 
 TOLERANCE = 1e-5  # of the change that five steps made to the tensor; what does not change has to stay equal
 
@@ -79,8 +80,7 @@ def test_stage_1_in_bf16_trains_and_saves_under_zero3(one_process, two_processes
 def test_stage_2_in_bf16_trains_and_saves_under_zero3(one_process, tmp_path):
     """With the command and the config of the README."""
     values = runs.FIVE_STEPS | {"bf16": True, "max_grad_norm": 0}
-    zero3 = [*runs.ACCELERATE, "--config_file", runs.CONFIGS / "zero3.yaml"]
-    printed = runs.launch(zero3, runs.ROOT / "train.py", *runs.flags_of(2, tmp_path, values))
+    printed = launch(CONFIGS / "zero3.yaml", ROOT / "train.py", *runs.flags_of(2, tmp_path, values))
     assert "2 processes, DeepSpeed ZeRO-3, bf16, cpu" in printed
     learns_as_in_fp32(tmp_path, one_process("stage 2, not clipped"))
     assert {weight.dtype for weight in runs.saved_weights(tmp_path).values()} == {torch.bfloat16}

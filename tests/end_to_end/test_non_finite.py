@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.end_to_end import runs
+from tests.launching import ROOT, launch
 
 SETTINGS = {"global_batch_size": 4, "max_steps": 6, "save_steps": 1, "warmup_ratio": 0}
 
@@ -37,4 +38,4 @@ def test_on_two_processes_both_stop(tmp_path):
     """Neither rank is left waiting for the other."""
     flags = runs.flags_of(2, tmp_path / "run", SETTINGS | {"learning_rate": 1e30})
     with pytest.raises(AssertionError, match=r"Step 2: loss (nan|inf)"):
-        runs.launch(runs.TORCHRUN, runs.ROOT / "train.py", *flags)
+        launch(None, ROOT / "train.py", *flags)

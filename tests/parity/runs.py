@@ -5,10 +5,7 @@ others, which test_other_settings.py compares with a plain loop of its own.
 """
 
 import json
-import os
 import random
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +15,9 @@ from safetensors.torch import load_file
 
 import train
 from mini_llava import arguments as flags
+from tests.launching import CONFIGS, train_in_turn
 from tests.parity.golden import FIXTURES, load_json
 
-ROOT = Path(__file__).parents[2]
 GOLDEN_CURVES = [f"stage{stage}_{name}" for stage in (1, 2) for name in ("batch4", "batch4_accumulation2", "batch8")]
 # Every cut of 8 samples into micro-batches, and whether they are padded or packed.
 CUTS = [(size, layout) for size in (8, 4, 2) for layout in ("padded", "packed")]
@@ -182,25 +179,8 @@ def train_here(name: str, folder: Path, projector: Path) -> Run:
 def launch(backend: str, folder: Path, projector: Path) -> dict[str, Run]:
     """Trains all runs of a backend (`ddp` or a file of accelerate_configs) in two processes, launched once."""
     given = {name: flags_of(name, folder, projector, processes=2) for name in TWO_PROCESSES[backend]}
-    listing = folder / "command_lines.json"
-    listing.write_text(json.dumps([command_line(values) for values in given.values()]))
-    if backend == "ddp":  # accelerate launches several processes on CPUs through MPI only
-        launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    else:
-        config_file = ROOT / "accelerate_configs" / f"{backend}.yaml"
-        launcher = ["accelerate.commands.launch", "--config_file", str(config_file), "--mixed_precision", "no"]
-        launcher += ["--num_processes", "2", "--main_process_port", "0"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", *launcher, str(ROOT / "tests" / "several_runs.py"), str(listing)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
-        try:
-            output, _ = process.communicate(timeout=420)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # the launcher passes it on to the processes it started
-            output, _ = process.communicate()
-    assert process.returncode == 0, output[-10_000:]
+    lines = [command_line(values) for values in given.values()]
+    train_in_turn(None if backend == "ddp" else CONFIGS / f"{backend}.yaml", lines, folder)
     return {name: read_run(values["output_dir"]) for name, values in given.items()}
 
 

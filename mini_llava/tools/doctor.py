@@ -1,0 +1,354 @@
+"""Checks a whole dataset before it is trained on: `python -m mini_llava.tools.doctor --data_path data.json ...`.
+
+LLaVA has nothing like it: there a bad image ends a run after hours, and a bad conversation trains on nothing. Every
+fault comes from the functions that the trainer itself calls, so that the two never disagree. The records with faults
+go to a file that `train.py --exclude` takes. Exit code: 0 if all records are good, 1 if some are bad, 2 if flags or
+files cannot be read.
+"""
+
+import argparse
+import functools
+import hashlib
+import math
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ..arguments import PRESETS
+from ..data.images import ASPECT_RATIOS, BadImage, image_path, load_image, pad_to_square
+from ..data.loader import kind_of_fault, log_skipped
+from ..data.records import RecordStore, map_ranges, missing_image
+from ..data.sampler import GlobalBatchSampler, computed_tokens, deal
+from ..data.templates import get_template
+from ..data.tokenization import IGNORE_INDEX, BadRecord, Sample, load_tokenizer, tokenize
+from ..model.vision_tower import load_vision_config, tokens_per_image
+
+LARGE_IMAGE = 20e6  # pixels; it takes half a second to open, which is more than the rest of its sample
+LAYOUTS = {
+    "in_order": "LLaVA's own micro-batches",
+    "padded": "--packing False",
+    "packed": "--packing True",
+}
+
+
+@dataclass
+class Findings:
+    """What is known about some records: of a part of the data first, of all of it in the end.
+
+    length: int32 [n], tokens as trained, images included; 0 for a bad record.
+    whole_length: int32 [n], the same before the cut to `--model_max_length`.
+    content: uint64 [n], equal for records that train the same tokens on the same images.
+    faults: index -> why the record cannot be trained on.
+    warnings: (index, sentence) of what can be trained on, but was perhaps not meant so.
+    images: index -> the names of the images that the trainer would open.
+    """
+
+    length: np.ndarray
+    whole_length: np.ndarray
+    has_image: np.ndarray
+    content: np.ndarray
+    faults: dict[int, str] = field(default_factory=dict)
+    warnings: list[tuple[int, str]] = field(default_factory=list)
+    images: dict[int, list[str]] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, count: int) -> "Findings":
+        return cls(*(np.zeros(count, kind) for kind in (np.int32, np.int32, bool, np.uint64)))
+
+    @classmethod
+    def join(cls, parts: list["Findings"]) -> "Findings":
+        arrays = ("length", "whole_length", "has_image", "content")
+        whole = cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in arrays))
+        for part in parts:
+            whole.faults |= part.faults
+            whole.warnings += part.warnings
+            whole.images |= part.images
+        return whole
+
+
+# --- records ---------------------------------------------------------------------------------------------------------
+
+
+def examine_records(
+    store: RecordStore, to_sample: Callable[..., Sample], tokens_per_image: int, max_length: int, part: range
+) -> Findings:
+    """Reads and tokenizes some records as the trainer does, and looks whether their images are there."""
+    found = Findings.empty(len(part))
+    for place, index in enumerate(part):
+        try:
+            record = store[index]
+            sample = to_sample(record, max_length=max_length)
+            if fault := missing_image(store, index, sample.images):
+                raise BadRecord(fault)
+        except BadRecord as error:
+            found.faults[index] = str(error)
+            continue
+        # A cut sample may end before the limit, because an image is never cut in two.
+        cut = len(sample.input_ids) > max_length - tokens_per_image
+        whole = to_sample(record, max_length=sys.maxsize) if cut else sample
+        found.length[place], found.whole_length[place] = len(sample.input_ids), len(whole.input_ids)
+        found.has_image[place] = bool(sample.images)
+        found.content[place] = _content(store.image_folder(index), sample)
+        found.images[index] = sample.images
+        found.warnings += [(index, sentence) for sentence in _remarks(record, sample, whole, max_length)]
+    return found
+
+
+def _content(folder: str | None, sample: Sample) -> int:
+    text = repr((folder, sample.images)).encode("utf-8")
+    return int.from_bytes(hashlib.blake2b(sample.input_ids.tobytes() + text, digest_size=8).digest(), "little")
+
+
+def _remarks(record: dict, sample: Sample, whole: Sample, max_length: int) -> list[str]:
+    turns = record["conversations"]
+    remarks = [f"turn {number} is empty." for number, turn in enumerate(turns, start=1) if not turn["value"].strip()]
+    if turns[0]["from"] == "gpt":
+        remarks.append("it begins with an answer, which is left out, as in LLaVA.")
+    if turns[-1]["from"] == "human":
+        remarks.append("its last question has no answer; it is read and not trained on.")
+    if len(whole.input_ids) > len(sample.input_ids):
+        trained, kept = (int(np.count_nonzero(s.labels != IGNORE_INDEX)) for s in (whole, sample))
+        images = len(whole.images) - len(sample.images)
+        remarks.append(
+            f"it has {len(whole.input_ids)} tokens, more than --model_max_length {max_length}: {trained - kept} of "
+            f"{trained} trained ones are cut off{f', and {images} images' if images else ''}."
+        )
+    return remarks
+
+
+def find_duplicates(store: RecordStore, found: Findings) -> Iterable[tuple[int, str]]:
+    """A warning for each good record that trains the same tokens on the same images as an earlier one."""
+    good = np.flatnonzero(found.length)
+    _, first, inverse = np.unique(found.content[good], return_index=True, return_inverse=True)
+    for index, earlier in zip(good.tolist(), good[first[inverse]].tolist(), strict=True):
+        if index != earlier:
+            yield index, f"it trains the same text and images as record {store.position(earlier)} of all."
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def examine_images(images: list[tuple[str, str]], aspect_ratio: str, part: range) -> list[tuple[str | None, list[str]]]:
+    """For some (folder, name): why the trainer could not use the image, or None, and warnings."""
+    return [_examine_image(*images[number], aspect_ratio) for number in part]
+
+
+def _examine_image(folder: str, name: str, aspect_ratio: str) -> tuple[str | None, list[str]]:
+    try:
+        image = load_image(folder, name)
+        if aspect_ratio == "pad":
+            pad_to_square(image, (0, 0, 0))
+    except BadImage as error:
+        return str(error), []
+    warnings = []
+    with Image.open(image_path(folder, name)) as file:
+        kind = "JPEG" if file.format == "MPO" else file.format  # a JPEG with a second picture in it
+    named = Image.registered_extensions().get(Path(name).suffix.lower())
+    if named not in (None, kind):
+        warnings.append(f"the image {name!r} holds {kind}, not {named}; it is read all the same.")
+    if image.width * image.height > LARGE_IMAGE:
+        warnings.append(f"the image {name!r} has {image.width}x{image.height} pixels, which takes long to open.")
+    return None, warnings
+
+
+def open_images(store: RecordStore, found: Findings, aspect_ratio: str, num_workers: int) -> None:
+    """Opens every image once, however many records have it, and enters what comes out into the findings."""
+    wanted = {(store.image_folder(index), name): None for index, names in found.images.items() for name in names}
+    images = list(wanted)
+    results = map_ranges(functools.partial(examine_images, images, aspect_ratio), len(images), num_workers, "images")
+    for number, result in enumerate(result for part in results for result in part):
+        wanted[images[number]] = result
+    for index, names in found.images.items():
+        of_record = [wanted[store.image_folder(index), name] for name in names]
+        found.warnings += [(index, sentence) for _, sentences in of_record for sentence in sentences]
+        if faults := [fault for fault, _ in of_record if fault]:
+            found.faults[index] = faults[0]
+            found.length[index] = 0
+
+
+# --- what the batches will be ----------------------------------------------------------------------------------------
+
+
+def batch_figures(
+    lengths: np.ndarray, has_image: np.ndarray, grouped: bool, global_batch_size: int, micro_batch_size: int
+) -> list[str]:
+    """A table of what one epoch computes in each layout.
+
+    Each micro-batch of a global batch goes to a device of its own, which waits for the one with most positions.
+    """
+    devices = -(-global_batch_size // micro_batch_size)
+    lengths = lengths.tolist()
+    sampler = GlobalBatchSampler(lengths, has_image.tolist(), global_batch_size, devices, 42, grouped)
+    real = sum(lengths)
+    rows = [f"{'':27}{'positions':>15}  {'padding':>8}  {'largest micro-batch':>20}  {'waiting':>8}"]
+    for layout, name in LAYOUTS.items():
+        computed = longest = largest = 0
+        for batch in sampler.global_batches(0):
+            [of_devices] = deal(batch, lengths, devices, 1, layout)
+            positions = [computed_tokens(samples, lengths, layout) for samples in of_devices]
+            computed, longest = computed + sum(positions), longest + devices * max(positions)
+            largest = max(largest, *positions)
+        padding, waiting = 1 - real / computed, 1 - computed / longest
+        rows.append(f"{name:27}{computed:>15,}  {padding:>8.1%}  {largest:>20,}  {waiting:>8.1%}")
+    return rows
+
+
+# --- what a person sees ----------------------------------------------------------------------------------------------
+
+
+def fault_table(store: RecordStore, sentences: Iterable[tuple[int, str]], title: str, examples: int = 2) -> list[str]:
+    """The records of each kind of fault, the most frequent first, with some examples."""
+    kinds = defaultdict(list)
+    for index, sentence in sentences:
+        kinds[kind_of_fault(sentence)].append((index, sentence))
+    total = len({index for found in kinds.values() for index, _ in found})
+    lines = [f"{title}: {total:,} of {len(store):,} records"]
+    for kind, found in sorted(kinds.items(), key=lambda item: -len(item[1])):
+        lines.append(f"{len({index for index, _ in found}):>9,}  {kind}")
+        lines += [f"{'':13}{store.describe(index)}: {sentence}" for index, sentence in found[:examples]]
+    return lines
+
+
+def histogram(lengths: np.ndarray, max_length: int, bins: int = 20) -> list[tuple[str, int]]:
+    """(range of tokens, records) in equal steps up to the longest or to `max_length`, then what is longer still."""
+    width = max(1, math.ceil(min(int(lengths.max()), max_length) / bins))
+    edges = [*range(0, min(int(lengths.max()), max_length), width)]
+    rows = []
+    for low in edges:
+        high = min(low + width, max_length)
+        rows.append((f"{low + 1}-{high}", int(((lengths > low) & (lengths <= high)).sum())))
+    return [*rows, (f"> {max_length}", int((lengths > max_length).sum()))]
+
+
+def histogram_lines(rows: list[tuple[str, int]], width: int = 50) -> list[str]:
+    most = max(count for _, count in rows)
+    return [f"{label:>13} {count:>9,} {'█' * math.ceil(width * count / most)}" for label, count in rows]
+
+
+def draw_histogram(rows: list[tuple[str, int]], title: str, file: Path) -> None:
+    """The same as a picture; Pillow is here anyway, a plotting library is not."""
+    left, top, height, bar = 80, 60, 320, 40
+    image = Image.new("RGB", (left + bar * len(rows) + 40, top + height + 120), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
+    draw.text((left, 20), title, fill="black", font=ImageFont.load_default(16))
+    most = max(count for _, count in rows)
+    for quarter in range(5):
+        y = top + height - height * quarter // 4
+        draw.line((left, y, image.width - 40, y), fill="#dddddd")
+        draw.text((left - 8, y), f"{most * quarter // 4:,}", fill="black", font=font, anchor="rm")
+    for number, (label, count) in enumerate(rows):
+        x, y = left + bar * number, top + height - round(height * count / most)
+        draw.rectangle((x + 3, y, x + bar - 3, top + height), fill="#c0504d" if label.startswith(">") else "#4f81bd")
+        # Text can be drawn horizontally only.
+        text = Image.new("L", (100, 18))
+        ImageDraw.Draw(text).text((96, 9), label, fill=255, font=font, anchor="rm")
+        text = text.rotate(90, expand=True)
+        image.paste("black", (x + bar // 2 - 9, top + height + 6), text)
+    draw.text((left, image.height - 14), "tokens, images included", fill="black", font=font, anchor="lm")
+    image.save(file, "PNG")
+
+
+# --- the program -----------------------------------------------------------------------------------------------------
+
+
+def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m mini_llava.tools.doctor", description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--stage", type=int, choices=(1, 2), default=2, help="whose preset fills in the flags not given [2]")
+    add("--data_path", nargs="+", required=True, metavar="PATH", help="JSON or JSON-lines files of records")
+    add("--image_folder", nargs="+", metavar="PATH", help="image folder of each data file, in the same order")
+    add("--exclude", nargs="+", metavar="PATH", help="lists of records to leave out, as train.py takes them")
+    add("--model_name_or_path", required=True, metavar="TEXT", help="language model, for its tokenizer")
+    add("--version", metavar="TEXT", help="conversation template [stage 1: plain, stage 2: v1]")
+    tower = parser.add_mutually_exclusive_group(required=True)
+    tower.add_argument("--vision_tower", metavar="TEXT", help="vision tower, for the number of tokens an image takes")
+    tower.add_argument("--tokens_per_image", type=_positive, metavar="N", help="this number, without a tower (576)")
+    add("--mm_vision_select_feature", default="patch", metavar="TEXT", help="patch or cls_patch [patch]")
+    add("--model_max_length", type=_positive, metavar="N", help="longest sequence in tokens [2048]")
+    add("--image_aspect_ratio", choices=ASPECT_RATIOS, help="[stage 1: square, stage 2: pad]")
+    add("--global_batch_size", type=_positive, metavar="N", help="for the padding figures [256, 128]")
+    add("--per_device_train_batch_size", type=_positive, metavar="N", help="for the padding figures [32, 16]")
+    add("--check_images", choices=("all", "exist"), default="all", help="open all of them, or only look for them [all]")
+    add("--num_workers", type=_positive, default=os.cpu_count(), metavar="N", help="processes [one for each core]")
+    add("--plot", metavar="FILE.png", help="draw the histogram of token counts")
+    add("--output", default="bad_records.jsonl", metavar="FILE", help="where the bad records go [bad_records.jsonl]")
+    given = parser.parse_args(command_line)
+    for name, value in vars(given).items():
+        if value is None and name in PRESETS[given.stage]:
+            setattr(given, name, PRESETS[given.stage][name])
+    return given
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) <= 0:
+        raise ValueError
+    return value
+
+
+def examine(given: argparse.Namespace) -> int:
+    """Checks, prints, writes the list of bad records, and returns how many there are."""
+    if os.path.exists(given.output) and any(os.path.samefile(given.output, path) for path in given.data_path):
+        raise ValueError(f"--output {given.output} would overwrite the data.")
+    image_tokens = given.tokens_per_image or tokens_per_image(
+        load_vision_config(given.vision_tower), given.mm_vision_select_feature
+    )
+    to_sample = functools.partial(
+        tokenize,
+        template=get_template(given.version),
+        tokenizer=load_tokenizer(given.model_name_or_path),
+        tokens_per_image=image_tokens,
+    )
+    store = RecordStore(given.data_path, given.image_folder, given.exclude)
+    examine_part = functools.partial(examine_records, store, to_sample, image_tokens, given.model_max_length)
+    found = Findings.join(list(map_ranges(examine_part, len(store), given.num_workers, "records")))
+    if given.check_images == "all":
+        open_images(store, found, given.image_aspect_ratio, given.num_workers)
+    found.warnings += find_duplicates(store, found)
+    warnings = [(index, sentence) for index, sentence in found.warnings if index not in found.faults]
+
+    if found.faults:
+        print("\n".join(fault_table(store, sorted(found.faults.items()), "Cannot be trained on")), end="\n\n")
+    if warnings:
+        print("\n".join(fault_table(store, warnings, "To look at")), end="\n\n")
+    good = np.flatnonzero(found.length)
+    if len(good):
+        lengths, whole = found.length[good], found.whole_length[good]
+        rows = histogram(whole, given.model_max_length)
+        title = f"Tokens of {len(good):,} good records: mean {whole.mean():,.0f}, longest {whole.max():,}"
+        print(title, *histogram_lines(rows), sep="\n", end="\n\n")
+        if given.plot:
+            draw_histogram(rows, title, Path(given.plot))
+        grouped = PRESETS[given.stage].get("group_by_modality_length", False)
+        sizes = given.global_batch_size, given.per_device_train_batch_size
+        print(f"An epoch of global batches of {sizes[0]}, {sizes[1]} samples a device:")
+        print(*batch_figures(lengths, found.has_image[good], grouped, *sizes), sep="\n", end="\n\n")
+
+    output = Path(given.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_bytes(b"")
+    log_skipped(store, sorted(found.faults.items()), output)
+    if found.faults:
+        print(f"{len(found.faults):,} bad records are listed in {output}: train.py --exclude {output} leaves them out.")
+    else:
+        print(f"All {len(store):,} records can be trained on.")
+    return len(found.faults)
+
+
+def main(command_line: list[str] | None = None) -> int:
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal need not know every character
+    given = parse_arguments(command_line)
+    try:
+        return 1 if examine(given) else 0
+    except (ValueError, OSError) as error:
+        print(f"doctor: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

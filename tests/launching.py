@@ -1,0 +1,44 @@
+"""Two processes on the CPU, launched as users launch them, for one program or for many runs of `train.py` in turn."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "accelerate_configs"
+
+
+def launch(config_file: Path | None, script: Path, *arguments: str) -> str:
+    """Runs a script in two processes; returns what they print, which is the error if they fail.
+
+    Args:
+        config_file: accelerate's, for `accelerate launch`; None starts DDP by `torchrun`, since accelerate starts
+            several processes on CPUs through MPI only.
+    """
+    if config_file is None:
+        launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    else:
+        launcher = ["accelerate.commands.launch", "--config_file", str(config_file)]
+        launcher += ["--num_processes", "2", "--main_process_port", "0"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", *launcher, str(script), *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
+        try:
+            # Long: a launch killed while DeepSpeed compiles leaves a lock behind, for which all later ones wait.
+            printed, _ = process.communicate(timeout=420)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # the launcher passes it on to the processes it started
+            printed, _ = process.communicate()
+    assert process.returncode == 0, printed[-10_000:]
+    return printed
+
+
+def train_in_turn(config_file: Path | None, command_lines: list[list[str]], folder: Path) -> str:
+    """Trains all of them in one launch, because launching costs far more than training a tiny model."""
+    listing = folder / "command_lines.json"
+    listing.write_text(json.dumps(command_lines))
+    return launch(config_file, Path(__file__).with_name("several_runs.py"), str(listing))
