@@ -29,7 +29,7 @@ def launch(config_file: Path | None, script: Path, *arguments: str) -> str:
     with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
         try:
             # Long: a launch killed while DeepSpeed compiles leaves a lock behind, for which all later ones wait.
-            printed, _ = process.communicate(timeout=420)
+            printed, _ = process.communicate(timeout=1200)
         except subprocess.TimeoutExpired:
             process.terminate()  # the launcher passes it on to the processes it started
             printed, _ = process.communicate()
