@@ -105,11 +105,6 @@ def why_not_transformers(projector_type: str, language_model: nn.Module) -> str 
     return None
 
 
-def expressible_in_transformers(projector_type: str, language_model: nn.Module) -> bool:
-    """Whether `save_transformers` can write this model; if not, `save_llava` can; `why_not_transformers` says why."""
-    return why_not_transformers(projector_type, language_model) is None
-
-
 def save_transformers(
     directory: str | Path,
     model: nn.Module,
