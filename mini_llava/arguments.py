@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-DEMO = Path(__file__).parent / "demo"
+from .demo import STAGE_CONFIGS
 
 
 @dataclass
@@ -218,9 +218,6 @@ class TrainingArguments:
     report_to: str = "tensorboard"
     """tensorboard, wandb or another tracker that accelerate knows, or none."""
 
-    run_name: str | None = None
-    """Name of the run for the tracker."""
-
     per_device_eval_batch_size: int = 16
     """Questions answered at once in evaluation."""
 
@@ -317,7 +314,7 @@ def resolve(stage: int, command_line: dict, config_file: str | None = None) -> A
     """The arguments of one run. Raises ValueError with a sentence for the person at the terminal."""
     is_demo = config_file is None and _wants_demo(command_line)
     if is_demo:
-        config_file = str(DEMO / f"stage{stage}.yaml")
+        config_file = str(STAGE_CONFIGS[stage])
     from_file = _read_config(config_file) if config_file else {}
     if from_file.pop("stage", stage) != stage:
         raise ValueError(f"{config_file} is written for another stage than --stage {stage}.")

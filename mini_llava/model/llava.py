@@ -11,10 +11,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ..data.tokenization import IGNORE_INDEX
 from .projector import build_projector, load_projector
 from .vision_tower import VisionTower, load_vision_config, load_vision_tower
 
-IGNORE_INDEX = -100
 # Logits are turned to fp32 this many at a time, so that a vocabulary of 150,000 does not need gigabytes at once.
 LOGITS_IN_FP32_AT_ONCE = 64 * 2**20
 

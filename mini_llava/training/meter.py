@@ -67,19 +67,13 @@ class ProgressLine:
             bar_format="{percentage:3.0f}% step {n_fmt}/{total_fmt}{postfix} [{elapsed}, {remaining} left]",
         )
 
-    def update(self, step: int, values: dict[str, float] | None = None) -> None:
-        if values:
-            self.bar.set_postfix_str(
-                f"loss {values['loss']:.4f} lr {values['learning_rate']:.2e} grad {values['gradient_norm']:.3f} "
-                f"{values['tokens_per_second']:,.0f} tokens/s {values['samples_per_second']:,.1f} samples/s",
-                refresh=False,
-            )
+    def update(self, step: int, values: dict[str, float]) -> None:
+        self.bar.set_postfix_str(
+            f"loss {values['loss']:.4f} lr {values['learning_rate']:.2e} grad {values['gradient_norm']:.3f} "
+            f"{values['tokens_per_second']:,.0f} tokens/s {values['samples_per_second']:,.1f} samples/s",
+            refresh=False,
+        )
         self.bar.update(step - self.bar.n)
-
-    def say(self, text: str) -> None:
-        """Prints a line above the progress line."""
-        if not self.bar.disable:
-            self.bar.write(text)
 
     def close(self) -> None:
         self.bar.close()
