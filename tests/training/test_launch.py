@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from mini_llava.training import distributed
+
 CODE = """
 from pathlib import Path
 from mini_llava.training.distributed import build_accelerator
@@ -25,3 +27,19 @@ def test_deepspeed_that_accelerate_leaves_out_is_missed():
     deepspeed = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
     text = printed(address | deepspeed | {"ACCELERATE_USE_CPU": "true"})
     assert "ValueError: The accelerate config asks for DeepSpeed, but accelerate leaves it out" in text
+
+
+@pytest.mark.parametrize(
+    ("entry", "sentence"),
+    [
+        ({"optimizer": {"type": "AdamW"}}, "has an entry 'optimizer'"),
+        ({"scheduler": {"type": "WarmupLR"}}, "has an entry 'scheduler'"),
+        ({"gradient_clipping": 0.5}, "contradicts --max_grad_norm 1.0"),
+        ({"zero_optimization": {"stage": 1}}, "zero_stage: 1"),
+    ],
+)
+def test_a_deepspeed_config_that_would_replace_the_recipe_is_refused(entry, sentence):
+    """LLaVA's zero3_offload.json has the first two, and its groups and cosine are gone without a word."""
+    config = {"zero_optimization": {"stage": 3}} | entry
+    with pytest.raises(ValueError, match=sentence):
+        distributed._complete_deepspeed_config(config, "bf16", 1.0)
