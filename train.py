@@ -6,6 +6,7 @@ language model. They differ in their presets only (`mini_llava/arguments.py`).
 """
 
 import functools
+import gc
 import json
 import math
 import sys
@@ -35,6 +36,7 @@ from mini_llava.data.tokenization import load_tokenizer, tokenize, tokenize_prom
 from mini_llava.model import formats
 from mini_llava.model.attention import choose_attention
 from mini_llava.model.freeze import apply_plan, trainable_table, trained_parts
+from mini_llava.model.fused_kernels import choose_fused_kernels, use_fused_kernels
 from mini_llava.model.llava import load_llava
 from mini_llava.model.vision_tower import load_vision_config, tokens_per_image
 from mini_llava.training import checkpoint, distributed
@@ -108,8 +110,10 @@ def train(arguments: flags.Arguments) -> None:
         model_flags.pretrain_mm_mlp_adapter,
     )
     apply_plan(model, trained)
+    if choose_fused_kernels(training.use_liger_kernel, model.language_model.config.model_type, accelerator.device):
+        use_fused_kernels(model.language_model)
     if training.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable(training.gradient_checkpointing_share)
     rates = {"projector": training.mm_projector_lr, "vision_tower": training.mm_vision_tower_lr}
     groups = parameter_groups(model, training.learning_rate, training.weight_decay, rates)
     table = trainable_table(model, groups)
@@ -206,10 +210,12 @@ def train(arguments: flags.Arguments) -> None:
     )
     warmup = warmup_steps(training.warmup_ratio, total_steps)
     progress = ProgressLine(total_steps, sampler.step, enabled=rank == 0)
-    meter = Meter(accelerator)
+    meter = Meter(accelerator, accelerator.unwrap_model(model))
     preemption, stopping = Preemption(), False
+    gc.collect()
+    gc.freeze()  # model and libraries stay: collections in the loop need not look through them again
 
-    for work in loader:
+    for work in meter.waiting_for(loader):
         sums = distributed.sum_over_ranks(accelerator, [sum(work.trained_tokens), preemption.asked])
         trained_tokens, stop = sums[0], sums[1].to("cpu", non_blocking=True)  # read once the step has synchronised
         factor = learning_rate_factor(training.lr_scheduler_type, sampler.step, total_steps, warmup)
@@ -231,7 +237,7 @@ def train(arguments: flags.Arguments) -> None:
         if not finite:
             stop_unless_fp16_overflow(accelerator, meter, gradient_norm, sampler.step + 1, work, store, output_dir)
         sampler.step += 1
-        meter.add_step(work.tokens, work.samples)
+        meter.add_step(work)
         log_skipped(store, work.skipped, output_dir / "skipped.jsonl")
 
         stopping = bool(stop)

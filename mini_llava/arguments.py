@@ -192,7 +192,14 @@ class TrainingArguments:
     """Allow TF32 in fp32 matrix products (Ampere and later)."""
 
     gradient_checkpointing: bool = False
-    """Recompute the language model's layers in backward: less memory, about a third more work."""
+    """Recompute the language model's layers in backward: less memory, up to a third more work."""
+
+    gradient_checkpointing_share: float = 1.0
+    """Share of the layers that gradient_checkpointing recomputes, spread evenly; the less memory allows the faster."""
+
+    use_liger_kernel: bool | None = None
+    """Liger's fused RMSNorm, rotary embedding and SwiGLU. Default: where liger-kernel is installed, on a GPU, for the
+    families of models that were compared with it."""
 
     seed: int = 42
     """Seed of the sample order, of new weights and of dropout."""
@@ -382,6 +389,11 @@ def _check(arguments: Arguments) -> None:
     for name in POSITIVE:
         if values[name] is not None and values[name] <= 0:
             raise ValueError(f"--{name} must be positive, not {values[name]}.")
+    if not 0 < training.gradient_checkpointing_share <= 1:
+        share = training.gradient_checkpointing_share
+        raise ValueError(f"--gradient_checkpointing_share {share}: give a share of the layers above 0 and up to 1.")
+    if training.gradient_checkpointing_share < 1 and not training.gradient_checkpointing:
+        raise ValueError("--gradient_checkpointing_share says nothing with --gradient_checkpointing False.")
     if training.bf16 and training.fp16:
         if {"bf16", "fp16"} <= arguments.explicit:
             raise ValueError("--bf16 and --fp16 cannot both be True.")

@@ -118,16 +118,30 @@ def _complete_deepspeed_config(config: dict, precision: str, max_grad_norm: floa
     if zero["stage"] not in (2, 3):
         raise ValueError(f"zero_stage: {zero['stage']} of the accelerate config is not supported; known: 2, 3.")
     # "auto" would be derived from the hidden size of a `model.config` that LlavaModel does not have.
+    keep_whole = _parameters_to_keep_whole()
     for key, value in (
         ("reduce_bucket_size", 500_000_000),
         ("stage3_prefetch_bucket_size", 400_000_000),
-        ("stage3_param_persistence_threshold", 1_000_000),
+        # Smaller parameters are never partitioned: all of CLIP-L's, whose hundreds of gathers cost more than 0.6 GB.
+        ("stage3_param_persistence_threshold", 5_000_000),
+        ("stage3_max_live_parameters", keep_whole),
+        ("stage3_max_reuse_distance", keep_whole),
     ):
         if zero.get(key, "auto") == "auto" and (zero["stage"] == 3 or not key.startswith("stage3")):
             zero[key] = value
     zero.setdefault("overlap_comm", torch.cuda.is_available())
     for name in ("bf16", "fp16"):
         config.setdefault(name, {})["enabled"] = precision == name
+
+
+def _parameters_to_keep_whole() -> int:
+    """How many gathered half-precision parameters ZeRO-3 may keep until they are used again: a seventh of the GPU.
+
+    What was gathered in forward then need not be gathered again in backward.
+    """
+    if not torch.cuda.is_available():
+        return 1_000_000_000
+    return torch.cuda.get_device_properties(0).total_memory // 7 // 2
 
 
 def is_deepspeed(accelerator: Accelerator) -> bool:
