@@ -123,7 +123,7 @@ def train(arguments: flags.Arguments) -> None:
         training.adam_epsilon,
         fused=accelerator.device.type == "cuda" and not distributed.is_offloaded(accelerator),
     )
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = distributed.prepare(accelerator, model, optimizer)
     model.train()
 
     # --- Order: the global batches, and this rank's micro-batches of each --------------------------------------------

@@ -100,8 +100,11 @@ def profile_last_step(file: Path, steps: int) -> None:
         span = max(e.time_range.end for e in events) - min(e.time_range.start for e in events)
         table = profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=60, max_name_column_width=90)
         hosts = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=40, max_name_column_width=60)
+        gaps = "\n".join(idle_times(events))
         busy = f"{busy_time(computing) / span:.1%} computing, {busy_time(events) / span:.1%} with communication"
-        file.write_text(f"{span / 1e6:.3f} s from the first to the last kernel; busy: {busy}\n{table}\n{hosts}\n")
+        file.write_text(
+            f"{span / 1e6:.3f} s from the first to the last kernel; busy: {busy}\n{gaps}\n{table}\n{hosts}\n"
+        )
         return result
 
     distributed.backward_and_step = backward_and_step
@@ -114,6 +117,24 @@ def busy_time(events: list) -> float:
         total += max(0.0, end - max(start, until))
         until = max(until, end)
     return total
+
+
+def idle_times(events: list) -> list[str]:
+    """The twenty longest times in which nothing runs, in their order, with the kernels before and after."""
+    events = sorted(events, key=lambda event: event.time_range.start)
+    first = until = events[0].time_range.start
+    before, gaps = events[0].name, []
+    for event in events:
+        if event.time_range.start > until:
+            gaps.append((event.time_range.start - until, until - first, before, event.name))
+        if event.time_range.end > until:
+            until, before = event.time_range.end, event.name
+    longest = sorted(sorted(gaps, reverse=True)[:20], key=lambda gap: gap[1])
+    total = sum(gap[0] for gap in gaps)
+    return [f"idle {total / 1e3:.0f} ms in {len(gaps)} pieces; the longest:"] + [
+        f"  {length / 1e3:.2f} ms at {at / 1e3:.0f} ms, after {before[:60]}, before {name[:60]}"
+        for length, at, before, name in longest
+    ]
 
 
 def row(name: str, steps: list[dict], devices: int) -> dict:

@@ -17,6 +17,9 @@ from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..model.llava import LlavaModel
 
 # DeepSpeed calls collectives by names that torch is renaming; nobody who trains can act on that.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -130,6 +133,10 @@ def _complete_deepspeed_config(config: dict, precision: str, max_grad_norm: floa
         if zero.get(key, "auto") == "auto" and (zero["stage"] == 3 or not key.startswith("stage3")):
             zero[key] = value
     zero.setdefault("overlap_comm", torch.cuda.is_available())
+    if zero["stage"] == 3 and zero.get("offload_optimizer", {}).get("device", "none") == "none":
+        # Two copies of every gradient and every gathered weight that a GPU with fast links can do without.
+        zero.setdefault("contiguous_gradients", False)
+        zero.setdefault("stage3_allgather_sequential", True)
     for name in ("bf16", "fp16"):
         config.setdefault(name, {})["enabled"] = precision == name
 
@@ -142,6 +149,29 @@ def _parameters_to_keep_whole() -> int:
     if not torch.cuda.is_available():
         return 1_000_000_000
     return torch.cuda.get_device_properties(0).total_memory // 7 // 2
+
+
+def prepare(
+    accelerator: Accelerator, model: LlavaModel, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """`accelerator.prepare`, with layers as the unit in which ZeRO-3 gathers weights and reduces gradients.
+
+    By default the unit is a single linear layer, and its hooks cost more of the host's time than a tower's layer takes
+    on the GPU. DeepSpeed reduces the gradients of such a unit once the gradient of the unit's input is known, so the
+    input must have one: it has, if anything in front of the language model is trained.
+    """
+    if zero_stage(accelerator) == 3:
+        from deepspeed.utils import set_z3_leaf_module
+
+        tower, language_model = model.vision_tower, model.language_model
+        if not any(parameter.requires_grad for parameter in tower.parameters()):
+            set_z3_leaf_module(tower, True)
+        in_front = [tower, model.projector, language_model.get_input_embeddings()]
+        if any(parameter.requires_grad for module in in_front for parameter in module.parameters()):
+            for module in language_model.modules():
+                if isinstance(module, GradientCheckpointingLayer):
+                    set_z3_leaf_module(module, True)
+    return accelerator.prepare(model, optimizer)
 
 
 def is_deepspeed(accelerator: Accelerator) -> bool:
