@@ -40,7 +40,9 @@ def test_losses_and_gradients_are_as_close_to_fp32_as_those_of_plain_bf16(family
         family, vocab_size=512, hidden_size=256, intermediate_size=688, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=2048,
     )  # fmt: skip
-    exact = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").cuda()
+    exact = AutoModelForCausalLM.from_config(
+        copy.deepcopy(config), dtype=torch.float32, attn_implementation="sdpa"
+    ).cuda()
     varlen = choose_attention("varlen", family, True, torch.device("cuda"), True)
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=varlen).cuda()
     plain.load_state_dict(exact.state_dict())
