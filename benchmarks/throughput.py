@@ -5,7 +5,7 @@
         --setup /tmp/bench --name "ZeRO-3 x 2" --stage 2 --gradient_checkpointing False
 
 Every other flag is `train.py`'s. Each run appends a row to `--table` (throughput.jsonl) and prints the table so far.
-Nothing is saved at the end. `--profile FILE` writes what the GPU did in the last step, which is then left out of the row.
+Nothing is saved at the end. `--profile FILE` writes what the GPU did in the last step and leaves that out of the row.
 """
 
 import argparse

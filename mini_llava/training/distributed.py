@@ -53,6 +53,10 @@ def choose_precision(bf16: bool, fp16: bool, explicit: set[str]) -> str:
 
 def build_accelerator(precision: str, max_grad_norm: float, report_to: str, output_dir: Path) -> Accelerator:
     """The Accelerator for what the launcher started: one process, DDP, DeepSpeed ZeRO-2 or ZeRO-3, on GPU or CPU."""
+    # Micro-batches differ in length. In segments of fixed size their tensors leave holes, until the allocator gives
+    # everything back to the driver and begins again, in the middle of a step. Read when the first tensor is made.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     installed = [str(tracker) for tracker in get_available_trackers()]
     if report_to not in ("none", "all", *installed):
         # accelerate leaves out a tracker whose package is missing, and says so at level DEBUG only.
@@ -133,10 +137,6 @@ def _complete_deepspeed_config(config: dict, precision: str, max_grad_norm: floa
         if zero.get(key, "auto") == "auto" and (zero["stage"] == 3 or not key.startswith("stage3")):
             zero[key] = value
     zero.setdefault("overlap_comm", torch.cuda.is_available())
-    if zero["stage"] == 3 and zero.get("offload_optimizer", {}).get("device", "none") == "none":
-        # Two copies of every gradient and every gathered weight that a GPU with fast links can do without.
-        zero.setdefault("contiguous_gradients", False)
-        zero.setdefault("stage3_allgather_sequential", True)
     for name in ("bf16", "fp16"):
         config.setdefault(name, {})["enabled"] = precision == name
 

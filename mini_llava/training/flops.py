@@ -64,10 +64,11 @@ class FlopCounter:
 
         unused = tower.unused_parameters()
         used = {name: weight for name, weight in _matrices(tower).items() if name not in unused}
-        positions = (vision.image_size // vision.patch_size) ** 2 + 1
+        patches = (vision.image_size // vision.patch_size) ** 2
+        positions = patches + 1  # the class token's; the convolution that makes the patches has none for it
         trained = any(weight.requires_grad for weight in used.values())
         layers = tower.select_layer % (vision.num_hidden_layers + 1)
-        self.per_image = positions * sum(_flops(weight, 2) for weight in used.values())
+        self.per_image = sum((patches if len(_shape(w)) == 4 else positions) * _flops(w, 2) for w in used.values())
         self.per_image += (3 if trained else 1) * 4 * positions**2 * vision.hidden_size * layers
         self.per_image += tower.tokens_per_image * sum(_flops(weight, 2) for weight in _matrices(projector).values())
 
@@ -93,12 +94,16 @@ def _matrices(module: nn.Module) -> dict[str, nn.Parameter]:
     return {
         name: parameter
         for name, parameter in module.named_parameters()
-        if len(getattr(parameter, "ds_shape", parameter.shape)) > 1 and id(parameter) not in tables
+        if len(_shape(parameter)) > 1 and id(parameter) not in tables
     }
 
 
 def _flops(weight: nn.Parameter, frozen: int) -> int:
     return (6 if weight.requires_grad else frozen) * _numel(weight)
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def _numel(parameter: nn.Parameter) -> int:
