@@ -5,40 +5,11 @@
 13,400 tokens in samples of 616 to 1,976 with 32 heads of 128, as one micro-batch of LLaVA-1.5 has them.
 """
 
-import importlib.util
-
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
 HEADS, HEAD_SIZE = 32, 128
 LENGTHS = [616, 640, 655, 680, 700, 720, 740, 760, 780, 810, 850, 900, 980, 1100, 1193, 1276]
-
-
-class CudnnVarlen(torch.autograd.Function):
-    """cuDNN's fused attention over packed samples, through the operators that PyTorch keeps for nested tensors.
-
-    cuDNN builds a plan for each number of samples and longest sample, so both are rounded up: `bounds` may end in
-    empty samples, and `longest` may be longer than any.
-    """
-
-    @staticmethod
-    def forward(ctx, query, key, value, bounds, longest):
-        output, lse, _, _, _, _, seed, offset, _ = torch.ops.aten._cudnn_attention_forward(
-            query, key, value, None, bounds, bounds, longest, longest, True, 0.0, True, False
-        )
-        ctx.save_for_backward(query, key, value, output, lse, seed, offset, bounds)
-        ctx.longest = longest
-        return output
-
-    @staticmethod
-    def backward(ctx, gradient):
-        query, key, value, output, lse, seed, offset, bounds = ctx.saved_tensors
-        longest = ctx.longest
-        gradients = torch.ops.aten._cudnn_attention_backward(
-            gradient.contiguous(), query, key, value, output, lse, seed, offset, None, bounds, bounds,
-            longest, longest, 0.0, True,
-        )  # fmt: skip
-        return *gradients, None, None
 
 
 def flash_2(query, key, value, bounds):
@@ -52,13 +23,12 @@ def flash_2_package(query, key, value, bounds):
     return flash_attn_varlen_func(query, key, value, bounds, bounds, max(LENGTHS), max(LENGTHS), causal=True)
 
 
-def cudnn_exact(query, key, value, bounds):
-    return CudnnVarlen.apply(query, key, value, bounds, max(LENGTHS))
+def flash_4_package(query, key, value, bounds):
+    from flash_attn.cute import flash_attn_varlen_func
 
-
-def cudnn_rounded(query, key, value, bounds):
-    bounds = torch.nn.functional.pad(bounds, (0, 24 - len(LENGTHS)), value=sum(LENGTHS))
-    return CudnnVarlen.apply(query, key, value, bounds, 2048)
+    packing = dict(cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=max(LENGTHS), max_seqlen_k=max(LENGTHS))
+    output = flash_attn_varlen_func(query, key, value, **packing, causal=True)
+    return output[0] if isinstance(output, tuple) else output
 
 
 def by_sample(query, key, value, bounds):
@@ -99,16 +69,13 @@ def main() -> None:
     reference = outputs(by_sample, [tensor.float() for tensor in tensors], bounds, gradient)
     # 2 products of L x L x width forward, half of them masked; 2.5 times as much backward.
     flops = 2 * sum(length**2 for length in LENGTHS) * HEADS * HEAD_SIZE
-    functions = [flash_2, cudnn_exact, cudnn_rounded]
-    if importlib.util.find_spec("flash_attn"):
-        functions.append(flash_2_package)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
-    for function in functions:
+    for function in (flash_2, flash_2_package, flash_4_package):
         try:
             difference = (outputs(function, tensors, bounds, gradient) - reference).norm() / reference.norm()
             forward = milliseconds(lambda function=function: function(*tensors, bounds))
             both = milliseconds(lambda function=function: outputs_only(function, tensors, bounds, gradient))
-        except RuntimeError as error:
+        except (RuntimeError, ImportError) as error:
             print(f"{function.__name__}: {str(error).splitlines()[0]}")
             continue
         print(

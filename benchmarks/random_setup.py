@@ -62,7 +62,7 @@ def make_models(directory: Path, shape: str) -> None:
     ).save_pretrained(directory / "language_model")
 
 
-def make_records(directory: Path, count: int) -> None:
+def make_records(directory: Path, count: int, pictures: int = PICTURES) -> None:
     """Writes `stage1.json` (captions of about 20 tokens), `stage2.json` and the pictures they share.
 
     Stage 2: an image and text of lognormal(5.3, 0.6) tokens, 40 to 1400, in rounds of about 60; 6 % without an image,
@@ -70,7 +70,7 @@ def make_records(directory: Path, count: int) -> None:
     """
     (directory / "images").mkdir(exist_ok=True)
     with ProcessPoolExecutor() as processes:
-        list(processes.map(_picture, range(PICTURES), [directory] * PICTURES, chunksize=16))
+        list(processes.map(_picture, range(pictures), [directory] * pictures, chunksize=16))
     random = np.random.default_rng(0)
 
     def text(tokens: int) -> str:
@@ -78,7 +78,7 @@ def make_records(directory: Path, count: int) -> None:
 
     captions, conversations = [], []
     for number in range(count):
-        image = {"image": f"{number % PICTURES}.jpg"}
+        image = {"image": f"{number % pictures}.jpg"}
         caption = {"from": "gpt", "value": text(int(random.integers(12, 29)))}
         captions.append(image | {"conversations": [{"from": "human", "value": "<image>"}, caption]})
         if random.random() < 0.06:

@@ -122,7 +122,7 @@ def busy_time(events: list) -> float:
 
 
 def idle_times(events: list) -> list[str]:
-    """The twenty longest times in which nothing runs, in their order, with the kernels before and after."""
+    """Where nothing runs: how much in each tenth of the time, and the ten longest pieces with their neighbours."""
     events = sorted(events, key=lambda event: event.time_range.start)
     first = until = events[0].time_range.start
     before, gaps = events[0].name, []
@@ -131,9 +131,12 @@ def idle_times(events: list) -> list[str]:
             gaps.append((event.time_range.start - until, until - first, before, event.name))
         if event.time_range.end > until:
             until, before = event.time_range.end, event.name
-    longest = sorted(sorted(gaps, reverse=True)[:20], key=lambda gap: gap[1])
-    total = sum(gap[0] for gap in gaps)
-    return [f"idle {total / 1e3:.0f} ms in {len(gaps)} pieces; the longest:"] + [
+    longest = sorted(sorted(gaps, reverse=True)[:10], key=lambda gap: gap[1])
+    tenths = [0.0] * 10
+    for length, at, _, _ in gaps:
+        tenths[min(9, int(10 * at / (until - first)))] += length / 1e3
+    in_tenths = ", ".join(f"{milliseconds:.0f}" for milliseconds in tenths)
+    return [f"idle {sum(tenths):.0f} ms in {len(gaps)} pieces, {in_tenths} in each tenth; the longest:"] + [
         f"  {length / 1e3:.2f} ms at {at / 1e3:.0f} ms, after {before[:60]}, before {name[:60]}"
         for length, at, before, name in longest
     ]

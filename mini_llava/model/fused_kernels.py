@@ -5,6 +5,7 @@ Liger's losses stay off: the model computes logits for trained positions only (s
 """
 
 import importlib.util
+import logging
 
 import torch
 from transformers import PreTrainedModel
@@ -40,6 +41,8 @@ def use_fused_kernels(language_model: PreTrainedModel) -> None:
     """
     import liger_kernel.transformers as liger
 
+    # It warns of every backend for other vendors' devices that is not installed.
+    logging.getLogger("liger_kernel").setLevel(logging.ERROR)
     apply = getattr(liger, f"apply_liger_kernel_to_{language_model.config.model_type}")
     kernels = dict(rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False)
     apply(model=language_model, **kernels)
