@@ -6,6 +6,7 @@ fork of it that executes train.py as `__main__` with the flags of its command li
 """
 
 import contextlib
+import fcntl
 import multiprocessing
 import os
 import runpy
@@ -14,6 +15,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -59,6 +61,19 @@ class Run:
             assert self.process.exitcode is None and time.monotonic() < deadline, f"it ended too soon:\n{self.text}"
             time.sleep(0.005)
 
+    def wait_until_all_have_ended(self, grace: float) -> None:
+        """For the processes a killed one leaves behind; SIGKILL ends those that take longer than `grace` seconds."""
+        self.process.join()
+        deadline = time.monotonic() + grace
+        with open(self.output) as output:
+            while True:
+                with contextlib.suppress(BlockingIOError):  # the processes of the run hold it until the last one ends
+                    return fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.monotonic() > deadline:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(self.process.pid, signal.SIGKILL)
+                time.sleep(0.01)
+
     def kill(self) -> None:
         """SIGKILL to launcher, ranks and loader workers at once."""
         leader = psutil.Process(self.process.pid)
@@ -77,6 +92,7 @@ def start(
     processes: int = 1,
     launched: bool = False,
     environment: dict | None = None,
+    inside: Callable[[], None] | None = None,
 ) -> Run:
     """Starts `python train.py FLAGS`, or with `config` what `accelerate launch` makes of it.
 
@@ -85,6 +101,7 @@ def start(
         config: `cpu`, `zero2` or `zero3`.
         launched: start by `accelerate launch --config_file accelerate_configs/CONFIG.yaml` indeed.
         environment: further variables.
+        inside: called in every rank before train.py begins, not with `launched`.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(b"")
@@ -94,7 +111,7 @@ def start(
         command += ["--config_file", f"accelerate_configs/{config}.yaml", "--main_process_port", port]
         target, arguments = _execute, ([*command, "train.py", *flags],)
     else:
-        target, arguments = _start_ranks, (flags, config, processes, port)
+        target, arguments = _start_ranks, (flags, config, processes, port, inside)
     process = _fork_server.Process(target=_prepare, args=(output, environment or {}, target, arguments))
     process.start()
     return Run(process, output)
@@ -111,6 +128,8 @@ def _prepare(output: Path, environment: dict, target, arguments: tuple) -> None:
     descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    os.setpgrp()  # all processes of the run are one group
     os.environ.update(environment)
     os.chdir(ROOT)
     # A child of a fork server would start loader workers by a server of its own, unlike the program that is tested.
@@ -122,7 +141,7 @@ def _execute(command: list[str]) -> None:
     os.execv(command[0], command)
 
 
-def _start_ranks(flags: list[str], config: str | None, processes: int, port: str) -> None:
+def _start_ranks(flags: list[str], config: str | None, processes: int, port: str, inside) -> None:
     """Starts the ranks, waits for them, and like the launcher ends the others when one has failed."""
     if config is not None:
         os.environ.update(ENVIRONMENTS[config])
@@ -132,6 +151,8 @@ def _start_ranks(flags: list[str], config: str | None, processes: int, port: str
         if (pid := os.fork()) == 0:
             if config is not None:
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            if inside is not None:
+                inside()
             _become_train_py(flags)
         ranks.append(pid)
     for _ in range(processes):
