@@ -55,7 +55,7 @@ def operations(listing: Path) -> dict[int, list[str]]:
 def watch(output_dir: Path, listing: Path, kill: Kill | None) -> None:
     """Lists the operations below `output_dir`, one a line, in the file `listing.RANK`, and does as `kill` says.
 
-    An operation is named by the moment (`start`, `save`, `later`), what is done, and the path with its numbers as `#`.
+    An operation is named by where it is (in a `save` or elsewhere in the `run`), what it is, and its path, numbers as #.
     """
     rank = int(os.environ.get("RANK", 0))
     _Watch(output_dir, Path(f"{listing}.{rank}"), kill if kill is not None and kill.rank == rank else None).begin()
@@ -65,7 +65,7 @@ class _Watch:
     def __init__(self, output_dir: Path, listing: Path, kill: Kill | None):
         self.output_dir, self.kill, self.process = os.fspath(output_dir), kill, os.getpid()
         self.listing = os.open(listing, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        self.moment, self.seen = "start", 0
+        self.moment, self.seen = "run", 0
         self.to_cut: tuple[str, int] | None = None  # the file that is being written, and how much of it is older
 
     def begin(self) -> None:
@@ -87,7 +87,7 @@ class _Watch:
         def watched_save(*arguments, **others):
             self.moment = "save"
             result = save(*arguments, **others)
-            self.moment = "later"
+            self.moment = "run"
             return result
 
         os.fsync, safetensors.torch.serialize_file, checkpoint.save_checkpoint = (

@@ -32,19 +32,27 @@ def crashes(tmp_path_factory) -> Crashes:
 def outcomes(crashes):
     """`outcomes(name)`: what became of the runs with these kills; all are computed ahead, two at a time."""
     in_a_save = [kill for _, kill in kills_at_every_operation(crashes, (ONE_KEPT,), "save")]
-    not_in_others = set(crashes.operations[ONE_KEPT][0]) - set(crashes.operations[ALL_KEPT][0])
-    rotation = [replace(kill, occurrence=1) for kill in in_a_save if kill.operation in not_in_others]
-    first_save = [replace(kill, occurrence=1) for kill in in_a_save if kill.operation not in not_in_others]
-    result = [
-        Kill(0, "later: write .unfinished/model.safetensors", half_written=True),
-        Kill(0, "later: rename mm_projector.bin.unfinished"),
-        Kill(0, "later: rename .unfinished/config.json"),
-    ]
+    removing = set(crashes.operations[ONE_KEPT][0]) - set(crashes.operations[ALL_KEPT][0])
+    rotation = [replace(kill, occurrence=1) for kill in in_a_save if kill.operation in removing]
+    names = crashes.operations[ONE_KEPT][0]
+    first_save = names[names.index(next(name for name in names if name.startswith("save"))) :]
+    first_save = first_save[: next(number for number, name in enumerate(first_save) if name.startswith("run"))]
+    result = names[max(number for number, name in enumerate(names) if name.startswith("save")) + 1 :]
+    writing = next(name for name in result if name.startswith("run: write") and name.endswith(".safetensors"))
     planned = {
         "two processes": Plan(crashes, (ZERO3,)).runs(4),
         "one process": Plan(crashes, (ONE_KEPT, ALL_KEPT)).runs(8),
-        "first save": [(ONE_KEPT, crashes.random.sample([k for k in first_save if "rename" not in k.operation], 3))],
-        "result": [(ONE_KEPT, result)],
+        "first save": [(ONE_KEPT, [Kill(0, first_save[0]), Kill(0, "save: rename .checkpoint-#.incomplete")])],
+        "result": [
+            (
+                ONE_KEPT,
+                [
+                    Kill(0, writing, half_written=True),
+                    Kill(0, crashes.random.choice(result)),
+                    Kill(0, "run: rename .unfinished/config.json"),
+                ],
+            )
+        ],
         "rotation": [(ONE_KEPT, [kill]) for kill in crashes.random.sample(rotation, 3)],
     }
     with ThreadPoolExecutor(2) as pool:
@@ -60,7 +68,7 @@ def test_a_run_killed_at_places_drawn_by_lot_ends_as_if_it_had_not_been(where, o
 
 def test_killed_in_its_first_save_again_and_again_a_run_starts_anew_each_time(outcomes):
     [outcome] = outcomes("first save")
-    assert not outcome.fault and outcome.resumed_from == [0, 0, 0], outcome
+    assert not outcome.fault and outcome.resumed_from == [0, 0], outcome
 
 
 def test_killed_while_the_result_is_written_only_the_result_is_written_again(outcomes):
