@@ -55,7 +55,7 @@ def operations(listing: Path) -> dict[int, list[str]]:
 def watch(output_dir: Path, listing: Path, kill: Kill | None) -> None:
     """Lists the operations below `output_dir`, one a line, in the file `listing.RANK`, and does as `kill` says.
 
-    An operation is named by where it is (in a `save` or elsewhere in the `run`), what it is, and its path, numbers as #.
+    An operation is named by where it is (in a `save`, elsewhere in the `run`), what it is, and its path, numbers as #.
     """
     rank = int(os.environ.get("RANK", 0))
     _Watch(output_dir, Path(f"{listing}.{rank}"), kill if kill is not None and kill.rank == rank else None).begin()
