@@ -17,7 +17,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from .collator import MicroBatch, collate
 from .images import BadImage, load_image, pixel_values
-from .records import RecordStore
+from .records import DataFileError, RecordStore
 from .tokenization import IGNORE_INDEX, BadRecord, Sample
 
 
@@ -89,7 +89,7 @@ class RankStep:
     samples: int = 0
     records: list[int] = field(default_factory=list)
     skipped: list[tuple[int, str]] = field(default_factory=list)  # record and reason, with `--on_bad_sample skip`
-    fault: BadRecord | BadImage | None = None  # what ends the run, with `--on_bad_sample error`
+    fault: BadRecord | BadImage | DataFileError | None = None  # what ends the run, mostly with `--on_bad_sample error`
 
     def pin_memory(self) -> "RankStep":
         """Called by the loader, which looks into dictionaries and lists but not into other objects."""
@@ -131,6 +131,8 @@ class RankSteps(Dataset):
                 try:
                     sample = self.tokenize(self.store[index])
                     pixels = [self.load_pixels(self.store.image_folder(index), name) for name in sample.images]
+                except DataFileError as error:  # skipping would leave out every record that the file still has
+                    return RankStep([], [], fault=error)
                 except (BadRecord, BadImage) as error:
                     if self.on_bad_sample == "error":
                         sentence = (
@@ -161,6 +163,7 @@ def rank_step_loader(
 
     Raises:
         BadRecord, BadImage: with `--on_bad_sample error`, when the step with the bad sample is reached.
+        DataFileError: a data file has changed.
     """
     steps = DataLoader(
         dataset,
