@@ -233,7 +233,8 @@ def _spans(file: DataFile) -> np.ndarray:
         spans = _line_spans(file, start)
     else:
         raise ValueError(
-            f"{file.path} begins with {first!r}; expected a JSON array of records, or JSON lines with one object per line."
+            f"{file.path} begins with {first!r}; expected a JSON array of records, or JSON lines with one object per "
+            f"line."
         )
     # fromiter keeps sixteen bytes for each record, where a list of tuples would keep two hundred.
     return np.fromiter((value for span in spans for value in span), dtype=np.int64).reshape(-1, 2)

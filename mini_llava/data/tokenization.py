@@ -24,6 +24,10 @@ from .templates import IMAGE_MARK, Template, render
 
 IGNORE_INDEX = -100
 IMAGE_TOKEN_INDEX = -200
+# Far beyond what a model can read. A record is tokenized whole before it is cut, and one of a million image marks would
+# first become half a billion ids.
+MAX_IMAGES = 1024
+MAX_CHARACTERS = 4_000_000
 
 
 class BadRecord(ValueError):
@@ -119,6 +123,8 @@ def _conversation(record: dict, template: Template) -> tuple[list[str], list[str
         turns = turns[1:]
     if not turns:
         raise BadRecord("it has no human turn.")
+    if (characters := sum(len(text) for _, text in turns)) > MAX_CHARACTERS:
+        raise BadRecord(f"its turns have {characters} characters; more than {MAX_CHARACTERS} are refused.")
     for index, (role, text) in enumerate(turns):
         if role != ("human", "gpt")[index % 2]:
             raise BadRecord(f"two turns of {role!r} follow each other; human and gpt must alternate.")
@@ -127,6 +133,8 @@ def _conversation(record: dict, template: Template) -> tuple[list[str], list[str
 
     questions, answers = [text for _, text in turns[0::2]], [text for _, text in turns[1::2]]
     marks = sum(text.count(IMAGE_MARK) for text in questions)
+    if marks > MAX_IMAGES:
+        raise BadRecord(f"it has {marks} {IMAGE_MARK} marks; more than {MAX_IMAGES} are refused.")
     if marks != len(images):
         raise BadRecord(
             f"it has {marks} {IMAGE_MARK} mark{'s' * (marks != 1)} for {len(images)} image{'s' * (len(images) != 1)}; "
