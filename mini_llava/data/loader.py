@@ -4,7 +4,6 @@ A global step is one item of a torch `DataLoader` without a sampler of its own: 
 and sends each worker the record indices of this rank. Accelerate never sees the loader, so it cannot shard it again.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +16,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from .collator import MicroBatch, collate
 from .images import BadImage, load_image, pixel_values
+from .json_lines import append_lines, read_lines
 from .records import DataFileError, RecordStore
 from .tokenization import IGNORE_INDEX, BadRecord, Sample
 
@@ -49,22 +49,18 @@ def log_skipped(store: RecordStore, skipped: Iterable[tuple[int, str]], file: Pa
 
     index: the record's position in all data files, excluded records counted; digest: of its bytes.
     """
-    lines = []
+    entries = []
     for index, reason in skipped:
         entry = {"index": store.position(index), "record": store.describe(index), "reason": reason}
-        lines.append(json.dumps(entry | {"digest": store.record_digest(index)}) + "\n")
-    if lines:
+        entries.append(entry | {"digest": store.record_digest(index)})
+    if entries:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file, "a", encoding="utf-8") as out:
-            out.write("".join(lines))
+        append_lines(file, entries)
 
 
 def count_skipped(file: Path) -> list[str]:
     """How many records a `skipped.jsonl` lists for each reason; a record skipped in several epochs counts once."""
-    if not file.exists():
-        return []
-    entries = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return count_reasons({entry["index"]: entry["reason"] for entry in entries}.values())
+    return count_reasons({entry["index"]: entry["reason"] for entry in read_lines(file)}.values())
 
 
 def count_reasons(reasons: Iterable[str]) -> list[str]:

@@ -190,12 +190,15 @@ class RecordStore:
     def _listed(self, path: str) -> list[int]:
         """The indices that an exclude file lists. Called before any record is left out, so that they are positions."""
         listed = []
-        with open(path, encoding="utf-8", errors="replace") as lines:
+        with open(path, encoding="utf-8", errors="replace", newline="\n") as lines:
             for number, line in enumerate(lines, start=1):
                 try:
                     entry = json.loads(line)
                     index, digest = int(entry["index"]), entry["digest"]
                 except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+                    if line.startswith('{"index"') and not line.endswith(("\n", "}")):  # a kill has torn it
+                        warnings.warn(f"--exclude {path}: the last line is torn and left out.", stacklevel=4)
+                        continue
                     raise ValueError(
                         f"--exclude {path}, line {number}: expected an object with 'index' and 'digest', as the doctor "
                         f"writes them, found {shorten(line)}."
