@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from transformers import AutoConfig
 
 from mini_llava import arguments as flags
 from mini_llava import demo
@@ -36,11 +35,11 @@ from mini_llava.data.tokenization import load_tokenizer, tokenize, tokenize_prom
 from mini_llava.model import formats
 from mini_llava.model.attention import choose_attention
 from mini_llava.model.freeze import apply_plan, trainable_table, trained_parts
-from mini_llava.model.llava import load_llava
+from mini_llava.model.llava import load_language_config, load_llava
 from mini_llava.model.vision_tower import load_vision_config, tokens_per_image
 from mini_llava.training import checkpoint, distributed
 from mini_llava.training.evaluation import HeldOut
-from mini_llava.training.meter import Meter, ProgressLine, append_json_line
+from mini_llava.training.meter import Meter, ProgressLine, append_json_line, prepare_reports
 from mini_llava.training.optimizer import build_adamw, parameter_groups, set_learning_rates
 from mini_llava.training.preemption import EXIT_CODE, Preemption, ignore_signals, marker, write_marker
 from mini_llava.training.schedule import learning_rate_factor, warmup_steps
@@ -58,9 +57,10 @@ def train(arguments: flags.Arguments) -> None:
     # Read and measured before the process group exists: NCCL gives up after ten minutes of waiting for one rank.
     template = get_template(model_flags.version)
     eval_template = get_template(data_flags.eval_version or model_flags.version)
-    tokenizer = load_tokenizer(model_flags.model_name_or_path)
+    tokenizer = load_tokenizer(model_flags.model_name_or_path, model_flags.trust_remote_code)
+    language_config = load_language_config(model_flags.model_name_or_path, model_flags.trust_remote_code)
     image_processor = load_image_processor(model_flags.vision_tower)
-    vision_config = load_vision_config(model_flags.vision_tower)
+    vision_config = load_vision_config(model_flags.vision_tower, model_flags.trust_remote_code)
     image_tokens = tokens_per_image(vision_config, model_flags.mm_vision_select_feature)
     textual = dict(template=template, tokenizer=tokenizer, tokens_per_image=image_tokens)
     to_sample = functools.partial(tokenize, max_length=data_flags.model_max_length, **textual)
@@ -100,13 +100,14 @@ def train(arguments: flags.Arguments) -> None:
         model_flags.mm_vision_select_feature,
         choose_attention(
             model_flags.attn_implementation,
-            AutoConfig.from_pretrained(model_flags.model_name_or_path).model_type,
+            language_config.model_type,
             data_flags.packing,
             accelerator.device,
             half_precision=precision != "no",
         ),
         distributed.parameter_dtypes(accelerator, trained),
         model_flags.pretrain_mm_mlp_adapter,
+        model_flags.trust_remote_code,
     )
     apply_plan(model, trained)
     if training.gradient_checkpointing:
@@ -177,11 +178,12 @@ def train(arguments: flags.Arguments) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         flags.save_arguments(arguments, output_dir / "arguments.yaml", distributed.versions())
         marker(output_dir).unlink(missing_ok=True)
+        if note := prepare_reports(output_dir, sampler.step if resume_from else None):
+            say(note)
         if not resume_from:
-            (output_dir / "log.jsonl").unlink(missing_ok=True)
-            (output_dir / "skipped.jsonl").unlink(missing_ok=True)
-            log_skipped(store, lengths.bad.items(), output_dir / "skipped.jsonl")
-    distributed.start_trackers(accelerator, arguments.as_dict())
+            with distributed.never_fatal(f"{output_dir}/skipped.jsonl lacks entries"):
+                log_skipped(store, lengths.bad.items(), output_dir / "skipped.jsonl")
+    distributed.start_trackers(accelerator, arguments.as_dict(), sampler.step if resume_from else None)
     held_out = HeldOut(
         accelerator,
         model,
@@ -233,7 +235,8 @@ def train(arguments: flags.Arguments) -> None:
             stop_unless_fp16_overflow(accelerator, meter, sampler.step + 1, work, store, output_dir)
         sampler.step += 1
         meter.add_step(work.tokens, work.samples)
-        log_skipped(store, work.skipped, output_dir / "skipped.jsonl")
+        with distributed.never_fatal(f"{output_dir}/skipped.jsonl lacks entries"):
+            log_skipped(store, work.skipped, output_dir / "skipped.jsonl")
 
         stopping = bool(stop)
         saving = stopping or (training.save_strategy == "steps" and sampler.step % training.save_steps == 0)
@@ -241,7 +244,7 @@ def train(arguments: flags.Arguments) -> None:
             values = meter.read()  # here the host waits for the device
             values |= {"learning_rate": training.learning_rate * factor, "gradient_norm": float(gradient_norm)}
             values["epoch"] = sampler.step / sampler.steps_per_epoch
-            accelerator.log(values, step=sampler.step)
+            distributed.log(accelerator, values, sampler.step)
             progress.update(sampler.step, values)
             if rank == 0:
                 append_json_line(output_dir / "log.jsonl", {"step": sampler.step, **values})
@@ -280,8 +283,9 @@ def train(arguments: flags.Arguments) -> None:
                 output_dir, tokenizer, image_processor, template, "vision_tower" in trained, dtype, **described
             )
         )
-    for line in count_skipped(output_dir / "skipped.jsonl"):
-        say(f"skipped: {line}")
+    with distributed.never_fatal(f"{output_dir}/skipped.jsonl cannot be counted"):
+        for line in count_skipped(output_dir / "skipped.jsonl"):
+            say(f"skipped: {line}")
     held_out.report("after training", say)
     distributed.end_training(accelerator, model)
 
