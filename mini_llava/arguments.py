@@ -63,6 +63,10 @@ class ModelArguments:
     """Attention: sdpa, flash_attention_2, varlen (torch's own for packed batches) or eager. Default: the fastest that
     runs here. LLaVA's flash_attn flags are spelled this way in transformers."""
 
+    trust_remote_code: bool = False
+    """Let a model's directory run the Python code that it brings. Without it such code is refused, unless transformers
+    has a class of its own for the model. It may do whatever you may: read it before you allow it."""
+
     mm_use_im_start_end: bool = False
     """Accepted as False only: LLaVA's legacy image marks are not supported."""
 
@@ -545,5 +549,15 @@ def _field_texts(kind) -> dict[str, str]:
 
 
 def save_arguments(arguments: Arguments, path: Path, extra: dict) -> None:
-    """Writes every resolved argument, and under `run` what else describes the run, as YAML."""
-    path.write_text(yaml.safe_dump(arguments.as_dict() | {"run": extra}, sort_keys=False), encoding="utf-8")
+    """Writes every resolved argument, and under `run` what else describes the run, as YAML.
+
+    Raises OSError: a sentence that names the file. An older one is replaced by the whole new one or not at all.
+    """
+    temporary = path.with_name(f".{path.name}.incomplete")
+    try:
+        temporary.write_text(yaml.safe_dump(arguments.as_dict() | {"run": extra}, sort_keys=False), encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be written: {error.strerror}. Make room, or choose another --output_dir."
+        ) from error

@@ -98,7 +98,8 @@ def language_model_with_dropout(folder: Path) -> Path:
 def losses(output_dir: Path) -> dict[int, tuple[str, str]]:
     """Loss and gradient norm of each step, as hex; the last entry, where a step was taken again after a kill."""
     file = output_dir / "log.jsonl"
-    entries = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    entries = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may have been cut off by a kill
     return {entry["step"]: (entry["loss"].hex(), entry["gradient_norm"].hex()) for entry in entries}
 
 
@@ -243,13 +244,17 @@ def random_kill(crashes: Crashes, kind: Kind) -> Kill:
 
 
 class Plan:
-    """Deals kills to runs, one to three each: two at operations of a save in turn for each at a random instant."""
+    """Deals kills to runs, one to three each. Of three kills two are at operations in turn, those of a save first, then
+    those of the start and of the result; the third is at a random instant.
+    """
 
     def __init__(self, crashes: Crashes, kinds: tuple[Kind, ...]):
         self.crashes, self.kinds = crashes, kinds
-        self.every_operation = kills_at_every_operation(crashes, kinds, "save")
-        crashes.random.shuffle(self.every_operation)
-        self.waiting, self.reached = deque(self.every_operation), set()
+        self.in_a_save = kills_at_every_operation(crashes, kinds, "save")
+        elsewhere = kills_at_every_operation(crashes, kinds, "run")
+        crashes.random.shuffle(self.in_a_save)
+        crashes.random.shuffle(elsewhere)
+        self.waiting, self.reached = deque([*self.in_a_save, *elsewhere]), set()
 
     def runs(self, count: int) -> list[tuple[Kind, list[Kill]]]:
         """Runs with `count` kills in all."""
@@ -275,7 +280,7 @@ class Plan:
         self.waiting.extend((outcome.kind, kill) for kill in kills[len(outcome.kills) :] if kill.delay is None)
 
     def summary(self) -> str:
-        places = {(kill.rank, kill.operation, kill.half_written) for _, kill in self.every_operation}
+        places = {(kill.rank, kill.operation, kill.half_written) for _, kill in self.in_a_save}
         return f"{len(places & self.reached)} of {len(places)} places in a save"
 
 
