@@ -95,12 +95,12 @@ def language_model_with_dropout(folder: Path) -> Path:
 # --- what a run leaves -----------------------------------------------------------------------------------------------
 
 
-def losses(output_dir: Path) -> dict[int, tuple[str, str]]:
-    """Loss and gradient norm of each step, as hex; the last entry, where a step was taken again after a kill."""
+def losses(output_dir: Path) -> list[tuple[int, str, str]]:
+    """Step, loss and gradient norm as hex, of every line of the log."""
     file = output_dir / "log.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     entries = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may have been cut off by a kill
-    return {entry["step"]: (entry["loss"].hex(), entry["gradient_norm"].hex()) for entry in entries}
+    return [(entry["step"], entry["loss"].hex(), entry["gradient_norm"].hex()) for entry in entries]
 
 
 def complete_checkpoints(output_dir: Path) -> list[int]:
@@ -114,7 +114,7 @@ def result(output_dir: Path) -> dict:
     files += (output_dir / f"checkpoint-{newest}").glob("*.safetensors")
     names = sorted(path.name for path in output_dir.iterdir() if path.name not in ("log.jsonl", "arguments.yaml"))
     return {
-        "losses": losses(output_dir),
+        "losses": losses(output_dir),  # also none twice, though steps were taken again after a kill
         "weights": {str(file.relative_to(output_dir)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
         "names": names,  # nothing half-written is left over, and as many checkpoints as were asked for
     }
@@ -209,7 +209,7 @@ def was_killed(seen: dict[int, list[str]]) -> bool:
 
 def check_little_is_lost(kind: Kind, output_dir: Path) -> None:
     """A step is logged before the save that follows it: all saves before that one must be there."""
-    done = max(losses(output_dir), default=0)
+    done = max((step for step, *_ in losses(output_dir)), default=0)
     saved = max(0, done - 1) // kind.save_steps * kind.save_steps
     newest = max(complete_checkpoints(output_dir), default=0)
     assert newest >= saved, f"killed after step {done}, but the newest checkpoint is that of step {newest}"
