@@ -20,6 +20,7 @@ from mini_llava import arguments as flags
 from mini_llava import demo
 from mini_llava.data.images import load_image_processor
 from mini_llava.data.loader import (
+    RankStep,
     RankSteps,
     count_skipped,
     log_skipped,
@@ -40,6 +41,7 @@ from mini_llava.training import checkpoint, distributed, liveness
 from mini_llava.training.evaluation import HeldOut
 from mini_llava.training.meter import Meter, ProgressLine, append_json_line
 from mini_llava.training.optimizer import build_adamw, parameter_groups, set_learning_rates
+from mini_llava.training.preemption import EXIT_CODE, Preemption, ignore_signals, marker, write_marker
 from mini_llava.training.schedule import learning_rate_factor, warmup_steps
 
 
@@ -174,6 +176,7 @@ def train(arguments: flags.Arguments) -> None:
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         flags.save_arguments(arguments, output_dir / "arguments.yaml", distributed.versions())
+        marker(output_dir).unlink(missing_ok=True)
         if not resume_from:
             (output_dir / "log.jsonl").unlink(missing_ok=True)
             (output_dir / "skipped.jsonl").unlink(missing_ok=True)
@@ -200,13 +203,16 @@ def train(arguments: flags.Arguments) -> None:
         rank_plans(),
         data_flags.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=ignore_signals,
     )
     warmup = warmup_steps(training.warmup_ratio, total_steps)
     progress = ProgressLine(total_steps, sampler.step, enabled=rank == 0)
     meter = Meter(accelerator)
+    preemption, stopping = Preemption(), False
 
     for work in loader:
-        trained_tokens = distributed.sum_over_ranks(accelerator, sum(work.trained_tokens))
+        sums = distributed.sum_over_ranks(accelerator, [sum(work.trained_tokens), preemption.asked])
+        trained_tokens, stop = sums[0], sums[1].to("cpu", non_blocking=True)  # read once the step has synchronised
         factor = learning_rate_factor(training.lr_scheduler_type, sampler.step, total_steps, warmup)
         set_learning_rates(optimizer, factor)  # before the last backward, inside which DeepSpeed steps
 
@@ -220,18 +226,20 @@ def train(arguments: flags.Arguments) -> None:
                 meter.add_loss(loss)
                 yield loss * world_size  # every backend averages the ranks' gradients
 
-        gradient_norm = distributed.backward_and_step(
+        gradient_norm, finite = distributed.backward_and_step(
             accelerator, model, optimizer, losses(), len(work.micro_batches), training.max_grad_norm
         )
+        if not finite:
+            stop_unless_fp16_overflow(accelerator, meter, gradient_norm, sampler.step + 1, work, store, output_dir)
         sampler.step += 1
         meter.add_step(work.tokens, work.samples)
         log_skipped(store, work.skipped, output_dir / "skipped.jsonl")
 
-        saving = training.save_strategy == "steps" and sampler.step % training.save_steps == 0
+        stopping = bool(stop)
+        saving = stopping or (training.save_strategy == "steps" and sampler.step % training.save_steps == 0)
         if saving or sampler.step % training.logging_steps == 0 or sampler.step == total_steps:
             values = meter.read()  # here the host waits for the device
             values |= {"learning_rate": training.learning_rate * factor, "gradient_norm": float(gradient_norm)}
-            stop_if_not_finite(values, precision, sampler.step, [store.describe(index) for index in work.records])
             values["epoch"] = sampler.step / sampler.steps_per_epoch
             accelerator.log(values, step=sampler.step)
             progress.update(sampler.step, values)
@@ -250,7 +258,16 @@ def train(arguments: flags.Arguments) -> None:
                 write_weights=functools.partial(formats.save_projector_only, **described),
             )
             meter.pause_ends()
+        if stopping:
+            break
     progress.close()
+    preemption.restore()
+    if stopping:
+        if accelerator.is_main_process:
+            write_marker(output_dir, sampler.step, total_steps)
+        say(f"Stopped after step {sampler.step} as asked; --resume_from_checkpoint latest goes on.")
+        distributed.end_training(accelerator, model)
+        sys.exit(EXIT_CODE)
 
     # --- The result --------------------------------------------------------------------------------------------------
     if trained == {"projector"}:
@@ -275,13 +292,26 @@ def open_held_out(data_flags: flags.DataArguments) -> RecordStore | None:
     return RecordStore([data_flags.eval_data_path], data_flags.eval_image_folder and [data_flags.eval_image_folder])
 
 
-def stop_if_not_finite(values: dict[str, float], precision: str, step: int, records: list[str]) -> None:
-    """Ends the run if the loss or the gradient is not a number; in fp16 the loss scaler deals with gradients itself."""
-    if math.isfinite(values["loss"]) and (math.isfinite(values["gradient_norm"]) or precision == "fp16"):
+def stop_unless_fp16_overflow(
+    accelerator, meter: Meter, gradient_norm, step: int, work: RankStep, store: RecordStore, output_dir: Path
+) -> None:
+    """Ends the run on all ranks, the optimizer's step not taken, with the records of the global batch.
+
+    In fp16 a gradient that overflows while the loss is finite is usual: the step is left out and the scale lowered.
+    """
+    loss = float(distributed.sum_over_ranks(accelerator, meter.loss))
+    if accelerator.mixed_precision == "fp16" and math.isfinite(loss):
         return
+    records = distributed.gather_lists(accelerator, work.records)
+    if not accelerator.is_main_process:
+        sys.exit(1)
+    what = f"its gradient is not finite (norm {float(gradient_norm)})" if math.isfinite(loss) else f"its loss is {loss}"
+    file = output_dir / "not_finite.jsonl"
+    log_skipped(store, [(index, f"step {step}: {what}") for index in records], file)
+    shown = ", ".join(store.describe(index) for index in records[:20]) + (" ..." if len(records) > 20 else "")
     raise SystemExit(
-        f"Step {step}: loss {values['loss']}, gradient norm {values['gradient_norm']}. Nothing was saved since the "
-        f"last checkpoint. This rank's records of the step: {', '.join(records)}."
+        f"Step {step} was not taken: {what}. Nothing was saved since the last checkpoint. The records of its global "
+        f"batch are listed in {file}, a file for --exclude: {shown}"
     )
 
 

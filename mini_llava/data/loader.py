@@ -152,12 +152,17 @@ class RankSteps(Dataset):
 
 
 def rank_step_loader(
-    dataset: RankSteps, dealt: Iterable[list[list[int]]], num_workers: int, pin_memory: bool
+    dataset: RankSteps,
+    dealt: Iterable[list[list[int]]],
+    num_workers: int,
+    pin_memory: bool,
+    worker_init_fn: Callable[[int], None] | None = None,
 ) -> Iterator[RankStep]:
     """Yields this rank's steps, prepared ahead by `num_workers` processes.
 
     Args:
         dealt: for each step, the record indices of each micro-batch of this rank.
+        worker_init_fn: called with its number in every worker when it starts.
 
     Raises:
         BadRecord, BadImage: with `--on_bad_sample error`, when the step with the bad sample is reached.
@@ -169,6 +174,7 @@ def rank_step_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         collate_fn=_as_it_is,
+        worker_init_fn=worker_init_fn,
         # A generator of its own: the loader would otherwise draw its workers' seed from the global one, and a resumed
         # run, which builds a second loader, would see other dropout masks.
         generator=torch.Generator().manual_seed(0),

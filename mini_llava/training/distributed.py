@@ -6,6 +6,7 @@ and for DeepSpeed: the loop says itself which micro-batch is the last, so that a
 
 import contextlib
 import importlib.metadata
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -204,14 +205,18 @@ def backward_and_step(
     losses: Iterator[torch.Tensor],
     count: int,
     max_grad_norm: float,
-) -> torch.Tensor | float:
-    """Backward for each of `count` losses, gradients synchronised with the last one, clip, step; returns the norm.
+) -> tuple[torch.Tensor | float, bool]:
+    """Backward for each of `count` losses, gradients synchronised with the last one, clip, step.
+
+    A loss that is not finite makes the whole gradient so, on all ranks, and a gradient that is not finite takes no
+    step. The host waits for the device here, once, before the optimizer.
 
     Args:
         losses: yields the losses lazily, so that each forward runs right before its backward.
 
     Returns:
-        The global gradient norm before clipping, on the device where the backend leaves it there.
+        The global gradient norm before clipping (without a meaning if not finite under DeepSpeed), on the device where
+        the backend leaves it there; and whether it was finite, the same on all ranks.
     """
     deepspeed = is_deepspeed(accelerator)
     unsynchronised = getattr(model, "no_sync", contextlib.nullcontext)
@@ -221,15 +226,19 @@ def backward_and_step(
         # already in forward.
         accelerator.gradient_state._set_sync_gradients(last)
         with contextlib.nullcontext() if last or deepspeed else unsynchronised():
-            accelerator.backward(next(losses))
-    if deepspeed:  # clipped and stepped inside the last backward
-        return accelerator.deepspeed_engine_wrapped.engine.get_global_grad_norm()
+            loss = next(losses)
+            # An infinite loss may have a finite gradient: where the target's logit is -inf, softmax has no fault.
+            accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
+    if deepspeed:  # clipped and stepped inside the last backward, or left out without a word
+        return accelerator.deepspeed_engine_wrapped.engine.get_global_grad_norm(), not optimizer.step_was_skipped
     accelerator.unscale_gradients(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm if max_grad_norm > 0 else float("inf"))
-    optimizer.step()
+    finite = bool(norm.isfinite())
+    if finite or accelerator.scaler is not None:  # the scaler leaves the step out by itself, and lowers the scale
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return norm, finite
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
@@ -260,9 +269,13 @@ def end_training(accelerator: Accelerator, model: nn.Module) -> None:
     accelerator.end_training()
 
 
-def sum_over_ranks(accelerator: Accelerator, value: torch.Tensor | float) -> torch.Tensor:
-    """A number or tensor summed over all ranks in fp64, left on the device: one collective, no wait."""
-    tensor = torch.as_tensor(value, dtype=torch.float64, device=accelerator.device).clone()
+def sum_over_ranks(accelerator: Accelerator, value: torch.Tensor | float | list) -> torch.Tensor:
+    """Numbers or a tensor summed over all ranks in fp64, left on the device: one collective, and no wait for it."""
+    if torch.is_tensor(value):
+        tensor = value.detach().to(accelerator.device, torch.float64, copy=True)
+    else:  # from pinned memory, because a copy from any other makes the host wait for the device
+        pinned = torch.tensor(value, dtype=torch.float64, pin_memory=accelerator.device.type == "cuda")
+        tensor = pinned.to(accelerator.device, non_blocking=True)
     if accelerator.num_processes > 1:
         torch.distributed.all_reduce(tensor)
     return tensor
@@ -271,3 +284,12 @@ def sum_over_ranks(accelerator: Accelerator, value: torch.Tensor | float) -> tor
 def all_agree(accelerator: Accelerator, ok: bool) -> bool:
     """True if every rank says so. A collective: all ranks must call it."""
     return int(sum_over_ranks(accelerator, float(not ok)).item()) == 0
+
+
+def gather_lists(accelerator: Accelerator, mine: list) -> list:
+    """The ranks' lists behind each other, on every rank. A collective: all ranks must call it."""
+    if accelerator.num_processes == 1:
+        return mine
+    gathered: list[list] = [[]] * accelerator.num_processes
+    torch.distributed.all_gather_object(gathered, mine)
+    return [item for of_rank in gathered for item in of_rank]
