@@ -31,14 +31,15 @@ HOW = {
 
 _connections: dict[socket.socket, dict] = {}  # to rank 0, on rank 0 to all others; and who is at the other end
 _me: dict = {}
+_has_no_sentence = threading.Event()  # this process is about to end with an error that nobody has explained
 
 
 def watch_other_ranks(rank: int, world_size: int) -> None:
     """Connects this rank and watches the others from a thread; the process group must exist. All ranks must call it.
 
     If one ends before it has said that it is finished (`leave`), this process says which one and ends with code 1:
-    at once after a crash or SIGKILL, `OWN_MESSAGE` seconds after an error, a minute after a machine is gone. A rank
-    that cannot connect is named and left unwatched.
+    at once after a crash or SIGKILL, at most `OWN_MESSAGE` seconds after an error, a minute after a machine is gone.
+    A rank that cannot connect is named and left unwatched.
 
     Source: nothing in LLaVA; gloo notices a closed connection, NCCL waits ten minutes.
     """
@@ -72,9 +73,10 @@ def leave(how: str) -> None:
 
 
 def wait_for_the_sentence() -> None:
-    """Waits a moment if other ranks are watched: their death mostly is why a collective has raised an error here."""
+    """Waits a moment if other ranks are watched: their end mostly is why a collective has raised an error here."""
     if _connections:
-        time.sleep(OWN_MESSAGE + 2)
+        _has_no_sentence.set()
+        time.sleep(2)
 
 
 def _listen(address: str, world_size: int) -> socket.socket:
@@ -143,7 +145,7 @@ def _next_notice(connection: socket.socket, member: dict) -> dict:
 
 def _end_with(notice: dict) -> None:
     if notice["how"] == "failed":
-        time.sleep(OWN_MESSAGE)
+        _has_no_sentence.wait(OWN_MESSAGE)
     if not _connections:  # this process has left, too
         return
     first_here = 1 if notice["local_rank"] == 0 and notice["host"] == _me["host"] else 0

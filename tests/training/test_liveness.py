@@ -44,6 +44,8 @@ def member(rank: int, port: int, folder: Path, settings: dict) -> None:
             except RuntimeError:
                 liveness.wait_for_the_sentence()
                 raise
+        case "work":
+            time.sleep(60)
         case "fail":
             liveness.leave("failed")
             os._exit(1)
@@ -117,7 +119,7 @@ def test_a_killed_rank_is_named_and_the_others_end_at_once(victim, start):
 
 def test_a_rank_that_ends_with_an_error_of_its_own_ends_the_others_a_little_later(start):
     group = start(OWN_MESSAGE=2)
-    for rank, what in enumerate(["wait", "fail", "wait"]):
+    for rank, what in enumerate(["work", "fail", "wait"]):
         group.order(rank, what)
     started = time.monotonic()
     assert group.codes(2 + AT_ONCE) == [1, 1, 1]
@@ -157,3 +159,11 @@ def test_strangers_at_the_port_are_not_members(monkeypatch):
             socket.create_connection(address)
     for connection in liveness._connections:
         connection.close()
+
+
+def test_a_rank_that_cannot_connect_is_named_and_the_run_goes_on(monkeypatch, capsys):
+    monkeypatch.setattr(liveness, "_connections", {})
+    monkeypatch.setattr(liveness, "_me", {"rank": 0, "host": "here"})
+    monkeypatch.setattr(liveness, "PATIENCE", 0.1)
+    liveness._accept_all(liveness._listen("127.0.0.1", 3), "token", 3)
+    assert "within 0.1 s: 1, 2. Training goes on" in capsys.readouterr().err
