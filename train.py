@@ -14,6 +14,7 @@ import traceback
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from transformers import AutoConfig
 
 from mini_llava import arguments as flags
@@ -230,7 +231,7 @@ def train(arguments: flags.Arguments) -> None:
             accelerator, model, optimizer, losses(), len(work.micro_batches), training.max_grad_norm
         )
         if not finite:
-            stop_unless_fp16_overflow(accelerator, meter, gradient_norm, sampler.step + 1, work, store, output_dir)
+            stop_unless_fp16_overflow(accelerator, meter, sampler.step + 1, work, store, output_dir)
         sampler.step += 1
         meter.add_step(work.tokens, work.samples)
         log_skipped(store, work.skipped, output_dir / "skipped.jsonl")
@@ -293,7 +294,7 @@ def open_held_out(data_flags: flags.DataArguments) -> RecordStore | None:
 
 
 def stop_unless_fp16_overflow(
-    accelerator, meter: Meter, gradient_norm, step: int, work: RankStep, store: RecordStore, output_dir: Path
+    accelerator: Accelerator, meter: Meter, step: int, work: RankStep, store: RecordStore, output_dir: Path
 ) -> None:
     """Ends the run on all ranks, the optimizer's step not taken, with the records of the global batch.
 
@@ -305,7 +306,7 @@ def stop_unless_fp16_overflow(
     records = distributed.gather_lists(accelerator, work.records)
     if not accelerator.is_main_process:
         sys.exit(1)
-    what = f"its gradient is not finite (norm {float(gradient_norm)})" if math.isfinite(loss) else f"its loss is {loss}"
+    what = "its gradient is not finite" if math.isfinite(loss) else f"its loss is {loss}"
     file = output_dir / "not_finite.jsonl"
     log_skipped(store, [(index, f"step {step}: {what}") for index in records], file)
     shown = ", ".join(store.describe(index) for index in records[:20]) + (" ..." if len(records) > 20 else "")
@@ -320,6 +321,8 @@ def main() -> None:
     arguments = flags.parse_arguments()
     try:
         train(arguments)
+    except KeyboardInterrupt:
+        sys.exit("train.py: interrupted; --resume_from_checkpoint latest goes on from the last checkpoint.")
     except (ValueError, ImportError, OSError, checkpoint.CheckpointError) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         ours = Path(last.filename).is_relative_to(Path(__file__).resolve().parent / "mini_llava")
