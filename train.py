@@ -37,7 +37,7 @@ from mini_llava.model.attention import choose_attention
 from mini_llava.model.freeze import apply_plan, trainable_table, trained_parts
 from mini_llava.model.llava import load_language_config, load_llava
 from mini_llava.model.vision_tower import load_vision_config, tokens_per_image
-from mini_llava.training import checkpoint, distributed
+from mini_llava.training import checkpoint, distributed, liveness
 from mini_llava.training.evaluation import HeldOut
 from mini_llava.training.meter import Meter, ProgressLine, append_json_line, prepare_reports
 from mini_llava.training.optimizer import build_adamw, parameter_groups, set_learning_rates
@@ -81,6 +81,7 @@ def train(arguments: flags.Arguments) -> None:
     # --- Processes, precision, seed ----------------------------------------------------------------------------------
     precision = distributed.choose_precision(training.bf16, training.fp16, arguments.explicit)
     accelerator = distributed.build_accelerator(precision, training.max_grad_norm, training.report_to, output_dir)
+    liveness.watch_other_ranks(rank, world_size)
     if training.tf32 is not None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = training.tf32
     torch.manual_seed(training.seed)  # the same on every rank, because new weights must be equal
@@ -335,6 +336,11 @@ def main() -> None:
         if rank > 0:
             time.sleep(5)  # mostly rank 0 has said the same by then, and the launcher has ended this process
         sys.exit(f"train.py: error{f' on rank {rank}' if rank else ''}: {error}")
+    except RuntimeError:
+        liveness.wait_for_the_sentence()
+        raise
+    finally:
+        liveness.leave("failed")  # unless it has left already, finished
 
 
 if __name__ == "__main__":

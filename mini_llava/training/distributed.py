@@ -18,6 +18,8 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType
 from torch import nn
 
+from . import liveness
+
 # DeepSpeed calls collectives by names that torch is renaming; nobody who trains can act on that.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
@@ -294,6 +296,7 @@ def log(accelerator: Accelerator, values: dict[str, float], step: int) -> None:
 
 def end_training(accelerator: Accelerator, model: nn.Module) -> None:
     """Ends trackers and process group; a model that was wrapped for DDP cannot be trained any further."""
+    liveness.leave("finished")
     if isinstance(model, nn.parallel.DistributedDataParallel):
         # They would keep the process group until the model goes, and drop it while holding Python's lock, for which one
         # of gloo's threads may wait to let go of its last collective: a deadlock (pytorch issue 56297). The process
