@@ -36,8 +36,9 @@ from mini_llava.model.attention import choose_attention
 from mini_llava.model.freeze import apply_plan, trainable_table, trained_parts
 from mini_llava.model.llava import load_llava
 from mini_llava.model.vision_tower import load_vision_config, tokens_per_image
-from mini_llava.training import checkpoint, distributed
+from mini_llava.training import checkpoint, distributed, output_folder
 from mini_llava.training.evaluation import HeldOut
+from mini_llava.training.identity import run_identity
 from mini_llava.training.meter import Meter, ProgressLine, append_json_line
 from mini_llava.training.optimizer import build_adamw, parameter_groups, set_learning_rates
 from mini_llava.training.schedule import learning_rate_factor, warmup_steps
@@ -147,10 +148,24 @@ def train(arguments: flags.Arguments) -> None:
 
     # --- Resume ------------------------------------------------------------------------------------------------------
     torch.manual_seed((training.seed << 16) + rank)  # from here on each rank has dropout masks of its own
-    resume_from = checkpoint.find_checkpoint(output_dir, training.resume_from_checkpoint)
+    output_folder.check_shared(accelerator, output_dir)
+    identity = run_identity(
+        accelerator,
+        model,
+        arguments.as_dict(),
+        store,
+        sampler.state_dict(),
+        tokenizer,
+        image_processor,
+        total_steps,
+        slots=world_size * micro_batches,
+    )
+    resume_from = checkpoint.find_checkpoint(accelerator, output_dir, training.resume_from_checkpoint, say)
     if resume_from:
-        manifest = checkpoint.load_checkpoint(accelerator, model, optimizer, resume_from)
-        sampler.load_state_dict(manifest["sampler"])
+        manifest = checkpoint.load_checkpoint(
+            accelerator, model, optimizer, resume_from, identity, training.resume_ignore
+        )
+        sampler.load_state_dict(manifest["sampler"], order_may_differ=bool(training.resume_ignore))
     described = dict(
         model=accelerator.unwrap_model(model),
         projector_type=model_flags.mm_projector_type,
@@ -162,7 +177,11 @@ def train(arguments: flags.Arguments) -> None:
 
     # --- What a person sees ------------------------------------------------------------------------------------------
     say(f"\n{distributed.describe(accelerator)}\n\n{table}\n")
-    for note in (batch_note, distributed.memory_note(accelerator, model)):
+    saves = total_steps // training.save_steps - sampler.step // training.save_steps
+    saves = saves if training.save_strategy == "steps" else 0
+    room = (saves, training.save_total_limit, trained != {"projector"})
+    disk_note = output_folder.disk_note(accelerator, model, output_dir, *room)
+    for note in (batch_note, distributed.memory_note(accelerator, model), disk_note):
         if note:
             say(note)
     say(
@@ -171,7 +190,8 @@ def train(arguments: flags.Arguments) -> None:
         + (f" Resumed from {resume_from} at step {sampler.step}." if resume_from else "")
     )
     if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        for note in output_folder.remove_leftovers(output_dir):
+            say(note)
         flags.save_arguments(arguments, output_dir / "arguments.yaml", distributed.versions())
         if not resume_from:
             (output_dir / "log.jsonl").unlink(missing_ok=True)
@@ -203,6 +223,7 @@ def train(arguments: flags.Arguments) -> None:
     warmup = warmup_steps(training.warmup_ratio, total_steps)
     progress = ProgressLine(total_steps, sampler.step, enabled=rank == 0)
     meter = Meter(accelerator)
+    saved, last_saved = {}, sampler.step
 
     for work in loader:
         trained_tokens = distributed.sum_over_ranks(accelerator, sum(work.trained_tokens))
@@ -232,22 +253,34 @@ def train(arguments: flags.Arguments) -> None:
             values |= {"learning_rate": training.learning_rate * factor, "gradient_norm": float(gradient_norm)}
             stop_if_not_finite(values, precision, sampler.step, [store.describe(index) for index in work.records])
             values["epoch"] = sampler.step / sampler.steps_per_epoch
+            values |= saved  # how long the last save took
+            saved = {}
             accelerator.log(values, step=sampler.step)
             progress.update(sampler.step, values)
             if rank == 0:
                 append_json_line(output_dir / "log.jsonl", {"step": sampler.step, **values})
         if saving:
             description = {"stage": arguments.stage, "sampler": sampler.state_dict(), "arguments": arguments.as_dict()}
-            checkpoint.save_checkpoint(
-                accelerator,
-                model,
-                optimizer,
-                output_dir,
-                sampler.step,
-                description,
-                training.save_total_limit,
-                write_weights=functools.partial(formats.save_projector_only, **described),
-            )
+            try:
+                state = checkpoint.save_checkpoint(
+                    accelerator,
+                    model,
+                    optimizer,
+                    output_dir,
+                    sampler.step,
+                    description | {"identity": identity},
+                    training.save_total_limit,
+                    write_weights=functools.partial(formats.save_projector_only, **described),
+                )
+                progress.say("\n".join([str(state), *state.warnings]))
+                saved, last_saved = {"save_seconds": state.seconds}, sampler.step
+            except checkpoint.CheckpointError as error:
+                following = sampler.step + training.save_steps
+                progress.say(
+                    f"Warning: {error} Training goes on; the next try is "
+                    f"{f'at step {following}' if following <= total_steps else 'the result, at the end'}; "
+                    f"a crash before then loses the work since step {last_saved}."
+                )
             meter.pause_ends()
     progress.close()
 

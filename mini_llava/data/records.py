@@ -68,7 +68,7 @@ class RecordStore:
         spans = [_spans(content, path) for content, path in zip(self._maps, self.data_path, strict=True)]
         self._spans = np.concatenate(spans)
         self._first = np.cumsum([0, *map(len, spans)])
-        self._digest = None
+        self._digests = None
         self._kept_before = np.zeros(0, np.int64)  # for each excluded record, how many kept ones are before it
         if not len(self):
             raise ValueError(f"No record in {', '.join(self.data_path)}.")
@@ -148,18 +148,22 @@ class RecordStore:
                 listed.append(index)
         return listed
 
-    def digest(self) -> str:
-        """A digest of the content of all files, in order, and of what is excluded; names and dates do not count."""
-        if self._digest is None:
-            digest = hashlib.blake2b(digest_size=16)
+    def digests(self) -> list[str]:
+        """A digest of the content of each file, in order."""
+        if self._digests is None:
+            self._digests = []
             for content in self._maps:
-                digest.update(len(content).to_bytes(8, "little"))
+                digest = hashlib.blake2b(digest_size=16)
                 with memoryview(content) as view:
                     for start in range(0, len(view), CHUNK_BYTES):
                         digest.update(view[start : start + CHUNK_BYTES])
-            digest.update(self._kept_before.tobytes())
-            self._digest = digest.hexdigest()
-        return self._digest
+                self._digests.append(digest.hexdigest())
+        return self._digests
+
+    def digest(self) -> str:
+        """A digest of the content of all files, in order, and of what is excluded; names and dates do not count."""
+        parts = " ".join(self.digests()).encode() + self._kept_before.tobytes()
+        return hashlib.blake2b(parts, digest_size=16).hexdigest()
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_maps": None}

@@ -75,6 +75,11 @@ class ProgressLine:
         )
         self.bar.update(step - self.bar.n)
 
+    def say(self, text: str) -> None:
+        """Prints above the line, which stays whole."""
+        if not self.bar.disable:
+            self.bar.write(text)
+
     def close(self) -> None:
         self.bar.close()
 
