@@ -193,6 +193,7 @@ def save_checkpoint(
                     **description,
                     "files": files | _flush_weights(temporary, besides=files),
                 }
+                manifest["sha256"] = _manifest_checksum(manifest)
                 _write_flushed(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
                 _flush_directory(temporary)
                 _rename_into_place(temporary, final)
@@ -279,6 +280,11 @@ def trained_shapes(accelerator: Accelerator, model: nn.Module) -> dict[str, list
 def digest(path: Path) -> dict:
     with open(path, "rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _manifest_checksum(manifest: dict) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _write_flushed(path: Path, content: bytes) -> None:
@@ -461,6 +467,8 @@ def read_manifest(directory: Path) -> dict:
         raise CheckpointError(f"{file} does not describe a training state of this program.")
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{file} is of format {manifest.get('format')}, and this program reads {FORMAT}.")
+    if manifest.get("sha256") != _manifest_checksum(manifest):
+        raise CheckpointError(f"{file} has been altered; use an older checkpoint.")
     for name, expected in manifest["files"].items():
         size = (directory / name).stat().st_size if (directory / name).is_file() else None
         if size != expected["bytes"]:
