@@ -226,7 +226,7 @@ def _write_pieces(accelerator: Accelerator, model: nn.Module, optimizer, directo
         if start == stop:
             continue
         for kind, tensor in piece.tensors.items():
-            pending[f"{piece.name}|{kind}|{piece.start + start}"] = tensor[start:stop].to("cpu", copy=True)
+            pending[f"{piece.name}|{kind}|{piece.start + start}"] = tensor[start:stop].detach().to("cpu", copy=True)
         if sum(tensor.nbytes for tensor in pending.values()) >= BYTES_PER_FILE:
             write()
     if pending:
