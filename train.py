@@ -276,9 +276,9 @@ def train(arguments: flags.Arguments) -> None:
                 saved, last_saved = {"save_seconds": state.seconds}, sampler.step
             except checkpoint.CheckpointError as error:
                 following = sampler.step + training.save_steps
+                next_try = f"at step {following}" if following <= total_steps else "the result at the end"
                 progress.say(
-                    f"Warning: {error} Training goes on; the next try is "
-                    f"{f'at step {following}' if following <= total_steps else 'the result, at the end'}; "
+                    f"Warning: {error} Training goes on; the next try is {next_try}; "
                     f"a crash before then loses the work since step {last_saved}."
                 )
             meter.pause_ends()

@@ -376,6 +376,7 @@ def agreement(accelerator: Accelerator, what: str) -> Iterator[None]:
         text = "; ".join(f"rank {rank}: {reason}" for rank, reason in failed.items())
         if len(failed) == len(reasons) and len(set(reasons)) == 1:
             text = reasons[0]
+        text = text if "\n" in text else text.removesuffix(".") + "."  # an OSError has no full stop
         raise CheckpointError(f"{what}: {text}") from error
 
 

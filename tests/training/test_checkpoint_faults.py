@@ -105,7 +105,7 @@ def test_one_process_trains_to_its_end_on_a_disk_with_room_for_one_state(tmp_pat
         assert re.search(r"checkpoint-2 is written: 0.002 GB in \d+\.\d s", printed)
         [warning] = re.findall(r"Warning: .*checkpoint-4 could not be written.*", printed)
         assert "No space left on device" in warning
-        assert "Training goes on; the next try is the result" in warning
+        assert "Training goes on; the next try is the result at the end;" in warning
         assert "a crash before then loses the work since step 2." in warning
         assert [path.name for path in complete_checkpoints(disk)] == ["checkpoint-2"] and not hidden(disk)
         assert runs.saved_weights(disk)
@@ -128,9 +128,7 @@ def test_two_zero3_processes_go_on_when_one_of_them_or_both_cannot_write(trained
             sentence = rf"Warning: .*one rank/checkpoint-{step} could not be written: rank 1: .*File too large"
             assert len(re.findall(sentence, printed)) == 1, printed
         assert not list((tmp_path / "one rank").glob("*checkpoint*"))
-        assert re.search(r"Warning: .*disk/checkpoint-4 could not be written: rank [01]: .*No space left", printed), (
-            printed
-        )
+        assert re.search(r"Warning: .*disk/checkpoint-4 could not be written: .*No space left", printed), printed
         assert [path.name for path in complete_checkpoints(disk)] == ["checkpoint-2"] and not hidden(disk)
         weights = runs.saved_weights(tmp_path / "one rank")
         for name, tensor in runs.saved_weights(disk).items():
