@@ -426,9 +426,9 @@ def find_checkpoint(
             )
         return None
     if requested is not None:
-        verify(accelerator, path := Path(requested))
+        step = verify(accelerator, path := Path(requested))["step"]
         elsewhere = path.resolve().parent != output_dir.resolve()
-        present = [other for other in present if elsewhere or _step_of(other) > _step_of(path)]
+        present = [other for other in present if elsewhere or _step_of(other) > step]
         if present:
             raise CheckpointError(
                 f"{output_dir} also holds {present[-1].name}, which does not come before {path}: `latest` and "
@@ -443,16 +443,18 @@ def find_checkpoint(
     return None
 
 
-def verify(accelerator: Accelerator, directory: Path) -> None:
-    """Raises CheckpointError on all ranks, naming the file, unless the checkpoint is whole. They share the work."""
+def verify(accelerator: Accelerator, directory: Path) -> dict:
+    """The manifest of a whole checkpoint; else CheckpointError on all ranks, naming the file. They share the work."""
     with agreement(accelerator, f"{directory} is torn"):
-        files = read_manifest(directory)["files"]
+        manifest = read_manifest(directory)
+        files = manifest["files"]
         mine = sorted(files)[accelerator.process_index :: accelerator.num_processes]
         with ThreadPoolExecutor(4) as pool:
             found = pool.map(lambda name: digest(directory / name), mine)
             for name, actual in zip(mine, found, strict=True):
                 if actual != files[name]:
                     raise CheckpointError(f"{directory / name} has been altered; use an older checkpoint.")
+    return manifest
 
 
 def read_manifest(directory: Path) -> dict:
