@@ -37,8 +37,9 @@ from mini_llava.model.attention import choose_attention
 from mini_llava.model.freeze import apply_plan, trainable_table, trained_parts
 from mini_llava.model.llava import load_language_config, load_llava
 from mini_llava.model.vision_tower import load_vision_config, tokens_per_image
-from mini_llava.training import checkpoint, distributed, liveness
+from mini_llava.training import checkpoint, distributed, liveness, output_folder
 from mini_llava.training.evaluation import HeldOut
+from mini_llava.training.identity import run_identity
 from mini_llava.training.meter import Meter, ProgressLine, append_json_line, prepare_reports
 from mini_llava.training.optimizer import build_adamw, parameter_groups, set_learning_rates
 from mini_llava.training.preemption import EXIT_CODE, Preemption, ignore_signals, marker, write_marker
@@ -152,10 +153,24 @@ def train(arguments: flags.Arguments) -> None:
 
     # --- Resume ------------------------------------------------------------------------------------------------------
     torch.manual_seed((training.seed << 16) + rank)  # from here on each rank has dropout masks of its own
-    resume_from = checkpoint.find_checkpoint(output_dir, training.resume_from_checkpoint)
+    output_folder.check_shared(accelerator, output_dir)
+    identity = run_identity(
+        accelerator,
+        model,
+        arguments.as_dict(),
+        store,
+        sampler.state_dict(),
+        tokenizer,
+        image_processor,
+        total_steps,
+        slots=world_size * micro_batches,
+    )
+    resume_from = checkpoint.find_checkpoint(accelerator, output_dir, training.resume_from_checkpoint, say)
     if resume_from:
-        manifest = checkpoint.load_checkpoint(accelerator, model, optimizer, resume_from)
-        sampler.load_state_dict(manifest["sampler"])
+        manifest = checkpoint.load_checkpoint(
+            accelerator, model, optimizer, resume_from, identity, training.resume_ignore
+        )
+        sampler.load_state_dict(manifest["sampler"], order_may_differ=bool(training.resume_ignore))
     described = dict(
         model=accelerator.unwrap_model(model),
         projector_type=model_flags.mm_projector_type,
@@ -167,7 +182,11 @@ def train(arguments: flags.Arguments) -> None:
 
     # --- What a person sees ------------------------------------------------------------------------------------------
     say(f"\n{distributed.describe(accelerator)}\n\n{table}\n")
-    for note in (batch_note, distributed.memory_note(accelerator, model)):
+    saves = total_steps // training.save_steps - sampler.step // training.save_steps
+    saves = saves if training.save_strategy == "steps" else 0
+    room = (saves, training.save_total_limit, trained != {"projector"})
+    disk_note = output_folder.disk_note(accelerator, model, output_dir, *room)
+    for note in (batch_note, distributed.memory_note(accelerator, model), disk_note):
         if note:
             say(note)
     say(
@@ -176,7 +195,8 @@ def train(arguments: flags.Arguments) -> None:
         + (f" Resumed from {resume_from} at step {sampler.step}." if resume_from else "")
     )
     if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        for note in output_folder.remove_leftovers(output_dir):
+            say(note)
         flags.save_arguments(arguments, output_dir / "arguments.yaml", distributed.versions())
         marker(output_dir).unlink(missing_ok=True)
         if note := prepare_reports(output_dir, sampler.step if resume_from else None):
@@ -251,17 +271,18 @@ def train(arguments: flags.Arguments) -> None:
                 append_json_line(output_dir / "log.jsonl", {"step": sampler.step, **values})
         if saving:
             description = {"stage": arguments.stage, "sampler": sampler.state_dict(), "arguments": arguments.as_dict()}
-            checkpoint.save_checkpoint(
+            saved = checkpoint.save_or_warn(
                 accelerator,
                 model,
                 optimizer,
                 output_dir,
                 sampler.step,
-                description,
+                description | {"identity": identity},
                 training.save_total_limit,
                 write_weights=functools.partial(formats.save_projector_only, **described),
             )
-            meter.pause_ends()
+            progress.say(saved.text)
+            meter.pause_ends(save_seconds=saved.seconds)
         if stopping:
             break
     progress.close()
@@ -307,7 +328,7 @@ def stop_unless_fp16_overflow(
     loss = float(distributed.sum_over_ranks(accelerator, meter.loss))
     if accelerator.mixed_precision == "fp16" and math.isfinite(loss):
         return
-    records = distributed.gather_lists(accelerator, work.records)
+    records = [index for of_rank in distributed.gather_from_ranks(accelerator, work.records) for index in of_rank]
     if not accelerator.is_main_process:
         sys.exit(1)
     what = "its gradient is not finite" if math.isfinite(loss) else f"its loss is {loss}"

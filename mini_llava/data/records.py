@@ -128,7 +128,7 @@ class RecordStore:
         spans = [_spans(file) for file in self._files]
         self._spans = np.concatenate(spans)
         self._first = np.cumsum([0, *map(len, spans)])
-        self._digest = None
+        self._digests = None
         self._kept_before = np.zeros(0, np.int64)  # for each excluded record, how many kept ones are before it
         if not len(self):
             raise ValueError(f"No record in {', '.join(self.data_path)}.")
@@ -211,17 +211,21 @@ class RecordStore:
                 listed.append(index)
         return listed
 
-    def digest(self) -> str:
-        """A digest of the content of all files, in order, and of what is excluded; names and dates do not count."""
-        if self._digest is None:
-            digest = hashlib.blake2b(digest_size=16)
+    def digests(self) -> list[str]:
+        """A digest of the content of each file, in order."""
+        if self._digests is None:
+            self._digests = []
             for file in self._files:
-                digest.update(file.size.to_bytes(8, "little"))
+                digest = hashlib.blake2b(digest_size=16)
                 for chunk in file.chunks(0):
                     digest.update(chunk)
-            digest.update(self._kept_before.tobytes())
-            self._digest = digest.hexdigest()
-        return self._digest
+                self._digests.append(digest.hexdigest())
+        return self._digests
+
+    def digest(self) -> str:
+        """A digest of the content of all files, in order, and of what is excluded; names and dates do not count."""
+        parts = " ".join(self.digests()).encode() + self._kept_before.tobytes()
+        return hashlib.blake2b(parts, digest_size=16).hexdigest()
 
 
 def _spans(file: DataFile) -> np.ndarray:

@@ -321,15 +321,10 @@ def sum_over_ranks(accelerator: Accelerator, value: torch.Tensor | float | list)
     return tensor
 
 
-def all_agree(accelerator: Accelerator, ok: bool) -> bool:
-    """True if every rank says so. A collective: all ranks must call it."""
-    return int(sum_over_ranks(accelerator, float(not ok)).item()) == 0
-
-
-def gather_lists(accelerator: Accelerator, mine: list) -> list:
-    """The ranks' lists behind each other, on every rank. A collective: all ranks must call it."""
+def gather_from_ranks(accelerator: Accelerator, mine: object) -> list:
+    """An object of every rank, by rank, on every rank. A collective: all ranks must call it."""
     if accelerator.num_processes == 1:
-        return mine
-    gathered: list[list] = [[]] * accelerator.num_processes
+        return [mine]
+    gathered = [None] * accelerator.num_processes
     torch.distributed.all_gather_object(gathered, mine)
-    return [item for of_rank in gathered for item in of_rank]
+    return gathered

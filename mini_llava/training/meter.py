@@ -22,6 +22,7 @@ class Meter:
         self.accelerator = accelerator
         self.loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
         self.tokens = self.samples = self.steps = 0
+        self.pauses: dict[str, float] = {}
         self.started = time.perf_counter()
 
     def add_loss(self, loss: torch.Tensor) -> None:
@@ -43,14 +44,17 @@ class Meter:
             "tokens_per_second": tokens / seconds,
             "samples_per_second": samples / seconds,
             "seconds_per_step": seconds / self.steps,
+            **self.pauses,
         }
+        self.pauses = {}
         self.loss.zero_()
         self.tokens = self.samples = self.steps = 0
         self.started = time.perf_counter()
         return values
 
-    def pause_ends(self) -> None:
-        """The time since the last read went into something else than training."""
+    def pause_ends(self, **seconds: float) -> None:
+        """The time since the last read went into something else than training; `seconds` are logged with the next."""
+        self.pauses |= seconds
         self.started = time.perf_counter()
 
 
@@ -74,6 +78,11 @@ class ProgressLine:
             refresh=False,
         )
         self.bar.update(step - self.bar.n)
+
+    def say(self, text: str) -> None:
+        """Prints above the line, which stays whole."""
+        if not self.bar.disable:
+            self.bar.write(text)
 
     def close(self) -> None:
         self.bar.close()
