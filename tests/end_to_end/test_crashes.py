@@ -40,8 +40,8 @@ def outcomes(crashes):
     result = names[max(number for number, name in enumerate(names) if name.startswith("save")) + 1 :]
     writing = next(name for name in result if name.startswith("run: write") and name.endswith(".safetensors"))
     planned = {
-        "two processes": Plan(crashes, (ZERO3,)).runs(4),
-        "one process": Plan(crashes, (ONE_KEPT, ALL_KEPT)).runs(8),
+        "two processes": Plan(crashes, (ZERO3,)).runs(3),
+        "one process": Plan(crashes, (ONE_KEPT, ALL_KEPT)).runs(7),
         "first save": [(ONE_KEPT, [Kill(0, first_save[0]), Kill(0, "save: rename .checkpoint-#.incomplete")])],
         "result": [
             (
@@ -53,7 +53,7 @@ def outcomes(crashes):
                 ],
             )
         ],
-        "rotation": [(ONE_KEPT, [kill]) for kill in crashes.random.sample(rotation, 3)],
+        "rotation": [(ONE_KEPT, [kill]) for kill in crashes.random.sample(rotation, 2)],
     }
     with ThreadPoolExecutor(2) as pool:
         futures = {name: [pool.submit(crashes.crash, *run) for run in runs] for name, runs in planned.items()}
@@ -63,7 +63,7 @@ def outcomes(crashes):
 @pytest.mark.parametrize("where", ["one process", "two processes"])
 def test_a_run_killed_at_places_drawn_by_lot_ends_as_if_it_had_not_been(where, outcomes):
     assert [str(outcome) for outcome in outcomes(where) if outcome.fault] == []
-    assert sum(len(outcome.kills) for outcome in outcomes(where)) >= 4, "hardly any of the kills happened"
+    assert sum(len(outcome.kills) for outcome in outcomes(where)) >= 2, "hardly any of the kills happened"
 
 
 def test_killed_in_its_first_save_again_and_again_a_run_starts_anew_each_time(outcomes):
