@@ -7,7 +7,6 @@ operation also covers the instant after it. Opening to read changes nothing and 
 """
 
 import os
-import random
 import re
 import signal
 import sys
@@ -36,13 +35,17 @@ class Kill:
     rank: int
     operation: str  # as `watch` lists it
     occurrence: int = 1
-    half_written: bool = False  # the file that the operation writes is cut off somewhere
+    written: float | None = None  # in the middle of its writing: how much of that is on the disk, from 0 to 1
     delay: float | None = None  # seconds after the operation
     alone: bool = False  # this rank only, instead of all processes at once
 
     def __str__(self) -> str:
-        where = f"{'in' if self.half_written else 'before' if self.delay is None else f'{self.delay:.3f} s after'} "
-        return f"{where}{self.operation} ({self.occurrence}), rank {self.rank}{' alone' if self.alone else ''}"
+        when = "before"
+        if self.written is not None:
+            when = f"{self.written:.0%} into"
+        elif self.delay is not None:
+            when = f"{self.delay:.3f} s after"
+        return f"{when} {self.operation} ({self.occurrence}), rank {self.rank}{' alone' if self.alone else ''}"
 
 
 def operations(listing: Path) -> dict[int, list[str]]:
@@ -122,7 +125,7 @@ class _Watch:
             return
         self.seen += 1
         if self.seen == self.kill.occurrence:
-            if self.kill.half_written:
+            if self.kill.written is not None:
                 self.to_cut = path, older_bytes
             elif self.kill.delay is None:
                 self.ends(self.process)
@@ -137,11 +140,12 @@ class _Watch:
         if self.to_cut is not None:
             path, older_bytes = self.to_cut
             process, self.process = self.process, 0  # what follows is not the run's
-            os.truncate(path, random.randint(older_bytes, max(older_bytes, os.path.getsize(path) - 1)))
+            os.truncate(path, older_bytes + int(self.kill.written * (os.path.getsize(path) - older_bytes)))
             self.ends(process)
 
     def ends(self, process: int) -> None:
         os.write(self.listing, b"killed\n")
         if self.kill.alone:
             os.kill(process, signal.SIGKILL)
-        os.killpg(0, signal.SIGKILL)
+        else:
+            os.killpg(0, signal.SIGKILL)

@@ -127,11 +127,11 @@ def result(output_dir: Path) -> dict:
 class Outcome:
     kind: Kind
     kills: list[Kill] = field(default_factory=list)  # those that happened
-    resumed_from: list[int] = field(default_factory=list)  # 0: from the beginning
+    resumed_from: list[int | None] = field(default_factory=list)  # after each kill; None: killed before it said so
     fault: str = ""
 
     def __str__(self) -> str:
-        ends = [f"{kill}; resumed from {step}" for kill, step in zip(self.kills, self.resumed_from, strict=False)]
+        ends = [f"{kill}; resumed from {step}" for kill, step in zip(self.kills, self.resumed_from, strict=True)]
         return f"{self.kind}: {'killed ' * bool(ends)}{', '.join(ends) or 'not killed'}: {self.fault or 'ok'}"
 
 
@@ -186,10 +186,11 @@ class Crashes:
             for kill in [*kills, None]:
                 newest = max(complete_checkpoints(output_dir), default=0)
                 text, seen = self.train(kind, output_dir, kill)
-                if outcome.kills and "steps of" in text:  # it came as far as to say where it goes on
-                    found = re.search(r"Resumed from .* at step (\d+)", text)
-                    outcome.resumed_from.append(int(found[1]) if found else 0)
-                    assert outcome.resumed_from[-1] == newest, f"went on from {outcome.resumed_from[-1]}, not {newest}"
+                if outcome.kills:
+                    outcome.resumed_from.append(went_on_from(text))
+                    assert outcome.resumed_from[-1] in (None, newest), (
+                        f"the newest checkpoint was that of step {newest}"
+                    )
                 if not was_killed(seen):
                     break
                 outcome.kills.append(kill)
@@ -201,6 +202,14 @@ class Crashes:
         except (AssertionError, TimeoutError) as error:
             outcome.fault = str(error)
         return outcome
+
+
+def went_on_from(printed: str) -> int | None:
+    """The step, 0 if the run began anew, None if it did not come as far as to say so."""
+    if "steps of" not in printed:
+        return None
+    found = re.search(r"Resumed from .* at step (\d+)", printed)
+    return int(found[1]) if found else 0
 
 
 def was_killed(seen: dict[int, list[str]]) -> bool:
@@ -228,9 +237,9 @@ def kills_at_every_operation(crashes: Crashes, kinds: tuple[Kind, ...], moment: 
                 found.setdefault((rank, name), []).extend((kind, occurrence) for occurrence in range(1, count + 1))
     kills = []
     for (rank, name), places in found.items():
-        for half_written in (False, True) if f"{moment}: write " in name else (False,):
+        for written in (None, crashes.random.random()) if name.startswith(f"{moment}: write ") else (None,):
             kind, occurrence = crashes.random.choice(places)
-            kills.append((kind, Kill(rank, name, occurrence, half_written, alone=crashes.random.random() < 0.5)))
+            kills.append((kind, Kill(rank, name, occurrence, written, alone=crashes.random.random() < 0.5)))
     return kills
 
 
@@ -244,8 +253,8 @@ def random_kill(crashes: Crashes, kind: Kind) -> Kill:
 
 
 class Plan:
-    """Deals kills to runs, one to three each. Of three kills two are at operations in turn, those of a save first, then
-    those of the start and of the result; the third is at a random instant.
+    """Deals kills to runs, one to three each. Of five kills four are at operations in turn, those of a save first, then
+    those of the start and of the result; the fifth is at a random instant.
     """
 
     def __init__(self, crashes: Crashes, kinds: tuple[Kind, ...]):
@@ -263,7 +272,7 @@ class Plan:
             length = min(count, self.crashes.random.randint(1, 3))
             kind, kills = self.crashes.random.choice(self.kinds), []
             for number in range(length):
-                if self.waiting and self.crashes.random.random() < 2 / 3:
+                if self.waiting and self.crashes.random.random() < 4 / 5:
                     of_kind, kill = self.waiting.popleft()
                     # A resumed run has fewer saves, but a first one it nearly always has.
                     kind, kill = (of_kind, kill) if number == 0 else (kind, replace(kill, occurrence=1))
@@ -276,11 +285,13 @@ class Plan:
 
     def learn(self, kills: list[Kill], outcome: Outcome) -> None:
         """Kills that a run did not come to, because it had ended before, are dealt again."""
-        self.reached |= {(kill.rank, kill.operation, kill.half_written) for kill in outcome.kills if kill.delay is None}
-        self.waiting.extend((outcome.kind, kill) for kill in kills[len(outcome.kills) :] if kill.delay is None)
+        self.reached |= {
+            (kill.rank, kill.operation, kill.written is not None) for kill in outcome.kills if kill.delay is None
+        }
+        self.waiting.extendleft((outcome.kind, kill) for kill in kills[len(outcome.kills) :] if kill.delay is None)
 
     def summary(self) -> str:
-        places = {(kill.rank, kill.operation, kill.half_written) for _, kill in self.in_a_save}
+        places = {(kill.rank, kill.operation, kill.written is not None) for _, kill in self.in_a_save}
         return f"{len(places & self.reached)} of {len(places)} places in a save"
 
 

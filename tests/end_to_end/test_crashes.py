@@ -31,29 +31,22 @@ def crashes(tmp_path_factory) -> Crashes:
 @pytest.fixture(scope="module")
 def outcomes(crashes):
     """`outcomes(name)`: what became of the runs with these kills; all are computed ahead, two at a time."""
-    in_a_save = [kill for _, kill in kills_at_every_operation(crashes, (ONE_KEPT,), "save")]
-    removing = set(crashes.operations[ONE_KEPT][0]) - set(crashes.operations[ALL_KEPT][0])
-    rotation = [replace(kill, occurrence=1) for kill in in_a_save if kill.operation in removing]
     names = crashes.operations[ONE_KEPT][0]
-    first_save = names[names.index(next(name for name in names if name.startswith("save"))) :]
-    first_save = first_save[: next(number for number, name in enumerate(first_save) if name.startswith("run"))]
-    result = names[max(number for number, name in enumerate(names) if name.startswith("save")) + 1 :]
-    writing = next(name for name in result if name.startswith("run: write") and name.endswith(".safetensors"))
+    in_saves = [position for position, name in enumerate(names) if name.startswith("save")]
+    only_at_the_end = [name for name in names[in_saves[-1] + 1 :] if name not in names[: in_saves[-1]]]
+    model = next(name for name in only_at_the_end if "write" in name and name.endswith(".safetensors"))
+    of_removal = set(names) - set(crashes.operations[ALL_KEPT][0])
+    in_a_save = [kill for _, kill in kills_at_every_operation(crashes, (ONE_KEPT,), "save")]
+    removal = [replace(kill, occurrence=1) for kill in in_a_save if kill.operation in of_removal]
+    lot = crashes.random
     planned = {
         "two processes": Plan(crashes, (ZERO3,)).runs(3),
         "one process": Plan(crashes, (ONE_KEPT, ALL_KEPT)).runs(7),
-        "first save": [(ONE_KEPT, [Kill(0, first_save[0]), Kill(0, "save: rename .checkpoint-#.incomplete")])],
+        "first save": [(ONE_KEPT, [Kill(0, names[in_saves[0]]), Kill(0, "save: rename .checkpoint-#.incomplete")])],
         "result": [
-            (
-                ONE_KEPT,
-                [
-                    Kill(0, writing, half_written=True),
-                    Kill(0, crashes.random.choice(result)),
-                    Kill(0, "run: rename .unfinished/config.json"),
-                ],
-            )
+            (ONE_KEPT, [Kill(0, model, written=0.5), *(Kill(0, name) for name in lot.sample(only_at_the_end, 2))])
         ],
-        "rotation": [(ONE_KEPT, [kill]) for kill in crashes.random.sample(rotation, 2)],
+        "removal": [(ONE_KEPT, [kill]) for kill in lot.sample(removal, 2)],
     }
     with ThreadPoolExecutor(2) as pool:
         futures = {name: [pool.submit(crashes.crash, *run) for run in runs] for name, runs in planned.items()}
@@ -77,7 +70,7 @@ def test_killed_while_the_result_is_written_only_the_result_is_written_again(out
 
 
 def test_killed_while_an_old_checkpoint_is_removed_a_run_goes_on_from_the_new_one(outcomes):
-    for outcome in outcomes("rotation"):
+    for outcome in outcomes("removal"):
         assert not outcome.fault and outcome.resumed_from == [2], outcome  # the first to be removed is that of step 1
 
 
@@ -95,6 +88,7 @@ def test_everything_in_a_checkpoint_is_flushed_to_the_disk_before_it_gets_its_na
                 unflushed.discard(path)
             elif what == "rename" and path == ".checkpoint-#.incomplete":
                 assert unflushed == set()
+        assert unflushed == set()  # also of the other ranks, which rename nothing
     [in_order] = [names for rank, names in crashes.operations[kind].items() if rank == 0]
     renames = [position for position, name in enumerate(in_order) if name == "save: rename .checkpoint-#.incomplete"]
     assert len(renames) == STEPS
