@@ -20,6 +20,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..model.llava import LlavaModel
+from . import liveness
 
 # DeepSpeed calls collectives by names that torch is renaming; nobody who trains can act on that.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -289,24 +290,65 @@ def to_device(batch: dict, device: torch.device) -> dict:
     }
 
 
-def start_trackers(accelerator: Accelerator, values: dict) -> None:
-    """Starts the trackers of `--report_to` with all arguments as text."""
+@contextlib.contextmanager
+def never_fatal(consequence: str) -> Iterator[None]:
+    """What fails inside costs a warning, the first time that it has this consequence, and never the run."""
+    try:
+        yield
+    except Exception as error:  # trackers raise whatever their networks and libraries raise
+        _warn_once(f"{consequence}; the run goes on", f"{type(error).__name__}: {error}")
+
+
+_told: set[str] = set()
+
+
+def _warn_once(consequence: str, reason: str) -> None:
+    # Python's own "once" begins anew whenever somebody changes the filters, as reading an image does.
+    if consequence not in _told:
+        _told.add(consequence)
+        warnings.warn(f"{consequence} ({reason}).", stacklevel=2)
+
+
+def start_trackers(accelerator: Accelerator, values: dict, resumed_at: int | None = None) -> None:
+    """Starts the trackers of `--report_to` with all arguments as text.
+
+    resumed_at: the step a resumed run goes on from; TensorBoard then hides what the run before logged beyond it.
+    """
     text = {key: str(value) for key, value in values.items()}
     # TensorBoard would file a configuration under hyper-parameters, as two more runs; as text it is read.
-    accelerator.init_trackers("runs", config=None if accelerator.log_with == [LoggerType.TENSORBOARD] else text)
+    config = None if accelerator.log_with == [LoggerType.TENSORBOARD] else text
+    purge_step = 0 if resumed_at is None else resumed_at + 1
+    names = ", ".join(str(tracker) for tracker in accelerator.log_with)
+    try:
+        accelerator.init_trackers("runs", config=config, init_kwargs={"tensorboard": {"purge_step": purge_step}})
+        for tracker in accelerator.trackers:
+            if tracker.name == "tensorboard" and accelerator.is_main_process:
+                rows = "\n".join(f"| {key} | {value} |" for key, value in text.items())
+                tracker.writer.add_text("arguments", f"| flag | value |\n|---|---|\n{rows}")
+    except Exception as error:
+        accelerator.trackers = []
+        _warn_once(f"{names} could not be started; log.jsonl has the same values", f"{type(error).__name__}: {error}")
+
+
+def log(accelerator: Accelerator, values: dict[str, float], step: int) -> None:
+    """Gives the values of a step to the trackers."""
     for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard" and accelerator.is_main_process:
-            rows = "\n".join(f"| {key} | {value} |" for key, value in text.items())
-            tracker.writer.add_text("arguments", f"| flag | value |\n|---|---|\n{rows}")
+        with never_fatal(f"{tracker.name} lacks entries, which log.jsonl has"):
+            tracker.log(values, step=step)
 
 
 def end_training(accelerator: Accelerator, model: nn.Module) -> None:
     """Ends trackers and process group; a model that was wrapped for DDP cannot be trained any further."""
+    liveness.leave("finished")
     if isinstance(model, nn.parallel.DistributedDataParallel):
         # They would keep the process group until the model goes, and drop it while holding Python's lock, for which one
         # of gloo's threads may wait to let go of its last collective: a deadlock (pytorch issue 56297). The process
         # group's own Python object lets go of the lock first.
         del model.logger, model.reducer
+    for tracker in accelerator.trackers:
+        with never_fatal(f"{tracker.name} lacks entries, which log.jsonl has"):
+            tracker.finish()
+    accelerator.trackers = []
     accelerator.end_training()
 
 
@@ -322,15 +364,10 @@ def sum_over_ranks(accelerator: Accelerator, value: torch.Tensor | float | list)
     return tensor
 
 
-def all_agree(accelerator: Accelerator, ok: bool) -> bool:
-    """True if every rank says so. A collective: all ranks must call it."""
-    return int(sum_over_ranks(accelerator, float(not ok)).item()) == 0
-
-
-def gather_lists(accelerator: Accelerator, mine: list) -> list:
-    """The ranks' lists behind each other, on every rank. A collective: all ranks must call it."""
+def gather_from_ranks(accelerator: Accelerator, mine: object) -> list:
+    """An object of every rank, by rank, on every rank. A collective: all ranks must call it."""
     if accelerator.num_processes == 1:
-        return mine
-    gathered: list[list] = [[]] * accelerator.num_processes
+        return [mine]
+    gathered = [None] * accelerator.num_processes
     torch.distributed.all_gather_object(gathered, mine)
-    return [item for of_rank in gathered for item in of_rank]
+    return gathered

@@ -1,6 +1,5 @@
 """Throughput, the progress line and the trackers: what a person watches while a model trains."""
 
-import json
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -9,9 +8,10 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from ..data.json_lines import append_lines, cut_after
 from ..data.loader import RankStep
 from ..model.llava import LlavaModel
-from .distributed import sum_over_ranks
+from .distributed import never_fatal, sum_over_ranks
 from .flops import FlopCounter, peak_flops
 
 
@@ -32,6 +32,7 @@ class Meter:
         self.loss.zero_()
         self.tokens = self.computed_tokens = self.samples = self.steps = 0
         self.flops = self.waited = 0.0
+        self.pauses: dict[str, float] = {}
         self.started = time.perf_counter()
 
     def waiting_for(self, loader: Iterable[RankStep]) -> Iterator[RankStep]:
@@ -82,6 +83,7 @@ class Meter:
             "samples_per_second": samples / seconds,
             "seconds_per_step": seconds / self.steps,
             "data_wait": max(places[:ranks]) / seconds,
+            **self.pauses,
         }
         if on_gpu:
             values["peak_memory_gib"] = max(places[ranks:])
@@ -92,8 +94,9 @@ class Meter:
         self._start_anew()
         return values
 
-    def pause_ends(self) -> None:
-        """The time since the last read went into something else than training."""
+    def pause_ends(self, **seconds: float) -> None:
+        """The time since the last read went into something else than training; `seconds` are logged with the next."""
+        self.pauses |= seconds
         self.started = time.perf_counter()
 
 
@@ -124,11 +127,37 @@ class ProgressLine:
         self.bar.set_postfix_str(" ".join(parts), refresh=False)
         self.bar.update(step - self.bar.n)
 
+    def say(self, text: str) -> None:
+        """Prints above the line, which stays whole."""
+        if not self.bar.disable:
+            self.bar.write(text)
+
     def close(self) -> None:
         self.bar.close()
 
 
 def append_json_line(file: Path, values: dict) -> None:
     """The log as text: one JSON object a line, floats to their last bit, readable without a tracker."""
-    with open(file, "a", encoding="utf-8") as out:
-        out.write(json.dumps(values) + "\n")
+    with never_fatal(f"{file} lacks entries"):
+        append_lines(file, [values])
+
+
+def prepare_reports(output_dir: Path, resumed_at: int | None) -> str | None:
+    """Empties `log.jsonl` and `skipped.jsonl`, or makes them end where a resumed run goes on; tells what that undoes.
+
+    Entries beyond the checkpoint's step are of work that was lost, and what a kill has torn is no entry.
+    """
+    log, skipped = output_dir / "log.jsonl", output_dir / "skipped.jsonl"
+    if resumed_at is None:
+        for file in (log, skipped):
+            with never_fatal(f"{file} holds entries of an earlier run"):
+                file.unlink(missing_ok=True)
+        return None
+    with never_fatal(f"{skipped} has a torn line"):
+        cut_after(skipped)
+    last = None
+    with never_fatal(f"{log} holds entries of steps that are done again"):
+        last = cut_after(log, lambda entry: entry.get("step", 0) <= resumed_at)
+    if last is None or last.get("step", 0) <= resumed_at:
+        return None
+    return f"The run had come to step {last['step']}: {last['step'] - resumed_at} of its steps are done again."
