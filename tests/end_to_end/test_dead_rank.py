@@ -40,4 +40,4 @@ def test_a_killed_rank_ends_the_other_with_a_sentence_and_a_stopped_one_does_not
     assert ended, run.text
     sentence = f"error: Rank {victim} (pid {dies.pid} on {socket.gethostname()}) has ended without finishing; this run"
     assert run.text.count(sentence) == 1, run.text
-    assert f"[rank{1 - victim}]: Traceback" not in run.text  # the workers of the killed rank may print one
+    assert ", in train\n" not in run.text, run.text  # loader workers may print the end of their own connections

@@ -1,5 +1,6 @@
 """A run that is told to stop finishes its step, saves, says so in a file, and goes on later as if nothing had been."""
 
+import contextlib
 import json
 import signal
 import time
@@ -106,5 +107,6 @@ def test_a_second_signal_ends_a_rank_at_once_even_if_it_waits_for_another_for_ev
         time.sleep(SECONDS_OF_ONE_WISH + 0.5)
     psutil.wait_procs([waiting], timeout=10)
     ended = not waiting.is_running()
-    stopped.kill()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        stopped.kill()
     assert ended and "SIGTERM: saving" in run.text and not (tmp_path / "run" / "preempted").exists()
