@@ -31,9 +31,9 @@ from mini_llava.data.records import RecordStore, measure, measurement_key
 from mini_llava.data.sampler import GlobalBatchSampler, deal
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import load_tokenizer, tokenize, tokenize_prompt
-from mini_llava.model import formats
+from mini_llava.model import formats, lora
 from mini_llava.model.attention import choose_attention
-from mini_llava.model.freeze import apply_plan, trainable_table, trained_parts
+from mini_llava.model.freeze import apply_plan, freeze_plan, trainable_table, trained_in_full
 from mini_llava.model.llava import load_llava
 from mini_llava.model.vision_tower import load_vision_config, tokens_per_image
 from mini_llava.training import checkpoint, distributed
@@ -83,12 +83,14 @@ def train(arguments: flags.Arguments) -> None:
     torch.manual_seed(training.seed)  # the same on every rank, because new weights must be equal
 
     # --- Model, what of it is trained, optimizer ---------------------------------------------------------------------
-    trained = trained_parts(
+    plan = freeze_plan(
         model_flags.tune_mm_mlp_adapter,
         model_flags.freeze_mm_mlp_adapter,
         model_flags.freeze_backbone,
         model_flags.unfreeze_mm_vision_tower,
+        training.lora_r if training.lora_enable else None,
     )
+    trained = trained_in_full(plan)
     model = load_llava(
         model_flags.model_name_or_path,
         model_flags.vision_tower,
@@ -104,13 +106,27 @@ def train(arguments: flags.Arguments) -> None:
         ),
         distributed.parameter_dtypes(accelerator, trained),
         model_flags.pretrain_mm_mlp_adapter,
+        distributed.quantisation(accelerator, training.bits, training.double_quant, training.quant_type),
     )
-    apply_plan(model, trained)
+    if training.lora_enable:
+        lora.add_lora(
+            model.language_model,
+            model_flags.model_name_or_path,
+            training.lora_r,
+            training.lora_alpha,
+            training.lora_dropout,
+            training.lora_bias,
+            distributed.master_dtype(accelerator),
+            training.seed,
+        )
+        if training.lora_weight_path:
+            lora.start_from(model, training.lora_weight_path)
+    apply_plan(model, plan)
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     rates = {"projector": training.mm_projector_lr, "vision_tower": training.mm_vision_tower_lr}
     groups = parameter_groups(model, training.learning_rate, training.weight_decay, rates)
-    table = trainable_table(model, groups)
+    table = trainable_table(model, groups, plan)
     optimizer = build_adamw(
         groups,
         (training.adam_beta1, training.adam_beta2),
@@ -159,6 +175,9 @@ def train(arguments: flags.Arguments) -> None:
         model_max_length=data_flags.model_max_length,
         is_main_process=accelerator.is_main_process,
     )
+    save_trained = formats.save_projector_only
+    if training.lora_enable:
+        save_trained = functools.partial(lora.save_lora, tokenizer=tokenizer)
 
     # --- What a person sees ------------------------------------------------------------------------------------------
     say(f"\n{distributed.describe(accelerator)}\n\n{table}\n")
@@ -246,13 +265,15 @@ def train(arguments: flags.Arguments) -> None:
                 sampler.step,
                 description,
                 training.save_total_limit,
-                write_weights=functools.partial(formats.save_projector_only, **described),
+                write_weights=functools.partial(save_trained, **described),
             )
             meter.pause_ends()
     progress.close()
 
     # --- The result --------------------------------------------------------------------------------------------------
-    if trained == {"projector"}:
+    if training.lora_enable:
+        say(save_trained(output_dir, **described))
+    elif trained == {"projector"}:
         formats.save_projector_only(output_dir, **described)
         say(f"The projector is in {output_dir}/mm_projector.bin; stage 2 takes it as --pretrain_mm_mlp_adapter.")
     else:

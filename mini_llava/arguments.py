@@ -160,6 +160,33 @@ class TrainingArguments:
     weight_decay: float = 0.0
     """Decay of all trained parameters but norms and biases."""
 
+    lora_enable: bool = False
+    """Train low-rank adapters on every linear layer of the language model but its head, instead of its weights."""
+
+    lora_r: int = 64
+    """Rank of the adapters; stage 2 with lora_enable takes 128, as LLaVA's finetune_lora.sh does."""
+
+    lora_alpha: int = 16
+    """An adapter's output is multiplied by lora_alpha / lora_r; stage 2 with lora_enable takes 256."""
+
+    lora_dropout: float = 0.05
+    """Dropout in front of each adapter."""
+
+    lora_bias: str = "none"
+    """Biases of the language model to train beside the adapters: none, all, or lora_only, those of adapted layers."""
+
+    lora_weight_path: str = ""
+    """Directory of an earlier LoRA run, ours or LLaVA's, to start adapters and projector from."""
+
+    bits: int = 16
+    """4 or 8 keeps the language model's frozen weights so quantised (QLoRA); needs lora_enable and bitsandbytes."""
+
+    double_quant: bool = True
+    """With bits 4: quantise the quantisation constants too."""
+
+    quant_type: str = "nf4"
+    """With bits 4: nf4 or fp4."""
+
     adam_beta1: float = 0.9
     """AdamW's decay of the first moment."""
 
@@ -258,6 +285,8 @@ PRESETS = {
         output_dir="outputs/stage2",
     ),
 }
+# What scripts/v1_5/finetune_lora.sh has instead, taken in stage 2 with --lora_enable.
+LORA_PRESET = dict(lora_r=128, lora_alpha=256, learning_rate=2e-4, mm_projector_lr=2e-5)
 
 KNOWN_VALUES = {
     "image_aspect_ratio": ("square", "pad"),
@@ -271,12 +300,21 @@ KNOWN_VALUES = {
     "mm_use_im_start_end": (False,),
     "mm_use_im_patch_token": (False,),
     "lazy_preprocess": (True,),
+    "lora_bias": ("none", "all", "lora_only"),
+    "bits": (4, 8, 16),
+    "quant_type": ("nf4", "fp4"),
+}
+
+# A flag that does nothing without another: given without it, it is refused.
+NEEDED = {
+    **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_bias", "lora_weight_path"), ("lora_enable", True)),
+    **dict.fromkeys(("double_quant", "quant_type"), ("bits", 4)),
 }
 
 POSITIVE = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size", "num_train_epochs"),
     *("logging_steps", "save_steps", "save_total_limit", "model_max_length", "max_tokens_per_micro_batch"),
-    *("per_device_eval_batch_size", "eval_max_samples"),
+    *("per_device_eval_batch_size", "eval_max_samples", "lora_r", "lora_alpha"),
 )
 
 
@@ -319,7 +357,8 @@ def resolve(stage: int, command_line: dict, config_file: str | None = None) -> A
     if from_file.pop("stage", stage) != stage:
         raise ValueError(f"{config_file} is written for another stage than --stage {stage}.")
     explicit = from_file | command_line
-    values = PRESETS[stage] | explicit
+    preset = PRESETS[stage] | (LORA_PRESET if stage == 2 and explicit.get("lora_enable") else {})
+    values = preset | explicit
 
     parts = [
         kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values})
@@ -394,6 +433,23 @@ def _check(arguments: Arguments) -> None:
         raise ValueError("--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter together leave nothing to train.")
     if model.tune_mm_mlp_adapter and model.unfreeze_mm_vision_tower:
         raise ValueError("--tune_mm_mlp_adapter trains the projector only; --unfreeze_mm_vision_tower contradicts it.")
+    if training.lora_enable and model.tune_mm_mlp_adapter:
+        raise ValueError(
+            "--tune_mm_mlp_adapter (stage 1's preset) trains the projector only; --lora_enable contradicts it: use "
+            "--stage 2 or --tune_mm_mlp_adapter False."
+        )
+    if training.lora_enable and model.freeze_backbone:
+        raise ValueError("--freeze_backbone keeps the language model as it is; --lora_enable contradicts it.")
+    if training.bits != 16 and not training.lora_enable:
+        raise ValueError(f"--bits {training.bits} freezes the quantised weights: it needs --lora_enable True.")
+    if training.lora_weight_path and model.pretrain_mm_mlp_adapter:
+        raise ValueError("--lora_weight_path brings a projector of its own: leave --pretrain_mm_mlp_adapter out.")
+    if not 0 <= training.lora_dropout < 1:
+        raise ValueError(f"--lora_dropout must be at least 0 and below 1, not {training.lora_dropout}.")
+    defaults = {f.name: f.default for f, _ in _fields()}
+    for name, (other, needed) in NEEDED.items():
+        if name in arguments.explicit and values[other] != needed and values[name] != defaults[name]:
+            raise ValueError(f"--{name} {values[name]} does nothing without --{other} {needed}.")
     for name in ("eval_image_folder", "eval_max_samples", "eval_version"):
         if values[name] is not None and data.eval_data_path is None:
             raise ValueError(f"--{name} needs --eval_data_path.")

@@ -89,6 +89,7 @@ def load_llava(
     attn_implementation: str,
     dtypes: dict[str, torch.dtype],
     pretrained_projector: str | None = None,
+    quantisation: dict | None = None,
 ) -> LlavaModel:
     """A language model and a vision tower from hub names or local directories, with a projector between them.
 
@@ -96,6 +97,7 @@ def load_llava(
         dtypes: of the parts `language_model`, `vision_tower` and `projector`. Under ZeRO-3 the first two are read in
             the DeepSpeed config's precision instead, because they are partitioned while they are read.
         pretrained_projector: file or directory to read the projector from; None = new weights, from torch's generator.
+        quantisation: further arguments for reading the language model, see `distributed.quantisation`.
     """
     # The projector first: reading the models may or may not draw random numbers, which depends on the backend, and new
     # weights should depend on the seed alone.
@@ -104,7 +106,10 @@ def load_llava(
     if pretrained_projector:
         load_projector(projector, pretrained_projector)
     language_model = AutoModelForCausalLM.from_pretrained(
-        model_name_or_path, dtype=dtypes["language_model"], attn_implementation=attn_implementation
+        model_name_or_path,
+        dtype=dtypes["language_model"],
+        attn_implementation=attn_implementation,
+        **(quantisation or {}),
     )
     tower = load_vision_tower(vision_tower, select_layer, select_feature, dtypes["vision_tower"])
     return LlavaModel(tower, projector.to(dtypes["projector"]), language_model)

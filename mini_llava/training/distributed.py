@@ -6,6 +6,7 @@ and for DeepSpeed: the loop says itself which micro-batch is the last, so that a
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType
 from torch import nn
+from transformers import BitsAndBytesConfig
 
 # DeepSpeed calls collectives by names that torch is renaming; nobody who trains can act on that.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -144,16 +146,41 @@ def parameter_dtypes(accelerator: Accelerator, trained: set[str]) -> dict[str, t
     Trained parameters always have fp32 masters: DeepSpeed keeps them in its optimizer beside half-precision working
     weights; otherwise the parameters themselves are the masters, and autocast computes in half precision.
     """
-    compute = compute_dtype(accelerator)
-    masters_elsewhere = is_deepspeed(accelerator)
-    return {
-        part: torch.float32 if part in trained and not masters_elsewhere else compute
-        for part in ("vision_tower", "projector", "language_model")
-    }
+    compute, master = compute_dtype(accelerator), master_dtype(accelerator)
+    return {part: master if part in trained else compute for part in ("vision_tower", "projector", "language_model")}
+
+
+def master_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The dtype that trained parameters have in the model: DeepSpeed has their fp32 masters elsewhere."""
+    return compute_dtype(accelerator) if is_deepspeed(accelerator) else torch.float32
 
 
 def compute_dtype(accelerator: Accelerator) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[accelerator.mixed_precision]
+
+
+def quantisation(accelerator: Accelerator, bits: int, double_quant: bool, quant_type: str) -> dict:
+    """What transformers' `from_pretrained` needs to read the language model in 4 or 8 bits; nothing for 16.
+
+    Raises:
+        ValueError: bitsandbytes is not installed, or ZeRO-3 would divide weights that are packed into bytes.
+    """
+    if bits == 16:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"--bits {bits} needs the package bitsandbytes: pip install bitsandbytes.")
+    if zero_stage(accelerator) == 3:
+        raise ValueError(
+            f"--bits {bits} does not work with ZeRO-3, which divides weights that are no packed bytes: use "
+            "accelerate_configs/zero2.yaml or multi_gpu.yaml; the quantised weights are small."
+        )
+    four_bit = {
+        "bnb_4bit_quant_type": quant_type,
+        "bnb_4bit_use_double_quant": double_quant,
+        "bnb_4bit_compute_dtype": compute_dtype(accelerator),
+    }
+    config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, **(four_bit if bits == 4 else {}))
+    return {"quantization_config": config, "device_map": {"": accelerator.device}}
 
 
 def describe(accelerator: Accelerator) -> str:
