@@ -30,10 +30,11 @@ from mini_llava.data.loader import (
 from mini_llava.data.records import RecordStore, measure, measurement_key
 from mini_llava.data.sampler import GlobalBatchSampler, deal
 from mini_llava.data.templates import get_template
-from mini_llava.data.tokenization import load_tokenizer, tokenize, tokenize_prompt
+from mini_llava.data.tokenization import add_image_tokens, load_tokenizer, tokenize, tokenize_prompt
 from mini_llava.model import formats, lora
 from mini_llava.model.attention import choose_attention
 from mini_llava.model.freeze import apply_plan, freeze_plan, trainable_table, trained_in_full
+from mini_llava.model.image_tokens import add_token_rows
 from mini_llava.model.llava import load_llava
 from mini_llava.model.vision_tower import load_vision_config, tokens_per_image
 from mini_llava.training import checkpoint, distributed
@@ -56,6 +57,8 @@ def train(arguments: flags.Arguments) -> None:
     template = get_template(model_flags.version)
     eval_template = get_template(data_flags.eval_version or model_flags.version)
     tokenizer = load_tokenizer(model_flags.model_name_or_path)
+    marks, known_tokens = (model_flags.mm_use_im_start_end, model_flags.mm_use_im_patch_token), len(tokenizer)
+    template, eval_template = (add_image_tokens(tokenizer, each, *marks) for each in (template, eval_template))
     image_processor = load_image_processor(model_flags.vision_tower)
     vision_config = load_vision_config(model_flags.vision_tower)
     image_tokens = tokens_per_image(vision_config, model_flags.mm_vision_select_feature)
@@ -89,6 +92,7 @@ def train(arguments: flags.Arguments) -> None:
         model_flags.freeze_backbone,
         model_flags.unfreeze_mm_vision_tower,
         training.lora_r if training.lora_enable else None,
+        model_flags.mm_use_im_start_end,
     )
     trained = trained_in_full(plan)
     model = load_llava(
@@ -107,6 +111,7 @@ def train(arguments: flags.Arguments) -> None:
         distributed.parameter_dtypes(accelerator, trained),
         model_flags.pretrain_mm_mlp_adapter,
         distributed.quantisation(accelerator, training.bits, training.double_quant, training.quant_type),
+        model_flags.mm_use_im_start_end,
     )
     if training.lora_enable:
         lora.add_lora(
@@ -119,8 +124,17 @@ def train(arguments: flags.Arguments) -> None:
             distributed.master_dtype(accelerator),
             training.seed,
         )
-        if training.lora_weight_path:
-            lora.start_from(model, training.lora_weight_path)
+    add_token_rows(
+        model,
+        tokenizer,
+        len(tokenizer) - known_tokens,
+        *marks,
+        model_flags.pretrain_mm_mlp_adapter,
+        "new_tokens" in plan,
+        distributed.master_dtype(accelerator),
+    )
+    if training.lora_weight_path:
+        lora.start_from(model, training.lora_weight_path)
     apply_plan(model, plan)
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -273,7 +287,7 @@ def train(arguments: flags.Arguments) -> None:
     # --- The result --------------------------------------------------------------------------------------------------
     if training.lora_enable:
         say(save_trained(output_dir, **described))
-    elif trained == {"projector"}:
+    elif trained <= {"projector", "new_tokens"}:
         formats.save_projector_only(output_dir, **described)
         say(f"The projector is in {output_dir}/mm_projector.bin; stage 2 takes it as --pretrain_mm_mlp_adapter.")
     else:

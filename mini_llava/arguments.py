@@ -64,10 +64,10 @@ class ModelArguments:
     runs here. LLaVA's flash_attn flags are spelled this way in transformers."""
 
     mm_use_im_start_end: bool = False
-    """Accepted as False only: LLaVA's legacy image marks are not supported."""
+    """Put the tokens <im_start> and <im_end> around each image, as LLaVA's first models have them."""
 
     mm_use_im_patch_token: bool = False
-    """Accepted as False only: LLaVA's legacy patch token is not supported."""
+    """Add the token <im_patch> to the vocabulary, in which it only takes a place, as in LLaVA's first models."""
 
 
 @dataclass
@@ -297,8 +297,6 @@ KNOWN_VALUES = {
     "save_strategy": ("steps", "no"),
     "evaluation_strategy": ("no",),
     "attn_implementation": ("sdpa", "flash_attention_2", "varlen", "eager"),
-    "mm_use_im_start_end": (False,),
-    "mm_use_im_patch_token": (False,),
     "lazy_preprocess": (True,),
     "lora_bias": ("none", "all", "lora_only"),
     "bits": (4, 8, 16),

@@ -11,7 +11,7 @@ import json
 import os
 import reprlib
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from transformers.utils import cached_file
 
 from .templates import IMAGE_MARK, Template, render
 
+PATCH_TOKEN, START_TOKEN, END_TOKEN = "<im_patch>", "<im_start>", "<im_end>"
 IGNORE_INDEX = -100
 IMAGE_TOKEN_INDEX = -200
 
@@ -286,6 +287,19 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer.name_or_path = str(path)
     return tokenizer
+
+
+def add_image_tokens(tokenizer: PreTrainedTokenizerBase, template: Template, start_end: bool, patch: bool) -> Template:
+    """Adds the tokens of LLaVA's older models to the tokenizer; returns the template that puts them around an image.
+
+    `<im_patch>` never stands in a text: it only takes its place in the vocabulary, the first one. In LLaVA the template
+    for captions drops start and end again; here they are in it, since stage 1 trains them.
+    """
+    names = [PATCH_TOKEN] * patch + [START_TOKEN, END_TOKEN] * start_end
+    tokenizer.add_tokens([AddedToken(name, normalized=False, special=True) for name in names])
+    if not start_end:
+        return template
+    return replace(template, image_mark=template.image_mark.replace(IMAGE_MARK, START_TOKEN + IMAGE_MARK + END_TOKEN))
 
 
 def image_token_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

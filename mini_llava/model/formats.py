@@ -63,7 +63,8 @@ def save_projector_only(
     directory = Path(directory)
     if is_main_process:
         _begin(directory)
-    save_projector(model.projector, directory / PROJECTOR_FILE, dtype, is_main_process)
+    rows = model.new_tokens.weight if model.new_tokens is not None else None
+    save_projector(model.projector, directory / PROJECTOR_FILE, dtype, is_main_process, rows)
     if is_main_process:
         config = _llava_config(model, projector_type, vision_tower_name, image_aspect_ratio, model_max_length)
         _write_json(directory, "config.json", {**config, "tune_mm_mlp_adapter": True})
@@ -340,8 +341,8 @@ def _llava_config(
         "mm_vision_select_layer": model.vision_tower.select_layer,
         "mm_vision_select_feature": model.vision_tower.select_feature,
         "mm_patch_merge_type": "flat",
-        "mm_use_im_start_end": False,
-        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": model.use_im_start_end,
+        "mm_use_im_patch_token": model.use_im_patch_token,
         "tune_mm_mlp_adapter": False,
         "freeze_mm_mlp_adapter": False,
         "image_aspect_ratio": image_aspect_ratio,

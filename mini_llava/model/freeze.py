@@ -16,10 +16,16 @@ def freeze_plan(
     freeze_backbone: bool,
     unfreeze_mm_vision_tower: bool,
     lora_r: int | None = None,
+    new_tokens: bool = False,
 ) -> dict[str, str]:
-    """How each child of `LlavaModel` is trained: `full`, `frozen` or `LoRA r=<rank>`, the last if a rank is given."""
+    """How each child of `LlavaModel` is trained: `full`, `frozen` or `LoRA r=<rank>`, the last if a rank is given.
+
+    `new_tokens`, the rows of LLaVA's legacy image tokens, are a part of their own where the projector alone is trained:
+    the language model is frozen, and they are not. Otherwise they are the language model's.
+    """
     if tune_mm_mlp_adapter:
-        return {"vision_tower": "frozen", "projector": "full", "language_model": "frozen"}
+        plan = {"vision_tower": "frozen", "projector": "full", "language_model": "frozen"}
+        return plan | ({"new_tokens": "full"} if new_tokens else {})
     language_model = "full" if lora_r is None else f"LoRA r={lora_r}"
     plan = {
         "vision_tower": "full" if unfreeze_mm_vision_tower else "frozen",

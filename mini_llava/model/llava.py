@@ -25,6 +25,10 @@ class LlavaModel(nn.Module):
     def __init__(self, vision_tower: VisionTower, projector: nn.Module, language_model: nn.Module):
         super().__init__()
         self.vision_tower, self.projector, self.language_model = vision_tower, projector, language_model
+        # Set by image_tokens.py, and used in LLaVA's older models alone.
+        self.use_im_start_end = self.use_im_patch_token = False
+        self.added_tokens, self.first_image_token = 0, None
+        self.new_tokens: nn.Embedding | None = None
 
     def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor, image_positions: torch.Tensor) -> torch.Tensor:
         """Word embeddings [B, L, width] with the projected image features at `image_positions`.
@@ -35,6 +39,10 @@ class LlavaModel(nn.Module):
         """
         features = self.projector(self.vision_tower(pixel_values).to(_dtype(self.projector, pixel_values)))
         embeddings = self.language_model.get_input_embeddings()(input_ids)
+        if self.new_tokens is not None:
+            number = input_ids - self.first_image_token  # 0 and 1 are <im_start> and <im_end>
+            own = self.new_tokens(number.clamp(min=0, max=1)).to(embeddings.dtype)
+            embeddings = torch.where(((number == 0) | (number == 1))[..., None], own, embeddings)
         if torch.is_autocast_enabled(embeddings.device.type):
             # Embedding fp32 masters gives fp32, and all layers would carry it on at twice the memory.
             embeddings = embeddings.to(torch.get_autocast_dtype(embeddings.device.type))
@@ -90,6 +98,7 @@ def load_llava(
     dtypes: dict[str, torch.dtype],
     pretrained_projector: str | None = None,
     quantisation: dict | None = None,
+    beside_token_rows: bool = False,
 ) -> LlavaModel:
     """A language model and a vision tower from hub names or local directories, with a projector between them.
 
@@ -98,13 +107,14 @@ def load_llava(
             the DeepSpeed config's precision instead, because they are partitioned while they are read.
         pretrained_projector: file or directory to read the projector from; None = new weights, from torch's generator.
         quantisation: further arguments for reading the language model, see `distributed.quantisation`.
+        beside_token_rows: the projector's file holds the rows that `image_tokens.py` reads, too.
     """
     # The projector first: reading the models may or may not draw random numbers, which depends on the backend, and new
     # weights should depend on the seed alone.
     text_width = AutoConfig.from_pretrained(model_name_or_path).get_text_config().hidden_size
     projector = build_projector(projector_type, load_vision_config(vision_tower).hidden_size, text_width)
     if pretrained_projector:
-        load_projector(projector, pretrained_projector)
+        load_projector(projector, pretrained_projector, beside_token_rows)
     language_model = AutoModelForCausalLM.from_pretrained(
         model_name_or_path,
         dtype=dtypes["language_model"],

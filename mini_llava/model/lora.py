@@ -7,16 +7,17 @@ layers are PEFT's, put into the language model in place, so that its own class s
 
 import hashlib
 import json
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from ..data.tokenization import load_tokenizer
 from .formats import _begin, _llava_config, _staged, _write_json
+from .image_tokens import add_token_rows, set_rows
 from .llava import LlavaModel, load_llava
-from .projector import _read_tensors, _some, gathered_state_dict
+from .projector import _read_tensors, _some, gathered_state_dict, whole
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -25,7 +26,7 @@ OTHERS_FILE = "non_lora_trainables.bin"
 PREFIX = "base_model.model."
 # What `add_lora` sets: older releases of PEFT stumble over settings that they do not know.
 ADAPTER_SETTINGS = ("r", "lora_alpha", "lora_dropout", "bias", "fan_in_fan_out", "base_model_name_or_path")
-PROJECTOR, TOWER = "mm_projector.", "vision_tower.vision_tower.vision_model."
+PROJECTOR, TOWER, TOKENS = "mm_projector.", "vision_tower.vision_tower.vision_model.", "embed_tokens.weight"
 
 
 # ----------------------------------------------------------------------------------------------- adding and merging
@@ -127,12 +128,7 @@ def fingerprint(language_model: nn.Module) -> str:
     call it.
     """
     weight = language_model.get_input_embeddings().weight
-    whole = nullcontext()
-    if hasattr(weight, "ds_id"):
-        import deepspeed
-
-        whole = deepspeed.zero.GatheredParameters([weight])
-    with whole:
+    with whole(weight):
         rounded = weight.detach().to("cpu", torch.bfloat16).contiguous()
         return hashlib.sha256(rounded.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
 
@@ -163,6 +159,8 @@ def save_lora(
     adapter_weights = [(PREFIX + name.replace(f".{adapter}.", "."), parameter) for name, parameter in trained]
     tower = [(name, p) for name, p in model.vision_tower.model.named_parameters() if p.requires_grad]
     others = [(f"{PREFIX}model.{PROJECTOR}{name}", parameter) for name, parameter in model.projector.named_parameters()]
+    if model.use_im_start_end:
+        others.append((PREFIX + "model." + TOKENS, model.language_model.get_input_embeddings().weight))
     others += [(f"{PREFIX}model.{TOWER}{name.removeprefix('vision_model.')}", parameter) for name, parameter in tower]
 
     if is_main_process:
@@ -172,6 +170,9 @@ def save_lora(
     adapter_weights = dict(gathered_state_dict(adapter_weights, is_main_process))
     others = dict(gathered_state_dict(others, is_main_process))
     if is_main_process:
+        if model.use_im_start_end:  # no need of the other rows, which are the base's
+            key = PREFIX + "model." + TOKENS
+            others[key] = others[key][model.first_image_token :][:2].clone()
         with _staged(directory) as staging:
             save_file(adapter_weights, staging / ADAPTER_FILES[0], metadata={"format": "pt"})
             torch.save(others, staging / OTHERS_FILE)
@@ -184,6 +185,7 @@ def save_lora(
         described = _llava_config(model, projector_type, vision_tower_name, image_aspect_ratio, model_max_length)
         described.pop("quantization_config", None)  # the adapters fit the unquantised model as well
         described["unfreeze_mm_vision_tower"] = bool(tower)
+        described["added_tokens"] = model.added_tokens
         described["base_fingerprint"] = model.language_model.base_fingerprint
         _write_json(directory, "config.json", described)
     return (
@@ -244,6 +246,11 @@ def load_lora(model: LlavaModel, directory: str | Path, dtype: torch.dtype) -> N
         _inject(model.language_model, config, dtype)
     except ValueError as error:  # PEFT found no layer of these names
         raise ValueError(f"{directory / ADAPTER_CONFIG} does not fit the language model: {error}") from None
+    llava = _read_json(directory, "config.json")
+    start_end, patch = (bool(llava.get(f"mm_use_im_{kind}")) for kind in ("start_end", "patch_token"))
+    if start_end or patch:
+        added = llava.get("added_tokens", patch + 2 * start_end)
+        add_token_rows(model, load_tokenizer(directory), added, start_end, patch, None, False, dtype)
     _fill(model, directory)
 
 
@@ -286,6 +293,10 @@ def _fill(model: LlavaModel, directory: Path) -> None:
     found = {}
     for key, tensor in _read_tensors(file).items():
         found[key.removeprefix("base_model.").removeprefix("model.").removeprefix("model.")] = key, tensor
+    if model.use_im_start_end:
+        if TOKENS not in found:
+            raise ValueError(f"{file} has no rows for <im_start> and <im_end> ({TOKENS}).")
+        set_rows(model, found.pop(TOKENS)[1])
     if any(name.startswith(TOWER) for name in found):
         unused = {name.removeprefix("model.") for name in model.vision_tower.unused_parameters()}
         unused = {TOWER + name.removeprefix("vision_model.") for name in unused} - found.keys()
@@ -296,13 +307,17 @@ def _fill(model: LlavaModel, directory: Path) -> None:
 def _check_base(model: LlavaModel, directory: Path) -> None:
     """Raises ValueError naming the first differences between the base at hand and the one of the directory."""
     theirs, mine = _read_json(directory, "config.json"), model.language_model.config.to_dict()
+    keys = ["hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"]
+    if not theirs.get("mm_use_im_start_end") and not theirs.get("mm_use_im_patch_token"):  # which add tokens
+        keys.append("vocab_size")
     differing = [
         f"{key} {theirs[key]} there, {mine[key]} here"
-        for key in ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "vocab_size")
+        for key in keys
         if key in theirs and key in mine and theirs[key] != mine[key]
     ]
     digest = theirs.get("base_fingerprint")  # LLaVA has none
-    if not differing and digest and digest != fingerprint(model.language_model):
+    here = getattr(model.language_model, "base_fingerprint", None) or fingerprint(model.language_model)
+    if not differing and digest and digest != here:
         differing = ["the same shapes, but other word embeddings"]
     if differing:
         base = _read_json(directory, ADAPTER_CONFIG).get("base_model_name_or_path")
@@ -321,14 +336,8 @@ def _copy_all(file: Path, targets: dict[str, nn.Parameter], found: dict[str, tup
         if list(tensor.shape) != shape:
             raise ValueError(f"{file}: {key} is {list(tensor.shape)}, but this model needs {shape}.")
     for name, parameter in targets.items():
-        whole = nullcontext()
-        if hasattr(parameter, "ds_id"):
-            import deepspeed
-
-            whole = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
-        with whole:
-            if parameter.numel():  # on the other ranks of ZeRO-3 as well: rank 0's is what stays
-                parameter.copy_(found[name][1])
+        with whole(parameter, modified=True):
+            parameter.copy_(found[name][1])
 
 
 def _read_json(directory: Path, name: str) -> dict:

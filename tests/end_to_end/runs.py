@@ -108,7 +108,7 @@ CHANGES = {
     "not clipped": {"max_grad_norm": 0},
     "bf16": {"bf16": True},
 }
-# Three micro-batches on one process and two on each of two, layers recomputed; dropout draws on each rank by itself.
+# Without dropout, for each rank draws masks of its own.
 LORA = {
     "lora_enable": True,
     "lora_r": 4,
@@ -121,6 +121,7 @@ LORA = {
 RUNS = {f"gradients, {name}": (2, values) for name, values in CUTS.items()} | {
     f"stage {stage}, {name}": (stage, FIVE_STEPS | values) for stage in (1, 2) for name, values in CHANGES.items()
 }
+RUNS |= {"stage 2, LoRA": (2, FIVE_STEPS | LORA)}
 ON_TWO_PROCESSES = {
     "ddp": [
         *(f"gradients, {cut}" for cut in ("2 slots, padded", "4 slots, padded", "4 slots, packed")),
