@@ -1,5 +1,7 @@
 """What the printed table declares to be trained is what one step changes, to the tensor."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from tests.end_to_end import runs
 
 CASES = {
     "stage 1": (1, {}, {"projector"}),
+    "stage 1, mm_use_im_start_end": (1, {"mm_use_im_start_end": True}, {"projector", "new_tokens"}),
     "stage 2": (2, {}, {"projector", "language_model"}),
     "freeze_backbone": (2, {"freeze_backbone": True}, {"projector"}),
     "freeze_mm_mlp_adapter": (2, {"freeze_mm_mlp_adapter": True}, {"language_model"}),
@@ -40,7 +43,7 @@ def printed_table(text: str) -> dict[str, tuple[int, int]]:
     lines = text.splitlines()
     header = next(number for number, line in enumerate(lines) if line.split()[:3] == ["part", "parameters", "trained"])
     table = {}
-    for line in lines[header + 1 : header + 4]:
+    for line in itertools.takewhile(str.strip, lines[header + 1 :]):
         part, total, trained = line.replace(",", "").split()[:3]
         table[part] = int(total), int(trained)
     return table
