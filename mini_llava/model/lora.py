@@ -136,22 +136,13 @@ def fingerprint(language_model: nn.Module) -> str:
 # ---------------------------------------------------------------------------------------------------------- writing
 
 
-def save_lora(
-    directory: str | Path,
-    tokenizer,
-    *,
-    model: LlavaModel,
-    projector_type: str,
-    vision_tower_name: str,
-    image_aspect_ratio: str,
-    model_max_length: int,
-    is_main_process: bool = True,
-) -> str:
+def save_lora(directory: str | Path, tokenizer, *, model: LlavaModel, is_main_process: bool = True, **described) -> str:
     """A LoRA run as LLaVA lays it out, and whole without the run: adapter, projector, config and tokenizer.
 
     `adapter_model.safetensors` and `adapter_config.json` are PEFT's; `non_lora_trainables.bin` has the projector,
     trained or not, and the trained weights of the tower; `config.json` is the LLaVA model's. Every rank calls it
-    (ZeRO-3 gathers, one tensor at a time), the main process writes. Returns a line about it.
+    (ZeRO-3 gathers, one tensor at a time), the main process writes. `described` is what the other saving functions are
+    told about the model. Returns a line about it.
     """
     directory = Path(directory)
     [(adapter, config)] = model.language_model.peft_config.items()
@@ -182,12 +173,14 @@ def save_lora(
         changed = {"target_modules": sorted(adapters(model.language_model)), "inference_mode": True}
         settings = {key: value for key, value in config.to_dict().items() if key in ADAPTER_SETTINGS}
         _write_json(directory, ADAPTER_CONFIG, {**settings, "peft_type": "LORA", "task_type": "CAUSAL_LM", **changed})
-        described = _llava_config(model, projector_type, vision_tower_name, image_aspect_ratio, model_max_length)
-        described.pop("quantization_config", None)  # the adapters fit the unquantised model as well
-        described["unfreeze_mm_vision_tower"] = bool(tower)
-        described["added_tokens"] = model.added_tokens
-        described["base_fingerprint"] = model.language_model.base_fingerprint
-        _write_json(directory, "config.json", described)
+        llava = _llava_config(model, **described)
+        llava.pop("quantization_config", None)  # the adapters fit the unquantised model as well
+        llava |= {
+            "unfreeze_mm_vision_tower": bool(tower),
+            "added_tokens": model.added_tokens,
+            "base_fingerprint": model.language_model.base_fingerprint,
+        }
+        _write_json(directory, "config.json", llava)
     return (
         f"Adapter, projector, config and tokenizer are in {directory}; they belong to {config.base_model_name_or_path}."
     )
