@@ -71,7 +71,7 @@ def add_lora(
         base_model_name_or_path=base,
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # they are drawn on the CPU
         torch.manual_seed(seed)
         _inject(language_model, config, dtype)
 
@@ -108,9 +108,10 @@ def merge_lora(model: LlavaModel, dtype: torch.dtype) -> LlavaModel:
     """
     for name, layer in adapters(model.language_model).items():
         base = layer.get_base_layer()
-        if not base.weight.is_floating_point():
+        if type(base) is not nn.Linear:
             raise ValueError(
-                f"The weight of {name} is quantised: adapters are merged into the unquantised model (--bits 16)."
+                f"{name} is a {type(base).__name__}, which has no plain weight: adapters are merged into the model as "
+                "it was before it was quantised (--bits 16)."
             )
         [adapter] = layer.active_adapters
         factors = layer.lora_B[adapter].weight.float() @ layer.lora_A[adapter].weight.float()

@@ -163,24 +163,23 @@ def quantisation(accelerator: Accelerator, bits: int, double_quant: bool, quant_
     """What transformers' `from_pretrained` needs to read the language model in 4 or 8 bits; nothing for 16.
 
     Raises:
-        ValueError: bitsandbytes is not installed, or ZeRO-3 would divide weights that are packed into bytes.
+        ValueError: bitsandbytes is not installed.
     """
     if bits == 16:
         return {}
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(f"--bits {bits} needs the package bitsandbytes: pip install bitsandbytes.")
-    if zero_stage(accelerator) == 3:
-        raise ValueError(
-            f"--bits {bits} does not work with ZeRO-3, which divides weights that are no packed bytes: use "
-            "accelerate_configs/zero2.yaml or multi_gpu.yaml; the quantised weights are small."
-        )
-    four_bit = {
-        "bnb_4bit_quant_type": quant_type,
-        "bnb_4bit_use_double_quant": double_quant,
-        "bnb_4bit_compute_dtype": compute_dtype(accelerator),
-    }
-    config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, **(four_bit if bits == 4 else {}))
-    return {"quantization_config": config, "device_map": {"": accelerator.device}}
+    if bits == 8:
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=compute_dtype(accelerator),
+        # ZeRO-3 divides the parameters of one dtype, so the packed bytes pass for numbers of the computation's.
+        bnb_4bit_quant_storage=compute_dtype(accelerator) if zero_stage(accelerator) == 3 else torch.uint8,
+    )
+    return {"quantization_config": config}
 
 
 def describe(accelerator: Accelerator) -> str:
@@ -214,7 +213,7 @@ def is_offloaded(accelerator: Accelerator) -> bool:
 
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers."""
-    packages = ("torch", "transformers", "accelerate", "deepspeed", "tokenizers", "pillow")
+    packages = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "tokenizers", "pillow")
     found = {}
     for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -16,6 +16,7 @@ from mini_llava.model.llava import LlavaModel
 from mini_llava.model.projector import build_projector
 from mini_llava.model.vision_tower import load_vision_tower
 from tests.end_to_end import runs
+from tests.launching import train_in_turn
 from tests.model.test_formats import build, save, tied_language_model, tokenizer
 
 LORA = {"lora_enable": True, "lora_r": 4, "lora_alpha": 8}
@@ -301,6 +302,21 @@ def test_another_run_starts_from_a_lora_directory(trained, tmp_path):
         assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     with pytest.raises(ValueError, match="has r 4, but --lora_r is 8"):
         runs.train_here(runs.flags_of(2, tmp_path / "other", values | {"lora_r": 8}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["ddp", "zero2", "zero3"])
+def test_quantised_runs_on_two_processes_have_the_losses_of_one(tmp_path, backend):
+    pytest.importorskip("bitsandbytes")
+    values = {**LORA, "lora_dropout": 0, "max_steps": 3, "learning_rate": 1e-2, "warmup_ratio": 0}
+    values |= {"global_batch_size": 8, "per_device_train_batch_size": 2}
+    lines = [runs.flags_of(2, tmp_path / str(bits), values | {"bits": bits}) for bits in (4, 8)]
+    train_in_turn(None if backend == "ddp" else runs.config_file(backend, tmp_path), lines, tmp_path)
+    for bits in (4, 8):
+        runs.train_here(runs.flags_of(2, tmp_path / f"{bits} alone", values | {"bits": bits}))
+        found, expected = runs.log(tmp_path / str(bits)), runs.log(tmp_path / f"{bits} alone")
+        # The order of fp32 sums differs; the weights are the same 4 or 8 bits.
+        assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-6)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
