@@ -14,12 +14,13 @@ import traceback
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
+from accelerate import Accelerator
 
 from mini_llava import arguments as flags
 from mini_llava import demo
 from mini_llava.data.images import load_image_processor
 from mini_llava.data.loader import (
+    RankStep,
     RankSteps,
     count_skipped,
     log_skipped,
@@ -35,12 +36,14 @@ from mini_llava.model import formats, lora
 from mini_llava.model.attention import choose_attention
 from mini_llava.model.freeze import apply_plan, freeze_plan, trainable_table, trained_in_full
 from mini_llava.model.image_tokens import add_token_rows
-from mini_llava.model.llava import load_llava
+from mini_llava.model.llava import load_language_config, load_llava
 from mini_llava.model.vision_tower import load_vision_config, tokens_per_image
-from mini_llava.training import checkpoint, distributed
+from mini_llava.training import checkpoint, distributed, liveness, output_folder
 from mini_llava.training.evaluation import HeldOut
-from mini_llava.training.meter import Meter, ProgressLine, append_json_line
+from mini_llava.training.identity import run_identity
+from mini_llava.training.meter import Meter, ProgressLine, append_json_line, prepare_reports
 from mini_llava.training.optimizer import build_adamw, parameter_groups, set_learning_rates
+from mini_llava.training.preemption import EXIT_CODE, Preemption, ignore_signals, marker, write_marker
 from mini_llava.training.schedule import learning_rate_factor, warmup_steps
 
 
@@ -56,11 +59,12 @@ def train(arguments: flags.Arguments) -> None:
     # Read and measured before the process group exists: NCCL gives up after ten minutes of waiting for one rank.
     template = get_template(model_flags.version)
     eval_template = get_template(data_flags.eval_version or model_flags.version)
-    tokenizer = load_tokenizer(model_flags.model_name_or_path)
+    tokenizer = load_tokenizer(model_flags.model_name_or_path, model_flags.trust_remote_code)
+    language_config = load_language_config(model_flags.model_name_or_path, model_flags.trust_remote_code)
     marks, known_tokens = (model_flags.mm_use_im_start_end, model_flags.mm_use_im_patch_token), len(tokenizer)
     template, eval_template = (add_image_tokens(tokenizer, each, *marks) for each in (template, eval_template))
     image_processor = load_image_processor(model_flags.vision_tower)
-    vision_config = load_vision_config(model_flags.vision_tower)
+    vision_config = load_vision_config(model_flags.vision_tower, model_flags.trust_remote_code)
     image_tokens = tokens_per_image(vision_config, model_flags.mm_vision_select_feature)
     textual = dict(template=template, tokenizer=tokenizer, tokens_per_image=image_tokens)
     to_sample = functools.partial(tokenize, max_length=data_flags.model_max_length, **textual)
@@ -81,6 +85,7 @@ def train(arguments: flags.Arguments) -> None:
     # --- Processes, precision, seed ----------------------------------------------------------------------------------
     precision = distributed.choose_precision(training.bf16, training.fp16, arguments.explicit)
     accelerator = distributed.build_accelerator(precision, training.max_grad_norm, training.report_to, output_dir)
+    liveness.watch_other_ranks(rank, world_size)
     if training.tf32 is not None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = training.tf32
     torch.manual_seed(training.seed)  # the same on every rank, because new weights must be equal
@@ -103,13 +108,14 @@ def train(arguments: flags.Arguments) -> None:
         model_flags.mm_vision_select_feature,
         choose_attention(
             model_flags.attn_implementation,
-            AutoConfig.from_pretrained(model_flags.model_name_or_path).model_type,
+            language_config.model_type,
             data_flags.packing,
             accelerator.device,
             half_precision=precision != "no",
         ),
         distributed.parameter_dtypes(accelerator, trained),
         model_flags.pretrain_mm_mlp_adapter,
+        model_flags.trust_remote_code,
         distributed.quantisation(accelerator, training.bits, training.double_quant, training.quant_type),
         model_flags.mm_use_im_start_end,
     )
@@ -177,10 +183,24 @@ def train(arguments: flags.Arguments) -> None:
 
     # --- Resume ------------------------------------------------------------------------------------------------------
     torch.manual_seed((training.seed << 16) + rank)  # from here on each rank has dropout masks of its own
-    resume_from = checkpoint.find_checkpoint(output_dir, training.resume_from_checkpoint)
+    output_folder.check_shared(accelerator, output_dir)
+    identity = run_identity(
+        accelerator,
+        model,
+        arguments.as_dict(),
+        store,
+        sampler.state_dict(),
+        tokenizer,
+        image_processor,
+        total_steps,
+        slots=world_size * micro_batches,
+    )
+    resume_from = checkpoint.find_checkpoint(accelerator, output_dir, training.resume_from_checkpoint, say)
     if resume_from:
-        manifest = checkpoint.load_checkpoint(accelerator, model, optimizer, resume_from)
-        sampler.load_state_dict(manifest["sampler"])
+        manifest = checkpoint.load_checkpoint(
+            accelerator, model, optimizer, resume_from, identity, training.resume_ignore
+        )
+        sampler.load_state_dict(manifest["sampler"], order_may_differ=bool(training.resume_ignore))
     described = dict(
         model=accelerator.unwrap_model(model),
         projector_type=model_flags.mm_projector_type,
@@ -189,13 +209,18 @@ def train(arguments: flags.Arguments) -> None:
         model_max_length=data_flags.model_max_length,
         is_main_process=accelerator.is_main_process,
     )
+    whole_model = bool(trained - {"projector", "new_tokens"}) and not training.lora_enable
     save_trained = formats.save_projector_only
     if training.lora_enable:
         save_trained = functools.partial(lora.save_lora, tokenizer=tokenizer)
 
     # --- What a person sees ------------------------------------------------------------------------------------------
     say(f"\n{distributed.describe(accelerator)}\n\n{table}\n")
-    for note in (batch_note, distributed.memory_note(accelerator, model)):
+    saves = total_steps // training.save_steps - sampler.step // training.save_steps
+    saves = saves if training.save_strategy == "steps" else 0
+    room = (saves, training.save_total_limit, whole_model)
+    disk_note = output_folder.disk_note(accelerator, model, output_dir, *room)
+    for note in (batch_note, distributed.memory_note(accelerator, model), disk_note):
         if note:
             say(note)
     say(
@@ -204,13 +229,16 @@ def train(arguments: flags.Arguments) -> None:
         + (f" Resumed from {resume_from} at step {sampler.step}." if resume_from else "")
     )
     if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        for note in output_folder.remove_leftovers(output_dir):
+            say(note)
         flags.save_arguments(arguments, output_dir / "arguments.yaml", distributed.versions())
+        marker(output_dir).unlink(missing_ok=True)
+        if note := prepare_reports(output_dir, sampler.step if resume_from else None):
+            say(note)
         if not resume_from:
-            (output_dir / "log.jsonl").unlink(missing_ok=True)
-            (output_dir / "skipped.jsonl").unlink(missing_ok=True)
-            log_skipped(store, lengths.bad.items(), output_dir / "skipped.jsonl")
-    distributed.start_trackers(accelerator, arguments.as_dict())
+            with distributed.never_fatal(f"{output_dir}/skipped.jsonl lacks entries"):
+                log_skipped(store, lengths.bad.items(), output_dir / "skipped.jsonl")
+    distributed.start_trackers(accelerator, arguments.as_dict(), sampler.step if resume_from else None)
     held_out = HeldOut(
         accelerator,
         model,
@@ -232,13 +260,16 @@ def train(arguments: flags.Arguments) -> None:
         rank_plans(),
         data_flags.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=ignore_signals,
     )
     warmup = warmup_steps(training.warmup_ratio, total_steps)
     progress = ProgressLine(total_steps, sampler.step, enabled=rank == 0)
     meter = Meter(accelerator)
+    preemption, stopping = Preemption(), False
 
     for work in loader:
-        trained_tokens = distributed.sum_over_ranks(accelerator, sum(work.trained_tokens))
+        sums = distributed.sum_over_ranks(accelerator, [sum(work.trained_tokens), preemption.asked])
+        trained_tokens, stop = sums[0], sums[1].to("cpu", non_blocking=True)  # read once the step has synchronised
         factor = learning_rate_factor(training.lr_scheduler_type, sampler.step, total_steps, warmup)
         set_learning_rates(optimizer, factor)  # before the last backward, inside which DeepSpeed steps
 
@@ -252,42 +283,55 @@ def train(arguments: flags.Arguments) -> None:
                 meter.add_loss(loss)
                 yield loss * world_size  # every backend averages the ranks' gradients
 
-        gradient_norm = distributed.backward_and_step(
+        gradient_norm, finite = distributed.backward_and_step(
             accelerator, model, optimizer, losses(), len(work.micro_batches), training.max_grad_norm
         )
+        if not finite:
+            stop_unless_fp16_overflow(accelerator, meter, sampler.step + 1, work, store, output_dir)
         sampler.step += 1
         meter.add_step(work.tokens, work.samples)
-        log_skipped(store, work.skipped, output_dir / "skipped.jsonl")
+        with distributed.never_fatal(f"{output_dir}/skipped.jsonl lacks entries"):
+            log_skipped(store, work.skipped, output_dir / "skipped.jsonl")
 
-        saving = training.save_strategy == "steps" and sampler.step % training.save_steps == 0
+        stopping = bool(stop)
+        saving = stopping or (training.save_strategy == "steps" and sampler.step % training.save_steps == 0)
         if saving or sampler.step % training.logging_steps == 0 or sampler.step == total_steps:
             values = meter.read()  # here the host waits for the device
             values |= {"learning_rate": training.learning_rate * factor, "gradient_norm": float(gradient_norm)}
-            stop_if_not_finite(values, precision, sampler.step, [store.describe(index) for index in work.records])
             values["epoch"] = sampler.step / sampler.steps_per_epoch
-            accelerator.log(values, step=sampler.step)
+            distributed.log(accelerator, values, sampler.step)
             progress.update(sampler.step, values)
             if rank == 0:
                 append_json_line(output_dir / "log.jsonl", {"step": sampler.step, **values})
         if saving:
             description = {"stage": arguments.stage, "sampler": sampler.state_dict(), "arguments": arguments.as_dict()}
-            checkpoint.save_checkpoint(
+            saved = checkpoint.save_or_warn(
                 accelerator,
                 model,
                 optimizer,
                 output_dir,
                 sampler.step,
-                description,
+                description | {"identity": identity},
                 training.save_total_limit,
                 write_weights=functools.partial(save_trained, **described),
             )
-            meter.pause_ends()
+            progress.say(saved.text)
+            meter.pause_ends(save_seconds=saved.seconds)
+        if stopping:
+            break
     progress.close()
+    preemption.restore()
+    if stopping:
+        if accelerator.is_main_process:
+            write_marker(output_dir, sampler.step, total_steps)
+        say(f"Stopped after step {sampler.step} as asked; --resume_from_checkpoint latest goes on.")
+        distributed.end_training(accelerator, model)
+        sys.exit(EXIT_CODE)
 
     # --- The result --------------------------------------------------------------------------------------------------
     if training.lora_enable:
         say(save_trained(output_dir, **described))
-    elif trained <= {"projector", "new_tokens"}:
+    elif not whole_model:
         formats.save_projector_only(output_dir, **described)
         say(f"The projector is in {output_dir}/mm_projector.bin; stage 2 takes it as --pretrain_mm_mlp_adapter.")
     else:
@@ -297,8 +341,9 @@ def train(arguments: flags.Arguments) -> None:
                 output_dir, tokenizer, image_processor, template, "vision_tower" in trained, dtype, **described
             )
         )
-    for line in count_skipped(output_dir / "skipped.jsonl"):
-        say(f"skipped: {line}")
+    with distributed.never_fatal(f"{output_dir}/skipped.jsonl cannot be counted"):
+        for line in count_skipped(output_dir / "skipped.jsonl"):
+            say(f"skipped: {line}")
     held_out.report("after training", say)
     distributed.end_training(accelerator, model)
 
@@ -309,13 +354,26 @@ def open_held_out(data_flags: flags.DataArguments) -> RecordStore | None:
     return RecordStore([data_flags.eval_data_path], data_flags.eval_image_folder and [data_flags.eval_image_folder])
 
 
-def stop_if_not_finite(values: dict[str, float], precision: str, step: int, records: list[str]) -> None:
-    """Ends the run if the loss or the gradient is not a number; in fp16 the loss scaler deals with gradients itself."""
-    if math.isfinite(values["loss"]) and (math.isfinite(values["gradient_norm"]) or precision == "fp16"):
+def stop_unless_fp16_overflow(
+    accelerator: Accelerator, meter: Meter, step: int, work: RankStep, store: RecordStore, output_dir: Path
+) -> None:
+    """Ends the run on all ranks, the optimizer's step not taken, with the records of the global batch.
+
+    In fp16 a gradient that overflows while the loss is finite is usual: the step is left out and the scale lowered.
+    """
+    loss = float(distributed.sum_over_ranks(accelerator, meter.loss))
+    if accelerator.mixed_precision == "fp16" and math.isfinite(loss):
         return
+    records = [index for of_rank in distributed.gather_from_ranks(accelerator, work.records) for index in of_rank]
+    if not accelerator.is_main_process:
+        sys.exit(1)
+    what = "its gradient is not finite" if math.isfinite(loss) else f"its loss is {loss}"
+    file = output_dir / "not_finite.jsonl"
+    log_skipped(store, [(index, f"step {step}: {what}") for index in records], file)
+    shown = ", ".join(store.describe(index) for index in records[:20]) + (" ..." if len(records) > 20 else "")
     raise SystemExit(
-        f"Step {step}: loss {values['loss']}, gradient norm {values['gradient_norm']}. Nothing was saved since the "
-        f"last checkpoint. This rank's records of the step: {', '.join(records)}."
+        f"Step {step} was not taken: {what}. Nothing was saved since the last checkpoint. The records of its global "
+        f"batch are listed in {file}, a file for --exclude: {shown}"
     )
 
 
@@ -324,6 +382,8 @@ def main() -> None:
     arguments = flags.parse_arguments()
     try:
         train(arguments)
+    except KeyboardInterrupt:
+        sys.exit("train.py: interrupted; --resume_from_checkpoint latest goes on from the last checkpoint.")
     except (ValueError, ImportError, OSError, checkpoint.CheckpointError) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         ours = Path(last.filename).is_relative_to(Path(__file__).resolve().parent / "mini_llava")
@@ -333,6 +393,11 @@ def main() -> None:
         if rank > 0:
             time.sleep(5)  # mostly rank 0 has said the same by then, and the launcher has ended this process
         sys.exit(f"train.py: error{f' on rank {rank}' if rank else ''}: {error}")
+    except RuntimeError:
+        liveness.wait_for_the_sentence()
+        raise
+    finally:
+        liveness.leave("failed")  # unless it has left already, finished
 
 
 if __name__ == "__main__":

@@ -63,6 +63,10 @@ class ModelArguments:
     """Attention: sdpa, flash_attention_2, varlen (torch's own for packed batches) or eager. Default: the fastest that
     runs here. LLaVA's flash_attn flags are spelled this way in transformers."""
 
+    trust_remote_code: bool = False
+    """Let a model's directory run the Python code that it brings. Without it such code is refused, unless transformers
+    has a class of its own for the model. It may do whatever you may: read it before you allow it."""
+
     mm_use_im_start_end: bool = False
     """Put the tokens <im_start> and <im_end> around each image, as LLaVA's first models have them."""
 
@@ -239,6 +243,9 @@ class TrainingArguments:
     resume_from_checkpoint: str | None = None
     """latest, or the path of a checkpoint directory; latest starts anew if there is none."""
 
+    resume_ignore: list[str] | None = field(default=None, metadata={"metavar": "NAME"})
+    """What may differ from the run that wrote the checkpoint: names of flags, and the words data and model."""
+
     evaluation_strategy: str = "no"
     """Accepted as "no" only: held-out answers are scored at the start and at the end, see eval_data_path."""
 
@@ -308,6 +315,29 @@ NEEDED = {
     **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_bias", "lora_weight_path"), ("lora_enable", True)),
     **dict.fromkeys(("double_quant", "quant_type"), ("bits", 4)),
 }
+
+# Flags that may differ between a run and the one it resumes, because they do not decide its numbers; all others do.
+DECIDES_NOTHING = {
+    # compared by their content instead of by their names; what is in the image folders is not compared
+    *("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter", "lora_weight_path"),
+    *("data_path", "image_folder", "exclude"),
+    # compared as what they come to: steps in all, samples in a step, precision
+    *("stage", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "fp16"),
+    # change how a step is computed, and its numbers by no more than rounding
+    *("packing", "max_tokens_per_micro_batch", "attn_implementation", "gradient_checkpointing"),
+    # where, when and how fast things are read, written and shown
+    *("output_dir", "dataloader_num_workers", "lazy_preprocess", "logging_steps", "report_to", "save_strategy"),
+    *("save_steps", "save_total_limit", "resume_from_checkpoint", "resume_ignore"),
+    # a bad record ends the run or is left out, so that a run it has ended can go on without it
+    "on_bad_sample",
+    # evaluation draws from generators of its own
+    *("eval_data_path", "eval_image_folder", "eval_version", "eval_max_samples", "evaluation_strategy"),
+    "per_device_eval_batch_size",
+    # whose code may run does not say what it computes: the model is compared
+    "trust_remote_code",
+}
+# Flags that are compared as another one, which says what they come to.
+OTHER_NAMES = {"num_train_epochs": "max_steps", "fp16": "bf16", "gradient_accumulation_steps": "global_batch_size"}
 
 POSITIVE = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size", "num_train_epochs"),
@@ -416,6 +446,11 @@ def _check(arguments: Arguments) -> None:
         if (path.is_dir() or values[name].startswith(("/", "."))) and not (path / "config.json").is_file():
             found = "a directory without config.json" if path.is_dir() else "no directory"
             raise ValueError(f"--{name} {path} is {found}; give a model's directory or its name on the hub.")
+    comparable = {"data", "model", "per_device_train_batch_size", *OTHER_NAMES, *(values.keys() - DECIDES_NOTHING)}
+    if unknown := sorted(set(training.resume_ignore or []) - comparable):
+        raise ValueError(
+            f"--resume_ignore {unknown[0]}: no such thing is compared; known are {', '.join(sorted(comparable))}."
+        )
     for name in POSITIVE:
         if values[name] is not None and values[name] <= 0:
             raise ValueError(f"--{name} must be positive, not {values[name]}.")
@@ -521,7 +556,7 @@ def _build_parser() -> argparse.ArgumentParser:
             if first is None and second is None:
                 default = ""
             help_text = (texts[f.name] + default).replace("%", "%%")
-            kind = _argparse_kind(hints[f.name])
+            kind = _argparse_kind(hints[f.name]) | f.metadata
             group.add_argument(f"--{f.name}", **kind, default=argparse.SUPPRESS, help=help_text)
     return parser
 
@@ -579,7 +614,7 @@ def _fields():
 
 
 def _describe(kind) -> str:
-    return {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}.get(kind, "a list of paths")
+    return {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}.get(kind, "a list of texts")
 
 
 def _unknown(name: str, known) -> str:
@@ -599,5 +634,15 @@ def _field_texts(kind) -> dict[str, str]:
 
 
 def save_arguments(arguments: Arguments, path: Path, extra: dict) -> None:
-    """Writes every resolved argument, and under `run` what else describes the run, as YAML."""
-    path.write_text(yaml.safe_dump(arguments.as_dict() | {"run": extra}, sort_keys=False), encoding="utf-8")
+    """Writes every resolved argument, and under `run` what else describes the run, as YAML.
+
+    Raises OSError: a sentence that names the file. An older one is replaced by the whole new one or not at all.
+    """
+    temporary = path.with_name(f".{path.name}.incomplete")
+    try:
+        temporary.write_text(yaml.safe_dump(arguments.as_dict() | {"run": extra}, sort_keys=False), encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be written: {error.strerror}. Make room, or choose another --output_dir."
+        ) from error

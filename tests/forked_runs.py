@@ -77,6 +77,7 @@ def start(
     processes: int = 1,
     launched: bool = False,
     environment: dict | None = None,
+    program: str = "train.py",
 ) -> Run:
     """Starts `python train.py FLAGS`, or with `config` what `accelerate launch` makes of it.
 
@@ -85,6 +86,7 @@ def start(
         config: `cpu`, `zero2` or `zero3`.
         launched: start by `accelerate launch --config_file accelerate_configs/CONFIG.yaml` indeed.
         environment: further variables.
+        program: another one than train.py, relative to the repository.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(b"")
@@ -92,9 +94,9 @@ def start(
     if launched:
         command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
         command += ["--config_file", f"accelerate_configs/{config}.yaml", "--main_process_port", port]
-        target, arguments = _execute, ([*command, "train.py", *flags],)
+        target, arguments = _execute, ([*command, program, *flags],)
     else:
-        target, arguments = _start_ranks, (flags, config, processes, port)
+        target, arguments = _start_ranks, (program, flags, config, processes, port)
     process = _fork_server.Process(target=_prepare, args=(output, environment or {}, target, arguments))
     process.start()
     return Run(process, output)
@@ -122,7 +124,7 @@ def _execute(command: list[str]) -> None:
     os.execv(command[0], command)
 
 
-def _start_ranks(flags: list[str], config: str | None, processes: int, port: str) -> None:
+def _start_ranks(program: str, flags: list[str], config: str | None, processes: int, port: str) -> None:
     """Starts the ranks, waits for them, and like the launcher ends the others when one has failed."""
     if config is not None:
         os.environ.update(ENVIRONMENTS[config])
@@ -132,7 +134,7 @@ def _start_ranks(flags: list[str], config: str | None, processes: int, port: str
         if (pid := os.fork()) == 0:
             if config is not None:
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-            _become_train_py(flags)
+            _become(program, flags)
         ranks.append(pid)
     for _ in range(processes):
         pid, status = os.wait()
@@ -143,11 +145,11 @@ def _start_ranks(flags: list[str], config: str | None, processes: int, port: str
             sys.exit(os.waitstatus_to_exitcode(status))
 
 
-def _become_train_py(flags: list[str]) -> None:
-    sys.argv = ["train.py", *flags]
+def _become(program: str, flags: list[str]) -> None:
+    sys.argv = [program, *flags]
     code = 0
     try:
-        runpy.run_path("train.py", run_name="__main__")
+        runpy.run_path(program, run_name="__main__")
     except SystemExit as end:  # as the interpreter treats it
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if isinstance(end.code, str):

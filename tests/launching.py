@@ -1,10 +1,14 @@
 """Two processes on the CPU, launched as users launch them, for one program or for many runs of `train.py` in turn."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "accelerate_configs"
@@ -37,8 +41,29 @@ def launch(config_file: Path | None, script: Path, *arguments: str) -> str:
     return printed
 
 
-def train_in_turn(config_file: Path | None, command_lines: list[list[str]], folder: Path) -> str:
-    """Trains all of them in one launch, because launching costs far more than training a tiny model."""
+def train_in_turn(
+    config_file: Path | None, command_lines: list[list[str]], folder: Path, largest_file: dict[int, int] | None = None
+) -> str:
+    """Trains all of them in one launch, because launching costs far more than training a tiny model.
+
+    `largest_file`: number of a command line to the bytes beyond which rank 1 can then write no file.
+    """
     listing = folder / "command_lines.json"
-    listing.write_text(json.dumps(command_lines))
+    limits = largest_file or {}
+    listing.write_text(json.dumps([[line, limits.get(number)] for number, line in enumerate(command_lines)]))
     return launch(config_file, Path(__file__).with_name("several_runs.py"), str(listing))
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A file system of this size (`4m`) in `folder`; where mounting is not permitted the test is skipped."""
+    folder.mkdir(parents=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)

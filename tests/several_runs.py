@@ -6,6 +6,7 @@ the started process, with nothing of the run before it but the imported modules.
 
 import json
 import os
+import resource
 import socket
 import sys
 import traceback
@@ -23,7 +24,7 @@ from mini_llava import arguments as flags
 def main(listing: Path) -> None:
     assert os.environ["WORLD_SIZE"] == "2", "one process would pass every test and show nothing"
     launchers_store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    for number, command_line in enumerate(json.loads(listing.read_text())):
+    for number, (command_line, largest_file) in enumerate(json.loads(listing.read_text())):
         # The launcher's store still holds the addresses of the run before: each run opens a store of its own, at a port
         # that is looked for when it is needed, for others may have taken it since the launch.
         if os.environ["RANK"] == "0":
@@ -32,6 +33,8 @@ def main(listing: Path) -> None:
         if (child := os.fork()) == 0:
             os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": port}
             status = 1
+            if largest_file and os.environ["RANK"] == "1":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
             try:
                 train.train(flags.parse_arguments(command_line))
                 status = 0

@@ -107,8 +107,8 @@ def load_image_processor(path: str | os.PathLike) -> BaseImageProcessor:
     """The image processor of a vision tower, folder or hub name, in its PIL version.
 
     Chosen by the class name in the settings, CLIP's old feature extractor included: AutoImageProcessor would take the
-    torchvision version where it is installed, whose pixels differ slightly, and in some versions demands it. Raises
-    ValueError if there is no PIL version.
+    torchvision version where it is installed, whose pixels differ slightly, and in some versions demands it. Code from
+    the folder is never run. Raises ValueError if there is no PIL version.
     """
     settings, _ = BaseImageProcessor.get_image_processor_dict(path)
     name = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "none"

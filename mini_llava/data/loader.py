@@ -4,7 +4,6 @@ A global step is one item of a torch `DataLoader` without a sampler of its own: 
 and sends each worker the record indices of this rank. Accelerate never sees the loader, so it cannot shard it again.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +16,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from .collator import MicroBatch, collate
 from .images import BadImage, load_image, pixel_values
-from .records import RecordStore
+from .json_lines import append_lines, read_lines
+from .records import DataFileError, RecordStore
 from .tokenization import IGNORE_INDEX, BadRecord, Sample
 
 
@@ -49,22 +49,18 @@ def log_skipped(store: RecordStore, skipped: Iterable[tuple[int, str]], file: Pa
 
     index: the record's position in all data files, excluded records counted; digest: of its bytes.
     """
-    lines = []
+    entries = []
     for index, reason in skipped:
         entry = {"index": store.position(index), "record": store.describe(index), "reason": reason}
-        lines.append(json.dumps(entry | {"digest": store.record_digest(index)}) + "\n")
-    if lines:
+        entries.append(entry | {"digest": store.record_digest(index)})
+    if entries:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file, "a", encoding="utf-8") as out:
-            out.write("".join(lines))
+        append_lines(file, entries)
 
 
 def count_skipped(file: Path) -> list[str]:
     """How many records a `skipped.jsonl` lists for each reason; a record skipped in several epochs counts once."""
-    if not file.exists():
-        return []
-    entries = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return count_reasons({entry["index"]: entry["reason"] for entry in entries}.values())
+    return count_reasons({entry["index"]: entry["reason"] for entry in read_lines(file)}.values())
 
 
 def count_reasons(reasons: Iterable[str]) -> list[str]:
@@ -89,7 +85,7 @@ class RankStep:
     samples: int = 0
     records: list[int] = field(default_factory=list)
     skipped: list[tuple[int, str]] = field(default_factory=list)  # record and reason, with `--on_bad_sample skip`
-    fault: BadRecord | BadImage | None = None  # what ends the run, with `--on_bad_sample error`
+    fault: BadRecord | BadImage | DataFileError | None = None  # what ends the run, mostly with `--on_bad_sample error`
 
     def pin_memory(self) -> "RankStep":
         """Called by the loader, which looks into dictionaries and lists but not into other objects."""
@@ -131,6 +127,8 @@ class RankSteps(Dataset):
                 try:
                     sample = self.tokenize(self.store[index])
                     pixels = [self.load_pixels(self.store.image_folder(index), name) for name in sample.images]
+                except DataFileError as error:  # skipping would leave out every record that the file still has
+                    return RankStep([], [], fault=error)
                 except (BadRecord, BadImage) as error:
                     if self.on_bad_sample == "error":
                         sentence = (
@@ -152,15 +150,21 @@ class RankSteps(Dataset):
 
 
 def rank_step_loader(
-    dataset: RankSteps, dealt: Iterable[list[list[int]]], num_workers: int, pin_memory: bool
+    dataset: RankSteps,
+    dealt: Iterable[list[list[int]]],
+    num_workers: int,
+    pin_memory: bool,
+    worker_init_fn: Callable[[int], None] | None = None,
 ) -> Iterator[RankStep]:
     """Yields this rank's steps, prepared ahead by `num_workers` processes.
 
     Args:
         dealt: for each step, the record indices of each micro-batch of this rank.
+        worker_init_fn: called with its number in every worker when it starts.
 
     Raises:
         BadRecord, BadImage: with `--on_bad_sample error`, when the step with the bad sample is reached.
+        DataFileError: a data file has changed.
     """
     steps = DataLoader(
         dataset,
@@ -169,6 +173,7 @@ def rank_step_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         collate_fn=_as_it_is,
+        worker_init_fn=worker_init_fn,
         # A generator of its own: the loader would otherwise draw its workers' seed from the global one, and a resumed
         # run, which builds a second loader, would see other dropout masks.
         generator=torch.Generator().manual_seed(0),

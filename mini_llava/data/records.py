@@ -1,20 +1,20 @@
 """The training records as bytes and offsets, and the exact length of each.
 
-Replaces LLaVA's `json.load` of the whole dataset, once per process, and its word-count lengths. Files stay on disk and
-are memory-mapped; a record costs sixteen bytes of offsets that forked loader workers share, and is parsed when it is
-asked for. Lengths are counted in tokens, by really tokenizing every record once, in parallel, and kept in a cache.
+Replaces LLaVA's `json.load` of the whole dataset, once per process, and its word-count lengths. Files stay on disk; a
+record costs sixteen bytes of offsets that forked loader workers share, and is read and parsed when it is asked for.
+Lengths are counted in tokens, by really tokenizing every record once, in parallel, and kept in a cache.
 """
 
 import functools
 import hashlib
 import io
 import json
-import mmap
 import multiprocessing
 import os
 import re
 import tempfile
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -32,6 +32,66 @@ from .tokenization import IGNORE_INDEX, BadRecord, Sample, shorten
 CHUNK_BYTES = 16 * 2**20
 _WHITESPACE = b" \t\r\n"
 _BLANKS = re.compile(r"[ \t\r\n]*")
+
+
+class DataFileError(OSError):
+    """One sentence about a data file that cannot be read any more; it ends the run, whatever `--on_bad_sample` says."""
+
+
+class DataFile:
+    """The bytes of a file, read by position, as long as it stays what it was.
+
+    A memory map would be as fast, but kills the process by a signal when the file is cut short while it is mapped.
+    Reading by position needs no offset of its own, so forked workers share the descriptor. A pickled copy opens the
+    file again. Raises DataFileError where the file has changed, for then no record is sure to be where it was.
+    """
+
+    def __init__(self, path: str, stamp: tuple[int, int] | None = None):
+        """stamp: size and time of change that it must have; None takes those that it has."""
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+        self._stamp = stamp or self._stamp_now()
+        self.size = self._stamp[0]
+        if self._stamp_now() != self._stamp:
+            raise self._changed()
+
+    def read(self, start: int, end: int) -> bytes:
+        """The bytes from `start` up to `end`, which may lie beyond the end of the file."""
+        wanted, content = min(end, self.size) - start, b""
+        try:
+            while len(content) < wanted:  # the system may give less than is asked for, 2 GiB at most
+                more = os.pread(self._descriptor, wanted - len(content), start + len(content))
+                if not more:
+                    break
+                content = content + more if content else more
+            same = self._stamp_now() == self._stamp
+        except OSError as error:
+            raise DataFileError(f"The data file {self.path} cannot be read any more: {error.strerror}.") from error
+        if len(content) < wanted or not same:
+            raise self._changed()
+        return content
+
+    def chunks(self, start: int, end: int | None = None) -> Iterator[bytes]:
+        """All bytes from `start` to `end`, or of the rest of the file, a chunk at a time."""
+        end = self.size if end is None else end
+        for position in range(start, end, CHUNK_BYTES):
+            yield self.read(position, min(position + CHUNK_BYTES, end))
+
+    def _stamp_now(self) -> tuple[int, int]:
+        status = os.fstat(self._descriptor)
+        return status.st_size, status.st_mtime_ns
+
+    def _changed(self) -> DataFileError:
+        size = self._stamp_now()[0]
+        found = f"it had {self.size} bytes and has {size}" if size != self.size else "it has been written to"
+        return DataFileError(
+            f"The data file {self.path} has changed while it was read: {found}. Its records may no longer be where "
+            f"they were. Start again with a file that stays as it is; to replace one, write another and rename it."
+        )
+
+    def __reduce__(self):
+        return DataFile, (self.path, self._stamp)
 
 
 class RecordStore:
@@ -64,11 +124,11 @@ class RecordStore:
                 raise FileNotFoundError(f"The list {path} (--exclude) does not exist.")
         self.data_path = [str(path) for path in data_path]
         self._image_folder = [str(folder) for folder in image_folder]
-        self._maps = [_open(path) for path in self.data_path]
-        spans = [_spans(content, path) for content, path in zip(self._maps, self.data_path, strict=True)]
+        self._files = [DataFile(path) for path in self.data_path]
+        spans = [_spans(file) for file in self._files]
         self._spans = np.concatenate(spans)
         self._first = np.cumsum([0, *map(len, spans)])
-        self._digest = None
+        self._digests = None
         self._kept_before = np.zeros(0, np.int64)  # for each excluded record, how many kept ones are before it
         if not len(self):
             raise ValueError(f"No record in {', '.join(self.data_path)}.")
@@ -82,7 +142,7 @@ class RecordStore:
         return len(self._spans) - len(self._kept_before)
 
     def __getitem__(self, index: int) -> dict:
-        """The record at `index`. Raises BadRecord if its bytes are not a JSON object."""
+        """The record at `index`. Raises BadRecord if its bytes are not a JSON object; DataFileError, see there."""
         try:
             record = json.loads(self._content(index).decode("utf-8"))
         except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8, and nesting without end
@@ -94,7 +154,7 @@ class RecordStore:
 
     def _content(self, index: int) -> bytes:
         start, end = self._spans[self.position(index)].tolist()
-        return self._maps[self.source(index)][start:end]
+        return self._files[self.source(index)].read(start, end)
 
     def position(self, index: int) -> int:
         """The record's number among the records of all files, counted from 0, excluded ones included."""
@@ -130,12 +190,15 @@ class RecordStore:
     def _listed(self, path: str) -> list[int]:
         """The indices that an exclude file lists. Called before any record is left out, so that they are positions."""
         listed = []
-        with open(path, encoding="utf-8", errors="replace") as lines:
+        with open(path, encoding="utf-8", errors="replace", newline="\n") as lines:
             for number, line in enumerate(lines, start=1):
                 try:
                     entry = json.loads(line)
                     index, digest = int(entry["index"]), entry["digest"]
                 except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+                    if line.startswith('{"index"') and not line.endswith(("\n", "}")):  # a kill has torn it
+                        warnings.warn(f"--exclude {path}: the last line is torn and left out.", stacklevel=4)
+                        continue
                     raise ValueError(
                         f"--exclude {path}, line {number}: expected an object with 'index' and 'digest', as the doctor "
                         f"writes them, found {shorten(line)}."
@@ -148,53 +211,53 @@ class RecordStore:
                 listed.append(index)
         return listed
 
+    def digests(self) -> list[str]:
+        """A digest of the content of each file, in order."""
+        if self._digests is None:
+            self._digests = []
+            for file in self._files:
+                digest = hashlib.blake2b(digest_size=16)
+                for chunk in file.chunks(0):
+                    digest.update(chunk)
+                self._digests.append(digest.hexdigest())
+        return self._digests
+
     def digest(self) -> str:
         """A digest of the content of all files, in order, and of what is excluded; names and dates do not count."""
-        if self._digest is None:
-            digest = hashlib.blake2b(digest_size=16)
-            for content in self._maps:
-                digest.update(len(content).to_bytes(8, "little"))
-                with memoryview(content) as view:
-                    for start in range(0, len(view), CHUNK_BYTES):
-                        digest.update(view[start : start + CHUNK_BYTES])
-            digest.update(self._kept_before.tobytes())
-            self._digest = digest.hexdigest()
-        return self._digest
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_maps": None}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._maps = [_open(path) for path in self.data_path]
+        parts = " ".join(self.digests()).encode() + self._kept_before.tobytes()
+        return hashlib.blake2b(parts, digest_size=16).hexdigest()
 
 
-def _open(path: str) -> mmap.mmap:
-    if os.path.getsize(path) == 0:
-        raise ValueError(f"The data file {path} is empty.")
-    with open(path, "rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def _spans(content: mmap.mmap, path: str) -> np.ndarray:
+def _spans(file: DataFile) -> np.ndarray:
     """The first and the last-plus-one byte of each record of a file, int64 [n, 2]."""
-    start = 3 if content[:3] == b"\xef\xbb\xbf" else 0
-    while start < len(content) and content[start] in _WHITESPACE:
-        start += 1
-    first = content[start : start + 1]
+    if file.size == 0:
+        raise ValueError(f"The data file {file.path} is empty.")
+    start = _skip_blanks(file, 3 if file.read(0, 3) == b"\xef\xbb\xbf" else 0)
+    first = file.read(start, start + 1)
     if first == b"[":
-        spans = _array_spans(content, start + 1, path)
+        spans = _array_spans(file, start + 1)
     elif first == b"{":
-        spans = _line_spans(content, start, path)
+        spans = _line_spans(file, start)
     else:
         raise ValueError(
-            f"{path} begins with {first!r}; expected a JSON array of records, or JSON lines with one object per line."
+            f"{file.path} begins with {first!r}; expected a JSON array of records, or JSON lines with one object per "
+            f"line."
         )
     # fromiter keeps sixteen bytes for each record, where a list of tuples would keep two hundred.
     return np.fromiter((value for span in spans for value in span), dtype=np.int64).reshape(-1, 2)
 
 
-def _array_spans(content: mmap.mmap, position: int, path: str) -> Iterator[tuple[int, int]]:
+def _skip_blanks(file: DataFile, position: int) -> int:
+    """The first byte from `position` on that is no white space, or the end of the file."""
+    for chunk in file.chunks(position):
+        rest = chunk.lstrip(_WHITESPACE)
+        position += len(chunk) - len(rest)
+        if rest:
+            break
+    return position
+
+
+def _array_spans(file: DataFile, position: int) -> Iterator[tuple[int, int]]:
     """The elements of the JSON array whose bracket is before `position`.
 
     The text is read as latin-1, in which characters are bytes, so that the decoder's positions are file offsets. Never
@@ -205,15 +268,16 @@ def _array_spans(content: mmap.mmap, position: int, path: str) -> Iterator[tuple
     offset, window, here = position, "", 0
     expected = "an element or the closing bracket"
     progress = tqdm(
-        total=len(content), desc=f"indexing {os.path.basename(path)}", unit="B", unit_scale=True, delay=2, leave=False
+        total=file.size, desc=f"indexing {os.path.basename(file.path)}", unit="B", unit_scale=True, delay=2, leave=False
     )
 
     def broken(message: str, byte: int) -> ValueError:
-        return ValueError(f"{path} is not a whole JSON array: {message} at byte {byte}, line {_line(content, byte)}.")
+        where = f"at byte {byte}, line {_line(file, byte)}"
+        return ValueError(f"{file.path} is not a whole JSON array: {message} {where}.")
 
     while True:
         here = _BLANKS.match(window, here).end()
-        at_end = offset + len(window) >= len(content)
+        at_end = offset + len(window) >= file.size
         if here < len(window):
             if window[here] == "]" and expected != "an element":
                 break
@@ -237,39 +301,49 @@ def _array_spans(content: mmap.mmap, position: int, path: str) -> Iterator[tuple
                 if at_end or not incomplete:
                     raise broken(error.msg.removesuffix(" at"), offset + error.pos) from None
         elif at_end:
-            raise broken(f"the file ends where {expected} should be,", len(content))
+            raise broken(f"the file ends where {expected} should be,", file.size)
         offset, size = offset + here, max(CHUNK_BYTES, 2 * (len(window) - here))
-        window, here = content[offset : offset + size].decode("latin-1"), 0
+        window, here = file.read(offset, offset + size).decode("latin-1"), 0
         progress.update(offset - progress.n)
 
     progress.close()
-    for byte in range(offset + here + 1, len(content)):
-        if content[byte] not in _WHITESPACE:
-            raise broken("something follows the closing bracket", byte)
+    if (byte := _skip_blanks(file, offset + here + 1)) < file.size:
+        raise broken("something follows the closing bracket", byte)
 
 
-def _line_spans(content: mmap.mmap, start: int, path: str) -> Iterator[tuple[int, int]]:
+def _line_spans(file: DataFile, offset: int) -> Iterator[tuple[int, int]]:
     """The lines that are not blank. Whether a line is JSON shows when it is read, so that it is one bad record."""
-    end = content.find(b"\n", start)
+    window, here, is_first = b"", 0, True
+    while True:
+        end = window.find(b"\n", here)
+        at_end = offset + len(window) >= file.size
+        if end < 0 and not at_end:
+            offset, size = offset + here, max(CHUNK_BYTES, 2 * (len(window) - here))
+            window, here = file.read(offset, offset + size), 0
+            continue
+        line = window[here : end if end >= 0 else len(window)]
+        if is_first:
+            _check_first_line(file, offset, line)
+            is_first = False
+        if line.strip():
+            yield offset + here, offset + here + len(line)
+        if end < 0:
+            break
+        here = end + 1
+
+
+def _check_first_line(file: DataFile, start: int, line: bytes) -> None:
     try:
-        json.loads(content[start : end if end >= 0 else len(content)].decode("utf-8"))
+        json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} begins with an object, so it should have one whole JSON object per line, but line "
-            f"{_line(content, start)} is not ({error}). Otherwise the records must be elements of one JSON array."
+            f"{file.path} begins with an object, so it should have one whole JSON object per line, but line "
+            f"{_line(file, start)} is not ({error}). Otherwise the records must be elements of one JSON array."
         ) from error
-    while start < len(content):
-        end = content.find(b"\n", start)
-        end = len(content) if end < 0 else end
-        if content[start:end].strip():
-            yield start, end
-        start = end + 1
 
 
-def _line(content: mmap.mmap, byte: int) -> int:
-    return 1 + sum(
-        content[start : min(start + CHUNK_BYTES, byte)].count(b"\n") for start in range(0, byte, CHUNK_BYTES)
-    )
+def _line(file: DataFile, byte: int) -> int:
+    return 1 + sum(chunk.count(b"\n") for chunk in file.chunks(0, byte))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -443,6 +517,8 @@ def _scan_part(store: RecordStore, tokenize_function: Callable[[dict], Sample], 
         except BadRecord as error:
             scan.faults[index] = str(error)
             continue
+        except DataFileError:
+            raise
         except Exception as error:
             raise RuntimeError(f"{store.describe(index)} could not be tokenized: {error!r}") from error
         scan.length[place] = len(sample.input_ids)

@@ -152,14 +152,14 @@ class GlobalBatchSampler:
             "lengths": self._lengths_digest,
         }
 
-    def load_state_dict(self, state: dict[str, int | bool | str]) -> None:
-        """Moves the cursor; refuses a state whose order would be another one."""
+    def load_state_dict(self, state: dict[str, int | bool | str], order_may_differ: bool = False) -> None:
+        """Moves the cursor; refuses a state whose order would be another one, unless that is allowed."""
         differing = [
             f"{key} {state.get(key)} there, {value} here"
             for key, value in self.state_dict().items()
             if key != "step" and state.get(key) != value
         ]
-        if differing:
+        if differing and not order_may_differ:
             raise ValueError(f"The checkpoint's sample order is not the one of this run: {'; '.join(differing)}.")
         self.step = state["step"]
 

@@ -9,8 +9,11 @@ trained piece. Also here: loading a tokenizer so that it gives the ids LLaVA was
 import copy
 import json
 import os
+import pickle
 import reprlib
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +28,10 @@ from .templates import IMAGE_MARK, Template, render
 PATCH_TOKEN, START_TOKEN, END_TOKEN = "<im_patch>", "<im_start>", "<im_end>"
 IGNORE_INDEX = -100
 IMAGE_TOKEN_INDEX = -200
+# Far beyond what a model can read. A record is tokenized whole before it is cut, and one of a million image marks would
+# first become half a billion ids.
+MAX_IMAGES = 1024
+MAX_CHARACTERS = 4_000_000
 
 
 class BadRecord(ValueError):
@@ -120,6 +127,8 @@ def _conversation(record: dict, template: Template) -> tuple[list[str], list[str
         turns = turns[1:]
     if not turns:
         raise BadRecord("it has no human turn.")
+    if (characters := sum(len(text) for _, text in turns)) > MAX_CHARACTERS:
+        raise BadRecord(f"its turns have {characters} characters; more than {MAX_CHARACTERS} are refused.")
     for index, (role, text) in enumerate(turns):
         if role != ("human", "gpt")[index % 2]:
             raise BadRecord(f"two turns of {role!r} follow each other; human and gpt must alternate.")
@@ -128,6 +137,8 @@ def _conversation(record: dict, template: Template) -> tuple[list[str], list[str
 
     questions, answers = [text for _, text in turns[0::2]], [text for _, text in turns[1::2]]
     marks = sum(text.count(IMAGE_MARK) for text in questions)
+    if marks > MAX_IMAGES:
+        raise BadRecord(f"it has {marks} {IMAGE_MARK} marks; more than {MAX_IMAGES} are refused.")
     if marks != len(images):
         raise BadRecord(
             f"it has {marks} {IMAGE_MARK} mark{'s' * (marks != 1)} for {len(images)} image{'s' * (len(images) != 1)}; "
@@ -254,19 +265,43 @@ def _encoder(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) -> tuple[
 _BLANK = "▁"
 
 
-def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
+@contextmanager
+def foreign_code_refused(path: str | os.PathLike) -> Iterator[None]:
+    """Turns the refusal of transformers or torch to run code from `path` into a ValueError with one sentence.
+
+    Every `from_pretrained` that could run code stands in here and is told `trust_remote_code` as True or False: with
+    None transformers asks at the terminal.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"The weights in {path} are damaged, or a pickle of something other than tensors, which could run code "
+            f"when read. They were not loaded; take .safetensors files."
+        ) from error
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{path} brings Python code of its own, which was not run. Read it, and if you trust it, allow it by "
+            f"--trust_remote_code."
+        ) from error
+
+
+def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load a tokenizer, folder or hub name, so that its ids are those LLaVA trains with.
 
     LLaVA reads Llama tokenizers with transformers 4.37's slow class. transformers 5 rebuilds them in the tokenizers
     library without the blank before a text that itself begins with a blank, such as the text after a question that is
     only an image; and it needs sentencepiece for folders that hold only `tokenizer.model`. Here such tokenizers are
     rebuilt exactly, `legacy` included, as plain fast tokenizers, and stay exact when saved and loaded by
-    AutoTokenizer. All others are loaded as they are. Code from the folder is never run.
+    AutoTokenizer. All others are loaded as they are. Raises ValueError if that needs code that is not to be trusted.
     """
     config = _read_json(path, "tokenizer_config.json")
     backend = _llama_backend(path, config)
     if backend is None:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        with foreign_code_refused(path):
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
     # What describes the pipeline is now in tokenizer.json; the rest of the configuration is kept.
     config = {**_read_json(path, "special_tokens_map.json"), **config, "tokenizer_class": "PreTrainedTokenizerFast"}

@@ -94,6 +94,8 @@ def why_not_transformers(projector_type: str, language_model: nn.Module) -> str 
     if projector_type != "mlp2x_gelu":
         return f"transformers' LLaVA knows the projector mlp2x_gelu only, not {projector_type}."
     config = language_model.config
+    if not type(language_model).__module__.startswith("transformers."):
+        return f"transformers' LLaVA would not run the code that came with {type(language_model).__name__}."
     # Granite divides its logits, Cohere multiplies them, Gemma 2 caps them: all of it after lm_head, inside the class.
     for setting, neutral in (("logits_scaling", 1.0), ("logit_scale", 1.0), ("final_logit_softcapping", None)):
         if getattr(config, setting, neutral) not in (neutral, None):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..data.tokenization import IGNORE_INDEX
+from ..data.tokenization import IGNORE_INDEX, foreign_code_refused
 from .projector import build_projector, load_projector
 from .vision_tower import VisionTower, load_vision_config, load_vision_tower
 
@@ -88,6 +88,12 @@ class LlavaModel(nn.Module):
         self.language_model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
+def load_language_config(path: str, trust_remote_code: bool = False):
+    """The configuration of a language model, hub name or local directory."""
+    with foreign_code_refused(path):
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
 def load_llava(
     model_name_or_path: str,
     vision_tower: str,
@@ -97,6 +103,7 @@ def load_llava(
     attn_implementation: str,
     dtypes: dict[str, torch.dtype],
     pretrained_projector: str | None = None,
+    trust_remote_code: bool = False,
     quantisation: dict | None = None,
     beside_token_rows: bool = False,
 ) -> LlavaModel:
@@ -106,22 +113,26 @@ def load_llava(
         dtypes: of the parts `language_model`, `vision_tower` and `projector`. Under ZeRO-3 the first two are read in
             the DeepSpeed config's precision instead, because they are partitioned while they are read.
         pretrained_projector: file or directory to read the projector from; None = new weights, from torch's generator.
+        trust_remote_code: whether code that the models bring is run; if not, ValueError where it would be needed.
         quantisation: further arguments for reading the language model, see `distributed.quantisation`.
         beside_token_rows: the projector's file holds the rows that `image_tokens.py` reads, too.
     """
     # The projector first: reading the models may or may not draw random numbers, which depends on the backend, and new
     # weights should depend on the seed alone.
-    text_width = AutoConfig.from_pretrained(model_name_or_path).get_text_config().hidden_size
-    projector = build_projector(projector_type, load_vision_config(vision_tower).hidden_size, text_width)
+    text_width = load_language_config(model_name_or_path, trust_remote_code).get_text_config().hidden_size
+    vision_width = load_vision_config(vision_tower, trust_remote_code).hidden_size
+    projector = build_projector(projector_type, vision_width, text_width)
     if pretrained_projector:
         load_projector(projector, pretrained_projector, beside_token_rows)
-    language_model = AutoModelForCausalLM.from_pretrained(
-        model_name_or_path,
-        dtype=dtypes["language_model"],
-        attn_implementation=attn_implementation,
-        **(quantisation or {}),
-    )
-    tower = load_vision_tower(vision_tower, select_layer, select_feature, dtypes["vision_tower"])
+    with foreign_code_refused(model_name_or_path):
+        language_model = AutoModelForCausalLM.from_pretrained(
+            model_name_or_path,
+            dtype=dtypes["language_model"],
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            **(quantisation or {}),
+        )
+    tower = load_vision_tower(vision_tower, select_layer, select_feature, dtypes["vision_tower"], trust_remote_code)
     return LlavaModel(tower, projector.to(dtypes["projector"]), language_model)
 
 

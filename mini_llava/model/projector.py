@@ -5,6 +5,7 @@ is LLaVA's own `mm_projector.bin`, so that weights travel both ways; no pickle i
 This module stands alone: it needs torch and safetensors, and DeepSpeed only where parameters are partitioned.
 """
 
+import io
 import os
 import pickle
 import re
@@ -111,8 +112,10 @@ def save_projector(
     path = path / PROJECTOR_FILE if path.is_dir() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
+    content = io.BytesIO()  # writing to the file itself torch would make a RuntimeError of a full disk
+    torch.save(weights, content)
     with open(unfinished, "wb") as file:
-        torch.save(weights, file)
+        file.write(content.getbuffer())
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, CLIPVisionModel
 
+from ..data.tokenization import foreign_code_refused
+
 SELECT_FEATURES = ("patch", "cls_patch")
 
 
@@ -64,16 +66,21 @@ def tokens_per_image(config, select_feature: str) -> int:
     return (config.image_size // config.patch_size) ** 2 + (select_feature == "cls_patch")
 
 
-def load_vision_config(path: str):
+def load_vision_config(path: str, trust_remote_code: bool = False):
     """The configuration of a CLIP vision tower; of a whole CLIP model (`openai/clip-*`) its vision part."""
-    config = AutoConfig.from_pretrained(path)
+    with foreign_code_refused(path):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     config = getattr(config, "vision_config", config)
     if config.model_type != "clip_vision_model":
         raise ValueError(f"--vision_tower {path}: its model type is {config.model_type}, expected a CLIP vision model.")
     return config
 
 
-def load_vision_tower(path: str, select_layer: int, select_feature: str, dtype: torch.dtype) -> VisionTower:
+def load_vision_tower(
+    path: str, select_layer: int, select_feature: str, dtype: torch.dtype, trust_remote_code: bool = False
+) -> VisionTower:
     """Reads a tower from a local directory or a hub name, whole CLIP models included."""
-    model = CLIPVisionModel.from_pretrained(path, config=load_vision_config(path), dtype=dtype)
+    config = load_vision_config(path, trust_remote_code)
+    with foreign_code_refused(path):
+        model = CLIPVisionModel.from_pretrained(path, config=config, dtype=dtype)
     return VisionTower(model, select_layer, select_feature)

@@ -265,6 +265,7 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
     add("--image_folder", nargs="+", metavar="PATH", help="image folder of each data file, in the same order")
     add("--exclude", nargs="+", metavar="PATH", help="lists of records to leave out, as train.py takes them")
     add("--model_name_or_path", required=True, metavar="TEXT", help="language model, for its tokenizer")
+    add("--trust_remote_code", action="store_true", help="let the models' own Python code run, where they bring any")
     add("--version", metavar="TEXT", help="conversation template [stage 1: plain, stage 2: v1]")
     tower = parser.add_mutually_exclusive_group(required=True)
     tower.add_argument("--vision_tower", metavar="TEXT", help="vision tower, for the number of tokens an image takes")
@@ -296,12 +297,12 @@ def examine(given: argparse.Namespace) -> int:
     if os.path.exists(given.output) and any(os.path.samefile(given.output, path) for path in given.data_path):
         raise ValueError(f"--output {given.output} would overwrite the data.")
     image_tokens = given.tokens_per_image or tokens_per_image(
-        load_vision_config(given.vision_tower), given.mm_vision_select_feature
+        load_vision_config(given.vision_tower, given.trust_remote_code), given.mm_vision_select_feature
     )
     to_sample = functools.partial(
         tokenize,
         template=get_template(given.version),
-        tokenizer=load_tokenizer(given.model_name_or_path),
+        tokenizer=load_tokenizer(given.model_name_or_path, given.trust_remote_code),
         tokens_per_image=image_tokens,
     )
     store = RecordStore(given.data_path, given.image_folder, given.exclude)

@@ -10,27 +10,34 @@ Frozen weights are not in it: they come from the model the run was started from.
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .distributed import all_agree, is_deepspeed, zero_stage
+from .distributed import gather_from_ranks, is_deepspeed, versions, zero_stage
+from .identity import differences
 
-FORMAT = 1
+FORMAT = 2
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 BYTES_PER_FILE = 2 * 2**30  # what a rank holds in CPU memory at most while it writes
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read; the sentence names the file and says what to do."""
+
+
+# What files can fail with. Anything else is a bug, which must not pass for a full disk.
+FAILURES = (OSError, SafetensorError, CheckpointError)
 
 
 @dataclass
@@ -114,6 +121,20 @@ def steps_taken(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> i
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Saved:
+    """What a finished save tells the person who watches."""
+
+    path: Path
+    bytes: int
+    seconds: float
+    warnings: list[str] = field(default_factory=list)  # on rank 0: what else went wrong, though the state is whole
+
+    def __str__(self) -> str:
+        rate = self.bytes / self.seconds / 1e9
+        return f"{self.path} is written: {self.bytes / 1e9:,.3f} GB in {self.seconds:.1f} s ({rate:.2f} GB/s)."
+
+
 def save_checkpoint(
     accelerator: Accelerator,
     model: nn.Module,
@@ -122,55 +143,90 @@ def save_checkpoint(
     step: int,
     description: dict,
     keep: int | None,
-    write_weights=None,
-) -> Path:
+    write_weights: Callable[[Path], None] | None = None,
+) -> Saved:
     """Writes `output_dir/checkpoint-<step>` and removes the oldest beyond `keep`. All ranks must call it.
 
     Everything is written under another name, flushed to disk, listed in `manifest.json` and renamed last, so that a
     kill at any instant leaves either the whole checkpoint or none.
 
     Args:
-        description: JSON values put into the manifest (sampler cursor, arguments, versions).
-        write_weights: called as `write_weights(directory)` on all ranks; writes loadable weights beside the state.
+        description: JSON values put into the manifest (sampler cursor, arguments, identity of the run).
+        write_weights: called as `write_weights(directory)` on all ranks; writes loadable weights beside the state. Its
+            collectives must come before its first write, for a rank that fails enters none.
 
     Raises:
-        CheckpointError: on all ranks, if it failed on any; nothing is left behind and older checkpoints are untouched.
+        CheckpointError: on all ranks, with the reasons of those that failed; nothing is left behind and older
+            checkpoints are untouched.
     """
+    started = time.perf_counter()
     final = output_dir / f"checkpoint-{step}"
     temporary = output_dir / f".checkpoint-{step}.incomplete"
-    with agreement(accelerator, f"{final} could not be written"):
-        if accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+    failure = f"{final} could not be written"
     digests: dict[str, dict] = {}
-    with agreement(accelerator, f"{final} could not be written"):
-        digests = _write_pieces(accelerator, model, optimizer, temporary)
-    with agreement(accelerator, f"{final} could not be written"):
-        if write_weights is not None:
-            write_weights(temporary)
-    all_digests = _gather_dictionaries(accelerator, digests)
-    with agreement(accelerator, f"{final} could not be written"):
-        if accelerator.is_main_process:
-            weights = {p.name: digest(p) for p in sorted(temporary.iterdir()) if p.name not in all_digests}
-            manifest = {
-                "format": FORMAT,
-                "kind": "training state",
-                "step": step,
-                "optimizer_steps": steps_taken(accelerator, optimizer),
-                "world_size": accelerator.num_processes,
-                "parameters": trained_shapes(accelerator, model),
-                "loss_scaler": _loss_scaler_state(accelerator, optimizer),
-                **description,
-                "files": all_digests | weights,
-            }
-            _write_flushed(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
-            _flush_directory(temporary)
-            if final.exists():
-                shutil.rmtree(final)
-            temporary.rename(final)
-            _flush_directory(output_dir)
-            _remove_oldest(output_dir, keep)
-    return final
+    warnings: list[str] = []
+    try:
+        with agreement(accelerator, failure):
+            if accelerator.is_main_process:
+                if temporary.exists():
+                    shutil.rmtree(temporary)
+                temporary.mkdir(parents=True)
+        with agreement(accelerator, failure):
+            digests = _write_pieces(accelerator, model, optimizer, temporary)
+        with agreement(accelerator, failure):
+            if write_weights is not None:
+                write_weights(temporary)
+        files = {
+            name: digest for of_rank in gather_from_ranks(accelerator, digests) for name, digest in of_rank.items()
+        }
+        with agreement(accelerator, failure):
+            if accelerator.is_main_process:
+                manifest = {
+                    "format": FORMAT,
+                    "kind": "training state",
+                    "step": step,
+                    "optimizer_steps": steps_taken(accelerator, optimizer),
+                    "world_size": accelerator.num_processes,
+                    "versions": versions(),
+                    "parameters": trained_shapes(accelerator, model),
+                    "loss_scaler": _loss_scaler_state(accelerator, optimizer),
+                    **description,
+                    "files": files | _flush_weights(temporary, besides=files),
+                }
+                manifest["sha256"] = _manifest_checksum(manifest)
+                _write_flushed(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
+                _flush_directory(temporary)
+                _rename_into_place(temporary, final)
+                warnings = _remove_oldest(output_dir, step, keep)
+    except CheckpointError:
+        if accelerator.is_main_process:  # after all ranks have agreed, so nobody writes there any more
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    total = sum(digest["bytes"] for digest in files.values())
+    return Saved(final, total, time.perf_counter() - started, warnings)
+
+
+@dataclass
+class Report:
+    """How a save went: what to tell the person who watches, and how long it took."""
+
+    text: str
+    seconds: float
+
+
+def save_or_warn(accelerator: Accelerator, model: nn.Module, optimizer, output_dir: Path, *rest, **named) -> Report:
+    """`save_checkpoint`, whose failure is a warning: a full disk must not cost the work that is still in memory."""
+    started = time.perf_counter()
+    try:
+        saved = save_checkpoint(accelerator, model, optimizer, output_dir, *rest, **named)
+        text = "\n".join([str(saved), *saved.warnings])
+    except CheckpointError as error:
+        present = complete_checkpoints(output_dir)
+        text = (
+            f"Warning: {error} The run goes on, and the next save is the next try; a crash before it loses the work "
+            f"since {present[-1].name if present else 'the beginning'}."
+        )
+    return Report(text, time.perf_counter() - started)
 
 
 def _write_pieces(accelerator: Accelerator, model: nn.Module, optimizer, directory: Path) -> dict[str, dict]:
@@ -180,12 +236,9 @@ def _write_pieces(accelerator: Accelerator, model: nn.Module, optimizer, directo
     digests: dict[str, dict] = {}
     pending = {f"rng|{device}|0": state for device, state in _rng_states().items()}
 
-    def flush() -> None:
+    def write() -> None:
         path = directory / f"state-rank{rank:05d}-{len(digests):04d}.safetensors"
-        save_file(pending, path)
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-        digests[path.name] = digest(path)
+        digests[path.name] = _write_tensors(path, pending)
         pending.clear()
 
     for piece in held_pieces(accelerator, model, optimizer):
@@ -196,12 +249,35 @@ def _write_pieces(accelerator: Accelerator, model: nn.Module, optimizer, directo
         if start == stop:
             continue
         for kind, tensor in piece.tensors.items():
-            pending[f"{piece.name}|{kind}|{piece.start + start}"] = tensor[start:stop].to("cpu", copy=True)
+            pending[f"{piece.name}|{kind}|{piece.start + start}"] = tensor[start:stop].detach().to("cpu", copy=True)
         if sum(tensor.nbytes for tensor in pending.values()) >= BYTES_PER_FILE:
-            flush()
+            write()
     if pending:
-        flush()
+        write()
     return digests
+
+
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict:
+    """Writes flat fp32 or uint8 CPU tensors as a safetensors file, flushed; returns its size and checksum.
+
+    Not by the library's `save_file`, so that the checksum is taken of what is written, without reading it back, and
+    so that a full disk is an OSError. The format: length of the header in eight bytes, header in JSON, tensors.
+    """
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        dtype = {torch.float32: "F32", torch.uint8: "U8"}[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of eight
+    checksum = hashlib.sha256()
+    with open(path, "wb") as file:
+        for part in (len(text).to_bytes(8, "little"), text, *(tensor.numpy() for tensor in tensors.values())):
+            file.write(part)
+            checksum.update(part)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": 8 + len(text) + end, "sha256": checksum.hexdigest()}
 
 
 def _rng_states() -> dict[str, torch.Tensor]:
@@ -229,6 +305,11 @@ def digest(path: Path) -> dict:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
+def _manifest_checksum(manifest: dict) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def _write_flushed(path: Path, content: bytes) -> None:
     with open(path, "wb") as file:
         file.write(content)
@@ -245,10 +326,57 @@ def _flush_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _remove_oldest(output_dir: Path, keep: int | None) -> None:
-    if keep is not None:
-        for path in complete_checkpoints(output_dir)[:-keep]:
-            shutil.rmtree(path)
+def _flush_weights(directory: Path, besides: dict[str, dict]) -> dict[str, dict]:
+    """Flushes the files that `write_weights` made; returns their names, sizes and checksums."""
+    digests = {}
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.is_dir():
+            _flush_directory(path)
+        elif name not in besides:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            digests[name] = digest(path)
+    return digests
+
+
+def _rename_into_place(temporary: Path, final: Path) -> None:
+    """Gives a whole checkpoint its name; one that has it already (torn, or of a run that went back) makes way."""
+    replaced = _out_of_sight(final) if final.exists() else None
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        if replaced:
+            os.rename(replaced, final)
+        raise
+    _flush_directory(final.parent)
+    if replaced:
+        shutil.rmtree(replaced, ignore_errors=True)  # what is left is removed by the next run
+
+
+def _out_of_sight(checkpoint: Path) -> Path:
+    """Renames a checkpoint that is to be deleted, because deleting takes a while and half of one must not be seen."""
+    removed = checkpoint.with_name(f".{checkpoint.name}.removed")
+    if removed.exists():
+        shutil.rmtree(removed)
+    os.rename(checkpoint, removed)
+    _flush_directory(checkpoint.parent)
+    return removed
+
+
+def _remove_oldest(output_dir: Path, newest: int, keep: int | None) -> list[str]:
+    """Removes what `keep` leaves no room for; returns a sentence for each checkpoint that could not be removed."""
+    if keep is None:
+        return []
+    warnings = []
+    for path in [path for path in complete_checkpoints(output_dir) if _step_of(path) <= newest][:-keep]:
+        try:
+            shutil.rmtree(_out_of_sight(path))
+        except OSError as error:
+            warnings.append(
+                f"Warning: the old {path} could not be removed ({error}); it takes space until you remove it."
+            )
+    return warnings
 
 
 # --- agreement of the ranks ------------------------------------------------------------------------------------------
@@ -256,49 +384,80 @@ def _remove_oldest(output_dir: Path, keep: int | None) -> None:
 
 @contextmanager
 def agreement(accelerator: Accelerator, what: str) -> Iterator[None]:
-    """A failure inside the block on any rank raises CheckpointError on all of them.
+    """A failure inside the block on any rank raises CheckpointError on all of them, with the reasons and the ranks.
 
-    Without it one rank raises and the others wait in their next collective until a timeout ends them.
+    Without it one rank raises and the others wait in their next collective until a timeout ends them. So the block
+    holds no collective behind what may fail.
     """
     error = None
     try:
         yield
-    except (OSError, ValueError, CheckpointError) as caught:
+    except FAILURES as caught:
         error = caught
-    if not all_agree(accelerator, error is None):
-        raise CheckpointError(f"{what}: {error or 'another rank failed, see its message'}") from error
-
-
-def _gather_dictionaries(accelerator: Accelerator, mine: dict) -> dict:
-    """The union of all ranks' dictionaries, on every rank."""
-    if accelerator.num_processes == 1:
-        return mine
-    gathered: list = [None] * accelerator.num_processes
-    torch.distributed.all_gather_object(gathered, mine)
-    return {key: value for dictionary in gathered for key, value in dictionary.items()}
+    reasons = gather_from_ranks(accelerator, None if error is None else str(error) or type(error).__name__)
+    if failed := {rank: reason for rank, reason in enumerate(reasons) if reason is not None}:
+        text = "; ".join(f"rank {rank}: {reason}" for rank, reason in failed.items())
+        if len(failed) == len(reasons) and len(set(reasons)) == 1:
+            text = reasons[0]
+        text = text if "\n" in text else text.removesuffix(".") + "."  # an OSError has no full stop
+        raise CheckpointError(f"{what}: {text}") from error
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    """Every directory with a checkpoint's name, torn ones included, oldest first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=_step_of)
+
+
 def complete_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints of an output directory, oldest first. A manifest is written last, so its presence means whole."""
-    found = [path for path in output_dir.glob("checkpoint-*") if (path / "manifest.json").is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    return [path for path in _checkpoints(output_dir) if (path / "manifest.json").is_file()]
 
 
-def find_checkpoint(output_dir: Path, requested: str | None) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint` names: `latest` (None if there is none yet) or a directory.
+def find_checkpoint(
+    accelerator: Accelerator, output_dir: Path, requested: str | None, say: Callable[[str], None]
+) -> Path | None:
+    """The checkpoint that `--resume_from_checkpoint` names: a directory, or `latest`: the newest whole one, if any.
+
+    Its files are verified, each by one of the ranks. All ranks must call it, and get the same answer. With `latest` a
+    torn checkpoint is said and passed over.
 
     Raises:
-        CheckpointError: the directory is none, or nothing was requested although an earlier run's checkpoints are
-            there, which the new run's would mix with.
+        CheckpointError: the directory is torn or none; or there are checkpoints for `latest`, but no whole one; or
+            checkpoints of an earlier run are there, which those of this run would mix with.
     """
-    present = complete_checkpoints(output_dir)
+    seen = gather_from_ranks(accelerator, (_checkpoints(output_dir), complete_checkpoints(output_dir)))
+    everything, present = seen[0]  # rank 0's view: another machine's may be seconds old
     if requested == "latest":
-        return present[-1] if present else None
+        for path in reversed(everything):
+            try:
+                verify(accelerator, path)
+                return path
+            except CheckpointError as error:
+                say(f"Passed over: {error}")
+        if everything:
+            raise CheckpointError(
+                f"None of the {len(everything)} checkpoints in {output_dir} is whole; what is wrong with each is said "
+                "above. Move them away to start anew."
+            )
+        return None
     if requested is not None:
-        return Path(requested)
+        step = verify(accelerator, path := Path(requested))["step"]
+        elsewhere = path.resolve().parent != output_dir.resolve()
+        present = [other for other in present if elsewhere or _step_of(other) > step]
+        if present:
+            raise CheckpointError(
+                f"{output_dir} also holds {present[-1].name}, which does not come before {path}: `latest` and "
+                "--save_total_limit would mix it with what this run saves. Move it away, or use another --output_dir."
+            )
+        return path
     if present:
         raise CheckpointError(
             f"{present[-1]} is there from an earlier run. Use --resume_from_checkpoint latest to go on from it, "
@@ -307,43 +466,84 @@ def find_checkpoint(output_dir: Path, requested: str | None) -> Path | None:
     return None
 
 
+def verify(accelerator: Accelerator, directory: Path) -> dict:
+    """The manifest of a whole checkpoint; else CheckpointError on all ranks, naming the file. They share the work."""
+    with agreement(accelerator, f"{directory} is torn"):
+        manifest = read_manifest(directory)
+        files = manifest["files"]
+        mine = sorted(files)[accelerator.process_index :: accelerator.num_processes]
+        with ThreadPoolExecutor(4) as pool:
+            found = pool.map(lambda name: digest(directory / name), mine)
+            for name, actual in zip(mine, found, strict=True):
+                if actual != files[name]:
+                    raise CheckpointError(f"{directory / name} has been altered; use an older checkpoint.")
+    return manifest
+
+
 def read_manifest(directory: Path) -> dict:
-    """The manifest of a checkpoint whose files are all there and unchanged. Raises CheckpointError naming the file."""
+    """The manifest of a checkpoint whose files are all there in their sizes. Raises CheckpointError naming the file."""
+    file = directory / "manifest.json"
     try:
-        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
-    except OSError:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
         raise CheckpointError(f"{directory} is not a complete checkpoint: it has no manifest.json.") from None
     except ValueError:
-        raise CheckpointError(f"{directory / 'manifest.json'} is not readable; use an older checkpoint.") from None
-    if not isinstance(manifest, dict) or manifest.get("kind") != "training state" or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{directory} does not hold a training state of this program (format {FORMAT}).")
+        raise CheckpointError(f"{file} is not readable; use an older checkpoint.") from None
+    if not isinstance(manifest, dict) or manifest.get("kind") != "training state":
+        raise CheckpointError(f"{file} does not describe a training state of this program.")
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{file} is of format {manifest.get('format')}, and this program reads {FORMAT}.")
+    if manifest.get("sha256") != _manifest_checksum(manifest):
+        raise CheckpointError(f"{file} has been altered; use an older checkpoint.")
     for name, expected in manifest["files"].items():
-        path = directory / name
-        if not path.is_file() or digest(path) != expected:
-            raise CheckpointError(f"{path} is missing or damaged; use an older checkpoint.")
+        size = (directory / name).stat().st_size if (directory / name).is_file() else None
+        if size != expected["bytes"]:
+            state = "is missing" if size is None else f"has {size:,} bytes instead of {expected['bytes']:,}"
+            raise CheckpointError(f"{directory / name} {state}; use an older checkpoint.")
     return manifest
 
 
 @torch.no_grad()
 def load_checkpoint(
-    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, directory: Path
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    directory: Path,
+    identity: dict,
+    may_differ: list[str] | None = None,
 ) -> dict:
-    """Restores masters, moments, weights and random states in place; returns the manifest. All ranks must call it."""
+    """Restores masters, moments, weights and random states in place; returns the manifest. All ranks must call it.
+
+    Args:
+        directory: a checkpoint that `find_checkpoint` has verified.
+        identity: of this run (`run_identity`), compared with the one that the checkpoint holds.
+        may_differ: `--resume_ignore`.
+
+    Raises:
+        CheckpointError: on all ranks and before anything is changed: the run differs from the one that wrote it, a line
+            for each difference.
+    """
     manifest: dict = {}
     with agreement(accelerator, f"{directory} was not loaded"):
         manifest = read_manifest(directory)
         mine, theirs = trained_shapes(accelerator, model), manifest["parameters"]
+        lines, names = differences(manifest["identity"], identity, may_differ or [])
         if differing := sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)):
             example = differing[0]
-            raise CheckpointError(
-                f"it trained other parameters than this run ({len(differing)} differ, first {example}: "
-                f"{theirs.get(example, 'not trained')} there, {mine.get(example, 'not trained')} here)."
+            lines.append(
+                f"{len(differing)} trained parameters, first {example}: {theirs.get(example, 'not trained')} in the "
+                f"checkpoint, {mine.get(example, 'not trained')} now"
             )
-    reader = _PieceReader(directory, manifest)
+        if lines:
+            advice = f"Make them equal, or let them differ: --resume_ignore {' '.join(names)}" if names else ""
+            lines = ["this run is not the one that wrote it.", *(f"  {line}" for line in lines), advice]
+            raise CheckpointError("\n".join(lines).rstrip())
+        reader = _PieceReader(directory, manifest)
     create_moments(accelerator, optimizer, manifest["optimizer_steps"])
-    for piece in held_pieces(accelerator, model, optimizer):
-        for kind, tensor in piece.tensors.items():
-            reader.copy_into(tensor, piece.name, kind, piece.start)
+    with agreement(accelerator, f"{directory} was not loaded"):
+        for piece in held_pieces(accelerator, model, optimizer):
+            for kind, tensor in piece.tensors.items():
+                reader.copy_into(tensor, piece.name, kind, piece.start)
     _refresh_working_weights(accelerator, model, optimizer, reader)
     _restore_loss_scaler(accelerator, optimizer, manifest["loss_scaler"])
     if manifest["world_size"] == accelerator.num_processes:

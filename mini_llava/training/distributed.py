@@ -7,6 +7,7 @@ and for DeepSpeed: the loop says itself which micro-batch is the last, so that a
 import contextlib
 import importlib.metadata
 import importlib.util
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType
 from torch import nn
 from transformers import BitsAndBytesConfig
+
+from . import liveness
 
 # DeepSpeed calls collectives by names that torch is renaming; nobody who trains can act on that.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -228,14 +231,18 @@ def backward_and_step(
     losses: Iterator[torch.Tensor],
     count: int,
     max_grad_norm: float,
-) -> torch.Tensor | float:
-    """Backward for each of `count` losses, gradients synchronised with the last one, clip, step; returns the norm.
+) -> tuple[torch.Tensor | float, bool]:
+    """Backward for each of `count` losses, gradients synchronised with the last one, clip, step.
+
+    A loss that is not finite makes the whole gradient so, on all ranks, and a gradient that is not finite takes no
+    step. The host waits for the device here, once, before the optimizer.
 
     Args:
         losses: yields the losses lazily, so that each forward runs right before its backward.
 
     Returns:
-        The global gradient norm before clipping, on the device where the backend leaves it there.
+        The global gradient norm before clipping (without a meaning if not finite under DeepSpeed), on the device where
+        the backend leaves it there; and whether it was finite, the same on all ranks.
     """
     deepspeed = is_deepspeed(accelerator)
     unsynchronised = getattr(model, "no_sync", contextlib.nullcontext)
@@ -245,15 +252,19 @@ def backward_and_step(
         # already in forward.
         accelerator.gradient_state._set_sync_gradients(last)
         with contextlib.nullcontext() if last or deepspeed else unsynchronised():
-            accelerator.backward(next(losses))
-    if deepspeed:  # clipped and stepped inside the last backward
-        return accelerator.deepspeed_engine_wrapped.engine.get_global_grad_norm()
+            loss = next(losses)
+            # An infinite loss may have a finite gradient: where the target's logit is -inf, softmax has no fault.
+            accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
+    if deepspeed:  # clipped and stepped inside the last backward, or left out without a word
+        return accelerator.deepspeed_engine_wrapped.engine.get_global_grad_norm(), not optimizer.step_was_skipped
     accelerator.unscale_gradients(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm if max_grad_norm > 0 else float("inf"))
-    optimizer.step()
+    finite = bool(norm.isfinite())
+    if finite or accelerator.scaler is not None:  # the scaler leaves the step out by itself, and lowers the scale
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return norm, finite
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
@@ -262,35 +273,84 @@ def to_device(batch: dict, device: torch.device) -> dict:
     }
 
 
-def start_trackers(accelerator: Accelerator, values: dict) -> None:
-    """Starts the trackers of `--report_to` with all arguments as text."""
+@contextlib.contextmanager
+def never_fatal(consequence: str) -> Iterator[None]:
+    """What fails inside costs a warning, the first time that it has this consequence, and never the run."""
+    try:
+        yield
+    except Exception as error:  # trackers raise whatever their networks and libraries raise
+        _warn_once(f"{consequence}; the run goes on", f"{type(error).__name__}: {error}")
+
+
+_told: set[str] = set()
+
+
+def _warn_once(consequence: str, reason: str) -> None:
+    # Python's own "once" begins anew whenever somebody changes the filters, as reading an image does.
+    if consequence not in _told:
+        _told.add(consequence)
+        warnings.warn(f"{consequence} ({reason}).", stacklevel=2)
+
+
+def start_trackers(accelerator: Accelerator, values: dict, resumed_at: int | None = None) -> None:
+    """Starts the trackers of `--report_to` with all arguments as text.
+
+    resumed_at: the step a resumed run goes on from; TensorBoard then hides what the run before logged beyond it.
+    """
     text = {key: str(value) for key, value in values.items()}
     # TensorBoard would file a configuration under hyper-parameters, as two more runs; as text it is read.
-    accelerator.init_trackers("runs", config=None if accelerator.log_with == [LoggerType.TENSORBOARD] else text)
+    config = None if accelerator.log_with == [LoggerType.TENSORBOARD] else text
+    purge_step = 0 if resumed_at is None else resumed_at + 1
+    names = ", ".join(str(tracker) for tracker in accelerator.log_with)
+    try:
+        accelerator.init_trackers("runs", config=config, init_kwargs={"tensorboard": {"purge_step": purge_step}})
+        for tracker in accelerator.trackers:
+            if tracker.name == "tensorboard" and accelerator.is_main_process:
+                rows = "\n".join(f"| {key} | {value} |" for key, value in text.items())
+                tracker.writer.add_text("arguments", f"| flag | value |\n|---|---|\n{rows}")
+    except Exception as error:
+        accelerator.trackers = []
+        _warn_once(f"{names} could not be started; log.jsonl has the same values", f"{type(error).__name__}: {error}")
+
+
+def log(accelerator: Accelerator, values: dict[str, float], step: int) -> None:
+    """Gives the values of a step to the trackers."""
     for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard" and accelerator.is_main_process:
-            rows = "\n".join(f"| {key} | {value} |" for key, value in text.items())
-            tracker.writer.add_text("arguments", f"| flag | value |\n|---|---|\n{rows}")
+        with never_fatal(f"{tracker.name} lacks entries, which log.jsonl has"):
+            tracker.log(values, step=step)
 
 
 def end_training(accelerator: Accelerator, model: nn.Module) -> None:
     """Ends trackers and process group; a model that was wrapped for DDP cannot be trained any further."""
+    liveness.leave("finished")
     if isinstance(model, nn.parallel.DistributedDataParallel):
         # They would keep the process group until the model goes, and drop it while holding Python's lock, for which one
         # of gloo's threads may wait to let go of its last collective: a deadlock (pytorch issue 56297). The process
         # group's own Python object lets go of the lock first.
         del model.logger, model.reducer
+    for tracker in accelerator.trackers:
+        with never_fatal(f"{tracker.name} lacks entries, which log.jsonl has"):
+            tracker.finish()
+    accelerator.trackers = []
     accelerator.end_training()
 
 
-def sum_over_ranks(accelerator: Accelerator, value: torch.Tensor | float) -> torch.Tensor:
-    """A number or tensor summed over all ranks in fp64, left on the device: one collective, no wait."""
-    tensor = torch.as_tensor(value, dtype=torch.float64, device=accelerator.device).clone()
+def sum_over_ranks(accelerator: Accelerator, value: torch.Tensor | float | list) -> torch.Tensor:
+    """Numbers or a tensor summed over all ranks in fp64, left on the device: one collective, and no wait for it."""
+    if torch.is_tensor(value):
+        tensor = value.detach().to(accelerator.device, torch.float64, copy=True)
+    else:  # from pinned memory, because a copy from any other makes the host wait for the device
+        pinned = torch.tensor(value, dtype=torch.float64, pin_memory=accelerator.device.type == "cuda")
+        tensor = pinned.to(accelerator.device, non_blocking=True)
     if accelerator.num_processes > 1:
         torch.distributed.all_reduce(tensor)
     return tensor
 
 
-def all_agree(accelerator: Accelerator, ok: bool) -> bool:
-    """True if every rank says so. A collective: all ranks must call it."""
-    return int(sum_over_ranks(accelerator, float(not ok)).item()) == 0
+def gather_from_ranks(accelerator: Accelerator, mine: object) -> list:
+    """An object of every rank, by rank, on every rank. A collective: all ranks must call it."""
+    if accelerator.num_processes == 1:
+        return [mine]
+    gathered = [None] * accelerator.num_processes
+    torch.distributed.all_gather_object(gathered, mine)
+    return gathered

@@ -1,6 +1,5 @@
 """Throughput, the progress line and the trackers: what a person watches while a model trains."""
 
-import json
 import time
 from pathlib import Path
 
@@ -8,7 +7,8 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from .distributed import sum_over_ranks
+from ..data.json_lines import append_lines, cut_after
+from .distributed import never_fatal, sum_over_ranks
 
 
 class Meter:
@@ -22,6 +22,7 @@ class Meter:
         self.accelerator = accelerator
         self.loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
         self.tokens = self.samples = self.steps = 0
+        self.pauses: dict[str, float] = {}
         self.started = time.perf_counter()
 
     def add_loss(self, loss: torch.Tensor) -> None:
@@ -43,14 +44,17 @@ class Meter:
             "tokens_per_second": tokens / seconds,
             "samples_per_second": samples / seconds,
             "seconds_per_step": seconds / self.steps,
+            **self.pauses,
         }
+        self.pauses = {}
         self.loss.zero_()
         self.tokens = self.samples = self.steps = 0
         self.started = time.perf_counter()
         return values
 
-    def pause_ends(self) -> None:
-        """The time since the last read went into something else than training."""
+    def pause_ends(self, **seconds: float) -> None:
+        """The time since the last read went into something else than training; `seconds` are logged with the next."""
+        self.pauses |= seconds
         self.started = time.perf_counter()
 
 
@@ -75,11 +79,37 @@ class ProgressLine:
         )
         self.bar.update(step - self.bar.n)
 
+    def say(self, text: str) -> None:
+        """Prints above the line, which stays whole."""
+        if not self.bar.disable:
+            self.bar.write(text)
+
     def close(self) -> None:
         self.bar.close()
 
 
 def append_json_line(file: Path, values: dict) -> None:
     """The log as text: one JSON object a line, floats to their last bit, readable without a tracker."""
-    with open(file, "a", encoding="utf-8") as out:
-        out.write(json.dumps(values) + "\n")
+    with never_fatal(f"{file} lacks entries"):
+        append_lines(file, [values])
+
+
+def prepare_reports(output_dir: Path, resumed_at: int | None) -> str | None:
+    """Empties `log.jsonl` and `skipped.jsonl`, or makes them end where a resumed run goes on; tells what that undoes.
+
+    Entries beyond the checkpoint's step are of work that was lost, and what a kill has torn is no entry.
+    """
+    log, skipped = output_dir / "log.jsonl", output_dir / "skipped.jsonl"
+    if resumed_at is None:
+        for file in (log, skipped):
+            with never_fatal(f"{file} holds entries of an earlier run"):
+                file.unlink(missing_ok=True)
+        return None
+    with never_fatal(f"{skipped} has a torn line"):
+        cut_after(skipped)
+    last = None
+    with never_fatal(f"{log} holds entries of steps that are done again"):
+        last = cut_after(log, lambda entry: entry.get("step", 0) <= resumed_at)
+    if last is None or last.get("step", 0) <= resumed_at:
+        return None
+    return f"The run had come to step {last['step']}: {last['step'] - resumed_at} of its steps are done again."

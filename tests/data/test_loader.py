@@ -1,6 +1,7 @@
 """What one rank gets for one step, and what becomes of a sample that turns out bad."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from mini_llava.data.images import BadImage
 from mini_llava.data.loader import RankSteps, log_skipped, rank_step_loader, refuse_or_report
-from mini_llava.data.records import RecordStore
+from mini_llava.data.records import DataFileError, RecordStore
 from mini_llava.data.tokenization import BadRecord, Sample
 
 SIZE = 8
@@ -109,3 +110,11 @@ def test_loading_draws_nothing_from_the_global_generator(store):
     state = torch.get_rng_state()
     list(steps(store, [[[0]], [[1]]], num_workers=2))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("on_bad_sample", ["error", "skip"])
+def test_a_data_file_cut_short_ends_the_run_and_is_not_skipped_record_by_record(store, num_workers, on_bad_sample):
+    os.truncate(store.data_path[0], 40)
+    with pytest.raises(DataFileError, match=r"^The data file .*data\.json has changed while it was read"):
+        list(steps(store, [[[0]]], num_workers, on_bad_sample))

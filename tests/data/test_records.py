@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mini_llava.data import records
-from mini_llava.data.records import RecordStore, measure, measurement_key
+from mini_llava.data.records import DataFileError, RecordStore, measure, measurement_key
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import BadRecord, Sample, load_tokenizer, tokenize
 
@@ -177,6 +177,51 @@ def test_the_digest_follows_the_content_and_not_the_name(tmp_path):
     same = RecordStore([write(tmp_path / "b.json", [{"id": 1}])])
     other = RecordStore([write(tmp_path / "c.json", [{"id": 2}])])
     assert one.digest() == same.digest() != other.digest()
+
+
+# --- files that change while they are read ---------------------------------------------------------------------------
+
+CHANGES = {
+    "cut short": lambda path: os.truncate(path, 30),
+    "emptied": lambda path: os.truncate(path, 0),
+    "longer": lambda path: path.write_text(path.read_text() + " "),
+    "written to": lambda path: path.write_text(path.read_text().replace("a", "b")),
+}
+
+
+@pytest.fixture
+def changing(tmp_path):
+    """A store whose file has an old date, so that writing to it always gives it another."""
+    path = tmp_path / "a.json"
+    write(path, [{"id": index, "text": "a" * 5000} for index in range(20)])
+    os.utime(path, (1, 1))
+    return path, RecordStore([str(path)])
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_changes_while_it_is_open_is_named_and_nothing_dies(change, changing):
+    path, store = changing
+    CHANGES[change](path)
+    for use in (lambda: store[19], lambda: store.describe(0), store.digest, lambda: pickle.loads(pickle.dumps(store))):
+        with pytest.raises(DataFileError, match=r"The data file .*a\.json has changed while it was read: it ha[ds]"):
+            use()
+
+
+def test_a_file_that_is_replaced_by_renaming_another_is_read_as_it_was(changing):
+    path, store = changing
+    write(path.with_name("new.json"), [{"id": "new"}])
+    os.replace(path.with_name("new.json"), path)
+    assert store[19]["id"] == 19
+    with pytest.raises(DataFileError, match="has changed"):
+        pickle.loads(pickle.dumps(store))  # a spawned worker would see the other file
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_measuring_a_file_that_was_cut_short_ends_with_the_sentence(num_workers, changing, tmp_path):
+    path, store = changing
+    os.truncate(path, 30)
+    with pytest.raises(DataFileError, match="it had 100470 bytes and has 30"):
+        measure(store, Words(tmp_path / "calls"), num_workers, None, "key")
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from mini_llava.data.templates import TEMPLATES, get_template, render
 from mini_llava.data.tokenization import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
+    MAX_IMAGES,
     BadRecord,
     image_token_tokenizer,
     load_tokenizer,
@@ -253,6 +255,34 @@ def test_a_record_whose_answers_are_cut_off_is_bad_and_says_why(llama):
         BadRecord, match=r"has 152 tokens .* first trained token is at position 146, .* is 100: nothing"
     ):
         tokenize(RECORDS[0], V1, llama, 51, 100)
+
+
+MILLION = 10**6
+HUGE = {
+    "a million images": conversation("<image>" * MILLION, "Many.", image=["a.png"] * MILLION),
+    "one image, a million marks": conversation("<image>" * MILLION, "Many.", image="a.png"),
+    "a million images, one mark": conversation("<image>", "Many.", image=["a.png"] * MILLION),
+    "an endless text": conversation("What? " * MILLION, "Nothing."),
+    "many endless texts": conversation(*["What? " * 1000] * 1000),
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_a_huge_record_is_refused_before_ids_are_made_of_it(name, llama):
+    """Ids of the first would take 2.3 GB. 32 MB is four copies of its text."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadRecord, match=r"more than .* are refused|it has 1 <image> mark for 1000000 images"):
+            tokenize(HUGE[name], V1, llama, 576, 2048)
+        assert tracemalloc.get_traced_memory()[1] < 32e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_as_many_images_as_are_allowed_are_cut_like_any_others(llama):
+    record = conversation("<image>" * MAX_IMAGES + "What?", "Many.", image=["a.png"] * MAX_IMAGES)
+    with pytest.raises(BadRecord, match="nothing to train on is left"):
+        tokenize(record, V1, llama, 576, 2048)
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------

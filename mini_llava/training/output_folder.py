@@ -1,0 +1,70 @@
+"""The output directory before the first step: one for all machines, free of leftovers, with room for what will come.
+
+What is found out here in a second costs hours if it is found out at the first save.
+"""
+
+import shutil
+import socket
+import uuid
+from pathlib import Path
+
+from accelerate import Accelerator
+from torch import nn
+
+from .checkpoint import KINDS, CheckpointError, agreement, complete_checkpoints
+from .distributed import compute_dtype, gather_from_ranks
+
+
+def remove_leftovers(output_dir: Path) -> list[str]:
+    """Removes what a killed run had not finished writing or removing; returns a sentence for each. For one rank."""
+    sentences = []
+    for path in sorted(output_dir.glob(".checkpoint-*")):
+        if path.name.endswith((".incomplete", ".removed")):
+            shutil.rmtree(path, ignore_errors=True)
+            state = "could not be removed; remove it yourself" if path.exists() else "is removed"
+            sentences.append(f"{path}, left behind by a run that was killed while it saved, {state}.")
+    return sentences
+
+
+def check_shared(accelerator: Accelerator, output_dir: Path) -> None:
+    """Raises CheckpointError on all ranks unless all can see, and rank 0 can write, the same output directory."""
+    name = f".seen-by-all-{uuid.uuid4().hex}"
+    with agreement(accelerator, f"{output_dir} (--output_dir) cannot be written"):
+        if accelerator.is_main_process:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            (output_dir / name).touch()
+    name, host = gather_from_ranks(accelerator, (name, socket.gethostname()))[0]
+    try:
+        with agreement(accelerator, f"{output_dir} (--output_dir) must be one folder that all machines share"):
+            if not (output_dir / name).exists():
+                raise CheckpointError(f"{socket.gethostname()} does not see what rank 0 wrote there on {host}.")
+    finally:
+        if accelerator.is_main_process:
+            (output_dir / name).unlink(missing_ok=True)
+
+
+def disk_note(
+    accelerator: Accelerator, model: nn.Module, output_dir: Path, saves: int, keep: int | None, whole_model: bool
+) -> str | None:
+    """A sentence if the disk has no room for the states and the result of this run; None if it has.
+
+    Args:
+        saves: how many states the run will write.
+        keep: how many of them stay; one more is there while the newest is written.
+        whole_model: the result is the whole model and not the projector alone.
+    """
+    parameters = list(accelerator.unwrap_model(model).named_parameters())
+    sizes = {name: getattr(parameter, "ds_numel", parameter.numel()) for name, parameter in parameters}
+    state = 4 * len(KINDS) * sum(sizes[name] for name, parameter in parameters if parameter.requires_grad)
+    result = sum(size for name, size in sizes.items() if whole_model or name.startswith("projector."))
+    result *= compute_dtype(accelerator).itemsize
+    count = saves if keep is None else min(saves, keep + 1)
+    present = len(complete_checkpoints(output_dir))
+    needed, free = max(0, count - present) * state + result, shutil.disk_usage(output_dir).free
+    if needed <= free:
+        return None
+    return (
+        f"Warning: {output_dir} has {free / 1e9:,.3f} GB free, and this run needs {needed / 1e9:,.3f} GB: {count} "
+        f"training states of {state / 1e9:,.3f} GB ({present} there already) and {result / 1e9:,.3f} GB for the "
+        "result. Make room, or keep fewer with --save_total_limit."
+    )

@@ -1,0 +1,110 @@
+"""A run that is told to stop finishes its step, saves, says so in a file, and goes on later as if nothing had been."""
+
+import json
+import signal
+import time
+
+import psutil
+import pytest
+
+from mini_llava.training.preemption import SECONDS_OF_ONE_WISH
+from tests.end_to_end import runs
+from tests.forked_runs import start
+
+STEPS = 12
+SETTINGS = {
+    "max_steps": STEPS,
+    "save_steps": 100,
+    "global_batch_size": 4,
+    "per_device_train_batch_size": 2,
+    "dataloader_num_workers": 1,
+    "learning_rate": 1e-3,
+    "resume_from_checkpoint": "latest",
+}
+
+
+def weights(directory):
+    return {path.name: path.read_bytes() for path in directory.glob("*.safetensors")}
+
+
+def losses(directory):
+    return {entry["step"]: entry["loss"].hex() for entry in runs.log(directory)}
+
+
+def ranks(run) -> list[psutil.Process]:
+    """The processes of the ranks, without their loader workers."""
+    leader = psutil.Process(run.process.pid)
+    return leader.children() or [leader]
+
+
+def started(folder, config, processes, **more):
+    flags = runs.flags_of(2, folder / "run", SETTINGS | more)
+    return start(flags, folder / "printed.txt", config, processes)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """`whole(config, processes)`: the output directory of the uninterrupted run."""
+    made = {}
+
+    def get(config, processes):
+        if config not in made:
+            folder = made[config] = tmp_path_factory.mktemp("whole")
+            assert started(folder, config, processes).wait() == 0
+        return made[config] / "run"
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("config", "processes", "number"),
+    [("cpu", 1, signal.SIGUSR1), ("zero3", 2, signal.SIGTERM)],
+    ids=["one process", "ZeRO-3 on two"],
+)
+def test_a_signal_to_one_rank_ends_all_with_a_checkpoint_and_the_resumed_run_is_exact(
+    config, processes, number, whole, tmp_path
+):
+    run, output = started(tmp_path, config, processes), tmp_path / "run"
+    run.wait_until(lambda: (output / "log.jsonl").exists())
+    signalled = time.monotonic()
+    ranks(run)[-1].send_signal(number)
+    assert run.wait(60) == 128 + signal.SIGTERM, run.text
+    print(f"ended {time.monotonic() - signalled:.1f} s after the signal")
+    assert "Traceback" not in run.text and f"{number.name}: saving after this step or the next" in run.text
+
+    stopped = json.loads((output / "preempted").read_text())
+    assert 1 <= stopped["step"] < STEPS == stopped["total_steps"]
+    assert [path.name for path in output.glob("checkpoint-*")] == [f"checkpoint-{stopped['step']}"]
+    assert not weights(output), "a run that was stopped has no result"
+
+    run = started(tmp_path, config, processes)
+    assert run.wait() == 0, run.text
+    assert f"at step {stopped['step']}" in run.text and not (output / "preempted").exists()
+    assert losses(output) == losses(whole(config, processes))
+    assert weights(output) == weights(whole(config, processes))
+
+
+def test_all_processes_signalled_twice_at_once_as_a_scheduler_and_a_launcher_do_is_one_wish(tmp_path):
+    run = started(tmp_path, "cpu", 2, max_steps=500)
+    run.wait_until(lambda: (tmp_path / "run" / "log.jsonl").exists())
+    for _ in range(2):
+        for rank in ranks(run):
+            for process in (rank, *rank.children()):  # the loader's workers too
+                process.send_signal(signal.SIGTERM)
+    assert run.wait(60) == 128 + signal.SIGTERM, run.text
+    assert (tmp_path / "run" / "preempted").exists() and "Traceback" not in run.text
+
+
+def test_a_second_signal_ends_a_rank_at_once_even_if_it_waits_for_another_for_ever(tmp_path):
+    run = started(tmp_path, "cpu", 2, max_steps=500)
+    run.wait_until(lambda: (tmp_path / "run" / "log.jsonl").exists())
+    waiting, stopped = ranks(run)
+    stopped.suspend()
+    time.sleep(1)  # the step that the first is in cannot end from here on
+    for _ in range(2):
+        waiting.send_signal(signal.SIGTERM)
+        time.sleep(SECONDS_OF_ONE_WISH + 0.5)
+    psutil.wait_procs([waiting], timeout=10)
+    ended = not waiting.is_running()
+    stopped.kill()
+    assert ended and "SIGTERM: saving" in run.text and not (tmp_path / "run" / "preempted").exists()

@@ -1,0 +1,311 @@
+"""Full disks, read-only folders, torn and foreign checkpoints: always a sentence, never a half-loaded state.
+
+What a kill leaves behind is the subject of end_to_end/test_resume.py.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mini_llava import arguments as flags
+from mini_llava.training.checkpoint import (
+    CheckpointError,
+    complete_checkpoints,
+    find_checkpoint,
+    save_checkpoint,
+    verify,
+)
+from tests.end_to_end import runs
+from tests.launching import small_disk, train_in_turn
+
+FOUR_STEPS = {"global_batch_size": 8, "per_device_train_batch_size": 2, "max_steps": 4, "save_steps": 2}
+# A state of this model is 2.3 MB and the result 1.0 MB: there is room for one state and the result, not for two states.
+ROOM_FOR_ONE_STATE = "4m"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The output of a run of stage 2, with two checkpoints."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    runs.train_here(runs.flags_of(2, folder, FOUR_STEPS))
+    return folder
+
+
+@pytest.fixture
+def saved(trained, tmp_path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "saved"))
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def save(accelerator):
+    """`save(folder, step)` writes a checkpoint of a small model after one step."""
+    model = nn.Linear(300, 300)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model, optimizer = accelerator.prepare(model, optimizer)
+    model(torch.ones(1, 300)).sum().backward()
+    optimizer.step()
+    return lambda folder, step, keep=None: save_checkpoint(accelerator, model, optimizer, folder, step, {}, keep)
+
+
+def hidden(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob(".checkpoint*"))
+
+
+# --- a save that fails -----------------------------------------------------------------------------------------------
+
+
+def test_on_a_full_disk_the_save_fails_with_a_sentence_leaves_nothing_and_works_again_when_there_is_room(
+    accelerator, save, tmp_path
+):
+    with small_disk(tmp_path / "disk", "3m") as disk:  # a state is 1.1 MB
+        save(disk, 1)
+        (disk / "ballast").write_bytes(bytes(1_500_000))
+        with pytest.raises(CheckpointError, match=r"checkpoint-2 could not be written: .*No space left on device"):
+            save(disk, 2)
+        assert complete_checkpoints(disk) == [disk / "checkpoint-1"] and not hidden(disk)
+        verify(accelerator, disk / "checkpoint-1")
+        (disk / "ballast").unlink()
+        save(disk, 3)
+        verify(accelerator, disk / "checkpoint-3")
+
+
+def test_where_nothing_may_be_written_the_save_fails_with_a_sentence(accelerator, save, tmp_path):
+    with small_disk(tmp_path / "disk", "3m") as disk:
+        save(disk, 1)
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        with pytest.raises(CheckpointError, match=r"checkpoint-2 could not be written: .*Read-only file system"):
+            save(disk, 2)
+        verify(accelerator, disk / "checkpoint-1")
+        run = runs.flags_of(2, disk, FOUR_STEPS)
+        with pytest.warns(UserWarning, match="Lengths are not cached"), pytest.raises(CheckpointError) as refused:
+            runs.train_here(run)
+        assert f"{disk} (--output_dir) cannot be written: " in str(refused.value)
+
+
+def test_one_process_trains_to_its_end_on_a_disk_with_room_for_one_state(tmp_path, capsys):
+    with small_disk(tmp_path / "disk", ROOM_FOR_ONE_STATE) as disk:
+        runs.train_here(runs.flags_of(2, disk, FOUR_STEPS))
+        printed = capsys.readouterr().out
+        assert re.search(r"has 0.00\d GB free, and this run needs 0.00\d GB: 2 training states of 0.002 GB", printed)
+        assert re.search(r"checkpoint-2 is written: 0.002 GB in \d+\.\d s", printed)
+        [warning] = re.findall(r"Warning: .*checkpoint-4 could not be written.*", printed)
+        assert "No space left on device" in warning
+        assert "The run goes on, and the next save is the next try" in warning
+        assert "a crash before it loses the work since checkpoint-2." in warning
+        assert [path.name for path in complete_checkpoints(disk)] == ["checkpoint-2"] and not hidden(disk)
+        assert runs.saved_weights(disk)
+        entries = runs.log(disk)
+        assert [entry["step"] for entry in entries] == [1, 2, 3, 4]
+        assert entries[2]["save_seconds"] > 0 and not any("save_seconds" in entries[i] for i in (0, 1, 3))
+
+
+@pytest.mark.slow
+def test_two_zero3_processes_go_on_when_one_of_them_or_both_cannot_write(trained, tmp_path):
+    (tmp_path / "config").mkdir()
+    config = runs.config_file("zero3", tmp_path / "config")
+    # Sizes are fixed so that the state of rank 1 (1.2 MB) does not fit and nothing else that it writes is concerned.
+    one_rank = runs.flags_of(2, tmp_path / "one rank", FOUR_STEPS)
+    with small_disk(tmp_path / "disk", ROOM_FOR_ONE_STATE) as disk:
+        both = runs.flags_of(2, disk, FOUR_STEPS)
+        elsewhere = runs.flags_of(2, tmp_path / "on", FOUR_STEPS | {"resume_from_checkpoint": disk / "checkpoint-2"})
+        printed = train_in_turn(config, [one_rank, both, elsewhere], tmp_path, largest_file={0: 500_000})
+        for step in (2, 4):
+            sentence = rf"Warning: .*one rank/checkpoint-{step} could not be written: rank 1: .*File too large"
+            assert len(re.findall(sentence, printed)) == 1, printed
+        assert not list((tmp_path / "one rank").glob("*checkpoint*"))
+        assert re.search(r"Warning: .*disk/checkpoint-4 could not be written: .*No space left", printed), printed
+        assert [path.name for path in complete_checkpoints(disk)] == ["checkpoint-2"] and not hidden(disk)
+        weights = runs.saved_weights(tmp_path / "one rank")
+        for name, tensor in runs.saved_weights(disk).items():
+            assert torch.equal(tensor, weights[name]), name
+    for name, tensor in runs.saved_weights(tmp_path / "on").items():
+        assert torch.equal(tensor, weights[name]), name
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning_and_no_failed_save(accelerator, save, tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / ".checkpoint-1.removed").write_text("in the way")
+    state = save(tmp_path, 2, keep=1)
+    [warning] = state.warnings
+    assert "checkpoint-1 could not be removed" in warning
+    assert complete_checkpoints(tmp_path) == [tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"]
+    (tmp_path / ".checkpoint-1.removed").unlink()
+    assert save(tmp_path, 3, keep=1).warnings == []
+    assert complete_checkpoints(tmp_path) == [tmp_path / "checkpoint-3"] and not hidden(tmp_path)
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(accelerator, save, tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "checkpoint-1" / "foreign").touch()
+    save(tmp_path, 1)
+    verify(accelerator, tmp_path / "checkpoint-1")
+    assert not (tmp_path / "checkpoint-1" / "foreign").exists() and not hidden(tmp_path)
+
+
+# --- torn and foreign checkpoints ------------------------------------------------------------------------------------
+
+
+def damages(content: bytes):
+    """Every kind of damage, with a name; None = the file is missing."""
+    yield "missing", None
+    yield "empty", b""
+    yield "cut in half", content[: len(content) // 2]
+    yield "without its last byte", content[:-1]
+    yield "longer", content + b"\0"
+    for position in range(0, len(content), max(1, len(content) // 20)):
+        flipped = bytes([content[position] ^ 0b100])
+        yield f"bit {position}", content[:position] + flipped + content[position + 1 :]
+
+
+def test_damage_to_any_file_is_named_and_the_checkpoint_before_it_is_taken(accelerator, saved):
+    files = sorted(path for path in (saved / "checkpoint-4").iterdir())
+    assert {file.name for file in files} >= {"manifest.json", "mm_projector.bin", "state-rank00000-0000.safetensors"}
+    for file in files:
+        content = file.read_bytes()
+        for damage, damaged in damages(content):
+            file.unlink()
+            if damaged is not None:
+                file.write_bytes(damaged)
+            said = []
+            assert find_checkpoint(accelerator, saved, "latest", said.append) == saved / "checkpoint-2", (file, damage)
+            [line] = said
+            assert line.startswith(f"Passed over: {saved / 'checkpoint-4'} is torn: ") and file.name in line, line
+            with pytest.raises(CheckpointError, match=re.escape(file.name)):
+                find_checkpoint(accelerator, saved, str(saved / "checkpoint-4"), print)
+            file.write_bytes(content)
+    assert find_checkpoint(accelerator, saved, "latest", print) == saved / "checkpoint-4"
+
+
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        ('{"global_step": 4}', "does not describe a training state of this program"),
+        ("[1, 2]", "does not describe a training state of this program"),
+        ('{"kind": "training state", "format": 1, "files": {}}', "is of format 1, and this program reads 2"),
+        ('{"kind": "training state", "format": 2}', "has been altered"),
+        ("weights", "is not readable"),
+    ],
+)
+def test_a_foreign_manifest_is_refused(content, sentence, accelerator, saved):
+    (saved / "checkpoint-4" / "manifest.json").write_text(content)
+    with pytest.raises(CheckpointError, match=sentence):
+        find_checkpoint(accelerator, saved, str(saved / "checkpoint-4"), print)
+
+
+def test_if_no_checkpoint_is_whole_the_run_does_not_start_anew_in_silence(accelerator, saved):
+    for name in ("checkpoint-2", "checkpoint-4"):
+        (saved / name / "manifest.json").unlink()
+    said = []
+    with pytest.raises(CheckpointError, match=r"None of the 2 checkpoints .* is whole"):
+        find_checkpoint(accelerator, saved, "latest", said.append)
+    for step, line in zip((4, 2), said, strict=True):
+        assert f"checkpoint-{step} is torn" in line and "no manifest.json" in line
+
+
+def test_going_back_is_refused_while_newer_checkpoints_would_be_taken_for_the_runs_own(accelerator, saved, tmp_path):
+    with pytest.raises(CheckpointError, match=r"also holds checkpoint-4.*Move it away"):
+        find_checkpoint(accelerator, saved, str(saved / "checkpoint-2"), print)
+    assert find_checkpoint(accelerator, tmp_path / "new", str(saved / "checkpoint-2"), print) == saved / "checkpoint-2"
+
+
+def test_what_a_killed_save_left_behind_is_named_and_removed_by_the_next_run(saved, capsys):
+    shutil.copytree(saved / "checkpoint-2", saved / ".checkpoint-2.removed")
+    (saved / ".checkpoint-6.incomplete").mkdir()
+    runs.train_here(runs.flags_of(2, saved, FOUR_STEPS | {"resume_from_checkpoint": "latest"}))
+    printed = capsys.readouterr().out
+    for name in (".checkpoint-2.removed", ".checkpoint-6.incomplete"):
+        assert printed.count(f"{saved / name}, left behind by a run that was killed while it saved, is removed.") == 1
+    assert not hidden(saved)
+
+
+# --- another run than the one that saved -----------------------------------------------------------------------------
+
+
+def resume(saved: Path, output_dir: Path, **changes) -> None:
+    values = FOUR_STEPS | {"resume_from_checkpoint": saved / "checkpoint-2"} | changes
+    runs.train_here(runs.flags_of(2, output_dir, values))
+
+
+def refused_lines(saved: Path, output_dir: Path, **changes) -> list[str]:
+    """The differences that the refusal lists, and the advice under them."""
+    with pytest.raises(CheckpointError) as refused:
+        resume(saved, output_dir, **changes)
+    return [line.strip() for line in str(refused.value).splitlines()[1:]]
+
+
+def test_every_difference_is_listed_in_a_line_of_its_own(trained, tmp_path):
+    changes = dict(learning_rate=1e-5, max_steps=6, bf16=True, model_max_length=1024)
+    assert refused_lines(trained, tmp_path, **changes) == [
+        "--model_max_length: 2048 in the checkpoint, 1024 now",
+        "--max_steps, --num_train_epochs: 4 in the checkpoint, 6 now",
+        "--learning_rate: 2e-05 in the checkpoint, 1e-05 now",
+        "--bf16, --fp16: fp32 in the checkpoint, bf16 now",
+        "Make them equal, or let them differ: --resume_ignore model_max_length max_steps learning_rate bf16",
+    ]
+
+
+def test_what_does_not_decide_the_numbers_may_differ(trained, tmp_path):
+    """Other cutting of the batch, and data and models that were moved: the weights are the same but for rounding."""
+    data, tower = tmp_path / "moved.json", tmp_path / "moved tower"
+    shutil.copy(runs.FIXTURES / "data" / "train_stage2.json", data)
+    shutil.copytree(runs.FIXTURES / "clip", tower)
+    changes = dict(data_path=data, vision_tower=tower, per_device_train_batch_size=4, packing=False, save_steps=1)
+    resume(trained, tmp_path / "run", **changes)
+    expected = runs.saved_weights(trained)
+    for name, tensor in runs.saved_weights(tmp_path / "run").items():
+        # AdamW divides by the root of the second moment: where a gradient is next to nothing its rounding may move a
+        # weight by as much as a step, 2e-5.
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=4e-5)
+
+
+def test_data_and_model_are_compared_by_content(trained, tmp_path):
+    records = json.loads((runs.FIXTURES / "data" / "train_stage2.json").read_text())
+    records[0]["conversations"][1]["value"] += "!"
+    data, tower, language_model = tmp_path / "data.json", tmp_path / "tower", tmp_path / "llm"
+    data.write_text(json.dumps(records))
+    shutil.copytree(runs.FIXTURES / "clip", tower)
+    weights = load_file(tower / "model.safetensors")
+    name = next(name for name in weights if name.endswith("layers.0.mlp.fc1.bias"))
+    weights[name][3] = weights[name][3].nextafter(torch.tensor(9.0))  # the smallest possible change
+    save_file(weights, tower / "model.safetensors", metadata={"format": "pt"})
+    shutil.copytree(runs.FIXTURES / "llm", language_model)
+    settings = json.loads((language_model / "config.json").read_text())
+    (language_model / "config.json").write_text(json.dumps(settings | {"attention_dropout": 0.5}))
+    changes = dict(data_path=data, vision_tower=tower, model_name_or_path=language_model)
+    assert refused_lines(trained, tmp_path / "run", **changes) == [
+        "data: file data.json has changed (was train_stage2.json)",
+        "model: attention_dropout of the language model is 0.0 in the checkpoint, 0.5 now",
+        "model: the weights of the frozen vision_tower are others",
+        "Make them equal, or let them differ: --resume_ignore data model",
+    ]
+
+
+def test_what_is_named_in_resume_ignore_may_differ(trained, tmp_path):
+    values = FOUR_STEPS | {"resume_from_checkpoint": trained / "checkpoint-2", "learning_rate": 0, "seed": 7}
+    [line, _] = refused_lines(trained, tmp_path, learning_rate=0, seed=7, resume_ignore="seed")
+    assert line.startswith("--learning_rate: ")
+    command_line = [*runs.flags_of(2, tmp_path, values), "--resume_ignore", "learning_rate", "seed"]
+    runs.train_here(command_line)
+    assert [entry["step"] for entry in runs.log(tmp_path)] == [3, 4]
+
+
+def test_an_unknown_name_in_resume_ignore_is_an_error_that_lists_the_known_ones():
+    known = {"model_name_or_path": str(runs.FIXTURES / "llm"), "vision_tower": str(runs.FIXTURES / "clip")}
+    for name in ("learning_rat", "save_steps"):
+        with pytest.raises(ValueError, match=rf"--resume_ignore {name}: .*data.*learning_rate.*model.*seed"):
+            flags.resolve(2, {**known, "data_path": ["x.json"], "resume_ignore": [name]})

@@ -1,0 +1,192 @@
+"""Reports never cost the run: what cannot be written is said once, and a resumed run's reports read as if never cut."""
+
+import contextlib
+import json
+import os
+import resource
+import warnings
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mini_llava import arguments
+from mini_llava.data.json_lines import append_lines, read_lines
+from mini_llava.data.loader import count_skipped, log_skipped
+from mini_llava.data.records import RecordStore
+from mini_llava.training import distributed
+from mini_llava.training.meter import append_json_line, prepare_reports
+from tests.end_to_end.runs import flags_of
+from tests.forked_runs import start
+
+
+@contextlib.contextmanager
+def files_up_to(size: int):
+    """The system writes no file of this process beyond this size: like a full disk, it writes what still fits."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def steps(file) -> list[int]:
+    return [json.loads(line)["step"] for line in file.read_text().splitlines()]
+
+
+# --- what cannot be written ------------------------------------------------------------------------------------------
+
+
+def test_a_line_for_which_there_is_no_room_leaves_nothing_of_itself(tmp_path):
+    file = tmp_path / "log.jsonl"
+    append_json_line(file, {"step": 1})
+    with files_up_to(file.stat().st_size + 5), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in (2, 3, 4):
+            append_json_line(file, {"step": step})
+    assert steps(file) == [1]
+    [warning] = caught
+    assert str(warning.message) == f"{file} lacks entries; the run goes on (OSError: [Errno 27] File too large)."
+    append_json_line(file, {"step": 5})  # there is room again
+    assert steps(file) == [1, 5]
+
+
+def tensorboard(folder, resumed_at=None) -> Accelerator:
+    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=str(folder))
+    distributed.start_trackers(accelerator, {"seed": 1}, resumed_at)
+    return accelerator
+
+
+def curve(folder) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(folder / "runs")).Reload()
+    return [(event.step, event.value) for event in events.Scalars("loss")]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's writer is a thread
+def test_tensorboard_without_room_costs_one_warning(tmp_path):
+    accelerator = tensorboard(tmp_path)
+    distributed.log(accelerator, {"loss": 1.0}, 1)
+    [file] = (tmp_path / "runs").iterdir()
+    with files_up_to(file.stat().st_size + 5), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(2, 40):
+            distributed.log(accelerator, {"loss": 1.0}, step)
+        distributed.end_training(accelerator, torch.nn.Linear(1, 1))
+    [text] = [str(warning.message) for warning in caught if "lacks entries" in str(warning.message)]
+    assert text.startswith("tensorboard lacks entries, which log.jsonl has; the run goes on (OSError")
+    assert curve(tmp_path) == [(1, 1.0)]
+
+
+def test_a_tracker_that_cannot_be_started_costs_one_warning(tmp_path):
+    (tmp_path / "runs").touch()
+    with pytest.warns(UserWarning, match="tensorboard could not be started; log.jsonl has the same values"):
+        accelerator = tensorboard(tmp_path)
+    distributed.log(accelerator, {"loss": 1.0}, 1)
+    distributed.end_training(accelerator, torch.nn.Linear(1, 1))
+
+
+@pytest.mark.slow
+def test_a_run_none_of_whose_reports_can_be_written_trains_to_its_end(tmp_path):
+    """Folders stand where the files should be, and a file where TensorBoard's folder should be."""
+    for name in ("log.jsonl", "skipped.jsonl"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run" / "runs").touch()
+    flags = flags_of(1, tmp_path / "run", {"max_steps": 5, "report_to": "tensorboard", "global_batch_size": 4})
+    run = start(flags, tmp_path / "printed.txt")
+    assert run.wait() == 0, run.text
+    assert (tmp_path / "run" / "mm_projector.bin").is_file()
+    for file in (
+        "log.jsonl lacks entries",
+        "log.jsonl holds entries of an earlier",
+        "tensorboard could not be started",
+    ):
+        assert run.text.count(file) == 1, run.text
+
+
+def test_an_arguments_file_that_cannot_be_written_ends_the_run_before_the_first_step_and_keeps_the_old_one(tmp_path):
+    given = arguments.parse_arguments(flags_of(1, tmp_path, {}))
+    file = tmp_path / "arguments.yaml"
+    arguments.save_arguments(given, file, {})
+    old = file.read_text()
+    with (
+        files_up_to(100),
+        pytest.raises(OSError, match=r"arguments\.yaml cannot be written: File too large\. Make room"),
+    ):
+        arguments.save_arguments(given, file, {"versions": "new"})
+    assert file.read_text() == old
+
+
+# --- after a kill ----------------------------------------------------------------------------------------------------
+
+
+def log_of(file, *lines) -> None:
+    append_lines(file, [{"step": step, "loss": 1 / step} for step in lines])
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 13, "lo'])
+def test_the_log_of_a_resumed_run_ends_at_its_checkpoint_and_says_what_is_done_again(torn, tmp_path):
+    log_of(tmp_path / "log.jsonl", *range(1, 13))
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write(torn)
+    assert prepare_reports(tmp_path, 8) == "The run had come to step 12: 4 of its steps are done again."
+    log_of(tmp_path / "log.jsonl", 9)
+    assert steps(tmp_path / "log.jsonl") == list(range(1, 10))
+    assert prepare_reports(tmp_path, 9) is None and steps(tmp_path / "log.jsonl") == list(range(1, 10))
+
+
+def test_a_torn_last_line_is_cut_off_even_if_no_step_is_done_again(tmp_path):
+    log_of(tmp_path / "log.jsonl", 1, 2)
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 3')
+    assert prepare_reports(tmp_path, 2) is None
+    log_of(tmp_path / "log.jsonl", 3)
+    assert steps(tmp_path / "log.jsonl") == [1, 2, 3]
+
+
+def test_a_run_from_the_start_begins_with_empty_reports(tmp_path):
+    log_of(tmp_path / "log.jsonl", 1, 2)
+    (tmp_path / "skipped.jsonl").touch()
+    assert prepare_reports(tmp_path, None) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_curves_of_a_resumed_run_do_not_zigzag(tmp_path):
+    accelerator = tensorboard(tmp_path)
+    for step in range(1, 8):  # the run is killed here, without a word to TensorBoard
+        distributed.log(accelerator, {"loss": 1.0}, step)
+    # Event files are read in the order of their names, which begin with the second they were made in.
+    [file] = (tmp_path / "runs").iterdir()
+    file.rename(tmp_path / "runs" / "events.out.tfevents.1.first")
+    resumed = tensorboard(tmp_path, resumed_at=4)
+    for step in range(5, 9):
+        distributed.log(resumed, {"loss": 2.0}, step)
+    distributed.end_training(resumed, torch.nn.Linear(1, 1))
+    assert curve(tmp_path) == [(step, 1.0 if step <= 4 else 2.0) for step in range(1, 9)]
+
+
+@pytest.fixture
+def skipped(tmp_path):
+    """Three skipped records, the last one's line torn by a kill."""
+    (tmp_path / "data.json").write_text(json.dumps([{"id": str(number)} for number in range(5)]))
+    store, file = RecordStore([str(tmp_path / "data.json")]), tmp_path / "skipped.jsonl"
+    log_skipped(store, [(index, "it has no answer.") for index in (1, 3, 4)], file)
+    os.truncate(file, file.stat().st_size - 20)
+    return store, file
+
+
+def test_a_torn_list_of_skipped_records_ends_no_run(skipped):
+    store, file = skipped
+    assert count_skipped(file) == ["2 records: it has no answer."]
+    with pytest.warns(UserWarning, match=r"--exclude .*skipped\.jsonl: the last line is torn and left out"):
+        kept = RecordStore(store.data_path, exclude=[str(file)])
+    assert [kept[index]["id"] for index in range(len(kept))] == ["0", "2", "4"]
+
+
+def test_a_resumed_run_goes_on_with_the_list_after_its_last_whole_line(skipped):
+    store, file = skipped
+    prepare_reports(file.parent, 0)
+    log_skipped(store, [(4, "it has no answer.")], file)
+    assert [entry["index"] for entry in read_lines(file)] == [1, 3, 4]
+    assert len(RecordStore(store.data_path, exclude=[str(file)])) == 2
