@@ -14,11 +14,9 @@ import traceback
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from mini_llava import arguments as flags
 from mini_llava import demo
-from mini_llava.data.images import load_image_processor
 from mini_llava.data.loader import (
     RankSteps,
     count_skipped,
@@ -35,7 +33,8 @@ from mini_llava.model import formats
 from mini_llava.model.attention import choose_attention
 from mini_llava.model.freeze import apply_plan, trainable_table, trained_parts
 from mini_llava.model.llava import load_llava
-from mini_llava.model.vision_tower import load_vision_config, tokens_per_image
+from mini_llava.model.sources import open_source
+from mini_llava.model.vision_tower import tokens_per_image
 from mini_llava.training import checkpoint, distributed
 from mini_llava.training.evaluation import HeldOut
 from mini_llava.training.meter import Meter, ProgressLine, append_json_line
@@ -51,14 +50,19 @@ def train(arguments: flags.Arguments) -> None:
     if arguments.is_demo:
         say(demo.prepare_run(model_flags))
 
+    # --- What it starts from: a language model and a tower, or a LLaVA model, which then fixes some of the flags ------
+    source = open_source(model_flags, arguments.explicit)
+    say(source.describe(model_flags.pretrain_mm_mlp_adapter))
+    formats.check_may_be_written(output_dir, model_flags, training.export_format)
+
     # --- Data: what becomes of one record ----------------------------------------------------------------------------
     # Read and measured before the process group exists: NCCL gives up after ten minutes of waiting for one rank.
     template = get_template(model_flags.version)
     eval_template = get_template(data_flags.eval_version or model_flags.version)
-    tokenizer = load_tokenizer(model_flags.model_name_or_path)
-    image_processor = load_image_processor(model_flags.vision_tower)
-    vision_config = load_vision_config(model_flags.vision_tower)
-    image_tokens = tokens_per_image(vision_config, model_flags.mm_vision_select_feature)
+    tokenizer = load_tokenizer(source.name)
+    image_processor = source.image_processor()
+    vision_config = source.vision_config
+    image_tokens = tokens_per_image(vision_config, source.select_feature)
     textual = dict(template=template, tokenizer=tokenizer, tokens_per_image=image_tokens)
     to_sample = functools.partial(tokenize, max_length=data_flags.model_max_length, **textual)
     to_pixels = functools.partial(
@@ -72,8 +76,6 @@ def train(arguments: flags.Arguments) -> None:
     lengths = measure(store, to_sample, max(1, data_flags.dataloader_num_workers), output_dir / "cache", key)
     for line in refuse_or_report(store, lengths.bad, data_flags.on_bad_sample):
         say(f"skipped: {line}")
-
-    formats.check_may_be_written(output_dir)
 
     # --- Processes, precision, seed ----------------------------------------------------------------------------------
     precision = distributed.choose_precision(training.bf16, training.fp16, arguments.explicit)
@@ -90,14 +92,10 @@ def train(arguments: flags.Arguments) -> None:
         model_flags.unfreeze_mm_vision_tower,
     )
     model = load_llava(
-        model_flags.model_name_or_path,
-        model_flags.vision_tower,
-        model_flags.mm_projector_type,
-        model_flags.mm_vision_select_layer,
-        model_flags.mm_vision_select_feature,
+        source,
         choose_attention(
             model_flags.attn_implementation,
-            AutoConfig.from_pretrained(model_flags.model_name_or_path).model_type,
+            source.language_config.model_type,
             data_flags.packing,
             accelerator.device,
             half_precision=precision != "no",
@@ -155,6 +153,7 @@ def train(arguments: flags.Arguments) -> None:
         model=accelerator.unwrap_model(model),
         projector_type=model_flags.mm_projector_type,
         vision_tower_name=model_flags.vision_tower,
+        version=model_flags.version,
         image_aspect_ratio=data_flags.image_aspect_ratio,
         model_max_length=data_flags.model_max_length,
         is_main_process=accelerator.is_main_process,
@@ -256,12 +255,11 @@ def train(arguments: flags.Arguments) -> None:
         formats.save_projector_only(output_dir, **described)
         say(f"The projector is in {output_dir}/mm_projector.bin; stage 2 takes it as --pretrain_mm_mlp_adapter.")
     else:
+        # A tower that is not quite the one of its name: trained, now or in the model that the run started from.
+        with_tower = training.save_vision_tower or "vision_tower" in trained or "vision_tower" in source.stored
+        textual = (tokenizer, image_processor, template)
         dtype = distributed.compute_dtype(accelerator)
-        say(
-            formats.save_whole_model(
-                output_dir, tokenizer, image_processor, template, "vision_tower" in trained, dtype, **described
-            )
-        )
+        say(formats.save_whole_model(output_dir, *textual, training.export_format, with_tower, dtype, **described))
     for line in count_skipped(output_dir / "skipped.jsonl"):
         say(f"skipped: {line}")
     held_out.report("after training", say)

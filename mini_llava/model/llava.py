@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..data.tokenization import IGNORE_INDEX
-from .projector import build_projector, load_projector
-from .vision_tower import VisionTower, load_vision_config, load_vision_tower
+from .projector import load_projector
+from .sources import Source
+from .vision_tower import VisionTower
 
 # Logits are turned to fp32 this many at a time, so that a vocabulary of 150,000 does not need gigabytes at once.
 LOGITS_IN_FP32_AT_ONCE = 64 * 2**20
@@ -81,32 +81,24 @@ class LlavaModel(nn.Module):
 
 
 def load_llava(
-    model_name_or_path: str,
-    vision_tower: str,
-    projector_type: str,
-    select_layer: int,
-    select_feature: str,
-    attn_implementation: str,
-    dtypes: dict[str, torch.dtype],
-    pretrained_projector: str | None = None,
+    source: Source, attn_implementation: str, dtypes: dict[str, torch.dtype], pretrained_projector: str | None = None
 ) -> LlavaModel:
-    """A language model and a vision tower from hub names or local directories, with a projector between them.
+    """The model that a run starts from: of a plain language model with a tower and a projector, of a LLaVA model all.
 
     Args:
+        source: what `open_source` found.
         dtypes: of the parts `language_model`, `vision_tower` and `projector`. Under ZeRO-3 the first two are read in
             the DeepSpeed config's precision instead, because they are partitioned while they are read.
-        pretrained_projector: file or directory to read the projector from; None = new weights, from torch's generator.
+        pretrained_projector: file or directory to read the projector from, in place of the source's; where neither has
+            one it gets new weights, from torch's generator.
     """
     # The projector first: reading the models may or may not draw random numbers, which depends on the backend, and new
     # weights should depend on the seed alone.
-    text_width = AutoConfig.from_pretrained(model_name_or_path).get_text_config().hidden_size
-    projector = build_projector(projector_type, load_vision_config(vision_tower).hidden_size, text_width)
+    projector = source.load_projector()
     if pretrained_projector:
         load_projector(projector, pretrained_projector)
-    language_model = AutoModelForCausalLM.from_pretrained(
-        model_name_or_path, dtype=dtypes["language_model"], attn_implementation=attn_implementation
-    )
-    tower = load_vision_tower(vision_tower, select_layer, select_feature, dtypes["vision_tower"])
+    language_model = source.load_language_model(dtypes["language_model"], attn_implementation)
+    tower = source.load_vision_tower(dtypes["vision_tower"])
     return LlavaModel(tower, projector.to(dtypes["projector"]), language_model)
 
 
