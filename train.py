@@ -257,9 +257,9 @@ def train(arguments: flags.Arguments) -> None:
     else:
         # A tower that is not quite the one of its name: trained, now or in the model that the run started from.
         with_tower = training.save_vision_tower or "vision_tower" in trained or "vision_tower" in source.stored
-        textual = (tokenizer, image_processor, template)
-        dtype = distributed.compute_dtype(accelerator)
-        say(formats.save_whole_model(output_dir, *textual, training.export_format, with_tower, dtype, **described))
+        layout, dtype = training.export_format, distributed.compute_dtype(accelerator)
+        whole = (output_dir, tokenizer, image_processor, template, layout, with_tower, dtype)
+        say(formats.save_whole_model(*whole, **described))
     for line in count_skipped(output_dir / "skipped.jsonl"):
         say(f"skipped: {line}")
     held_out.report("after training", say)

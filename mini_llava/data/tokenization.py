@@ -278,8 +278,11 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
     for key in ("unk_token", "bos_token", "eos_token", "pad_token"):
         if isinstance(config.get(key), dict):
             config[key] = config[key]["content"]
-    if config.get("pad_token") and backend.token_to_id(config["pad_token"]) is None:
-        config["pad_token"] = config.get("unk_token")  # it was one of transformers' additions; LLaVA pads with unk
+    if backend.token_to_id(IMAGE_MARK) is None:  # nor shall the configuration bring back what was left out
+        for key in ("image_token", "extra_special_tokens", "additional_special_tokens"):
+            if IMAGE_MARK in str(config.get(key)):
+                del config[key]
+                config["pad_token"] = config.get("unk_token")  # as in LLaVA's own
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
         (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -72,8 +72,8 @@ OF_LLAVA = re.compile(r"(^|_)mm_|^image_|^tokenizer_|^(model_type|architectures|
 # Ours is written llava_qwen2, others' is llava_qwen; LLaVA-1.5's published "llava" is told by its architecture.
 FAMILIES = {"qwen": "qwen2"}
 
-# Transformers' layout does not name the tower; LLaVA's has to, and gets it by width, layers, patch, image and activation.
-# The weights are then written too: the name stands for the architecture and the image processor only.
+# Transformers' layout does not name the tower; LLaVA's has to, and takes it by width, layers, patch, image, activation.
+# The weights are written too then, so that the name stands for the architecture and the image processor only.
 KNOWN_TOWERS = {
     (1024, 24, 14, 336, "quick_gelu"): "openai/clip-vit-large-patch14-336",
     (1024, 24, 14, 224, "quick_gelu"): "openai/clip-vit-large-patch14",
@@ -210,7 +210,7 @@ def open_source(model_flags, explicit: Iterable[str] = ()) -> Source:
             name,
             layout,
             config,
-            AutoConfig.from_pretrained(name).get_text_config(),
+            AutoConfig.from_pretrained(name),
             load_vision_config(model_flags.vision_tower),
             model_flags.vision_tower,
             model_flags.mm_projector_type,

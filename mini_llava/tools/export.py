@@ -26,6 +26,7 @@ def export(
     export_format: str = "transformers",
     dtype: torch.dtype | None = None,
     version: str = "v1",
+    image_aspect_ratio: str | None = None,
     save_vision_tower: bool = False,
 ) -> str:
     """Write the model; returns a line about it.
@@ -33,6 +34,7 @@ def export(
     Args:
         dtype: None keeps the one stored.
         version: name of the conversation template that the model was trained with.
+        image_aspect_ratio: what the images were trained with; None takes what the source says.
 
     Raises:
         ValueError: the source is no LLaVA model, or the layout asked for has no place for it.
@@ -43,7 +45,7 @@ def export(
         model=model,
         projector_type=source.projector_type,
         vision_tower_name=source.vision_tower,
-        image_aspect_ratio=source.image_aspect_ratio(),
+        image_aspect_ratio=image_aspect_ratio or source.image_aspect_ratio(),
         model_max_length=source.model_max_length(tokenizer),
         version=version,
     )
@@ -67,6 +69,7 @@ def main(command_line: list[str] | None = None) -> None:
     add("--export_format", choices=KNOWN_VALUES["export_format"], default="transformers")
     add("--dtype", choices=DTYPES, help="of the weights [as stored]")
     add("--version", metavar="TEXT", help="conversation template [as DIR says]")
+    add("--image_aspect_ratio", choices=KNOWN_VALUES["image_aspect_ratio"], help="pad or square [as DIR says]")
     add("--vision_tower", metavar="TEXT", help="name of the tower, for LLaVA's layout, where DIR does not say it")
     add("--save_vision_tower", action="store_true", help="the tower's weights too, in LLaVA's layout")
     given = parser.parse_args(command_line)
@@ -79,8 +82,8 @@ def main(command_line: list[str] | None = None) -> None:
         if not (version := given.version or source.config.get("conversation_version")):
             version = "v1"
             print("It does not say which conversation template it was trained with: taken is LLaVA-1.5's (--version).")
-        dtype = DTYPES[given.dtype] if given.dtype else None
-        print(export(source, given.directory, given.export_format, dtype, version, given.save_vision_tower))
+        what = (given.export_format, given.dtype and DTYPES[given.dtype], version, given.image_aspect_ratio)
+        print(export(source, given.directory, *what, given.save_vision_tower))
     except (ValueError, OSError) as error:
         sys.exit(f"export: error: {error}")
 
