@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     CLIPVisionModel,
@@ -164,7 +165,7 @@ class Source:
         options |= {"dtype": dtype, "attn_implementation": attn_implementation}
         if self.layout == "language_model":
             return _load_strictly(self.name, **options)
-        return type(_empty_language_model(self.language_config)).from_pretrained(
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(self.language_config)].from_pretrained(
             None,
             config=self.language_config,
             state_dict=_of_this_rank(self.stored["language_model"]),
@@ -475,21 +476,14 @@ def _assign_parts(weights: dict[str, Stored], names: tuple, source: str) -> dict
 
 def _empty_parts(source: Source) -> dict[str, nn.Module]:
     """The parts without memory for their weights."""
+    widths = source.vision_config.hidden_size, _width(source.language_config)
     with torch.device("meta"):
-        tower = CLIPVisionModel(source.vision_config)
-        projector = build_projector(
-            source.projector_type, source.vision_config.hidden_size, _width(source.language_config)
-        )
-    return {
-        "language_model": _empty_language_model(source.language_config),
-        "projector": projector,
-        "vision_tower": tower,
-    }
-
-
-def _empty_language_model(config: PreTrainedConfig) -> nn.Module:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return {
+            # Its class and not AutoModel, which would partition it under ZeRO-3.
+            "language_model": MODEL_FOR_CAUSAL_LM_MAPPING[type(source.language_config)](source.language_config),
+            "projector": build_projector(source.projector_type, *widths),
+            "vision_tower": CLIPVisionModel(source.vision_config),
+        }
 
 
 def _check_weights(source: Source) -> None:

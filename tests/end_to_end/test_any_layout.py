@@ -1,4 +1,4 @@
-"""A run starts from every layout and ends in either, on one process and partitioned on two, and nothing changes on the way.
+"""A run starts from every layout and ends in either, on one process and partitioned on two; nothing changes on the way.
 
 Runs with a learning rate of zero take their step and must write what they read.
 """
