@@ -27,10 +27,13 @@ class ModelArguments:
     """Model"""
 
     model_name_or_path: str | None = None
-    """Language model: hub name or local directory, anything AutoModelForCausalLM loads (lmsys/vicuna-7b-v1.5)."""
+    """Language model: hub name or local directory, anything AutoModelForCausalLM loads (lmsys/vicuna-7b-v1.5). Or a
+    LLaVA model, which brings its projector and its vision tower: in the layout of LLaVA's own code
+    (liuhaotian/llava-v1.5-7b) or of transformers (llava-hf/llava-1.5-7b-hf), or an output directory of stage 2."""
 
     vision_tower: str | None = None
-    """Vision tower: hub name or local directory of a CLIP vision model (openai/clip-vit-large-patch14-336)."""
+    """Vision tower: hub name or local directory of a CLIP vision model (openai/clip-vit-large-patch14-336). Not needed
+    where model_name_or_path is a LLaVA model."""
 
     version: str | None = None
     """Conversation template the training text is rendered with; an unknown name lists the known ones."""
@@ -45,7 +48,8 @@ class ModelArguments:
     """patch drops the class token, cls_patch keeps it."""
 
     pretrain_mm_mlp_adapter: str | None = None
-    """Projector to start from: an mm_projector.bin of LLaVA's or of stage 1, or the directory that holds it."""
+    """Projector to start from: an mm_projector.bin of LLaVA's or of stage 1, or the directory that holds it. Takes the
+    place of the projector that a LLaVA model has."""
 
     tune_mm_mlp_adapter: bool = False
     """Train the projector only (stage 1)."""
@@ -240,6 +244,14 @@ class TrainingArguments:
     save_total_limit: int | None = None
     """Training states to keep; the oldest is deleted once the newest is complete."""
 
+    export_format: str = "transformers"
+    """Layout of the result of stage 2: transformers (LlavaForConditionalGeneration), or llava for LLaVA's own code.
+    python -m mini_llava.tools.export turns one into the other."""
+
+    save_vision_tower: bool = False
+    """Write the vision tower's weights into LLaVA's layout although they were not trained. Transformers' layout always
+    has them."""
+
     resume_from_checkpoint: str | None = None
     """latest, or the path of a checkpoint directory; latest starts anew if there is none."""
 
@@ -302,6 +314,7 @@ KNOWN_VALUES = {
     "loss_normalization": ("global_batch", "micro_batch"),
     "lr_scheduler_type": ("cosine", "linear", "constant", "constant_with_warmup"),
     "save_strategy": ("steps", "no"),
+    "export_format": ("transformers", "llava"),
     "evaluation_strategy": ("no",),
     "attn_implementation": ("sdpa", "flash_attention_2", "varlen", "eager"),
     "lazy_preprocess": (True,),
@@ -328,6 +341,7 @@ DECIDES_NOTHING = {
     # where, when and how fast things are read, written and shown
     *("output_dir", "dataloader_num_workers", "lazy_preprocess", "logging_steps", "report_to", "save_strategy"),
     *("save_steps", "save_total_limit", "resume_from_checkpoint", "resume_ignore"),
+    *("export_format", "save_vision_tower"),
     # a bad record ends the run or is left out, so that a run it has ended can go on without it
     "on_bad_sample",
     # evaluation draws from generators of its own
@@ -399,13 +413,13 @@ def resolve(stage: int, command_line: dict, config_file: str | None = None) -> A
 
 def _wants_demo(given: dict) -> bool:
     """True if no model and no data flag is given; all of them: False; some: an error that names the missing ones."""
-    needed = ("model_name_or_path", "vision_tower", "data_path")
-    if not any(name in given for name in (*needed, "image_folder", "pretrain_mm_mlp_adapter")):
+    needed = ("model_name_or_path", "data_path")
+    if not any(name in given for name in (*needed, "vision_tower", "image_folder", "pretrain_mm_mlp_adapter")):
         return True
     if missing := [f"--{name}" for name in needed if name not in given]:
         raise ValueError(
-            f"{' and '.join(missing)} missing: give the language model, the vision tower and the data, "
-            "or none of them for the embedded demo."
+            f"{' and '.join(missing)} missing: give the language model with --vision_tower, or a LLaVA model, and the "
+            "data; or none of them for the embedded demo."
         )
     return False
 
@@ -438,12 +452,12 @@ def _check(arguments: Arguments) -> None:
         if values[name] is not None and values[name] not in known:
             raise ValueError(f"--{name} {values[name]}: known values are {', '.join(map(str, known))}.")
     model, data, training = arguments.model, arguments.data, arguments.training
-    for name in ("model_name_or_path", "vision_tower", "data_path", "version"):
+    for name in ("model_name_or_path", "data_path", "version"):
         if not values[name]:
             raise ValueError(f"--{name} is missing.")
     for name in ("model_name_or_path", "vision_tower"):
-        path = Path(values[name])
-        if (path.is_dir() or values[name].startswith(("/", "."))) and not (path / "config.json").is_file():
+        value, path = values[name] or "", Path(values[name] or ".")
+        if (value.startswith(("/", ".")) or path.is_dir()) and value and not (path / "config.json").is_file():
             found = "a directory without config.json" if path.is_dir() else "no directory"
             raise ValueError(f"--{name} {path} is {found}; give a model's directory or its name on the hub.")
     comparable = {"data", "model", "per_device_train_batch_size", *OTHER_NAMES, *(values.keys() - DECIDES_NOTHING)}

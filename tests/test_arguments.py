@@ -262,9 +262,9 @@ def test_the_stage_is_needed(capsys):
     "words, missing",
     [
         (MODEL, "--data_path"),
-        (MODEL[:2] + DATA, "--vision_tower"),
-        (DATA, "--model_name_or_path and --vision_tower"),
-        (["--image_folder", "images"], "--model_name_or_path and --vision_tower and --data_path"),
+        (DATA, "--model_name_or_path"),
+        (MODEL[2:], "--model_name_or_path and --data_path"),
+        (["--image_folder", "images"], "--model_name_or_path and --data_path"),
     ],
 )
 def test_some_but_not_all_of_model_and_data_is_an_error_that_names_the_rest(words, missing, capsys):

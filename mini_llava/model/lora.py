@@ -16,7 +16,7 @@ from torch import nn
 from ..data.tokenization import load_tokenizer
 from .formats import _begin, _llava_config, _staged, _write_json
 from .image_tokens import add_token_rows, set_rows
-from .llava import LlavaModel, load_llava
+from .llava import LlavaModel
 from .projector import _read_tensors, _some, gathered_state_dict, whole
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -157,8 +157,6 @@ def save_lora(directory: str | Path, tokenizer, *, model: LlavaModel, is_main_pr
 
     if is_main_process:
         _begin(directory)
-        for name in (ADAPTER_CONFIG, *ADAPTER_FILES, OTHERS_FILE):
-            (directory / name).unlink(missing_ok=True)
     adapter_weights = dict(gathered_state_dict(adapter_weights, is_main_process))
     others = dict(gathered_state_dict(others, is_main_process))
     if is_main_process:
@@ -188,28 +186,6 @@ def save_lora(directory: str | Path, tokenizer, *, model: LlavaModel, is_main_pr
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
-
-
-def load_merged(directory: str | Path, dtype: torch.dtype, base: str | None = None) -> LlavaModel:
-    """The full model of a LoRA directory, ours or LLaVA's: base, tower and projector read, adapters merged.
-
-    Args:
-        base: the language model, where it is no longer at the name that the directory has for it.
-    """
-    directory = Path(directory)
-    config = _read_json(directory, "config.json")
-    model = load_llava(
-        base or base_of(directory),
-        config["mm_vision_tower"],
-        config.get("mm_projector_type", "linear"),
-        config["mm_vision_select_layer"],
-        config.get("mm_vision_select_feature", "patch"),
-        "sdpa",
-        # As stored: an exact start, in half the memory of fp32 for most models.
-        {"language_model": "auto", "vision_tower": "auto", "projector": torch.float32},
-    )
-    load_lora(model, directory, torch.float32)
-    return merge_lora(model, dtype)
 
 
 def base_of(directory: str | Path) -> str:

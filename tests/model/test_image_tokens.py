@@ -10,8 +10,9 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, add_image_tokens, load_tokenizer, tokenize_prompt
-from mini_llava.model import lora
 from mini_llava.model.image_tokens import add_token_rows, read_rows
+from mini_llava.tools import export
+from mini_llava.tools.saved_models import open_saved
 from tests.end_to_end import runs
 from tests.launching import train_in_turn
 from tests.model.test_formats import PICTURE, build, tied_language_model, tokenizer
@@ -92,6 +93,16 @@ def test_stage_2_reads_them_and_exports_a_model_with_the_same_prompt_ids(stage1,
     found[found == whole.config.image_token_id] = IMAGE_TOKEN_INDEX
     assert found.tolist() == expected.tolist()
 
+    # Either layout says that it has them: the tools and a further run put them into the text again.
+    export.main([str(tmp_path), str(tmp_path / "llava"), "--export_format", "llava"])
+    for directory in (tmp_path, tmp_path / "llava", stage1):
+        saved = open_saved(str(directory), version="v1")
+        again = tokenize_prompt({"conversations": turns, "image": "a.png"}, saved.template, saved.tokenizer, 16)
+        assert again.tolist() == expected.tolist()
+        model = saved.load(torch.float32)
+        assert torch.equal(model.language_model.get_input_embeddings().weight[START : END + 1], read_rows(stage1))
+        assert model.use_im_start_end and model.first_image_token == START
+
 
 def test_llavas_file_with_the_whole_matrix_gives_its_last_two_rows(stage1, tmp_path):
     weights = torch.load(stage1 / "mm_projector.bin", weights_only=True)
@@ -112,7 +123,7 @@ def test_a_projector_without_the_rows_is_refused_where_they_are_needed(stage1, t
 def test_a_lora_directory_carries_them(stage1, tmp_path):
     values = STEPS | MARKS | {"lora_enable": True, "lora_r": 4, "pretrain_mm_mlp_adapter": stage1}
     runs.train_here(runs.flags_of(2, tmp_path, values))
-    merged = lora.load_merged(tmp_path, torch.float32)
+    merged = open_saved(str(tmp_path)).load(torch.float32)
     assert torch.equal(merged.language_model.get_input_embeddings().weight[START : END + 1], read_rows(stage1))
     assert merged.use_im_start_end and merged.use_im_patch_token
 

@@ -15,6 +15,7 @@ from mini_llava.model import lora
 from mini_llava.model.llava import LlavaModel
 from mini_llava.model.projector import build_projector
 from mini_llava.model.vision_tower import load_vision_tower
+from mini_llava.tools.saved_models import open_saved
 from tests.end_to_end import runs
 from tests.launching import train_in_turn
 from tests.model.test_formats import build, save, tied_language_model, tokenizer
@@ -61,6 +62,10 @@ def logits(model: LlavaModel) -> torch.Tensor:
     return model.language_model(inputs_embeds=embeddings, use_cache=False).logits
 
 
+def load_merged(directory: Path, dtype: torch.dtype, base: str | None = None) -> LlavaModel:
+    return open_saved(str(directory), base).load(dtype)
+
+
 def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
     """To 1e-6 of the largest logit: merged and unmerged differ in the order of fp32 sums alone."""
     assert found.shape == expected.shape
@@ -100,7 +105,7 @@ def test_biases_are_trained_saved_and_merged_where_asked_for(tmp_path, bias, cou
         for parameter in trained.values():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
     save_directory(tmp_path / "lora", model)
-    merged = lora.load_merged(tmp_path / "lora", torch.float32).language_model.state_dict()
+    merged = load_merged(tmp_path / "lora", torch.float32).language_model.state_dict()
     for name, layer in lora.adapters(model.language_model).items():
         weight = layer.get_base_layer().weight + layer.get_delta_weight("default")  # PEFT's own product
         torch.testing.assert_close(merged.pop(f"{name}.weight"), weight.detach())
@@ -128,9 +133,9 @@ def save_directory(directory: Path, model: LlavaModel) -> None:
 def test_result_and_checkpoint_merge_into_what_was_trained(trained):
     directory, model = trained
     expected = logits(model)
-    merged = lora.load_merged(directory, torch.float32)
+    merged = load_merged(directory, torch.float32)
     assert_same(logits(merged), expected)
-    assert_same(logits(lora.load_merged(directory / "checkpoint-3", torch.float32)), expected)
+    assert_same(logits(load_merged(directory / "checkpoint-3", torch.float32)), expected)
     assert type(merged.language_model).__name__ == "LlamaForCausalLM"
     assert not [name for name in merged.state_dict() if "lora" in name or "base_layer" in name]
     # Adapters and tower were worth training: without them it is another function.
@@ -139,7 +144,7 @@ def test_result_and_checkpoint_merge_into_what_was_trained(trained):
 
 def test_merged_it_is_a_model_of_transformers(trained, tmp_path):
     directory, model = trained
-    save(tmp_path, lora.load_merged(directory, torch.float32))
+    save(tmp_path, load_merged(directory, torch.float32))
     whole, loading = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(loading.values()), loading
     pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(3))
@@ -152,7 +157,7 @@ def test_merged_it_is_a_model_of_transformers(trained, tmp_path):
 
 def test_merging_rounds_once(trained):
     directory, _ = trained
-    exact, rounded = (lora.load_merged(directory, dtype).state_dict() for dtype in (torch.float32, torch.bfloat16))
+    exact, rounded = (load_merged(directory, dtype).state_dict() for dtype in (torch.float32, torch.bfloat16))
     assert all(torch.equal(rounded[name], exact[name].bfloat16()) for name in exact)
 
 
@@ -200,7 +205,7 @@ def llavas_directory(directory: Path) -> LlavaModel:
 
 def test_a_directory_of_llavas_own_is_read(tmp_path):
     model = llavas_directory(tmp_path)
-    assert_same(logits(lora.load_merged(tmp_path, torch.float32)), logits(model))
+    assert_same(logits(load_merged(tmp_path, torch.float32)), logits(model))
 
 
 def test_what_is_written_has_llavas_names_and_shapes(trained, tmp_path):
@@ -233,7 +238,7 @@ def test_the_directory_says_what_it_is(trained):
 
 def refused(directory: Path, base: Path | None = None) -> str:
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        lora.load_merged(directory, torch.float32, base and str(base))
+        load_merged(directory, torch.float32, base and str(base))
     return str(caught.value)
 
 
@@ -327,4 +332,4 @@ def test_quantised_adapters_learn_and_merge_into_the_unquantised_base(tmp_path, 
     losses = [line["loss"] for line in runs.log(tmp_path)]
     assert losses[-1] < losses[0] - 0.05
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
-    assert logits(lora.load_merged(tmp_path, torch.float32)).isfinite().all()
+    assert logits(load_merged(tmp_path, torch.float32)).isfinite().all()
