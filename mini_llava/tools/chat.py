@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import GenerationConfig, StoppingCriteria, TextStreamer
+from transformers.utils import logging
 
 from ..data.images import BadImage
 from ..data.loader import open_pixels
@@ -188,6 +189,8 @@ def main(command_line: list[str] | None = None) -> None:
     generation = {**(sampling if given.temperature else {}), "max_new_tokens": given.max_new_tokens}
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[given.dtype or ("float32" if device == "cpu" else "bfloat16")]
+
+    logging.disable_progress_bar()
 
     def note(text: str) -> None:
         print(text, file=sys.stderr)

@@ -94,7 +94,8 @@ def test_stage_2_reads_them_and_exports_a_model_with_the_same_prompt_ids(stage1,
     assert found.tolist() == expected.tolist()
 
     # Either layout says that it has them: the tools and a further run put them into the text again.
-    export.main([str(tmp_path), str(tmp_path / "llava"), "--export_format", "llava"])
+    tower = ["--vision_tower", str(runs.FIXTURES / "clip")]
+    export.main([str(tmp_path), str(tmp_path / "llava"), "--export_format", "llava", *tower])
     for directory in (tmp_path, tmp_path / "llava", stage1):
         saved = open_saved(str(directory), version="v1")
         again = tokenize_prompt({"conversations": turns, "image": "a.png"}, saved.template, saved.tokenizer, 16)
