@@ -227,7 +227,7 @@ def train(arguments: flags.Arguments) -> None:
         + (f" Resumed from {resume_from} at step {sampler.step}." if resume_from else "")
     )
     if accelerator.is_main_process:
-        for note in output_folder.remove_leftovers(output_dir):
+        for note in output_folder.remove_leftovers(output_dir, sampler.step, training.save_total_limit):
             say(note)
         flags.save_arguments(arguments, output_dir / "arguments.yaml", distributed.versions())
         marker(output_dir).unlink(missing_ok=True)

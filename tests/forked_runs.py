@@ -6,6 +6,7 @@ fork of it that executes train.py as `__main__` with the flags of its command li
 """
 
 import contextlib
+import fcntl
 import multiprocessing
 import os
 import runpy
@@ -14,6 +15,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -59,6 +61,19 @@ class Run:
             assert self.process.exitcode is None and time.monotonic() < deadline, f"it ended too soon:\n{self.text}"
             time.sleep(0.005)
 
+    def wait_until_all_have_ended(self, grace: float) -> None:
+        """For the processes a killed one leaves behind; SIGKILL ends those that take longer than `grace` seconds."""
+        self.process.join()
+        deadline = time.monotonic() + grace
+        with open(self.output) as output:
+            while True:
+                with contextlib.suppress(BlockingIOError):  # the processes of the run hold it until the last one ends
+                    return fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.monotonic() > deadline:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(self.process.pid, signal.SIGKILL)
+                time.sleep(0.01)
+
     def kill(self) -> None:
         """SIGKILL to launcher, ranks and loader workers at once."""
         leader = psutil.Process(self.process.pid)
@@ -78,15 +93,20 @@ def start(
     launched: bool = False,
     environment: dict | None = None,
     program: str = "train.py",
+    inside: Callable[[], None] | None = None,
 ) -> Run:
     """Starts `python train.py FLAGS`, or with `config` what `accelerate launch` makes of it.
 
-    Args:
-        output: file for all that is printed.
-        config: `cpu`, `zero2` or `zero3`.
-        launched: start by `accelerate launch --config_file accelerate_configs/CONFIG.yaml` indeed.
-        environment: further variables.
-        program: another one than train.py, relative to the repository.
+        Args:
+            output: file for all that is printed.
+            config: `cpu`, `zero2` or `zero3`.
+            launched: start by `accelerate launch --config_file accelerate_configs/CONFIG.yaml` indeed.
+            environment: further variables.
+    <<<<<<< HEAD
+            inside: called in every rank before train.py begins, not with `launched`.
+    =======
+            program: another one than train.py, relative to the repository.
+    >>>>>>> main
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(b"")
@@ -96,7 +116,7 @@ def start(
         command += ["--config_file", f"accelerate_configs/{config}.yaml", "--main_process_port", port]
         target, arguments = _execute, ([*command, program, *flags],)
     else:
-        target, arguments = _start_ranks, (program, flags, config, processes, port)
+        target, arguments = _start_ranks, (program, flags, config, processes, port, inside)
     process = _fork_server.Process(target=_prepare, args=(output, environment or {}, target, arguments))
     process.start()
     return Run(process, output)
@@ -113,6 +133,8 @@ def _prepare(output: Path, environment: dict, target, arguments: tuple) -> None:
     descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    os.setpgrp()  # all processes of the run are one group
     os.environ.update(environment)
     os.chdir(ROOT)
     # A child of a fork server would start loader workers by a server of its own, unlike the program that is tested.
@@ -124,7 +146,7 @@ def _execute(command: list[str]) -> None:
     os.execv(command[0], command)
 
 
-def _start_ranks(program: str, flags: list[str], config: str | None, processes: int, port: str) -> None:
+def _start_ranks(program: str, flags: list[str], config: str | None, processes: int, port: str, inside) -> None:
     """Starts the ranks, waits for them, and like the launcher ends the others when one has failed."""
     if config is not None:
         os.environ.update(ENVIRONMENTS[config])
@@ -134,6 +156,8 @@ def _start_ranks(program: str, flags: list[str], config: str | None, processes: 
         if (pid := os.fork()) == 0:
             if config is not None:
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            if inside is not None:
+                inside()
             _become(program, flags)
         ranks.append(pid)
     for _ in range(processes):

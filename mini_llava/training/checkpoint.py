@@ -197,7 +197,7 @@ def save_checkpoint(
                 _write_flushed(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
                 _flush_directory(temporary)
                 _rename_into_place(temporary, final)
-                warnings = _remove_oldest(output_dir, step, keep)
+                warnings = remove_oldest(output_dir, step, keep)
     except CheckpointError:
         if accelerator.is_main_process:  # after all ranks have agreed, so nobody writes there any more
             shutil.rmtree(temporary, ignore_errors=True)
@@ -364,7 +364,7 @@ def _out_of_sight(checkpoint: Path) -> Path:
     return removed
 
 
-def _remove_oldest(output_dir: Path, newest: int, keep: int | None) -> list[str]:
+def remove_oldest(output_dir: Path, newest: int, keep: int | None) -> list[str]:
     """Removes what `keep` leaves no room for; returns a sentence for each checkpoint that could not be removed."""
     if keep is None:
         return []

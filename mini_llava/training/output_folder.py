@@ -11,13 +11,22 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import nn
 
-from .checkpoint import KINDS, CheckpointError, agreement, complete_checkpoints
+from .checkpoint import KINDS, CheckpointError, agreement, complete_checkpoints, remove_oldest
 from .distributed import compute_dtype, gather_from_ranks
 
+SEEN_BY_ALL = ".seen-by-all-"
 
-def remove_leftovers(output_dir: Path) -> list[str]:
-    """Removes what a killed run had not finished writing or removing; returns a sentence for each. For one rank."""
-    sentences = []
+
+def remove_leftovers(output_dir: Path, step: int, keep: int | None) -> list[str]:
+    """Removes what a killed run had not finished writing or removing; returns a sentence for each. For one rank.
+
+    Args:
+        step: of the checkpoint that the run goes on from. Of those up to it, the oldest beyond `keep` go: a run killed
+            between its last save and the removal of an old one would else leave one too many for good.
+    """
+    sentences = remove_oldest(output_dir, step, keep)
+    for path in output_dir.glob(f"{SEEN_BY_ALL}*"):
+        path.unlink(missing_ok=True)
     for path in sorted(output_dir.glob(".checkpoint-*")):
         if path.name.endswith((".incomplete", ".removed")):
             shutil.rmtree(path, ignore_errors=True)
@@ -28,7 +37,7 @@ def remove_leftovers(output_dir: Path) -> list[str]:
 
 def check_shared(accelerator: Accelerator, output_dir: Path) -> None:
     """Raises CheckpointError on all ranks unless all can see, and rank 0 can write, the same output directory."""
-    name = f".seen-by-all-{uuid.uuid4().hex}"
+    name = f"{SEEN_BY_ALL}{uuid.uuid4().hex}"
     with agreement(accelerator, f"{output_dir} (--output_dir) cannot be written"):
         if accelerator.is_main_process:
             output_dir.mkdir(parents=True, exist_ok=True)
