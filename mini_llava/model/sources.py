@@ -208,7 +208,7 @@ def open_source(model_flags, explicit: Iterable[str] = ()) -> Source:
     config = read_json(name, "config.json")
     if not config:
         raise FileNotFoundError(f"{name} has no config.json, so it is no model. {_what_else(name)}")
-    layout = _layout(name, config)
+    layout = layout_of(name, config)
     if layout == "language_model":
         if not model_flags.vision_tower:
             raise ValueError(f"--vision_tower is missing: {name} is a language model and has none of its own.")
@@ -269,7 +269,7 @@ def map_parts(source: Source) -> tuple[VisionTower, nn.Module, nn.Module]:
 # ------------------------------------------------------------------------------------------------------- the layouts
 
 
-def _layout(name: str, config: dict) -> str:
+def layout_of(name: str, config: dict) -> str:
     """The layout that `config.json` speaks of."""
     model_type, architectures = config.get("model_type", ""), config.get("architectures") or []
     if "text_config" in config and "vision_config" in config:

@@ -18,7 +18,7 @@ from ..model.image_tokens import add_token_rows
 from ..model.llava import LlavaModel, load_llava
 from ..model.lora import ADAPTER_CONFIG, base_of, load_lora, merge_lora
 from ..model.projector import PROJECTOR_FILE
-from ..model.sources import WEIGHT_FILES, Source, open_source
+from ..model.sources import IMAGE_TOKEN_FLAGS, WEIGHT_FILES, Source, layout_of, open_source
 from ..training.checkpoint import read_manifest, read_trained
 
 WHOLE, LORA, PROJECTOR, STATE = "whole model", "LoRA directory", "projector", "training state"
@@ -91,7 +91,7 @@ class SavedModel:
 
     def image_tokens(self) -> tuple[bool, bool]:
         """Whether it has LLaVA's tokens around an image, and the one for patches."""
-        return tuple(bool(self.config.get(f"mm_use_im_{kind}")) for kind in ("start_end", "patch_token"))
+        return tuple(bool(self.config.get(key)) for key in IMAGE_TOKEN_FLAGS)
 
 
 def open_saved(
@@ -112,6 +112,8 @@ def open_saved(
     if not config:
         raise FileNotFoundError(f"{directory} has no config.json, which says how the {kind} belongs to its base.")
     own = kind == WHOLE
+    if own and layout_of(directory, config) == "language_model":
+        raise ValueError(f"{directory} is a language model ({config.get('model_type')}), no LLaVA model.")
     if own and base:
         raise ValueError(f"{directory} is a whole model: --model_base {base} has no part in it.")
     flags = ModelArguments(model_name_or_path=directory if own else base or _recorded_base(directory, kind, config))
@@ -130,15 +132,12 @@ def open_saved(
             f"{directory} is a {kind} of {flags.model_name_or_path} with the vision tower {flags.vision_tower}. One of "
             f"them cannot be read: {error} Give their places as --model_base and --vision_tower."
         ) from error
-    if source.layout == "language_model" and own:
-        raise ValueError(f"{directory} is a language model ({source.language_config.model_type}), no LLaVA model.")
 
     has_tokenizer = find_file(directory, "tokenizer_config.json") is not None
     tokenizer = load_tokenizer(directory if has_tokenizer else source.name)
     known, recorded = len(tokenizer), config.get("conversation_version")
     version = version or recorded or "v1"
-    marks = (bool(config.get(f"mm_use_im_{kind_of}")) for kind_of in ("start_end", "patch_token"))
-    template = add_image_tokens(tokenizer, get_template(version), *marks)
+    template = add_image_tokens(tokenizer, get_template(version), *(bool(config.get(key)) for key in IMAGE_TOKEN_FLAGS))
     return SavedModel(
         directory,
         kind,
