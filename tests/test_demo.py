@@ -207,7 +207,7 @@ def test_started_elsewhere_than_in_the_repository_the_demo_says_where_to_start_i
 
 @pytest.mark.slow
 def test_the_readmes_commands_make_models_that_answer_held_out_questions(data, tmp_path, monkeypatch, capsys):
-    """Two thirds of stage 2, without stage 1, and four steps of LoRA: enough to tell what is seen from what is guessed."""
+    """Two thirds of stage 2, without stage 1: enough to tell what is seen from what is guessed."""
     torch.set_num_threads(1)
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Start from, end in, talk to it\n")[1]
     block = re.search(r"^```bash\n(.*?)^```", section, re.DOTALL | re.MULTILINE)[1]
@@ -237,5 +237,5 @@ def test_the_readmes_commands_make_models_that_answer_held_out_questions(data, t
         talk.add_image(str(data.images / record["image"]))
         [(question, answer)] = turns(record)
         right += talk.ask(question.removeprefix("<image>\n")) == answer
-    # 94 were, where this was written; 67 is the best guess without looking, and chance gives 80 once in 300 times.
+    # 94 were, where this was written; 67 is the best guess without looking, and guessing gives 80 once in 250 times.
     assert right >= 80
