@@ -15,6 +15,7 @@ from mini_llava.arguments import ModelArguments
 from mini_llava.model.llava import load_llava
 from mini_llava.model.sources import open_source
 from mini_llava.tools import export
+from mini_llava.tools.saved_models import open_saved
 from tests.end_to_end import runs
 from tests.launching import train_in_turn
 from tests.model.test_sources import load_here, logits
@@ -54,6 +55,19 @@ def assert_same(found: dict, expected: dict) -> None:
         ), name
 
 
+def assert_transformers_agrees(folder, expected: torch.Tensor) -> None:
+    """That `logits` are those of transformers' own class, which finds all of its tensors in the directory."""
+    whole, loading = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading.values()), loading
+    ids = torch.arange(3, 43)[None] * 7 % 800
+    ids[:, 5:21] = whole.config.image_token_id
+    pixels = torch.linspace(-2, 2, 3 * 56 * 56).view(1, 3, 56, 56).sin()
+    with torch.no_grad():
+        found = whole.eval()(input_ids=ids, pixel_values=pixels).logits[..., :800]
+    # The kernels are the same; the product with the head may have other sizes.
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
 @pytest.fixture
 def kept(monkeypatch):
     """The models that runs in this process train, in turn."""
@@ -75,15 +89,8 @@ def test_a_published_model_trains_a_step_and_ends_in_both_layouts(tmp_path, kept
     runs.train_here(command_line(2, base, tmp_path / "transformers", learning))
     model = kept[0].eval()
     assert not torch.equal(model.projector[0].weight, before["projector.0.weight"])
-    export.main(
-        [
-            str(tmp_path / "transformers"),
-            str(tmp_path / "llava"),
-            *(["--export_format", "llava"]),
-            "--vision_tower",
-            str(CLIP),
-        ]
-    )
+    to_llava = ["--export_format", "llava", "--vision_tower", str(CLIP)]
+    export.main([str(tmp_path / "transformers"), str(tmp_path / "llava"), *to_llava])
     export.main([str(tmp_path / "llava"), str(tmp_path / "back")])
     runs.train_here(command_line(2, base, tmp_path / "at once", learning | TO_LLAVA))
 
@@ -93,15 +100,7 @@ def test_a_published_model_trains_a_step_and_ends_in_both_layouts(tmp_path, kept
         torch.testing.assert_close(logits(load_here(tmp_path / folder)), expected, rtol=0, atol=1e-6)
     assert any("vision_tower" in key for key in all_weights(tmp_path / "at once"))
     for folder in ("transformers", "back"):
-        whole, loading = LlavaForConditionalGeneration.from_pretrained(tmp_path / folder, output_loading_info=True)
-        assert not any(loading.values()), loading
-        ids = torch.arange(3, 43)[None] * 7 % 800
-        ids[:, 5:21] = whole.config.image_token_id
-        pixels = torch.linspace(-2, 2, 3 * 56 * 56).view(1, 3, 56, 56).sin()
-        with torch.no_grad():
-            found = whole.eval()(input_ids=ids, pixel_values=pixels).logits[..., :800]
-        # The kernels are the same; the product with the head may have other sizes.
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        assert_transformers_agrees(tmp_path / folder, expected)
 
 
 def test_a_frozen_tower_stays_outside_llavas_layout_unless_asked_for(tmp_path):
@@ -165,6 +164,9 @@ def partitioned(tmp_path_factory):
     command_lines.append(command_line(1, bases["llava-hf"], folder / "stage1", learning))
     with_projector = {**STILL, "pretrain_mm_mlp_adapter": folder / "stage1"}
     command_lines.append(command_line(2, bases["llava-hf"], folder / "stage2", with_projector))
+    of_lora = {"lora_enable": True, "lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-2, "mm_projector_lr": 1e-2}
+    of_lora |= {"max_steps": 2, "save_strategy": "steps", "save_steps": 2, "unfreeze_mm_vision_tower": True}
+    command_lines.append(command_line(2, bases["llava-hf"], folder / "LoRA", of_lora))
     printed = train_in_turn(runs.config_file("zero3", folder), command_lines, folder)
     assert printed.count("2 processes, DeepSpeed ZeRO-3, fp32") == len(command_lines) - 1, printed
     assert "2 processes, DeepSpeed ZeRO-3, bf16" in printed
@@ -199,3 +201,11 @@ def test_a_partitioned_projector_makes_the_round_trip(partitioned):
     for name, tensor in trained.items():
         assert torch.equal(found[name.replace("model.mm_projector", "projector")], tensor), name
     assert not torch.equal(found["projector.0.weight"], parts(partitioned / "llava-hf")["projector.0.weight"])
+
+
+@pytest.mark.slow
+def test_adapters_of_a_partitioned_run_on_a_llava_model_merge_into_one_of_transformers(partitioned, tmp_path):
+    expected = logits(open_saved(str(partitioned / "LoRA")).load(torch.float32))
+    assert (expected - logits(load_here(partitioned / "llava-hf"))).abs().max() > 1e-2
+    export.main([str(partitioned / "LoRA" / "checkpoint-2"), str(tmp_path / "merged"), "--merge", "--dtype", "float32"])
+    assert_transformers_agrees(tmp_path / "merged", expected)
