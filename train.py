@@ -6,6 +6,7 @@ language model. They differ in their presets only (`mini_llava/arguments.py`).
 """
 
 import functools
+import gc
 import json
 import math
 import sys
@@ -34,6 +35,7 @@ from mini_llava.data.tokenization import add_image_tokens, load_tokenizer, token
 from mini_llava.model import formats, lora
 from mini_llava.model.attention import choose_attention
 from mini_llava.model.freeze import apply_plan, freeze_plan, trainable_table, trained_in_full
+from mini_llava.model.fused_kernels import choose_fused_kernels, use_fused_kernels
 from mini_llava.model.image_tokens import add_token_rows
 from mini_llava.model.llava import load_llava
 from mini_llava.model.sources import open_source
@@ -139,8 +141,10 @@ def train(arguments: flags.Arguments) -> None:
     if training.lora_weight_path:
         lora.start_from(model, training.lora_weight_path)
     apply_plan(model, plan)
+    if choose_fused_kernels(training.use_liger_kernel, model.language_model.config.model_type, accelerator.device):
+        use_fused_kernels(model.language_model)
     if training.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable(training.gradient_checkpointing_share)
     rates = {"projector": training.mm_projector_lr, "vision_tower": training.mm_vision_tower_lr}
     groups = parameter_groups(model, training.learning_rate, training.weight_decay, rates)
     table = trainable_table(model, groups, plan)
@@ -150,7 +154,7 @@ def train(arguments: flags.Arguments) -> None:
         training.adam_epsilon,
         fused=accelerator.device.type == "cuda" and not distributed.is_offloaded(accelerator),
     )
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = distributed.prepare(accelerator, model, optimizer)
     model.train()
 
     # --- Order: the global batches, and this rank's micro-batches of each --------------------------------------------
@@ -262,10 +266,12 @@ def train(arguments: flags.Arguments) -> None:
     )
     warmup = warmup_steps(training.warmup_ratio, total_steps)
     progress = ProgressLine(total_steps, sampler.step, enabled=rank == 0)
-    meter = Meter(accelerator)
+    meter = Meter(accelerator, accelerator.unwrap_model(model))
     preemption, stopping = Preemption(), False
+    gc.collect()
+    gc.freeze()  # model and libraries stay: collections in the loop need not look through them again
 
-    for work in loader:
+    for work in meter.waiting_for(loader):
         sums = distributed.sum_over_ranks(accelerator, [sum(work.trained_tokens), preemption.asked])
         trained_tokens, stop = sums[0], sums[1].to("cpu", non_blocking=True)  # read once the step has synchronised
         factor = learning_rate_factor(training.lr_scheduler_type, sampler.step, total_steps, warmup)
@@ -287,7 +293,7 @@ def train(arguments: flags.Arguments) -> None:
         if not finite:
             stop_unless_fp16_overflow(accelerator, meter, sampler.step + 1, work, store, output_dir)
         sampler.step += 1
-        meter.add_step(work.tokens, work.samples)
+        meter.add_step(work)
         with distributed.never_fatal(f"{output_dir}/skipped.jsonl lacks entries"):
             log_skipped(store, work.skipped, output_dir / "skipped.jsonl")
 

@@ -227,7 +227,14 @@ class TrainingArguments:
     """Allow TF32 in fp32 matrix products (Ampere and later)."""
 
     gradient_checkpointing: bool = False
-    """Recompute the language model's layers in backward: less memory, about a third more work."""
+    """Recompute the language model's layers in backward: less memory, up to a third more work."""
+
+    gradient_checkpointing_share: float = 1.0
+    """Share of the layers that gradient_checkpointing recomputes, spread evenly; the less memory allows the faster."""
+
+    use_liger_kernel: bool | None = None
+    """Liger's fused RMSNorm, rotary embedding and SwiGLU. Default: where liger-kernel is installed, on a GPU, for the
+    families of models that were compared with it."""
 
     seed: int = 42
     """Seed of the sample order, of new weights and of dropout."""
@@ -338,6 +345,7 @@ DECIDES_NOTHING = {
     *("stage", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "fp16"),
     # change how a step is computed, and its numbers by no more than rounding
     *("packing", "max_tokens_per_micro_batch", "attn_implementation", "gradient_checkpointing"),
+    *("gradient_checkpointing_share", "use_liger_kernel"),
     # where, when and how fast things are read, written and shown
     *("output_dir", "dataloader_num_workers", "lazy_preprocess", "logging_steps", "report_to", "save_strategy"),
     *("save_steps", "save_total_limit", "resume_from_checkpoint", "resume_ignore"),
@@ -468,6 +476,11 @@ def _check(arguments: Arguments) -> None:
     for name in POSITIVE:
         if values[name] is not None and values[name] <= 0:
             raise ValueError(f"--{name} must be positive, not {values[name]}.")
+    if not 0 < training.gradient_checkpointing_share <= 1:
+        share = training.gradient_checkpointing_share
+        raise ValueError(f"--gradient_checkpointing_share {share}: give a share of the layers above 0 and up to 1.")
+    if training.gradient_checkpointing_share < 1 and not training.gradient_checkpointing:
+        raise ValueError("--gradient_checkpointing_share says nothing with --gradient_checkpointing False.")
     if training.bf16 and training.fp16:
         if {"bf16", "fp16"} <= arguments.explicit:
             raise ValueError("--bf16 and --fp16 cannot both be True.")

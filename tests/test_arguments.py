@@ -206,6 +206,8 @@ def test_every_field_has_a_text_and_help_shows_all_of_them(capsys):
         (["--lr_scheduler_type", "cosin"], "known values are cosine, linear, constant, constant_with_warmup."),
         (["--evaluation_strategy", "steps"], "--evaluation_strategy steps: known values are no."),
         (["--save_steps", "0"], "--save_steps must be positive, not 0."),
+        (["--gradient_checkpointing_share", "0"], "--gradient_checkpointing_share 0.0: give a share of the layers"),
+        (["--gradient_checkpointing", "False", "--gradient_checkpointing_share", "0.5"], "says nothing with"),
         (["--bf16", "True", "--fp16", "True"], "--bf16 and --fp16 cannot both be True."),
         (["--loss_normalization", "micro_batch", "--packing", "True"], "use --packing False."),
         (["--freeze_mm_mlp_adapter", "True"], "leave nothing to train."),

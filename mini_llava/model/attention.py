@@ -6,6 +6,8 @@ package; `sdpa` everywhere else, for which transformers builds a block-diagonal 
 mask of L x L, so it is meant for CPUs and short rows).
 """
 
+import inspect
+
 import torch
 from transformers import AttentionInterface
 from transformers.utils import is_flash_attn_2_available
@@ -70,7 +72,12 @@ def varlen_attention(
         raise RuntimeError("The varlen attention runs on packed batches only; generate with sdpa instead.")
     if dropout:
         raise ValueError("The varlen attention has no dropout: set attention_dropout to 0 or use sdpa.")
-    grouped = {"enable_gqa": True} if key.shape[1] != query.shape[1] else {}  # the argument is younger than the kernel
+    grouped = {}
+    if key.shape[1] != query.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            grouped = {"enable_gqa": True}
+        else:  # torch 2.11 and before
+            key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
     output = varlen_attn(
         # Rotary embeddings may have left queries and keys in fp32; the kernel takes half precision only.
         *(tensor.to(value.dtype).squeeze(0).transpose(0, 1) for tensor in (query, key, value)),

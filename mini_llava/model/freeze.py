@@ -62,9 +62,9 @@ def trainable_table(model: nn.Module, groups: list[dict], plan: dict[str, str]) 
     rows = [("part", "parameters", "trained", "how", "peak learning rate", "weight decay")]
     for part, module in model.named_children():
         parameters = list(module.named_parameters(prefix=part))
-        total = sum(_numel(parameter) for _, parameter in parameters)
+        total = sum(numel(parameter) for _, parameter in parameters)
         names = {name for name, parameter in parameters if parameter.requires_grad}
-        trained = sum(_numel(parameter) for name, parameter in parameters if name in names)
+        trained = sum(numel(parameter) for name, parameter in parameters if name in names)
         mine = [group for group in groups if names & set(group["parameter_names"])]
         rates = " / ".join(sorted({f"{group['peak_lr']:g}" for group in mine})) or "-"
         decays = " / ".join(sorted({f"{group['weight_decay']:g}" for group in mine})) or "-"
@@ -73,7 +73,8 @@ def trainable_table(model: nn.Module, groups: list[dict], plan: dict[str, str]) 
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
-def _numel(parameter: nn.Parameter) -> int:
+def numel(parameter: nn.Parameter) -> int:
+    """Of the whole parameter as a matrix, divided or quantised though it may be."""
     if quantised := getattr(parameter, "quant_state", None):  # bitsandbytes packs two 4-bit weights into a byte
         return quantised.shape.numel()
     return getattr(parameter, "ds_numel", parameter.numel())  # under ZeRO-3 the tensor itself is empty

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..data.tokenization import IGNORE_INDEX
 from .projector import load_projector
@@ -84,9 +85,16 @@ class LlavaModel(nn.Module):
         ).logits
         return sum_of_token_losses(logits, targets)
 
-    def gradient_checkpointing_enable(self) -> None:
-        """Recomputes the language model's layers in backward instead of keeping their activations."""
+    def gradient_checkpointing_enable(self, share: float = 1.0) -> None:
+        """Recomputes layers of the language model in backward instead of keeping their activations.
+
+        Args:
+            share: of the layers, spread evenly over the model: 0.5 is every other one.
+        """
         self.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        layers = [module for module in self.language_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        for number, layer in enumerate(layers):
+            layer.gradient_checkpointing = int((number + 1) * share) > int(number * share)
 
 
 def load_llava(

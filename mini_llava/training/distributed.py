@@ -19,7 +19,9 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType
 from torch import nn
 from transformers import BitsAndBytesConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..model.llava import LlavaModel
 from . import liveness
 
 # DeepSpeed calls collectives by names that torch is renaming; nobody who trains can act on that.
@@ -54,6 +56,10 @@ def choose_precision(bf16: bool, fp16: bool, explicit: set[str]) -> str:
 
 def build_accelerator(precision: str, max_grad_norm: float, report_to: str, output_dir: Path) -> Accelerator:
     """The Accelerator for what the launcher started: one process, DDP, DeepSpeed ZeRO-2 or ZeRO-3, on GPU or CPU."""
+    # Micro-batches differ in length. In segments of fixed size their tensors leave holes, until the allocator gives
+    # everything back to the driver and begins again, in the middle of a step. Read when the first tensor is made.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     installed = [str(tracker) for tracker in get_available_trackers()]
     if report_to not in ("none", "all", *installed):
         # accelerate leaves out a tracker whose package is missing, and says so at level DEBUG only.
@@ -122,16 +128,53 @@ def _complete_deepspeed_config(config: dict, precision: str, max_grad_norm: floa
     if zero["stage"] not in (2, 3):
         raise ValueError(f"zero_stage: {zero['stage']} of the accelerate config is not supported; known: 2, 3.")
     # "auto" would be derived from the hidden size of a `model.config` that LlavaModel does not have.
+    keep_whole = _parameters_to_keep_whole()
     for key, value in (
         ("reduce_bucket_size", 500_000_000),
         ("stage3_prefetch_bucket_size", 400_000_000),
-        ("stage3_param_persistence_threshold", 1_000_000),
+        # Smaller parameters are never partitioned: all of CLIP-L's, whose hundreds of gathers cost more than 0.6 GB.
+        ("stage3_param_persistence_threshold", 5_000_000),
+        ("stage3_max_live_parameters", keep_whole),
+        ("stage3_max_reuse_distance", keep_whole),
     ):
         if zero.get(key, "auto") == "auto" and (zero["stage"] == 3 or not key.startswith("stage3")):
             zero[key] = value
     zero.setdefault("overlap_comm", torch.cuda.is_available())
     for name in ("bf16", "fp16"):
         config.setdefault(name, {})["enabled"] = precision == name
+
+
+def _parameters_to_keep_whole() -> int:
+    """How many gathered half-precision parameters ZeRO-3 may keep until they are used again: a seventh of the GPU.
+
+    What was gathered in forward then need not be gathered again in backward.
+    """
+    if not torch.cuda.is_available():
+        return 1_000_000_000
+    return torch.cuda.get_device_properties(0).total_memory // 7 // 2
+
+
+def prepare(
+    accelerator: Accelerator, model: LlavaModel, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """`accelerator.prepare`, with layers as the unit in which ZeRO-3 gathers weights and reduces gradients.
+
+    By default the unit is a single linear layer, and its hooks cost more of the host's time than a tower's layer takes
+    on the GPU. DeepSpeed reduces the gradients of such a unit once the gradient of the unit's input is known, so the
+    input must have one: it has, if anything in front of the language model is trained.
+    """
+    if zero_stage(accelerator) == 3:
+        from deepspeed.utils import set_z3_leaf_module
+
+        tower, language_model = model.vision_tower, model.language_model
+        if not any(parameter.requires_grad for parameter in tower.parameters()):
+            set_z3_leaf_module(tower, True)
+        in_front = [tower, model.projector, language_model.get_input_embeddings()]
+        if any(parameter.requires_grad for module in in_front for parameter in module.parameters()):
+            for module in language_model.modules():
+                if isinstance(module, GradientCheckpointingLayer):
+                    set_z3_leaf_module(module, True)
+    return accelerator.prepare(model, optimizer)
 
 
 def is_deepspeed(accelerator: Accelerator) -> bool:

@@ -7,7 +7,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from mini_llava.data.loader import RankStep
 from mini_llava.training.meter import Meter, append_json_line
+from tests.training.tiny_llava import micro_batch, tiny_llava
 
 
 @pytest.fixture
@@ -18,29 +20,82 @@ def clock(monkeypatch):
     return now
 
 
+def step(*lengths: int, samples: int = 1) -> RankStep:
+    """A step with one packed micro-batch of text for each length."""
+    return RankStep([micro_batch([length]) for length in lengths], [], tokens=sum(lengths), samples=samples)
+
+
 def test_loss_is_the_mean_over_steps_of_the_sum_over_micro_batches(clock):
-    meter = Meter(Accelerator(cpu=True))
+    meter = Meter(Accelerator(cpu=True), tiny_llava())
     for losses in ((0.5, 0.25), (1.0,)):
         for loss in losses:
             meter.add_loss(torch.tensor(loss, requires_grad=True))
-        meter.add_step(tokens=30, samples=4)
+        meter.add_step(step(20, 10, samples=4))
     clock[0] += 4
-    values = meter.read()
-    assert values == dict(loss=0.875, tokens_per_second=15.0, samples_per_second=2.0, seconds_per_step=2.0)
+    assert meter.read() == dict(
+        loss=0.875,
+        tokens_per_second=15.0,
+        computed_tokens_per_second=15.0,
+        samples_per_second=2.0,
+        seconds_per_step=2.0,
+        data_wait=0.0,
+    )
 
 
 def test_reading_starts_anew_and_evaluation_does_not_count(clock):
-    meter = Meter(Accelerator(cpu=True))
+    meter = Meter(Accelerator(cpu=True), tiny_llava())
     meter.add_loss(torch.tensor(9.0))
-    meter.add_step(1000, 1000)
+    meter.add_step(step(1000, samples=1000))
     clock[0] += 1
     meter.read()
     clock[0] += 500  # saving
     meter.pause_ends()
     meter.add_loss(torch.tensor(2.0))
-    meter.add_step(6, 1)
+    meter.add_step(step(6))
     clock[0] += 3
-    assert meter.read() == dict(loss=2.0, tokens_per_second=2.0, samples_per_second=1 / 3, seconds_per_step=3.0)
+    values = meter.read()
+    assert (values["loss"], values["seconds_per_step"]) == (2.0, 3.0)
+    assert (values["tokens_per_second"], values["samples_per_second"]) == (2.0, 1 / 3)
+
+
+def test_waiting_for_data_is_a_share_of_the_time(clock):
+    def slow_loader():
+        for _ in range(2):
+            clock[0] += 1  # reading
+            yield step(5)
+
+    meter = Meter(Accelerator(cpu=True), tiny_llava())
+    for work in meter.waiting_for(slow_loader()):
+        clock[0] += 3  # training
+        meter.add_step(work)
+    values = meter.read()
+    assert (values["data_wait"], values["seconds_per_step"]) == (0.25, 4.0)
+
+
+def test_padding_is_computed_but_not_counted_as_tokens(clock):
+    meter = Meter(Accelerator(cpu=True), tiny_llava())
+    meter.add_step(RankStep([micro_batch([8, 2], packed=False)], [], tokens=10, samples=2))
+    clock[0] += 2
+    values = meter.read()
+    assert (values["tokens_per_second"], values["computed_tokens_per_second"]) == (5.0, 8.0)
+
+
+def test_there_is_no_mfu_where_no_peak_is_known(clock):
+    meter = Meter(Accelerator(cpu=True), tiny_llava())
+    meter.add_step(step(5))
+    clock[0] += 1
+    assert not {"mfu", "mfu_6n", "peak_memory_gib"} & meter.read().keys()
+
+
+def test_mfu_is_useful_arithmetic_over_what_the_device_could_do(clock):
+    meter = Meter(Accelerator(cpu=True), tiny_llava())
+    meter.peak_flops = 1e9
+    work = step(50, 30)
+    meter.add_step(work)
+    clock[0] += 2
+    values = meter.read()
+    assert values["mfu"] == sum(map(meter.count_flops, work.micro_batches)) / 2e9
+    assert values["mfu_6n"] == 6 * meter.count_flops.language_model_parameters * 80 / 2e9
 
 
 def test_the_log_keeps_every_bit(tmp_path):

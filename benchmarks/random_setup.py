@@ -1,0 +1,118 @@
+"""What the benchmarks train: models of real shapes with random weights, and records with the lengths of LLaVA's mix.
+
+    python benchmarks/random_setup.py --directory /tmp/bench --shape 7b --records 2560
+
+Speed does not depend on what the weights know, but it does on their not being zeros, and on real files: pictures are
+decoded from JPEG and weights read from safetensors, as in training. The tokenizer knows 32,000 words, one token each.
+"""
+
+import argparse
+import json
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+VOCABULARY = 32_000
+LANGUAGE_MODELS = {
+    "tiny": dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4),
+    "7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
+    "13b": dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40),
+}
+CLIP_L_336 = dict(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336
+)
+TINY_CLIP = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2, image_size=56)
+PICTURES, PICTURE_SIZE = 512, (640, 480)  # the pixels of a COCO photograph
+
+
+def make_models(directory: Path, shape: str) -> None:
+    """Writes `language_model` and `vision_tower`: weights in bf16, made where there is a GPU on it."""
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=4096, **LANGUAGE_MODELS[shape])
+        LlamaForCausalLM(config).save_pretrained(directory / "language_model", max_shard_size="2GB")
+        vision = TINY_CLIP if shape == "tiny" else CLIP_L_336
+        CLIPVisionModel(CLIPVisionConfig(patch_size=14, **vision)).save_pretrained(directory / "vision_tower")
+    torch.set_default_dtype(torch.float32)
+    size = vision["image_size"]
+    CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size).save_pretrained(directory / "vision_tower")
+
+    special = ["<unk>", "<s>", "</s>"]
+    words = special + [f"w{number}" for number in range(VOCABULARY - len(special))]
+    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", model_max_length=4096
+    ).save_pretrained(directory / "language_model")
+
+
+def make_records(directory: Path, count: int, pictures: int = PICTURES) -> None:
+    """Writes `stage1.json` (captions of about 20 tokens), `stage2.json` and the pictures they share.
+
+    Stage 2: an image and text of lognormal(5.3, 0.6) tokens, 40 to 1400, in rounds of about 60; 6 % without an image,
+    lognormal(6.6, 0.7), up to 2048. Half of the text is answers.
+    """
+    (directory / "images").mkdir(exist_ok=True)
+    with ProcessPoolExecutor() as processes:
+        list(processes.map(_picture, range(pictures), [directory] * pictures, chunksize=16))
+    random = np.random.default_rng(0)
+
+    def text(tokens: int) -> str:
+        return " ".join(f"w{number}" for number in random.integers(0, VOCABULARY - 3, max(1, tokens)))
+
+    captions, conversations = [], []
+    for number in range(count):
+        image = {"image": f"{number % pictures}.jpg"}
+        caption = {"from": "gpt", "value": text(int(random.integers(12, 29)))}
+        captions.append(image | {"conversations": [{"from": "human", "value": "<image>"}, caption]})
+        if random.random() < 0.06:
+            image, tokens = {}, min(2048, int(random.lognormal(6.6, 0.7)))
+        else:
+            tokens = int(np.clip(random.lognormal(5.3, 0.6), 40, 1400))
+        rounds = max(1, tokens // 60)
+        turns = [
+            {"from": role, "value": text(tokens // (2 * rounds))} for _ in range(rounds) for role in ("human", "gpt")
+        ]
+        if image:
+            turns[0]["value"] = "<image>\n" + turns[0]["value"]
+        conversations.append(image | {"conversations": turns})
+    (directory / "stage1.json").write_text(json.dumps(captions))
+    (directory / "stage2.json").write_text(json.dumps(conversations))
+
+
+def _picture(number: int, directory: Path) -> None:
+    """Blurred noise, which takes about as many bytes as a photograph of its size (some 100 kB) at quality 90."""
+    noise = np.random.default_rng(number).integers(0, 256, (*PICTURE_SIZE[::-1], 3), dtype=np.uint8)
+    picture = Image.fromarray(noise).filter(ImageFilter.GaussianBlur(1.2))
+    picture.save(directory / "images" / f"{number}.jpg", quality=90)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--directory", type=Path, required=True)
+    parser.add_argument("--shape", choices=LANGUAGE_MODELS, default="7b")
+    parser.add_argument("--records", type=int, default=2560)
+    arguments = parser.parse_args()
+    arguments.directory.mkdir(parents=True, exist_ok=True)
+    make_records(arguments.directory, arguments.records)
+    make_models(arguments.directory, arguments.shape)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""How much arithmetic a step cannot do without, and how much the GPU could have done: the two sides of MFU.
+
+Counted are the matrix products that the mathematics needs, from the parameters' shapes and the samples' lengths.
+Padding, blank images, recomputed activations and logits that nobody looks at are work too, but not useful work.
+"""
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..data.collator import MicroBatch
+from ..model.freeze import numel
+from ..model.llava import LlavaModel
+
+# Dense bf16 and fp16 products a second, from the vendor's data sheets (without sparsity), by a part of the GPU's name.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "H800": 989e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+}
+
+
+def peak_flops(accelerator: Accelerator) -> float | None:
+    """What one device could do in a second in half precision; None where there is no such number (CPU, fp32)."""
+    if accelerator.device.type != "cuda" or accelerator.mixed_precision == "no":
+        return None
+    name = torch.cuda.get_device_name(accelerator.device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+class FlopCounter:
+    """Operations (a multiplication and an addition are two) of forward and backward for one micro-batch.
+
+    A weight costs 2 for each position it meets in forward, 2 in backward if gradients have to pass it on their way to
+    something trained, and 2 more if it is trained itself: 6 for what is trained, 4 for a frozen language model (behind
+    a trained projector, or under adapters), 2 for a frozen tower. Attention is counted inside each sample, causal in
+    the language model.
+
+    Attributes:
+        language_model_parameters: all of them, N of the usual approximation 6 N.
+    """
+
+    def __init__(self, model: LlavaModel):
+        tower, projector, language_model = model.vision_tower, model.projector, model.language_model
+        head = language_model.get_output_embeddings().weight
+        text, vision = language_model.config.get_text_config(), tower.model.config
+        self.language_model_parameters = sum(numel(parameter) for parameter in language_model.parameters())
+        self.tokens_per_image = tower.tokens_per_image
+
+        self.per_logit = _flops(head, 4)
+        self.per_token = sum(_flops(weight, 4) for weight in _matrices(language_model).values() if weight is not head)
+        head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        # 2 products of L x L x width, half of them masked; backward costs twice as much as forward.
+        self.per_squared_length = 3 * 2 * text.num_attention_heads * head_size * text.num_hidden_layers
+
+        unused = tower.unused_parameters()
+        used = {name: weight for name, weight in _matrices(tower).items() if name not in unused}
+        patches = (vision.image_size // vision.patch_size) ** 2
+        positions = patches + 1  # the class token's; the convolution that makes the patches has none for it
+        trained = any(weight.requires_grad for weight in used.values())
+        layers = tower.select_layer % (vision.num_hidden_layers + 1)
+        self.per_image = sum((patches if len(_shape(w)) == 4 else positions) * _flops(w, 2) for w in used.values())
+        self.per_image += (3 if trained else 1) * 4 * positions**2 * vision.hidden_size * layers
+        self.per_image += tower.tokens_per_image * sum(_flops(weight, 2) for weight in _matrices(projector).values())
+
+    def __call__(self, batch: MicroBatch) -> float:
+        """Operations for a micro-batch of `collate`, still on the CPU."""
+        if batch["cu_seqlens"] is not None:
+            lengths = batch["cu_seqlens"].diff().double()
+        else:
+            lengths = batch["attention_mask"].sum(dim=1).double()
+        images = batch["image_positions"].numel() / self.tokens_per_image
+        logits = int((batch["targets"] >= 0).sum())
+        return (
+            self.per_token * lengths.sum().item()
+            + self.per_squared_length * lengths.square().sum().item()
+            + self.per_logit * logits
+            + self.per_image * images
+        )
+
+
+def _matrices(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of matrix products and convolutions, by name: not those of norms, and no table of embeddings."""
+    tables = {id(table.weight) for table in module.modules() if isinstance(table, nn.Embedding)}
+    return {
+        name: parameter
+        for name, parameter in module.named_parameters()
+        if len(_shape(parameter)) > 1 and id(parameter) not in tables
+    }
+
+
+def _flops(weight: nn.Parameter, frozen: int) -> int:
+    return (6 if weight.requires_grad else frozen) * numel(weight)
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)

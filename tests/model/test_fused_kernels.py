@@ -1,0 +1,77 @@
+"""Fused kernels compute what the model computes, and are refused in a sentence where they cannot run."""
+
+import copy
+import importlib.util
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mini_llava.model.attention import choose_attention
+from mini_llava.model.fused_kernels import FUSABLE, choose_fused_kernels, use_fused_kernels
+from mini_llava.model.llava import sum_of_token_losses
+
+on_gpu = pytest.mark.skipif(
+    not (torch.cuda.is_available() and importlib.util.find_spec("liger_kernel")), reason="needs a GPU and liger-kernel"
+)
+LENGTHS = (700, 37, 300)
+
+
+def loss_and_gradients(model: torch.nn.Module) -> torch.Tensor:
+    """The loss of three packed samples and the gradients of all weights behind each other, fp32."""
+    model = model.train()
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 500, (1, sum(LENGTHS)), generator=generator).cuda()
+    bounds = torch.tensor([0, *LENGTHS]).cumsum(0).int().cuda()
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None].cuda()
+    packing = dict(cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=max(LENGTHS), max_length_k=max(LENGTHS))
+    logits = model(input_ids=ids, position_ids=positions, use_cache=False, **packing).logits
+    loss = sum_of_token_losses(logits[:, :-1], ids[:, 1:]) / ids.numel()
+    loss.backward()
+    return torch.cat([loss.detach()[None]] + [p.grad.float().flatten() for p in model.parameters()])
+
+
+@on_gpu
+@pytest.mark.parametrize("family", FUSABLE)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_losses_and_gradients_are_as_close_to_fp32_as_those_of_plain_bf16(family, checkpointing):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        family, vocab_size=512, hidden_size=256, intermediate_size=688, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048,
+    )  # fmt: skip
+    exact = AutoModelForCausalLM.from_config(
+        copy.deepcopy(config), dtype=torch.float32, attn_implementation="sdpa"
+    ).cuda()
+    varlen = choose_attention("varlen", family, True, torch.device("cuda"), True)
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=varlen).cuda()
+    plain.load_state_dict(exact.state_dict())
+    fused = copy.deepcopy(plain)
+    if checkpointing:
+        fused.gradient_checkpointing_enable({"use_reentrant": False})
+    reference, of_plain = loss_and_gradients(exact), loss_and_gradients(plain)
+    use_fused_kernels(fused)  # after the others have run: it changes the family's rotary embedding for all models
+    of_fused = loss_and_gradients(fused)
+
+    plain_error = (of_plain - reference).norm() / reference.norm()
+    fused_error = (of_fused - reference).norm() / reference.norm()
+    print(f"{family}: distance to fp32 {fused_error:.2e} with fused kernels, {plain_error:.2e} without")
+    assert fused_error <= 1.2 * plain_error  # the kernels round at other places, not more often
+    # One step takes 8 bits, so that equal losses of bf16 models may differ by some 2^-9 of their value.
+    assert abs(of_fused[0] - reference[0]) <= 1.5 * abs(of_plain[0] - reference[0]) + 2**-10 * reference[0]
+
+
+def test_they_are_used_where_they_run_and_refused_elsewhere():
+    cpu = torch.device("cpu")
+    assert choose_fused_kernels(None, "llama", cpu) is False
+    assert choose_fused_kernels(False, "llama", torch.device("cuda")) is False
+    with pytest.raises(ValueError, match=r"--use_liger_kernel True: .*(install|need a GPU)"):
+        choose_fused_kernels(True, "llama", cpu)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("liger_kernel"), reason="needs liger-kernel")
+def test_unknown_families_are_left_alone_or_refused():
+    cuda = torch.device("cuda")
+    assert choose_fused_kernels(None, "gpt_neox", cuda) is False
+    with pytest.raises(ValueError, match="gpt_neox"):
+        choose_fused_kernels(True, "gpt_neox", cuda)
