@@ -19,7 +19,6 @@ from accelerate import Accelerator
 
 from mini_llava import arguments as flags
 from mini_llava import demo
-from mini_llava.data.images import load_image_processor
 from mini_llava.data.loader import (
     RankStep,
     RankSteps,
@@ -32,13 +31,15 @@ from mini_llava.data.loader import (
 from mini_llava.data.records import RecordStore, measure, measurement_key
 from mini_llava.data.sampler import GlobalBatchSampler, deal
 from mini_llava.data.templates import get_template
-from mini_llava.data.tokenization import load_tokenizer, tokenize, tokenize_prompt
-from mini_llava.model import formats
+from mini_llava.data.tokenization import add_image_tokens, load_tokenizer, tokenize, tokenize_prompt
+from mini_llava.model import formats, lora
 from mini_llava.model.attention import choose_attention
-from mini_llava.model.freeze import apply_plan, trainable_table, trained_parts
+from mini_llava.model.freeze import apply_plan, freeze_plan, trainable_table, trained_in_full
 from mini_llava.model.fused_kernels import choose_fused_kernels, use_fused_kernels
-from mini_llava.model.llava import load_language_config, load_llava
-from mini_llava.model.vision_tower import load_vision_config, tokens_per_image
+from mini_llava.model.image_tokens import add_token_rows
+from mini_llava.model.llava import load_llava
+from mini_llava.model.sources import open_source
+from mini_llava.model.vision_tower import tokens_per_image
 from mini_llava.training import checkpoint, distributed, liveness, output_folder
 from mini_llava.training.evaluation import HeldOut
 from mini_llava.training.identity import run_identity
@@ -56,15 +57,21 @@ def train(arguments: flags.Arguments) -> None:
     if arguments.is_demo:
         say(demo.prepare_run(model_flags))
 
+    # --- What it starts from: a language model and a tower, or a LLaVA model, which then fixes some of the flags ------
+    source = open_source(model_flags, arguments.explicit)
+    say(source.describe(model_flags.pretrain_mm_mlp_adapter))
+    formats.check_may_be_written(output_dir, model_flags, training.export_format)
+
     # --- Data: what becomes of one record ----------------------------------------------------------------------------
     # Read and measured before the process group exists: NCCL gives up after ten minutes of waiting for one rank.
     template = get_template(model_flags.version)
     eval_template = get_template(data_flags.eval_version or model_flags.version)
-    tokenizer = load_tokenizer(model_flags.model_name_or_path, model_flags.trust_remote_code)
-    language_config = load_language_config(model_flags.model_name_or_path, model_flags.trust_remote_code)
-    image_processor = load_image_processor(model_flags.vision_tower)
-    vision_config = load_vision_config(model_flags.vision_tower, model_flags.trust_remote_code)
-    image_tokens = tokens_per_image(vision_config, model_flags.mm_vision_select_feature)
+    tokenizer = load_tokenizer(source.name, model_flags.trust_remote_code)
+    marks, known_tokens = (model_flags.mm_use_im_start_end, model_flags.mm_use_im_patch_token), len(tokenizer)
+    template, eval_template = (add_image_tokens(tokenizer, each, *marks) for each in (template, eval_template))
+    image_processor = source.image_processor()
+    vision_config = source.vision_config
+    image_tokens = tokens_per_image(vision_config, source.select_feature)
     textual = dict(template=template, tokenizer=tokenizer, tokens_per_image=image_tokens)
     to_sample = functools.partial(tokenize, max_length=data_flags.model_max_length, **textual)
     to_pixels = functools.partial(
@@ -79,8 +86,6 @@ def train(arguments: flags.Arguments) -> None:
     for line in refuse_or_report(store, lengths.bad, data_flags.on_bad_sample):
         say(f"skipped: {line}")
 
-    formats.check_may_be_written(output_dir)
-
     # --- Processes, precision, seed ----------------------------------------------------------------------------------
     precision = distributed.choose_precision(training.bf16, training.fp16, arguments.explicit)
     accelerator = distributed.build_accelerator(precision, training.max_grad_norm, training.report_to, output_dir)
@@ -90,37 +95,59 @@ def train(arguments: flags.Arguments) -> None:
     torch.manual_seed(training.seed)  # the same on every rank, because new weights must be equal
 
     # --- Model, what of it is trained, optimizer ---------------------------------------------------------------------
-    trained = trained_parts(
+    plan = freeze_plan(
         model_flags.tune_mm_mlp_adapter,
         model_flags.freeze_mm_mlp_adapter,
         model_flags.freeze_backbone,
         model_flags.unfreeze_mm_vision_tower,
+        training.lora_r if training.lora_enable else None,
+        model_flags.mm_use_im_start_end,
     )
+    trained = trained_in_full(plan)
     model = load_llava(
-        model_flags.model_name_or_path,
-        model_flags.vision_tower,
-        model_flags.mm_projector_type,
-        model_flags.mm_vision_select_layer,
-        model_flags.mm_vision_select_feature,
+        source,
         choose_attention(
             model_flags.attn_implementation,
-            language_config.model_type,
+            source.language_config.model_type,
             data_flags.packing,
             accelerator.device,
             half_precision=precision != "no",
         ),
         distributed.parameter_dtypes(accelerator, trained),
         model_flags.pretrain_mm_mlp_adapter,
-        model_flags.trust_remote_code,
+        distributed.quantisation(accelerator, training.bits, training.double_quant, training.quant_type),
+        model_flags.mm_use_im_start_end,
     )
-    apply_plan(model, trained)
+    if training.lora_enable:
+        lora.add_lora(
+            model.language_model,
+            model_flags.model_name_or_path,
+            training.lora_r,
+            training.lora_alpha,
+            training.lora_dropout,
+            training.lora_bias,
+            distributed.master_dtype(accelerator),
+            training.seed,
+        )
+    add_token_rows(
+        model,
+        tokenizer,
+        len(tokenizer) - known_tokens,
+        *marks,
+        model_flags.pretrain_mm_mlp_adapter,
+        "new_tokens" in plan,
+        distributed.master_dtype(accelerator),
+    )
+    if training.lora_weight_path:
+        lora.start_from(model, training.lora_weight_path)
+    apply_plan(model, plan)
     if choose_fused_kernels(training.use_liger_kernel, model.language_model.config.model_type, accelerator.device):
         use_fused_kernels(model.language_model)
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable(training.gradient_checkpointing_share)
     rates = {"projector": training.mm_projector_lr, "vision_tower": training.mm_vision_tower_lr}
     groups = parameter_groups(model, training.learning_rate, training.weight_decay, rates)
-    table = trainable_table(model, groups)
+    table = trainable_table(model, groups, plan)
     optimizer = build_adamw(
         groups,
         (training.adam_beta1, training.adam_beta2),
@@ -179,16 +206,21 @@ def train(arguments: flags.Arguments) -> None:
         model=accelerator.unwrap_model(model),
         projector_type=model_flags.mm_projector_type,
         vision_tower_name=model_flags.vision_tower,
+        version=model_flags.version,
         image_aspect_ratio=data_flags.image_aspect_ratio,
         model_max_length=data_flags.model_max_length,
         is_main_process=accelerator.is_main_process,
     )
+    whole_model = bool(trained - {"projector", "new_tokens"}) and not training.lora_enable
+    save_trained = formats.save_projector_only
+    if training.lora_enable:
+        save_trained = functools.partial(lora.save_lora, tokenizer=tokenizer)
 
     # --- What a person sees ------------------------------------------------------------------------------------------
     say(f"\n{distributed.describe(accelerator)}\n\n{table}\n")
     saves = total_steps // training.save_steps - sampler.step // training.save_steps
     saves = saves if training.save_strategy == "steps" else 0
-    room = (saves, training.save_total_limit, trained != {"projector"})
+    room = (saves, training.save_total_limit, whole_model)
     disk_note = output_folder.disk_note(accelerator, model, output_dir, *room)
     for note in (batch_note, distributed.memory_note(accelerator, model), disk_note):
         if note:
@@ -285,7 +317,7 @@ def train(arguments: flags.Arguments) -> None:
                 sampler.step,
                 description | {"identity": identity},
                 training.save_total_limit,
-                write_weights=functools.partial(formats.save_projector_only, **described),
+                write_weights=functools.partial(save_trained, **described),
             )
             progress.say(saved.text)
             meter.pause_ends(save_seconds=saved.seconds)
@@ -301,16 +333,17 @@ def train(arguments: flags.Arguments) -> None:
         sys.exit(EXIT_CODE)
 
     # --- The result --------------------------------------------------------------------------------------------------
-    if trained == {"projector"}:
+    if training.lora_enable:
+        say(save_trained(output_dir, **described))
+    elif not whole_model:
         formats.save_projector_only(output_dir, **described)
         say(f"The projector is in {output_dir}/mm_projector.bin; stage 2 takes it as --pretrain_mm_mlp_adapter.")
     else:
-        dtype = distributed.compute_dtype(accelerator)
-        say(
-            formats.save_whole_model(
-                output_dir, tokenizer, image_processor, template, "vision_tower" in trained, dtype, **described
-            )
-        )
+        # A tower that is not quite the one of its name: trained, now or in the model that the run started from.
+        with_tower = training.save_vision_tower or "vision_tower" in trained or "vision_tower" in source.stored
+        layout, dtype = training.export_format, distributed.compute_dtype(accelerator)
+        whole = (output_dir, tokenizer, image_processor, template, layout, with_tower, dtype)
+        say(formats.save_whole_model(*whole, **described))
     with distributed.never_fatal(f"{output_dir}/skipped.jsonl cannot be counted"):
         for line in count_skipped(output_dir / "skipped.jsonl"):
             say(f"skipped: {line}")

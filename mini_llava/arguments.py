@@ -27,10 +27,13 @@ class ModelArguments:
     """Model"""
 
     model_name_or_path: str | None = None
-    """Language model: hub name or local directory, anything AutoModelForCausalLM loads (lmsys/vicuna-7b-v1.5)."""
+    """Language model: hub name or local directory, anything AutoModelForCausalLM loads (lmsys/vicuna-7b-v1.5). Or a
+    LLaVA model, which brings its projector and its vision tower: in the layout of LLaVA's own code
+    (liuhaotian/llava-v1.5-7b) or of transformers (llava-hf/llava-1.5-7b-hf), or an output directory of stage 2."""
 
     vision_tower: str | None = None
-    """Vision tower: hub name or local directory of a CLIP vision model (openai/clip-vit-large-patch14-336)."""
+    """Vision tower: hub name or local directory of a CLIP vision model (openai/clip-vit-large-patch14-336). Not needed
+    where model_name_or_path is a LLaVA model."""
 
     version: str | None = None
     """Conversation template the training text is rendered with; an unknown name lists the known ones."""
@@ -45,7 +48,8 @@ class ModelArguments:
     """patch drops the class token, cls_patch keeps it."""
 
     pretrain_mm_mlp_adapter: str | None = None
-    """Projector to start from: an mm_projector.bin of LLaVA's or of stage 1, or the directory that holds it."""
+    """Projector to start from: an mm_projector.bin of LLaVA's or of stage 1, or the directory that holds it. Takes the
+    place of the projector that a LLaVA model has."""
 
     tune_mm_mlp_adapter: bool = False
     """Train the projector only (stage 1)."""
@@ -68,10 +72,10 @@ class ModelArguments:
     has a class of its own for the model. It may do whatever you may: read it before you allow it."""
 
     mm_use_im_start_end: bool = False
-    """Accepted as False only: LLaVA's legacy image marks are not supported."""
+    """Put the tokens <im_start> and <im_end> around each image, as LLaVA's first models have them."""
 
     mm_use_im_patch_token: bool = False
-    """Accepted as False only: LLaVA's legacy patch token is not supported."""
+    """Add the token <im_patch> to the vocabulary, in which it only takes a place, as in LLaVA's first models."""
 
 
 @dataclass
@@ -164,6 +168,33 @@ class TrainingArguments:
     weight_decay: float = 0.0
     """Decay of all trained parameters but norms and biases."""
 
+    lora_enable: bool = False
+    """Train low-rank adapters on every linear layer of the language model but its head, instead of its weights."""
+
+    lora_r: int = 64
+    """Rank of the adapters; stage 2 with lora_enable takes 128, as LLaVA's finetune_lora.sh does."""
+
+    lora_alpha: int = 16
+    """An adapter's output is multiplied by lora_alpha / lora_r; stage 2 with lora_enable takes 256."""
+
+    lora_dropout: float = 0.05
+    """Dropout in front of each adapter."""
+
+    lora_bias: str = "none"
+    """Biases of the language model to train beside the adapters: none, all, or lora_only, those of adapted layers."""
+
+    lora_weight_path: str = ""
+    """Directory of an earlier LoRA run, ours or LLaVA's, to start adapters and projector from."""
+
+    bits: int = 16
+    """4 or 8 keeps the language model's frozen weights so quantised (QLoRA); needs lora_enable and bitsandbytes."""
+
+    double_quant: bool = True
+    """With bits 4: quantise the quantisation constants too."""
+
+    quant_type: str = "nf4"
+    """With bits 4: nf4 or fp4."""
+
     adam_beta1: float = 0.9
     """AdamW's decay of the first moment."""
 
@@ -220,6 +251,14 @@ class TrainingArguments:
     save_total_limit: int | None = None
     """Training states to keep; the oldest is deleted once the newest is complete."""
 
+    export_format: str = "transformers"
+    """Layout of the result of stage 2: transformers (LlavaForConditionalGeneration), or llava for LLaVA's own code.
+    python -m mini_llava.tools.export turns one into the other."""
+
+    save_vision_tower: bool = False
+    """Write the vision tower's weights into LLaVA's layout although they were not trained. Transformers' layout always
+    has them."""
+
     resume_from_checkpoint: str | None = None
     """latest, or the path of a checkpoint directory; latest starts anew if there is none."""
 
@@ -272,6 +311,8 @@ PRESETS = {
         output_dir="outputs/stage2",
     ),
 }
+# What scripts/v1_5/finetune_lora.sh has instead, taken in stage 2 with --lora_enable.
+LORA_PRESET = dict(lora_r=128, lora_alpha=256, learning_rate=2e-4, mm_projector_lr=2e-5)
 
 KNOWN_VALUES = {
     "image_aspect_ratio": ("square", "pad"),
@@ -280,17 +321,26 @@ KNOWN_VALUES = {
     "loss_normalization": ("global_batch", "micro_batch"),
     "lr_scheduler_type": ("cosine", "linear", "constant", "constant_with_warmup"),
     "save_strategy": ("steps", "no"),
+    "export_format": ("transformers", "llava"),
     "evaluation_strategy": ("no",),
     "attn_implementation": ("sdpa", "flash_attention_2", "varlen", "eager"),
-    "mm_use_im_start_end": (False,),
-    "mm_use_im_patch_token": (False,),
     "lazy_preprocess": (True,),
+    "lora_bias": ("none", "all", "lora_only"),
+    "bits": (4, 8, 16),
+    "quant_type": ("nf4", "fp4"),
+}
+
+# A flag that does nothing without another: given without it, it is refused.
+NEEDED = {
+    **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_bias", "lora_weight_path"), ("lora_enable", True)),
+    **dict.fromkeys(("double_quant", "quant_type"), ("bits", 4)),
 }
 
 # Flags that may differ between a run and the one it resumes, because they do not decide its numbers; all others do.
 DECIDES_NOTHING = {
     # compared by their content instead of by their names; what is in the image folders is not compared
-    *("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter", "data_path", "image_folder", "exclude"),
+    *("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter", "lora_weight_path"),
+    *("data_path", "image_folder", "exclude"),
     # compared as what they come to: steps in all, samples in a step, precision
     *("stage", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "fp16"),
     # change how a step is computed, and its numbers by no more than rounding
@@ -299,6 +349,7 @@ DECIDES_NOTHING = {
     # where, when and how fast things are read, written and shown
     *("output_dir", "dataloader_num_workers", "lazy_preprocess", "logging_steps", "report_to", "save_strategy"),
     *("save_steps", "save_total_limit", "resume_from_checkpoint", "resume_ignore"),
+    *("export_format", "save_vision_tower"),
     # a bad record ends the run or is left out, so that a run it has ended can go on without it
     "on_bad_sample",
     # evaluation draws from generators of its own
@@ -313,7 +364,7 @@ OTHER_NAMES = {"num_train_epochs": "max_steps", "fp16": "bf16", "gradient_accumu
 POSITIVE = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size", "num_train_epochs"),
     *("logging_steps", "save_steps", "save_total_limit", "model_max_length", "max_tokens_per_micro_batch"),
-    *("per_device_eval_batch_size", "eval_max_samples"),
+    *("per_device_eval_batch_size", "eval_max_samples", "lora_r", "lora_alpha"),
 )
 
 
@@ -356,7 +407,8 @@ def resolve(stage: int, command_line: dict, config_file: str | None = None) -> A
     if from_file.pop("stage", stage) != stage:
         raise ValueError(f"{config_file} is written for another stage than --stage {stage}.")
     explicit = from_file | command_line
-    values = PRESETS[stage] | explicit
+    preset = PRESETS[stage] | (LORA_PRESET if stage == 2 and explicit.get("lora_enable") else {})
+    values = preset | explicit
 
     parts = [
         kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values})
@@ -369,13 +421,13 @@ def resolve(stage: int, command_line: dict, config_file: str | None = None) -> A
 
 def _wants_demo(given: dict) -> bool:
     """True if no model and no data flag is given; all of them: False; some: an error that names the missing ones."""
-    needed = ("model_name_or_path", "vision_tower", "data_path")
-    if not any(name in given for name in (*needed, "image_folder", "pretrain_mm_mlp_adapter")):
+    needed = ("model_name_or_path", "data_path")
+    if not any(name in given for name in (*needed, "vision_tower", "image_folder", "pretrain_mm_mlp_adapter")):
         return True
     if missing := [f"--{name}" for name in needed if name not in given]:
         raise ValueError(
-            f"{' and '.join(missing)} missing: give the language model, the vision tower and the data, "
-            "or none of them for the embedded demo."
+            f"{' and '.join(missing)} missing: give the language model with --vision_tower, or a LLaVA model, and the "
+            "data; or none of them for the embedded demo."
         )
     return False
 
@@ -408,12 +460,12 @@ def _check(arguments: Arguments) -> None:
         if values[name] is not None and values[name] not in known:
             raise ValueError(f"--{name} {values[name]}: known values are {', '.join(map(str, known))}.")
     model, data, training = arguments.model, arguments.data, arguments.training
-    for name in ("model_name_or_path", "vision_tower", "data_path", "version"):
+    for name in ("model_name_or_path", "data_path", "version"):
         if not values[name]:
             raise ValueError(f"--{name} is missing.")
     for name in ("model_name_or_path", "vision_tower"):
-        path = Path(values[name])
-        if (path.is_dir() or values[name].startswith(("/", "."))) and not (path / "config.json").is_file():
+        value, path = values[name] or "", Path(values[name] or ".")
+        if (value.startswith(("/", ".")) or path.is_dir()) and value and not (path / "config.json").is_file():
             found = "a directory without config.json" if path.is_dir() else "no directory"
             raise ValueError(f"--{name} {path} is {found}; give a model's directory or its name on the hub.")
     comparable = {"data", "model", "per_device_train_batch_size", *OTHER_NAMES, *(values.keys() - DECIDES_NOTHING)}
@@ -441,6 +493,23 @@ def _check(arguments: Arguments) -> None:
         raise ValueError("--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter together leave nothing to train.")
     if model.tune_mm_mlp_adapter and model.unfreeze_mm_vision_tower:
         raise ValueError("--tune_mm_mlp_adapter trains the projector only; --unfreeze_mm_vision_tower contradicts it.")
+    if training.lora_enable and model.tune_mm_mlp_adapter:
+        raise ValueError(
+            "--tune_mm_mlp_adapter (stage 1's preset) trains the projector only; --lora_enable contradicts it: use "
+            "--stage 2 or --tune_mm_mlp_adapter False."
+        )
+    if training.lora_enable and model.freeze_backbone:
+        raise ValueError("--freeze_backbone keeps the language model as it is; --lora_enable contradicts it.")
+    if training.bits != 16 and not training.lora_enable:
+        raise ValueError(f"--bits {training.bits} freezes the quantised weights: it needs --lora_enable True.")
+    if training.lora_weight_path and model.pretrain_mm_mlp_adapter:
+        raise ValueError("--lora_weight_path brings a projector of its own: leave --pretrain_mm_mlp_adapter out.")
+    if not 0 <= training.lora_dropout < 1:
+        raise ValueError(f"--lora_dropout must be at least 0 and below 1, not {training.lora_dropout}.")
+    defaults = {f.name: f.default for f, _ in _fields()}
+    for name, (other, needed) in NEEDED.items():
+        if name in arguments.explicit and values[other] != needed and values[name] != defaults[name]:
+            raise ValueError(f"--{name} {values[name]} does nothing without --{other} {needed}.")
     for name in ("eval_image_folder", "eval_max_samples", "eval_version"):
         if values[name] is not None and data.eval_data_path is None:
             raise ValueError(f"--{name} needs --eval_data_path.")

@@ -204,7 +204,6 @@ def test_every_field_has_a_text_and_help_shows_all_of_them(capsys):
         (["--learning_rate", "fast"], "argument --learning_rate: invalid float value: 'fast'"),
         (["--image_aspect_ratio", "anyres"], "--image_aspect_ratio anyres: known values are square, pad."),
         (["--lr_scheduler_type", "cosin"], "known values are cosine, linear, constant, constant_with_warmup."),
-        (["--mm_use_im_start_end", "True"], "--mm_use_im_start_end True: known values are False."),
         (["--evaluation_strategy", "steps"], "--evaluation_strategy steps: known values are no."),
         (["--save_steps", "0"], "--save_steps must be positive, not 0."),
         (["--gradient_checkpointing_share", "0"], "--gradient_checkpointing_share 0.0: give a share of the layers"),
@@ -222,6 +221,41 @@ def test_a_faulty_flag_is_one_sentence(words, sentence, capsys):
     assert sentence in parse_error(capsys, "--stage", "1", *MODEL, *DATA, *words)
 
 
+LORA = ["--lora_enable", "True"]
+
+
+@pytest.mark.parametrize(
+    "stage, words, sentence",
+    [
+        ("1", LORA, "--tune_mm_mlp_adapter (stage 1's preset) trains the projector only; --lora_enable contradicts it"),
+        ("2", [*LORA, "--freeze_backbone", "True"], "--freeze_backbone keeps the language model as it is"),
+        ("2", ["--bits", "4"], "--bits 4 freezes the quantised weights: it needs --lora_enable True."),
+        ("2", [*LORA, "--bits", "3"], "--bits 3: known values are 4, 8, 16."),
+        ("2", ["--lora_r", "8"], "--lora_r 8 does nothing without --lora_enable True."),
+        ("2", [*LORA, "--bits", "8", "--quant_type", "fp4"], "--quant_type fp4 does nothing without --bits 4."),
+        ("2", [*LORA, "--lora_dropout", "1"], "--lora_dropout must be at least 0 and below 1, not 1.0."),
+        ("2", [*LORA, "--lora_bias", "some"], "--lora_bias some: known values are none, all, lora_only."),
+        (
+            "2",
+            [*LORA, "--lora_weight_path", "there", "--pretrain_mm_mlp_adapter", "here"],
+            "--lora_weight_path brings a projector of its own: leave --pretrain_mm_mlp_adapter out.",
+        ),
+    ],
+)
+def test_what_contradicts_lora_is_one_sentence(stage, words, sentence, capsys):
+    assert sentence in parse_error(capsys, "--stage", stage, *MODEL, *DATA, *words)
+
+
+def test_stage_2_with_lora_has_the_values_of_llavas_script_and_flags_win():
+    def rates(*words):
+        training = flags.parse_arguments(["--stage", "2", *MODEL, *DATA, *words]).training
+        return training.lora_r, training.lora_alpha, training.learning_rate, training.mm_projector_lr
+
+    assert rates(*LORA) == (128, 256, 2e-4, 2e-5)
+    assert rates(*LORA, "--lora_r", "16", "--learning_rate", "1e-4") == (16, 256, 1e-4, 2e-5)
+    assert rates() == (64, 16, 2e-5, None)
+
+
 def test_the_stage_is_needed(capsys):
     assert "--stage" in parse_error(capsys, *MODEL, *DATA)
 
@@ -230,9 +264,9 @@ def test_the_stage_is_needed(capsys):
     "words, missing",
     [
         (MODEL, "--data_path"),
-        (MODEL[:2] + DATA, "--vision_tower"),
-        (DATA, "--model_name_or_path and --vision_tower"),
-        (["--image_folder", "images"], "--model_name_or_path and --vision_tower and --data_path"),
+        (DATA, "--model_name_or_path"),
+        (MODEL[2:], "--model_name_or_path and --data_path"),
+        (["--image_folder", "images"], "--model_name_or_path and --data_path"),
     ],
 )
 def test_some_but_not_all_of_model_and_data_is_an_error_that_names_the_rest(words, missing, capsys):

@@ -15,6 +15,7 @@ from mini_llava import arguments as flags
 from mini_llava.data.images import load_image_processor
 from mini_llava.data.tokenization import load_tokenizer
 from mini_llava.model.llava import load_llava
+from mini_llava.model.sources import open_source
 from mini_llava.model.vision_tower import load_vision_config
 from mini_llava.tools import doctor
 from tests.end_to_end.runs import FIXTURES, flags_of
@@ -58,9 +59,10 @@ def brought(tmp_path):
     return folder, mark
 
 
-def load_model(folder: Path):
+def load_model(folder: Path, tower: Path = FIXTURES / "clip"):
     dtypes = dict.fromkeys(("language_model", "vision_tower", "projector"), torch.float32)
-    return load_llava(str(folder), str(FIXTURES / "clip"), "linear", -2, "patch", "sdpa", dtypes)
+    source = open_source(flags.ModelArguments(model_name_or_path=str(folder), vision_tower=str(tower)))
+    return load_llava(source, "sdpa", dtypes)
 
 
 def test_no_loading_function_runs_the_code(brought):
@@ -124,10 +126,9 @@ def test_a_model_in_a_pickle_that_runs_code_is_refused_before_it_runs(part, tmp_
     shutil.copytree(FIXTURES / part, tmp_path / part)
     (tmp_path / part / "model.safetensors").unlink()
     torch.save({"weight": Malicious(tmp_path / "it-ran")}, tmp_path / part / "pytorch_model.bin")
-    folders = [str(tmp_path / name if name == part else FIXTURES / name) for name in ("llm", "clip")]
-    dtypes = dict.fromkeys(("language_model", "vision_tower", "projector"), torch.float32)
+    folders = [tmp_path / name if name == part else FIXTURES / name for name in ("llm", "clip")]
     with pytest.raises(ValueError, match=rf"^The weights in .*{part} are damaged, or a pickle .*safetensors"):
-        load_llava(*folders, "linear", -2, "patch", "sdpa", dtypes)
+        load_model(*folders)
     assert not (tmp_path / "it-ran").exists()
 
 

@@ -14,7 +14,7 @@ import reprlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from transformers.utils import cached_file
 
 from .templates import IMAGE_MARK, Template, render
 
+PATCH_TOKEN, START_TOKEN, END_TOKEN = "<im_patch>", "<im_start>", "<im_end>"
 IGNORE_INDEX = -100
 IMAGE_TOKEN_INDEX = -200
 # Far beyond what a model can read. A record is tokenized whole before it is cut, and one of a million image marks would
@@ -261,6 +262,7 @@ def _encoder(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) -> tuple[
 # Tokenizers
 # ---------------------------------------------------------------------------------------------------------------------
 
+SENTENCEPIECE_FILE = "tokenizer.model"
 _BLANK = "▁"
 
 
@@ -296,14 +298,14 @@ def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False) -> 
     rebuilt exactly, `legacy` included, as plain fast tokenizers, and stay exact when saved and loaded by
     AutoTokenizer. All others are loaded as they are. Raises ValueError if that needs code that is not to be trusted.
     """
-    config = _read_json(path, "tokenizer_config.json")
+    config = read_json(path, "tokenizer_config.json")
     backend = _llama_backend(path, config)
     if backend is None:
         with foreign_code_refused(path):
             return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
     # What describes the pipeline is now in tokenizer.json; the rest of the configuration is kept.
-    config = {**_read_json(path, "special_tokens_map.json"), **config, "tokenizer_class": "PreTrainedTokenizerFast"}
+    config = {**read_json(path, "special_tokens_map.json"), **config, "tokenizer_class": "PreTrainedTokenizerFast"}
     for key in (
         *("auto_map", "legacy", "sp_model_kwargs", "add_prefix_space", "use_default_system_prompt"),
         *("add_bos_token", "add_eos_token", "added_tokens_decoder"),
@@ -312,15 +314,33 @@ def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False) -> 
     for key in ("unk_token", "bos_token", "eos_token", "pad_token"):
         if isinstance(config.get(key), dict):
             config[key] = config[key]["content"]
+    if backend.token_to_id(IMAGE_MARK) is None:  # nor shall the configuration bring back what was left out
+        for key in ("image_token", "extra_special_tokens", "additional_special_tokens"):
+            if IMAGE_MARK in str(config.get(key)):
+                del config[key]
+                config["pad_token"] = config.get("unk_token")  # as in LLaVA's own
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
         (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-        chat_template = _find(path, "chat_template.jinja")
+        chat_template = find_file(path, "chat_template.jinja")
         if chat_template:
             (Path(folder) / "chat_template.jinja").write_bytes(Path(chat_template).read_bytes())
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer.name_or_path = str(path)
     return tokenizer
+
+
+def add_image_tokens(tokenizer: PreTrainedTokenizerBase, template: Template, start_end: bool, patch: bool) -> Template:
+    """Adds the tokens of LLaVA's older models to the tokenizer; returns the template that puts them around an image.
+
+    `<im_patch>` never stands in a text: it only takes its place in the vocabulary, the first one. In LLaVA the template
+    for captions drops start and end again; here they are in it, since stage 1 trains them.
+    """
+    names = [PATCH_TOKEN] * patch + [START_TOKEN, END_TOKEN] * start_end
+    tokenizer.add_tokens([AddedToken(name, normalized=False, special=True) for name in names])
+    if not start_end:
+        return template
+    return replace(template, image_mark=template.image_mark.replace(IMAGE_MARK, START_TOKEN + IMAGE_MARK + END_TOKEN))
 
 
 def image_token_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -353,14 +373,53 @@ def image_token_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedToken
     return with_image
 
 
+def slow_llama_config(tokenizer: PreTrainedTokenizerBase) -> dict | None:
+    """The `tokenizer_config.json` with which transformers 4's slow class, LLaVA's, reads the `tokenizer.model` of a
+    Llama tokenizer and gives the same ids; None for other tokenizers. `<image>`, which LLaVA replaces before it
+    tokenizes, is left out.
+    """
+    scheme = _prepend_scheme(json.loads(tokenizer.backend_tokenizer.to_str()))
+    if scheme is None:
+        return None
+    added = {index: token.__getstate__() for index, token in tokenizer.added_tokens_decoder.items()}
+    added = {index: added[index] for index in added.keys() - _image_tokens(added)}
+    special = {key: getattr(tokenizer, key) for key in ("unk_token", "bos_token", "eos_token", "pad_token")}
+    return {
+        **special,
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": scheme != "first",
+        "add_bos_token": bool(_encoder(tokenizer, len(tokenizer))[1]),
+        "add_eos_token": False,
+        "added_tokens_decoder": added,
+        "model_max_length": tokenizer.model_max_length,
+        "padding_side": "right",
+        "clean_up_tokenization_spaces": False,
+        "sp_model_kwargs": {},
+    }
+
+
+def _image_tokens(added: dict[int, dict]) -> set[int]:
+    """Ids of `<image>`, and of the padding that transformers' LLaVA models have behind it, among added tokens.
+
+    LLaVA's own tokenizers have neither, and a text that happens to spell them is tokenized like any other.
+    """
+    image = next((index for index, token in added.items() if token["content"] == IMAGE_MARK), None)
+    if image is None:
+        return set()
+    behind = {index for index in added if index >= image}
+    return behind if {added[index]["content"] for index in behind} <= {IMAGE_MARK, "<pad>"} else set()
+
+
 def _llama_backend(path: str | os.PathLike, config: dict) -> Tokenizer | None:
     """The exact pipeline of a Llama-style tokenizer (BPE over blanks written as U+2581), or None for any other."""
     if config.get("tokenizer_class") not in ("LlamaTokenizer", "LlamaTokenizerFast"):
         return None
-    tokenizer_file, model_file = _find(path, "tokenizer.json"), _find(path, "tokenizer.model")
+    tokenizer_file, model_file = find_file(path, "tokenizer.json"), find_file(path, SENTENCEPIECE_FILE)
     if tokenizer_file:
         pipeline = json.loads(Path(tokenizer_file).read_text(encoding="utf-8"))
         scheme = _prepend_scheme(pipeline)
+        own = _image_tokens({token["id"]: token for token in pipeline["added_tokens"]})
+        pipeline["added_tokens"] = [token for token in pipeline["added_tokens"] if token["id"] not in own]
         for token in pipeline["added_tokens"]:
             token["normalized"] = False  # the slow class looks for them in the text as it is
         backend = Tokenizer.from_str(json.dumps(pipeline))
@@ -387,8 +446,10 @@ def _llama_backend(path: str | os.PathLike, config: dict) -> Tokenizer | None:
         value = config.get(key, default)
         special[key] = value["content"] if isinstance(value, dict) else value
     backend.add_special_tokens([AddedToken(token, normalized=False) for token in special.values() if token])
-    added = {index: {"content": content} for content, index in _read_json(path, "added_tokens.json").items()}
+    added = {index: {"content": content} for content, index in read_json(path, "added_tokens.json").items()}
     added |= {int(index): token for index, token in config.get("added_tokens_decoder", {}).items()}
+    for index in _image_tokens(added):
+        del added[index]
     for index, token in sorted(added.items()):
         flags = {key: token.get(key, False) for key in ("lstrip", "rstrip", "single_word", "special")}
         backend.add_tokens([AddedToken(token["content"], normalized=False, **flags)])
@@ -485,7 +546,7 @@ def _protocol_buffer(content: bytes):
         yield key >> 3, value
 
 
-def _find(path: str | os.PathLike, name: str) -> str | None:
+def find_file(path: str | os.PathLike, name: str) -> str | None:
     """A file of a folder or of a hub repository, or None if it has none of that name."""
     if os.path.isdir(path):
         file = os.path.join(path, name)
@@ -493,6 +554,6 @@ def _find(path: str | os.PathLike, name: str) -> str | None:
     return cached_file(str(path), name, _raise_exceptions_for_missing_entries=False)
 
 
-def _read_json(path: str | os.PathLike, name: str) -> dict:
-    file = _find(path, name)
+def read_json(path: str | os.PathLike, name: str) -> dict:
+    file = find_file(path, name)
     return json.loads(Path(file).read_text(encoding="utf-8")) if file else {}

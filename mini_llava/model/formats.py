@@ -21,7 +21,7 @@ from transformers import GenerationConfig, LlavaConfig, LlavaProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from ..data.templates import IMAGE_MARK, Template, chat_template
-from ..data.tokenization import image_token_tokenizer
+from ..data.tokenization import SENTENCEPIECE_FILE, find_file, image_token_tokenizer, slow_llama_config
 from .projector import PROJECTOR_FILE, gathered_state_dict, save_projector
 
 SHARD_BYTES = 5_000_000_000
@@ -35,6 +35,7 @@ MODEL_FILES = (
     *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "mm_projector.bin"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin"),
     "chat_template.jinja",
 )
 # What transformers adds to every configuration, and where the weights lay on somebody's disk.
@@ -52,28 +53,43 @@ def save_projector_only(
     vision_tower_name: str,
     image_aspect_ratio: str,
     model_max_length: int,
+    version: str | None = None,
     dtype: torch.dtype | None = None,
     is_main_process: bool = True,
 ) -> None:
     """Stage 1's result, as LLaVA writes it: `mm_projector.bin` and the `config.json` that says what it belongs to.
 
     Every rank calls it, the main process writes. `dtype` None keeps the projector as trained. `vision_tower_name` is
-    the value of `--vision_tower`.
+    the value of `--vision_tower`, `version` the conversation template's name.
     """
     directory = Path(directory)
     if is_main_process:
         _begin(directory)
-    save_projector(model.projector, directory / PROJECTOR_FILE, dtype, is_main_process)
+    rows = model.new_tokens.weight if model.new_tokens is not None else None
+    save_projector(model.projector, directory / PROJECTOR_FILE, dtype, is_main_process, rows)
     if is_main_process:
-        config = _llava_config(model, projector_type, vision_tower_name, image_aspect_ratio, model_max_length)
-        _write_json(directory, "config.json", {**config, "tune_mm_mlp_adapter": True})
+        config = _llava_config(model, projector_type, vision_tower_name, image_aspect_ratio, model_max_length, version)
+        base = {"_name_or_path": model.base} if model.base else {}  # as LLaVA's own have it
+        _write_json(directory, "config.json", {**config, **base, "tune_mm_mlp_adapter": True})
 
 
-def check_may_be_written(directory: str | Path) -> None:
+def check_may_be_written(directory: str | Path, model_flags=None, export_format: str = "transformers") -> None:
     """Raise ValueError if saving here would overwrite a model that is not LLaVA's, such as the language model itself.
 
-    The saving functions call it; called before the first step, too, it spares a long run that end.
+    The saving functions call it. With the run's flags, before the first step, it spares a long run other bad ends:
+    writing over what the run starts from, and a layout in which this model has no place.
     """
+    if model_flags is not None:
+        base = model_flags.model_name_or_path
+        if Path(base).is_dir() and Path(base).resolve() == Path(directory).resolve():
+            raise ValueError(
+                f"The result would be written over {base}, which it is made from. Choose another directory."
+            )
+        if export_format == "llava" and not model_flags.vision_tower:
+            raise ValueError(
+                f"--export_format llava: that layout names the vision tower, and {base} does not say which it is. Give "
+                f"it as --vision_tower; it is compared with the one inside."
+            )
     config = Path(directory) / "config.json"
     if config.is_file():
         model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type", "unknown")
@@ -118,6 +134,7 @@ def save_transformers(
     dtype: torch.dtype,
     chat_template: str | None = None,
     stop: tuple[str, ...] = (),
+    version: str | None = None,
     is_main_process: bool = True,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -134,6 +151,7 @@ def save_transformers(
         chat_template: Jinja text of the template trained with. None saves none: the language model's own would not
             be what the model was trained on.
         stop: what ends an answer in that template; `generate` stops at those that are tokens, and at the end token.
+        version: that template's name, which goes into the configuration as `conversation_version`.
         shard_bytes: size of one weight file, and of what the main process holds in memory.
 
     Raises:
@@ -181,6 +199,9 @@ def save_transformers(
     with _staged(directory) as staging:
         processor.save_pretrained(staging)
         _make_readable_for_transformers_4(staging, processor.image_processor)
+        # Not read with tokenizer.json beside it; LLaVA's layout, exported from here, takes it.
+        if tokenizer.name_or_path and (file := find_file(tokenizer.name_or_path, SENTENCEPIECE_FILE)):
+            shutil.copyfile(file, staging / SENTENCEPIECE_FILE)
     generation = generation_settings(model.language_model.generation_config, tokenizer, stop)
     _write_json(directory, "generation_config.json", generation)
 
@@ -197,6 +218,12 @@ def save_transformers(
         tie_word_embeddings=tied,
         architectures=["LlavaForConditionalGeneration"],
     ).to_dict()
+    # Not transformers' own keys: they tell this program how the model was trained.
+    config |= {
+        "conversation_version": version,
+        "mm_use_im_start_end": model.use_im_start_end,
+        "mm_use_im_patch_token": model.use_im_patch_token,
+    }
     config = _portable(config, dtype)
     config["text_config"] = _portable(config["text_config"], dtype)
     config["vision_config"] = _portable(config["vision_config"], dtype)
@@ -208,22 +235,25 @@ def save_whole_model(
     tokenizer,
     image_processor,
     template: Template,
-    tower_was_trained: bool,
+    export_format: str,
+    include_vision_tower: bool,
     dtype: torch.dtype,
     *,
     model: nn.Module,
     projector_type: str,
-    vision_tower_name: str,
+    vision_tower_name: str | None,
     image_aspect_ratio: str,
     model_max_length: int,
+    version: str,
     is_main_process: bool = True,
 ) -> str:
-    """Stage 2's result in transformers' layout, or LLaVA's where that cannot express it; returns a line about it.
+    """The whole model in the layout asked for, `transformers` or `llava`; returns a line about it.
 
-    Every rank calls it, the main process writes.
+    LLaVA's layout takes the place of transformers' where that cannot express the model. `include_vision_tower` counts
+    in LLaVA's layout, transformers' always has the tower. Every rank calls it, the main process writes.
     """
     reason = why_not_transformers(projector_type, model.language_model)
-    if reason is None:
+    if reason is None and export_format == "transformers":
         save_transformers(
             directory,
             model,
@@ -234,6 +264,7 @@ def save_whole_model(
             dtype=dtype,
             chat_template=chat_template(template),
             stop=template.stop,
+            version=version,
             is_main_process=is_main_process,
         )
         return f"The model is in {directory}; transformers' LlavaForConditionalGeneration.from_pretrained reads it."
@@ -245,11 +276,13 @@ def save_whole_model(
         vision_tower_name=vision_tower_name,
         image_aspect_ratio=image_aspect_ratio,
         model_max_length=model_max_length,
+        version=version,
         dtype=dtype,
-        include_vision_tower=tower_was_trained,
+        include_vision_tower=include_vision_tower,
         is_main_process=is_main_process,
     )
-    return f"The model is in {directory}, in the layout of LLaVA's own code: {reason}"
+    because = f": {reason}" if export_format == "transformers" else "."
+    return f"The model is in {directory}, in the layout of LLaVA's own code{because}"
 
 
 def save_llava(
@@ -262,6 +295,7 @@ def save_llava(
     image_aspect_ratio: str,
     model_max_length: int,
     dtype: torch.dtype,
+    version: str | None = None,
     include_vision_tower: bool = False,
     is_main_process: bool = True,
     shard_bytes: int = SHARD_BYTES,
@@ -287,10 +321,10 @@ def save_llava(
     if not is_main_process:
         return
     with _staged(directory) as staging:
-        tokenizer.save_pretrained(staging)
+        _save_tokenizer_for_llava(staging, tokenizer)
     generation = generation_settings(model.language_model.generation_config, tokenizer)
     _write_json(directory, "generation_config.json", generation)
-    config = _llava_config(model, projector_type, vision_tower_name, image_aspect_ratio, model_max_length)
+    config = _llava_config(model, projector_type, vision_tower_name, image_aspect_ratio, model_max_length, version)
     config = _portable({**config, "tie_word_embeddings": tied}, dtype)
     # LLaVA's loader ignores tower weights in the files unless this is set (its issues 902 and 1694).
     config["unfreeze_mm_vision_tower"] = include_vision_tower
@@ -327,9 +361,17 @@ def generation_settings(generation_config: GenerationConfig, tokenizer, stop: tu
 
 
 def _llava_config(
-    model: nn.Module, projector_type: str, vision_tower_name: str, image_aspect_ratio: str, model_max_length: int
+    model: nn.Module,
+    projector_type: str,
+    vision_tower_name: str | None,
+    image_aspect_ratio: str,
+    model_max_length: int,
+    version: str | None = None,
 ) -> dict:
-    """The language model's configuration with the keys that LLaVA's `initialize_vision_modules` and `train` add."""
+    """The language model's configuration with the keys that LLaVA's `initialize_vision_modules` and `train` add.
+
+    `conversation_version` is ours: LLaVA's files do not say which template a model was trained with.
+    """
     config = model.language_model.config.to_dict()
     family = config["model_type"]
     config |= {
@@ -342,13 +384,14 @@ def _llava_config(
         "mm_vision_select_layer": model.vision_tower.select_layer,
         "mm_vision_select_feature": model.vision_tower.select_feature,
         "mm_patch_merge_type": "flat",
-        "mm_use_im_start_end": False,
-        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": model.use_im_start_end,
+        "mm_use_im_patch_token": model.use_im_patch_token,
         "tune_mm_mlp_adapter": False,
         "freeze_mm_mlp_adapter": False,
         "image_aspect_ratio": image_aspect_ratio,
         "tokenizer_padding_side": "right",
         "tokenizer_model_max_length": model_max_length,
+        "conversation_version": version,
     }
     return _portable(config, next(model.language_model.parameters()).dtype)
 
@@ -393,6 +436,21 @@ def _with_padding(image_processor, image_aspect_ratio: str):
     settings = image_processor.to_dict()
     settings.pop("image_processor_type", None)
     return LlavaImageProcessorPil(**{**settings, "do_pad": True})
+
+
+def _save_tokenizer_for_llava(staging: Path, tokenizer) -> None:
+    """The tokenizer as LLaVA's loader reads it, which takes the slow class: a Llama one as its `tokenizer.model`.
+
+    Other tokenizers, and Llama's where the source had no such file, are written as they are.
+    """
+    model_file = find_file(tokenizer.name_or_path, SENTENCEPIECE_FILE) if tokenizer.name_or_path else None
+    config = slow_llama_config(tokenizer) if model_file else None
+    if config is None:
+        tokenizer.save_pretrained(staging)
+        return
+    shutil.copyfile(model_file, staging / SENTENCEPIECE_FILE)
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    (staging / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _make_readable_for_transformers_4(staging: Path, image_processor) -> None:

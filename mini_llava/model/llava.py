@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..data.tokenization import IGNORE_INDEX, foreign_code_refused
-from .projector import build_projector, load_projector
-from .vision_tower import VisionTower, load_vision_config, load_vision_tower
+from ..data.tokenization import IGNORE_INDEX
+from .projector import load_projector
+from .sources import Source
+from .vision_tower import VisionTower
 
 # Logits are turned to fp32 this many at a time, so that a vocabulary of 150,000 does not need gigabytes at once.
 LOGITS_IN_FP32_AT_ONCE = 64 * 2**20
@@ -26,6 +26,11 @@ class LlavaModel(nn.Module):
     def __init__(self, vision_tower: VisionTower, projector: nn.Module, language_model: nn.Module):
         super().__init__()
         self.vision_tower, self.projector, self.language_model = vision_tower, projector, language_model
+        self.base: str | None = None  # what it was read from: a projector or an adapter names it
+        # Set by image_tokens.py, and used in LLaVA's older models alone.
+        self.use_im_start_end = self.use_im_patch_token = False
+        self.added_tokens, self.first_image_token = 0, None
+        self.new_tokens: nn.Embedding | None = None
 
     def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor, image_positions: torch.Tensor) -> torch.Tensor:
         """Word embeddings [B, L, width] with the projected image features at `image_positions`.
@@ -36,6 +41,10 @@ class LlavaModel(nn.Module):
         """
         features = self.projector(self.vision_tower(pixel_values).to(_dtype(self.projector, pixel_values)))
         embeddings = self.language_model.get_input_embeddings()(input_ids)
+        if self.new_tokens is not None:
+            number = input_ids - self.first_image_token  # 0 and 1 are <im_start> and <im_end>
+            own = self.new_tokens(number.clamp(min=0, max=1)).to(embeddings.dtype)
+            embeddings = torch.where(((number == 0) | (number == 1))[..., None], own, embeddings)
         if torch.is_autocast_enabled(embeddings.device.type):
             # Embedding fp32 masters gives fp32, and all layers would carry it on at twice the memory.
             embeddings = embeddings.to(torch.get_autocast_dtype(embeddings.device.type))
@@ -88,47 +97,35 @@ class LlavaModel(nn.Module):
             layer.gradient_checkpointing = int((number + 1) * share) > int(number * share)
 
 
-def load_language_config(path: str, trust_remote_code: bool = False):
-    """The configuration of a language model, hub name or local directory."""
-    with foreign_code_refused(path):
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-
-
 def load_llava(
-    model_name_or_path: str,
-    vision_tower: str,
-    projector_type: str,
-    select_layer: int,
-    select_feature: str,
+    source: Source,
     attn_implementation: str,
     dtypes: dict[str, torch.dtype],
     pretrained_projector: str | None = None,
-    trust_remote_code: bool = False,
+    quantisation: dict | None = None,
+    beside_token_rows: bool = False,
 ) -> LlavaModel:
-    """A language model and a vision tower from hub names or local directories, with a projector between them.
+    """The model that a run starts from: of a plain language model with a tower and a projector, of a LLaVA model all.
 
     Args:
+        source: what `open_source` found.
         dtypes: of the parts `language_model`, `vision_tower` and `projector`. Under ZeRO-3 the first two are read in
             the DeepSpeed config's precision instead, because they are partitioned while they are read.
-        pretrained_projector: file or directory to read the projector from; None = new weights, from torch's generator.
-        trust_remote_code: whether code that the models bring is run; if not, ValueError where it would be needed.
+        pretrained_projector: file or directory to read the projector from, in place of the source's; where neither has
+            one it gets new weights, from torch's generator.
+        quantisation: further arguments for reading the language model, see `distributed.quantisation`.
+        beside_token_rows: the projector's file holds the rows that `image_tokens.py` reads, too.
     """
     # The projector first: reading the models may or may not draw random numbers, which depends on the backend, and new
     # weights should depend on the seed alone.
-    text_width = load_language_config(model_name_or_path, trust_remote_code).get_text_config().hidden_size
-    vision_width = load_vision_config(vision_tower, trust_remote_code).hidden_size
-    projector = build_projector(projector_type, vision_width, text_width)
+    projector = source.load_projector()
     if pretrained_projector:
-        load_projector(projector, pretrained_projector)
-    with foreign_code_refused(model_name_or_path):
-        language_model = AutoModelForCausalLM.from_pretrained(
-            model_name_or_path,
-            dtype=dtypes["language_model"],
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-        )
-    tower = load_vision_tower(vision_tower, select_layer, select_feature, dtypes["vision_tower"], trust_remote_code)
-    return LlavaModel(tower, projector.to(dtypes["projector"]), language_model)
+        load_projector(projector, pretrained_projector, beside_token_rows)
+    language_model = source.load_language_model(dtypes["language_model"], attn_implementation, **(quantisation or {}))
+    tower = source.load_vision_tower(dtypes["vision_tower"])
+    model = LlavaModel(tower, projector.to(dtypes["projector"]), language_model)
+    model.base = source.name
+    return model
 
 
 def sum_of_token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

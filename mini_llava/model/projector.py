@@ -48,6 +48,20 @@ def build_projector(kind: str, vision_width: int, text_width: int) -> nn.Module:
     )
 
 
+def whole(parameter: torch.Tensor, modified: bool = False):
+    """A block inside which a parameter that ZeRO-3 has divided is whole; all ranks must enter it.
+
+    Args:
+        modified: what rank 0 has written to it when the block ends is kept, on all ranks.
+    """
+    # DeepSpeed marks what it has partitioned with ds_id. The import stands here because it need not be installed.
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if modified else None)
+
+
 def gathered_state_dict(
     named_parameters: Iterable[tuple[str, torch.Tensor]], is_main_process: bool, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -63,15 +77,8 @@ def gathered_state_dict(
         dtype: floating-point tensors are cast to it; None keeps them as they are.
     """
     for name, parameter in named_parameters:
-        # DeepSpeed marks what it has partitioned with ds_id. The import stands here because it need not be installed.
-        if hasattr(parameter, "ds_id"):
-            import deepspeed
-
-            whole = deepspeed.zero.GatheredParameters([parameter])
-        else:
-            whole = nullcontext()
         tensor = None
-        with whole:
+        with whole(parameter):
             if is_main_process:
                 target = dtype if dtype is not None and parameter.is_floating_point() else parameter.dtype
                 # copy=True: on a CPU the tensor would otherwise share memory that DeepSpeed frees on leaving the block.
@@ -81,7 +88,11 @@ def gathered_state_dict(
 
 
 def save_projector(
-    projector: nn.Module, path: str | Path, dtype: torch.dtype | None = None, is_main_process: bool = True
+    projector: nn.Module,
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    is_main_process: bool = True,
+    token_rows: torch.Tensor | None = None,
 ) -> None:
     """Write LLaVA's `mm_projector.bin`: a dict of `model.mm_projector.0.weight` and so on, in `dtype` or as trained.
 
@@ -89,8 +100,11 @@ def save_projector(
 
     Args:
         path: the file, or a directory that gets `mm_projector.bin`.
+        token_rows: [2, width] word embeddings of `<im_start>` and `<im_end>`, where they were trained with it.
     """
-    named = ((f"model.mm_projector.{name}", tensor) for name, tensor in projector.state_dict(keep_vars=True).items())
+    named = [(f"model.mm_projector.{name}", tensor) for name, tensor in projector.state_dict(keep_vars=True).items()]
+    if token_rows is not None:
+        named.append(("model.embed_tokens.weight", token_rows))
     weights = dict(gathered_state_dict(named, is_main_process, dtype))
     if not is_main_process:
         return
@@ -107,12 +121,16 @@ def save_projector(
     os.replace(unfinished, path)
 
 
-def load_projector(projector: nn.Module, path: str | Path) -> None:
+def load_projector(projector: nn.Module, path: str | Path, beside_token_rows: bool = False) -> None:
     """Copy the weights in `path` into `projector`, in place and in the projector's own dtype; all of them or none.
 
     Reads LLaVA's `mm_projector.bin`, a `.safetensors` file with the same names, or a directory that holds the former.
     The names count from after `mm_projector.`, so that files written by way of PEFT or a wrapper fit too. Call it
     before the model is handed to DeepSpeed, which leaves only slices to write to.
+
+    Args:
+        beside_token_rows: word embeddings may stand in the file too, as LLaVA writes them with --mm_use_im_start_end;
+            they are left to the caller. Otherwise they are an error, like anything else.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -133,6 +151,8 @@ def load_projector(projector: nn.Module, path: str | Path) -> None:
     foreign = []
     for key, tensor in _read_tensors(path).items():
         prefix, mark, name = key.rpartition("mm_projector.")
+        if beside_token_rows and key.endswith("embed_tokens.weight"):
+            continue
         if not mark or (prefix and not prefix.endswith(".")):
             foreign.append(key)
         elif name in found:
@@ -194,7 +214,7 @@ def _what_they_are(foreign: list[str]) -> str:
     if any("embed_tokens" in key or "embed_in" in key for key in foreign):
         return (
             "LLaVA adds the token embeddings when stage 1 ran with --mm_use_im_start_end; without the new tokens the "
-            "projector would not do what it was trained for. Use one trained without them."
+            "projector would not do what it was trained for. Use --mm_use_im_start_end True, or another projector."
         )
     if any("vision_resampler" in key for key in foreign):
         return "The resampler in it is a part that LLaVA-1.5 models do not have; its projector was trained behind it."

@@ -554,6 +554,24 @@ def load_checkpoint(
     return manifest
 
 
+@torch.no_grad()
+def read_trained(directory: Path, model: nn.Module) -> None:
+    """Fills the trained parameters of a bare `LlavaModel`, the base of the run, with a checkpoint's masters.
+
+    For tools: no processes, no optimizer; sizes of the files are compared, checksums are not. Raises CheckpointError.
+    """
+    manifest = read_manifest(directory)
+    reader, parameters = _PieceReader(directory, manifest), dict(model.named_parameters())
+    for name, shape in manifest["parameters"].items():
+        mine = list(parameters[name].shape) if name in parameters else "not there"
+        if mine != shape:
+            raise CheckpointError(f"{directory} has trained {name} {shape}, which in its base is {mine}: another base.")
+    for name, shape in manifest["parameters"].items():
+        master = torch.empty(parameters[name].numel(), dtype=torch.float32)
+        reader.copy_into(master, name, "master", 0)
+        parameters[name].copy_(master.view(shape))
+
+
 def _refresh_working_weights(accelerator: Accelerator, model: nn.Module, optimizer, reader: "_PieceReader") -> None:
     """Under ZeRO the weights the model computes with are a second copy, which the masters must be copied to."""
     if not is_deepspeed(accelerator):

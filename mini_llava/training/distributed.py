@@ -6,6 +6,7 @@ and for DeepSpeed: the loop says itself which micro-batch is the last, so that a
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import math
 import os
 import warnings
@@ -17,6 +18,7 @@ from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType
 from torch import nn
+from transformers import BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..model.llava import LlavaModel
@@ -190,16 +192,40 @@ def parameter_dtypes(accelerator: Accelerator, trained: set[str]) -> dict[str, t
     Trained parameters always have fp32 masters: DeepSpeed keeps them in its optimizer beside half-precision working
     weights; otherwise the parameters themselves are the masters, and autocast computes in half precision.
     """
-    compute = compute_dtype(accelerator)
-    masters_elsewhere = is_deepspeed(accelerator)
-    return {
-        part: torch.float32 if part in trained and not masters_elsewhere else compute
-        for part in ("vision_tower", "projector", "language_model")
-    }
+    compute, master = compute_dtype(accelerator), master_dtype(accelerator)
+    return {part: master if part in trained else compute for part in ("vision_tower", "projector", "language_model")}
+
+
+def master_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The dtype that trained parameters have in the model: DeepSpeed has their fp32 masters elsewhere."""
+    return compute_dtype(accelerator) if is_deepspeed(accelerator) else torch.float32
 
 
 def compute_dtype(accelerator: Accelerator) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[accelerator.mixed_precision]
+
+
+def quantisation(accelerator: Accelerator, bits: int, double_quant: bool, quant_type: str) -> dict:
+    """What transformers' `from_pretrained` needs to read the language model in 4 or 8 bits; nothing for 16.
+
+    Raises:
+        ValueError: bitsandbytes is not installed.
+    """
+    if bits == 16:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"--bits {bits} needs the package bitsandbytes: pip install bitsandbytes.")
+    if bits == 8:
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=compute_dtype(accelerator),
+        # ZeRO-3 divides the parameters of one dtype, so the packed bytes pass for numbers of the computation's.
+        bnb_4bit_quant_storage=compute_dtype(accelerator) if zero_stage(accelerator) == 3 else torch.uint8,
+    )
+    return {"quantization_config": config}
 
 
 def describe(accelerator: Accelerator) -> str:
@@ -233,7 +259,7 @@ def is_offloaded(accelerator: Accelerator) -> bool:
 
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers."""
-    packages = ("torch", "transformers", "accelerate", "deepspeed", "tokenizers", "pillow")
+    packages = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "tokenizers", "pillow")
     found = {}
     for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

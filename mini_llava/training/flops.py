@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..data.collator import MicroBatch
+from ..model.freeze import numel
 from ..model.llava import LlavaModel
 
 # Dense bf16 and fp16 products a second, from the vendor's data sheets (without sparsity), by a part of the GPU's name.
@@ -53,7 +54,7 @@ class FlopCounter:
         tower, projector, language_model = model.vision_tower, model.projector, model.language_model
         head = language_model.get_output_embeddings().weight
         text, vision = language_model.config.get_text_config(), tower.model.config
-        self.language_model_parameters = sum(_numel(parameter) for parameter in language_model.parameters())
+        self.language_model_parameters = sum(numel(parameter) for parameter in language_model.parameters())
         self.tokens_per_image = tower.tokens_per_image
 
         self.per_logit = _flops(head, 4)
@@ -99,12 +100,8 @@ def _matrices(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _flops(weight: nn.Parameter, frozen: int) -> int:
-    return (6 if weight.requires_grad else frozen) * _numel(weight)
+    return (6 if weight.requires_grad else frozen) * numel(weight)
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
-
-
-def _numel(parameter: nn.Parameter) -> int:
-    return getattr(parameter, "ds_numel", parameter.numel())  # under ZeRO-3 the tensor itself is empty

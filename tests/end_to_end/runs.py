@@ -108,20 +108,32 @@ CHANGES = {
     "not clipped": {"max_grad_norm": 0},
     "bf16": {"bf16": True},
 }
+# Without dropout, for each rank draws masks of its own.
+LORA = {
+    "lora_enable": True,
+    "lora_r": 4,
+    "lora_alpha": 8,
+    "lora_dropout": 0,
+    "gradient_checkpointing": True,
+    "max_grad_norm": 0,
+}
 
 RUNS = {f"gradients, {name}": (2, values) for name, values in CUTS.items()} | {
     f"stage {stage}, {name}": (stage, FIVE_STEPS | values) for stage in (1, 2) for name, values in CHANGES.items()
 }
+RUNS |= {"stage 2, LoRA": (2, FIVE_STEPS | LORA)}
 ON_TWO_PROCESSES = {
     "ddp": [
         *(f"gradients, {cut}" for cut in ("2 slots, padded", "4 slots, padded", "4 slots, packed")),
         *(f"stage {stage}, {clipping}" for stage in (1, 2) for clipping in ("clipped", "not clipped")),
+        "stage 2, LoRA",
     ],
-    "zero2": ["gradients, 4 slots, padded", "gradients, 2 slots, packed", "stage 2, clipped"],
+    "zero2": ["gradients, 4 slots, padded", "gradients, 2 slots, packed", "stage 2, clipped", "stage 2, LoRA"],
     "zero3": [
         *(f"gradients, {cut}" for cut in ("2 slots, padded", "4 slots, packed")),
         *(f"stage {stage}, {clipping}" for stage in (1, 2) for clipping in ("clipped", "not clipped")),
         "stage 1, bf16",
+        "stage 2, LoRA",
     ],
     "zero3_offload": ["stage 2, clipped"],
 }
@@ -203,10 +215,12 @@ def first_moments(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def saved_weights(run: Path) -> dict[str, torch.Tensor]:
-    """The result of a run: its projector and, of a second stage, the whole model."""
-    weights = {f"mm_projector.bin/{k}": v for k, v in torch.load(run / "mm_projector.bin", weights_only=True).items()}
-    if (run / "model.safetensors").exists():
-        weights |= load_file(run / "model.safetensors")
+    """The result of a run: its projector and, of a second stage, the whole model or the adapter."""
+    file = next(run / name for name in ("mm_projector.bin", "non_lora_trainables.bin") if (run / name).exists())
+    weights = {f"{file.name}/{name}": tensor for name, tensor in torch.load(file, weights_only=True).items()}
+    for name in ("model.safetensors", "adapter_model.safetensors"):
+        if (run / name).exists():
+            weights |= load_file(run / name)
     return weights
 
 

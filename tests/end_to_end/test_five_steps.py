@@ -14,15 +14,17 @@ ON_TWO_PROCESSES = [pair for pair in runs.on_two_processes("stage") if "bf16" no
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """`start(stage)`: the weights before the first step, as a run saves them that changes nothing."""
+    """`start(run)`: the weights before the first step, as a run saves them that changes nothing."""
     folder, saved = tmp_path_factory.mktemp("start"), {}
 
-    def get(stage: int):
-        if stage not in saved:
-            values = runs.FIVE_STEPS | {"max_steps": 1, "learning_rate": 0, "mm_projector_lr": 0}
-            runs.train_here(runs.flags_of(stage, folder / str(stage), values))
-            saved[stage] = runs.saved_weights(folder / str(stage))
-        return saved[stage]
+    def get(run: str):
+        stage, values = runs.RUNS[run]
+        kind = "LoRA" if "lora_enable" in values else str(stage)
+        if kind not in saved:
+            values = values | {"max_steps": 1, "learning_rate": 0, "mm_projector_lr": 0}
+            runs.train_here(runs.flags_of(stage, folder / kind, values))
+            saved[kind] = runs.saved_weights(folder / kind)
+        return saved[kind]
 
     return get
 
@@ -31,7 +33,7 @@ def start(tmp_path_factory):
 @pytest.mark.parametrize(("backend", "run"), ON_TWO_PROCESSES)
 def test_two_processes_save_the_weights_of_one(one_process, two_processes, start, backend, run):
     found = runs.saved_weights(two_processes(backend, run))
-    expected, before = runs.saved_weights(one_process(run)), start(runs.RUNS[run][0])
+    expected, before = runs.saved_weights(one_process(run)), start(run)
     assert found.keys() == expected.keys() == before.keys()
     differing = {}
     for name, weight in expected.items():
@@ -55,7 +57,7 @@ def test_two_processes_have_the_losses_norms_and_rates_of_one(one_process, two_p
 def test_clipping_is_at_work_in_every_step_of_the_clipped_runs(one_process, start, stage):
     clipped, free = one_process(f"stage {stage}, clipped"), one_process(f"stage {stage}, not clipped")
     assert all(line["gradient_norm"] > 2 * runs.CLIP_AT for line in runs.log(clipped))
-    name, before = "mm_projector.bin/model.mm_projector.0.weight", start(stage)
+    name, before = "mm_projector.bin/model.mm_projector.0.weight", start(f"stage {stage}, clipped")
     with_clipping, without = (runs.saved_weights(run)[name] - before[name] for run in (clipped, free))
     assert (with_clipping - without).norm() > 0.1 * without.norm()
 

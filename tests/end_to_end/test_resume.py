@@ -30,6 +30,7 @@ class Case:
     packing: bool
     config: str | None = None
     processes: int = 1
+    lora: bool = False
 
     def flags(self, language_model: Path, output_dir: Path, **others) -> list[str]:
         values = {
@@ -50,6 +51,8 @@ class Case:
             "report_to": "none",
             "output_dir": output_dir,
         }
+        if self.lora:
+            values |= {"lora_enable": True, "lora_r": 4, "lora_dropout": 0.1, "gradient_checkpointing": True}
         return [text for name, value in (values | others).items() for text in (f"--{name}", str(value))]
 
 
@@ -59,6 +62,8 @@ CASES = {
     "stage 2, padded, one process": Case(2, packing=False),
     "stage 1, padded, ZeRO-3 on two": Case(1, packing=False, config="zero3", processes=2),
     "stage 2, packed, ZeRO-3 on two": Case(2, packing=True, config="zero3", processes=2),
+    "LoRA, packed, one process": Case(2, packing=True, lora=True),
+    "LoRA, padded, ZeRO-3 on two": Case(2, packing=False, config="zero3", processes=2, lora=True),
 }
 LAUNCHED = "stage 2, packed, ZeRO-3 on two"  # killed and resumed under `accelerate launch`, the others as forks
 
@@ -86,7 +91,7 @@ def per_step(entry: dict, rate: str) -> int:
 
 
 def weights(output_dir: Path) -> dict[str, str]:
-    files = sorted([*output_dir.glob("*.safetensors"), *output_dir.glob("mm_projector.bin")])
+    files = sorted([*output_dir.glob("*.safetensors"), *output_dir.glob("*.bin")])
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 

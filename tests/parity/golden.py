@@ -6,11 +6,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from mini_llava.arguments import ModelArguments
 from mini_llava.data.collator import collate
 from mini_llava.data.images import load_image, load_image_processor, pixel_values
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import Sample, load_tokenizer, tokenize
 from mini_llava.model.llava import LlavaModel, load_llava
+from mini_llava.model.sources import open_source
 
 FIXTURES = Path(__file__).parent / "fixtures"
 LLAVA = "LLaVA c121f04"
@@ -31,8 +33,9 @@ def write_projector(path: Path) -> Path:
 def golden_model(projector: Path) -> LlavaModel:
     """The recordings' model in fp32, vision tower frozen."""
     dtypes = dict.fromkeys(("language_model", "vision_tower", "projector"), torch.float32)
-    folders = str(FIXTURES / "llm"), str(FIXTURES / "clip")
-    model = load_llava(*folders, "mlp2x_gelu", -2, "patch", "sdpa", dtypes, str(projector))
+    parts = {"model_name_or_path": str(FIXTURES / "llm"), "vision_tower": str(FIXTURES / "clip")}
+    source = open_source(ModelArguments(**parts, mm_projector_type="mlp2x_gelu", mm_vision_select_layer=-2))
+    model = load_llava(source, "sdpa", dtypes, str(projector))
     model.vision_tower.requires_grad_(False)
     return model.train()
 

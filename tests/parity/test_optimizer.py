@@ -7,7 +7,7 @@ compared is therefore each parameter's rate and decay, and which side of the dec
 import pytest
 
 from mini_llava import arguments as flags
-from mini_llava.model.freeze import apply_plan, trained_parts
+from mini_llava.model.freeze import apply_plan, freeze_plan
 from mini_llava.training.optimizer import build_adamw, parameter_groups, set_learning_rates
 from tests.parity.golden import LLAVA, golden_model, llava_name, load_json
 
@@ -15,7 +15,7 @@ from tests.parity.golden import LLAVA, golden_model, llava_name, load_json
 @pytest.mark.parametrize("case", load_json("optimizer_groups.json"), ids=lambda case: case["name"])
 def test_every_parameter_has_llavas_rate_and_decay(case, golden_projector, agree):
     model, given = golden_model(golden_projector), case["arguments"]
-    apply_plan(model, trained_parts(given["tune_mm_mlp_adapter"], False, False, False))
+    apply_plan(model, freeze_plan(given["tune_mm_mlp_adapter"], False, False, False))
     rates = {"projector": given.get("mm_projector_lr")}
     groups = parameter_groups(model, given["learning_rate"], given["weight_decay"], rates)
     training = flags.TrainingArguments()

@@ -27,7 +27,7 @@ def tiny_llava(trained: tuple[str, ...] = ("projector", "language_model"), famil
     )  # fmt: skip
     tower = VisionTower(CLIPVisionModel(vision), select_layer=-1)
     model = LlavaModel(tower, build_projector("mlp2x_gelu", 16, 32), AutoModelForCausalLM.from_config(text))
-    apply_plan(model, set(trained))
+    apply_plan(model, {part: "full" if part in trained else "frozen" for part, _ in model.named_children()})
     return model.train()
 
 

@@ -1,0 +1,319 @@
+"""LoRA: adapters in the language model, their directories (ours and LLaVA's, which are the same), and merging.
+
+Replaces the LoRA half of LLaVA's `train.py` and of its `load_pretrained_model`. There layers are matched by the end of
+their name (and so in the vision tower too), checkpoints lack projector and tokenizer, and loading is not strict. The
+layers are PEFT's, put into the language model in place, so that its own class stays outermost.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ..data.tokenization import load_tokenizer
+from .formats import _begin, _llava_config, _staged, _write_json
+from .image_tokens import add_token_rows, set_rows
+from .llava import LlavaModel
+from .projector import _read_tensors, _some, gathered_state_dict, whole
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+OTHERS_FILE = "non_lora_trainables.bin"
+# PEFT's names count from its own wrapper, LLaVA's others from the LlavaForCausalLM inside it.
+PREFIX = "base_model.model."
+# What `add_lora` sets: older releases of PEFT stumble over settings that they do not know.
+ADAPTER_SETTINGS = ("r", "lora_alpha", "lora_dropout", "bias", "fan_in_fan_out", "base_model_name_or_path")
+PROJECTOR, TOWER, TOKENS = "mm_projector.", "vision_tower.vision_tower.vision_model.", "embed_tokens.weight"
+
+
+# ----------------------------------------------------------------------------------------------- adding and merging
+
+
+def linear_layers(language_model: nn.Module) -> list[str]:
+    """Full names of the linear layers that get adapters: all but the output head."""
+    head = language_model.get_output_embeddings()
+    # Quantised layers are subclasses of nn.Linear too.
+    return [name for name, m in language_model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+
+
+def add_lora(
+    language_model: nn.Module,
+    base: str,
+    r: int,
+    alpha: int,
+    dropout: float,
+    bias: str,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    """Puts a new adapter beside every linear layer but the head, and leaves nothing else of the model trainable.
+
+    Every rank calls it, before the model is handed to DeepSpeed; a language model that ZeRO-3 partitioned while it was
+    read is fine. The first product changes nothing, since one factor of each adapter is zero.
+
+    Args:
+        base: what the language model was read from, for `base_model_name_or_path`.
+        bias: `none`, `all` or `lora_only`: biases that are trained beside the adapters.
+        dtype: of adapters and trained biases: fp32 where they are their own masters.
+        seed: of the adapters. Not the global generator: reading a model may or may not have drawn from that.
+    """
+    from peft import LoraConfig  # takes seconds to import, and most runs have no adapters
+
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        bias=bias,
+        target_modules=linear_layers(language_model),
+        base_model_name_or_path=base,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):  # they are drawn on the CPU
+        torch.manual_seed(seed)
+        _inject(language_model, config, dtype)
+
+
+def _inject(language_model: nn.Module, config, dtype: torch.dtype) -> None:
+    from peft import inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
+    digest = fingerprint(language_model)
+    inject_adapter_in_model(config, language_model)
+    language_model.base_fingerprint = digest
+    for module in language_model.modules():
+        if isinstance(module, LoraLayer):
+            # Inputs would be cast to the adapter's fp32 and back by autocast: the same numbers at three times the
+            # memory.
+            module.cast_input_dtype_enabled = False
+    for name, parameter in language_model.named_parameters():
+        if parameter.requires_grad or "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+
+
+def adapters(language_model: nn.Module) -> dict[str, nn.Module]:
+    """PEFT's layers by the full name of the linear layer they stand for."""
+    from peft.tuners.lora import LoraLayer
+
+    return {name: module for name, module in language_model.named_modules() if isinstance(module, LoraLayer)}
+
+
+@torch.no_grad()
+def merge_lora(model: LlavaModel, dtype: torch.dtype) -> LlavaModel:
+    """Adds each adapter's product to its weight, in fp32, and casts the whole model once; the model is changed.
+
+    Raises ValueError for a quantised language model: merge into the one that it was quantised from.
+    """
+    for name, layer in adapters(model.language_model).items():
+        base = layer.get_base_layer()
+        if type(base) is not nn.Linear:
+            raise ValueError(
+                f"{name} is a {type(base).__name__}, which has no plain weight: adapters are merged into the model as "
+                "it was before it was quantised (--bits 16)."
+            )
+        [adapter] = layer.active_adapters
+        factors = layer.lora_B[adapter].weight.float() @ layer.lora_A[adapter].weight.float()
+        base.weight.data = (base.weight.float() + layer.scaling[adapter] * factors).to(dtype)
+        model.language_model.set_submodule(name, base)
+    del model.language_model.peft_config, model.language_model.base_fingerprint
+    model.requires_grad_(False)
+    return model.to(dtype)
+
+
+def fingerprint(language_model: nn.Module) -> str:
+    """Digest of the word embeddings, rounded to bfloat16: tells two models of the same shape apart.
+
+    Rounded, so that a model read in another precision is still the same one. Adapters do not change it. All ranks must
+    call it.
+    """
+    weight = language_model.get_input_embeddings().weight
+    with whole(weight):
+        rounded = weight.detach().to("cpu", torch.bfloat16).contiguous()
+        return hashlib.sha256(rounded.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+def save_lora(directory: str | Path, tokenizer, *, model: LlavaModel, is_main_process: bool = True, **described) -> str:
+    """A LoRA run as LLaVA lays it out, and whole without the run: adapter, projector, config and tokenizer.
+
+    `adapter_model.safetensors` and `adapter_config.json` are PEFT's; `non_lora_trainables.bin` has the projector,
+    trained or not, and the trained weights of the tower; `config.json` is the LLaVA model's. Every rank calls it
+    (ZeRO-3 gathers, one tensor at a time), the main process writes. `described` is what the other saving functions are
+    told about the model. Returns a line about it.
+    """
+    directory = Path(directory)
+    [(adapter, config)] = model.language_model.peft_config.items()
+    trained = [(name, p) for name, p in model.language_model.named_parameters() if p.requires_grad]
+    adapter_weights = [(PREFIX + name.replace(f".{adapter}.", "."), parameter) for name, parameter in trained]
+    tower = [(name, p) for name, p in model.vision_tower.model.named_parameters() if p.requires_grad]
+    others = [(f"{PREFIX}model.{PROJECTOR}{name}", parameter) for name, parameter in model.projector.named_parameters()]
+    if model.use_im_start_end:
+        others.append((PREFIX + "model." + TOKENS, model.language_model.get_input_embeddings().weight))
+    others += [(f"{PREFIX}model.{TOWER}{name.removeprefix('vision_model.')}", parameter) for name, parameter in tower]
+
+    if is_main_process:
+        _begin(directory)
+    adapter_weights = dict(gathered_state_dict(adapter_weights, is_main_process))
+    others = dict(gathered_state_dict(others, is_main_process))
+    if is_main_process:
+        if model.use_im_start_end:  # no need of the other rows, which are the base's
+            key = PREFIX + "model." + TOKENS
+            others[key] = others[key][model.first_image_token :][:2].clone()
+        with _staged(directory) as staging:
+            save_file(adapter_weights, staging / ADAPTER_FILES[0], metadata={"format": "pt"})
+            torch.save(others, staging / OTHERS_FILE)
+            tokenizer.save_pretrained(staging)
+        # The full names: PEFT would keep the shortest endings that fit this language model, and apply them to the
+        # tower too when they are read beside one.
+        changed = {"target_modules": sorted(adapters(model.language_model)), "inference_mode": True}
+        settings = {key: value for key, value in config.to_dict().items() if key in ADAPTER_SETTINGS}
+        _write_json(directory, ADAPTER_CONFIG, {**settings, "peft_type": "LORA", "task_type": "CAUSAL_LM", **changed})
+        llava = _llava_config(model, **described)
+        llava.pop("quantization_config", None)  # the adapters fit the unquantised model as well
+        llava |= {
+            "unfreeze_mm_vision_tower": bool(tower),
+            "added_tokens": model.added_tokens,
+            "base_fingerprint": model.language_model.base_fingerprint,
+        }
+        _write_json(directory, "config.json", llava)
+    return (
+        f"Adapter, projector, config and tokenizer are in {directory}; they belong to {config.base_model_name_or_path}."
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def base_of(directory: str | Path) -> str:
+    """Name or path of the language model that a LoRA directory belongs to."""
+    base = _read_json(Path(directory), ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{Path(directory) / ADAPTER_CONFIG} has no base_model_name_or_path: name the base yourself.")
+    return base
+
+
+def load_lora(model: LlavaModel, directory: str | Path, dtype: torch.dtype) -> None:
+    """Adds the adapters of a LoRA directory to `model`, its base, and reads projector and tower from there.
+
+    Raises ValueError or FileNotFoundError for anything missing, surplus or of another shape, and if `model` is not the
+    base that the directory belongs to; the model is of no use then.
+    """
+    from peft import LoraConfig
+
+    directory = Path(directory)
+    settings = _read_json(directory, ADAPTER_CONFIG)
+    for key, only in (("peft_type", "LORA"), ("use_dora", False), ("modules_to_save", None)):
+        if settings.get(key, only) not in (only, [] if only is None else only):
+            raise ValueError(f"{directory / ADAPTER_CONFIG} has {key} {settings[key]}; only {only} can be read here.")
+    _check_base(model, directory)
+    config = LoraConfig.from_pretrained(str(directory))
+    config.inference_mode = False
+    try:
+        _inject(model.language_model, config, dtype)
+    except ValueError as error:  # PEFT found no layer of these names
+        raise ValueError(f"{directory / ADAPTER_CONFIG} does not fit the language model: {error}") from None
+    llava = _read_json(directory, "config.json")
+    start_end, patch = (bool(llava.get(f"mm_use_im_{kind}")) for kind in ("start_end", "patch_token"))
+    if start_end or patch:
+        added = llava.get("added_tokens", patch + 2 * start_end)
+        add_token_rows(model, load_tokenizer(directory), added, start_end, patch, None, False, dtype)
+    _fill(model, directory)
+
+
+def start_from(model: LlavaModel, directory: str | Path) -> None:
+    """Fills the adapters that `model` got from `add_lora`, its projector and its tower from a LoRA directory.
+
+    Before the model is handed to DeepSpeed. Raises ValueError as `load_lora` does, and for another rank or alpha.
+    """
+    directory = Path(directory)
+    _check_base(model, directory)
+    settings, [config] = _read_json(directory, ADAPTER_CONFIG), model.language_model.peft_config.values()
+    for key, flag, value in (("r", "lora_r", config.r), ("lora_alpha", "lora_alpha", config.lora_alpha)):
+        if settings.get(key) != value:
+            raise ValueError(f"{directory / ADAPTER_CONFIG} has {key} {settings.get(key)}, but --{flag} is {value}.")
+    _fill(model, directory)
+
+
+def _fill(model: LlavaModel, directory: Path) -> None:
+    file = next((directory / name for name in ADAPTER_FILES if (directory / name).is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"{directory} has neither {' nor '.join(ADAPTER_FILES)}: it is no LoRA directory.")
+    [adapter] = model.language_model.peft_config
+    targets = {}
+    for name, parameter in model.language_model.named_parameters():
+        if "lora_" in name or parameter.requires_grad:
+            targets[name.replace(f".{adapter}.", ".")] = parameter
+    found = {}
+    for key, tensor in _read_tensors(file).items():
+        name = key.removeprefix(PREFIX)
+        if name not in targets:  # older PEFT had no level between an adapted layer and its bias
+            name = name.removesuffix("bias") + "base_layer.bias" if name.endswith(".bias") else name
+        found[name] = key, tensor
+    _copy_all(file, targets, found)
+
+    file = directory / OTHERS_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{directory} has no {OTHERS_FILE}: the projector is missing.")
+    targets = {PROJECTOR + name: parameter for name, parameter in model.projector.named_parameters()}
+    tower = {TOWER + name.removeprefix("vision_model."): p for name, p in model.vision_tower.model.named_parameters()}
+    found = {}
+    for key, tensor in _read_tensors(file).items():
+        found[key.removeprefix("base_model.").removeprefix("model.").removeprefix("model.")] = key, tensor
+    if model.use_im_start_end:
+        if TOKENS not in found:
+            raise ValueError(f"{file} has no rows for <im_start> and <im_end> ({TOKENS}).")
+        set_rows(model, found.pop(TOKENS)[1])
+    if any(name.startswith(TOWER) for name in found):
+        unused = {name.removeprefix("model.") for name in model.vision_tower.unused_parameters()}
+        unused = {TOWER + name.removeprefix("vision_model.") for name in unused} - found.keys()
+        targets |= {name: parameter for name, parameter in tower.items() if name not in unused}
+    _copy_all(file, targets, found)
+
+
+def _check_base(model: LlavaModel, directory: Path) -> None:
+    """Raises ValueError naming the first differences between the base at hand and the one of the directory."""
+    theirs, mine = _read_json(directory, "config.json"), model.language_model.config.to_dict()
+    keys = ["hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"]
+    if not theirs.get("mm_use_im_start_end") and not theirs.get("mm_use_im_patch_token"):  # which add tokens
+        keys.append("vocab_size")
+    differing = [
+        f"{key} {theirs[key]} there, {mine[key]} here"
+        for key in keys
+        if key in theirs and key in mine and theirs[key] != mine[key]
+    ]
+    digest = theirs.get("base_fingerprint")  # LLaVA has none
+    here = getattr(model.language_model, "base_fingerprint", None) or fingerprint(model.language_model)
+    if not differing and digest and digest != here:
+        differing = ["the same shapes, but other word embeddings"]
+    if differing:
+        base = _read_json(directory, ADAPTER_CONFIG).get("base_model_name_or_path")
+        raise ValueError(f"{directory} belongs to another language model ({base}): {'; '.join(differing)}.")
+
+
+@torch.no_grad()
+def _copy_all(file: Path, targets: dict[str, nn.Parameter], found: dict[str, tuple[str, torch.Tensor]]) -> None:
+    if missing := [name for name in targets if name not in found]:
+        raise ValueError(f"{file} lacks {_some(missing)}, which this model has.")
+    if extra := [key for name, (key, _) in found.items() if name not in targets]:
+        raise ValueError(f"{file} also holds {_some(extra)}, for which this model has no place.")
+    for name, parameter in targets.items():
+        key, tensor = found[name]
+        shape = list(getattr(parameter, "ds_shape", parameter.shape))
+        if list(tensor.shape) != shape:
+            raise ValueError(f"{file}: {key} is {list(tensor.shape)}, but this model needs {shape}.")
+    for name, parameter in targets.items():
+        with whole(parameter, modified=True):
+            parameter.copy_(found[name][1])
+
+
+def _read_json(directory: Path, name: str) -> dict:
+    try:
+        return json.loads((directory / name).read_text(encoding="utf-8"))
+    except OSError:
+        raise FileNotFoundError(f"{directory} has no {name}: it is no LoRA directory.") from None
+    except ValueError as error:
+        raise ValueError(f"{directory / name} is not valid JSON: {error}.") from None

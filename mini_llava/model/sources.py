@@ -1,0 +1,560 @@
+"""Every layout that a run can start from, told apart by what is in it and never by its name.
+
+Replaces LLaVA's `load_pretrained_model`, which decides by words in the folder's name and loads with `strict=False`. A
+plain language model gets a vision tower and a new projector; a LLaVA model, in the layout of LLaVA's own code or in
+transformers', brings its own. All names and shapes are compared before a weight is read. Weights stay mapped to their
+files until they are copied: under ZeRO-3 rank 0 reads them, one after the other, and the other ranks none.
+"""
+
+import json
+import pickle
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPVisionModel,
+    GenerationConfig,
+    LlavaConfig,
+    PreTrainedConfig,
+)
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from ..data.images import load_image_processor
+from ..data.tokenization import find_file, foreign_code_refused, read_json
+from .projector import PROJECTOR_FILE, build_projector
+from .vision_tower import VisionTower, load_vision_config, load_vision_tower
+
+# Looked for in this order; the first two are the ones that cannot hold code.
+WEIGHT_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+# Buffers that older versions saved; today's compute them.
+COMPUTED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
+
+# Where each part of the model is in the files: (how its names begin there, the part, how they begin here). The first
+# that fits counts. CLIP's names come with and without `vision_model.`, as transformers 4 and 5 have them.
+LLAVA_NAMES = (
+    ("model.mm_projector.", "projector", ""),
+    ("model.vision_tower.vision_tower.vision_model.", "vision_tower", ""),
+    ("model.vision_tower.vision_tower.", "vision_tower", ""),
+    ("", "language_model", ""),
+)
+TRANSFORMERS_NAMES = (
+    # As transformers 4 writes them, and 5 too unless told otherwise
+    ("multi_modal_projector.linear_1.", "projector", "0."),
+    ("multi_modal_projector.linear_2.", "projector", "2."),
+    ("vision_tower.vision_model.", "vision_tower", ""),
+    ("vision_tower.", "vision_tower", ""),
+    ("language_model.", "language_model", ""),
+    # As transformers 5 has them in memory
+    ("model.multi_modal_projector.linear_1.", "projector", "0."),
+    ("model.multi_modal_projector.linear_2.", "projector", "2."),
+    ("model.vision_tower.vision_model.", "vision_tower", ""),
+    ("model.vision_tower.", "vision_tower", ""),
+    ("model.language_model.", "language_model", "model."),
+    ("lm_head.", "language_model", "lm_head."),
+)
+
+# Keys of LLaVA's configuration that are none of the language model's.
+OF_LLAVA = re.compile(r"(^|_)mm_|^image_|^tokenizer_|^(model_type|architectures|vision_tower|conversation_version)$")
+# Ours is written llava_qwen2, others' is llava_qwen; LLaVA-1.5's published "llava" is told by its architecture.
+FAMILIES = {"qwen": "qwen2"}
+
+# Transformers' layout does not name the tower; LLaVA's has to, and takes it by width, layers, patch, image, activation.
+# The weights are written too then, so that the name stands for the architecture and the image processor only.
+KNOWN_TOWERS = {
+    (1024, 24, 14, 336, "quick_gelu"): "openai/clip-vit-large-patch14-336",
+    (1024, 24, 14, 224, "quick_gelu"): "openai/clip-vit-large-patch14",
+}
+IMAGE_TOKEN_FLAGS = ("mm_use_im_start_end", "mm_use_im_patch_token")
+# What two configurations of the same tower share.
+SHAPE_OF_A_TOWER = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("patch_size", "image_size", "hidden_act", "layer_norm_eps"),
+)
+
+
+class Stored(NamedTuple):
+    """A tensor mapped to its file, and where that is."""
+
+    tensor: torch.Tensor
+    file: Path
+    key: str
+
+
+@dataclass
+class Source:
+    """What a run starts from, with all names and shapes checked.
+
+    Attributes:
+        name: directory or hub name, as given.
+        layout: "language_model", "llava" or "transformers".
+        config: of `config.json`, as it stands.
+        vision_tower: where the tower and its image processor are to be found under a name of their own, or None.
+        stored: part -> name in that part -> tensor, for the parts whose weights come from here; empty for a plain
+            language model, which transformers reads by itself.
+        trust_remote_code: whether code that the models bring is run; if not, ValueError where it would be needed.
+    """
+
+    name: str
+    layout: str
+    config: dict
+    language_config: PreTrainedConfig
+    vision_config: PreTrainedConfig
+    vision_tower: str | None
+    projector_type: str
+    select_layer: int
+    select_feature: str
+    stored: dict[str, dict[str, Stored]]
+    trust_remote_code: bool = False
+
+    def describe(self, pretrained_projector: str | None = None) -> str:
+        """What a person should know before the run; `pretrained_projector` is the value of the flag of that name."""
+        if self.layout == "language_model":
+            return f"{self.name} is a language model ({self.language_config.model_type})."
+        whose = "LLaVA's own code" if self.layout == "llava" else "transformers"
+        tower = "with its weights" if "vision_tower" in self.stored else f"to be read from {self.vision_tower}"
+        return (
+            f"{self.name} is a LLaVA model in the layout of {whose}: language model {self.language_config.model_type}, "
+            f"projector {self.projector_type}, vision tower {tower}, its layer {self.select_layer}, "
+            f"{self.select_feature}."
+            + (f" Its projector gives way to the one in {pretrained_projector}." if pretrained_projector else "")
+        )
+
+    def image_processor(self) -> BaseImageProcessor:
+        """The tower's image processor, which pads nothing: the trainer pads by `--image_aspect_ratio`."""
+        processor = load_image_processor(self.name if self.layout == "transformers" else self.vision_tower)
+        if getattr(processor, "do_pad", None):
+            processor.do_pad = False
+        return processor
+
+    def image_aspect_ratio(self) -> str:
+        """What the images were trained with: `pad` or `square`."""
+        if self.layout == "llava":
+            return self.config.get("image_aspect_ratio", "square")
+        return "pad" if getattr(load_image_processor(self.name), "do_pad", None) else "square"
+
+    def model_max_length(self, tokenizer) -> int:
+        """The longest sequence, image tokens included; where nothing says it, what the language model was made for."""
+        longest = self.config.get("tokenizer_model_max_length") or tokenizer.model_max_length
+        return min(longest, self.language_config.max_position_embeddings)
+
+    def load_projector(self) -> nn.Module:
+        """The projector with its weights, or with new ones from torch's generator, in fp32 or as stored."""
+        projector = build_projector(self.projector_type, self.vision_config.hidden_size, _width(self.language_config))
+        if "projector" in self.stored:
+            projector.load_state_dict({name: stored.tensor for name, stored in self.stored["projector"].items()})
+        return projector
+
+    def load_language_model(self, dtype: torch.dtype, attn_implementation: str, **options) -> nn.Module:
+        """The language model; `options` go to `from_pretrained`. Under ZeRO-3 it is partitioned while it is read.
+
+        Raises:
+            ValueError: tensors are missing, unexpected or of another shape.
+        """
+        options |= {"dtype": dtype, "attn_implementation": attn_implementation}
+        if self.layout == "language_model":
+            with foreign_code_refused(self.name):
+                return _load_strictly(self.name, trust_remote_code=self.trust_remote_code, **options)
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(self.language_config)].from_pretrained(
+            None,
+            config=self.language_config,
+            state_dict=_of_this_rank(self.stored["language_model"]),
+            generation_config=self.generation_config(),
+            **options,
+        )
+
+    def load_vision_tower(self, dtype: torch.dtype) -> VisionTower:
+        if "vision_tower" not in self.stored:
+            where = self.vision_tower, self.select_layer, self.select_feature
+            return load_vision_tower(*where, dtype, self.trust_remote_code)
+        tensors = _of_this_rank(self.stored["vision_tower"])
+        model = CLIPVisionModel.from_pretrained(None, config=self.vision_config, state_dict=tensors, dtype=dtype)
+        return VisionTower(model, self.select_layer, self.select_feature)
+
+    def generation_config(self) -> GenerationConfig:
+        if find_file(self.name, "generation_config.json"):
+            return GenerationConfig.from_pretrained(self.name)
+        return GenerationConfig.from_model_config(self.language_config)
+
+
+def open_source(model_flags, explicit: Iterable[str] = ()) -> Source:
+    """Find out what `--model_name_or_path` is, and check it.
+
+    What a LLaVA model fixes (tower, projector type, layer, feature, image tokens) is filled into `model_flags`.
+
+    Args:
+        model_flags: the fields of `ModelArguments`.
+        explicit: names of the flags that were given and are not defaults. One that contradicts the model is an error.
+
+    Raises:
+        ValueError: a flag contradicts the model, or tensors are missing, unexpected or of another shape.
+        OSError: there is no such directory or hub name.
+    """
+    name = model_flags.model_name_or_path
+    config = read_json(name, "config.json")
+    if not config:
+        raise FileNotFoundError(f"{name} has no config.json, so it is no model. {_what_else(name)}")
+    layout = layout_of(name, config)
+    if layout == "language_model":
+        if not model_flags.vision_tower:
+            raise ValueError(f"--vision_tower is missing: {name} is a language model and has none of its own.")
+        trusted = model_flags.trust_remote_code
+        with foreign_code_refused(name):
+            language_config = AutoConfig.from_pretrained(name, trust_remote_code=trusted)
+        return Source(
+            name,
+            layout,
+            config,
+            language_config,
+            load_vision_config(model_flags.vision_tower, trusted),
+            model_flags.vision_tower,
+            model_flags.mm_projector_type,
+            model_flags.mm_vision_select_layer,
+            model_flags.mm_vision_select_feature,
+            stored={},
+            trust_remote_code=trusted,
+        )
+
+    source = (_read_llava if layout == "llava" else _read_transformers)(name, config, model_flags, set(explicit))
+    _check_against_flags(source, model_flags, set(explicit))
+    _check_weights(source)
+    model_flags.vision_tower = source.vision_tower
+    model_flags.mm_projector_type = source.projector_type
+    model_flags.mm_vision_select_layer = source.select_layer
+    model_flags.mm_vision_select_feature = source.select_feature
+    for key in IMAGE_TOKEN_FLAGS:
+        setattr(model_flags, key, bool(config.get(key)))
+    return source
+
+
+def map_parts(source: Source) -> tuple[VisionTower, nn.Module, nn.Module]:
+    """Tower, projector and language model of a LLaVA model, whose weights stay in their files.
+
+    For writing another layout with hardly any memory: a tensor is read when it is written.
+
+    Raises:
+        ValueError: the source is a plain language model.
+    """
+    if source.layout == "language_model":
+        raise ValueError(f"{source.name} is a language model ({source.language_config.model_type}), no LLaVA model.")
+    empty = _empty_parts(source)
+    for part, tensors in source.stored.items():
+        # strict=False: of tied weights one is stored; everything else has been compared.
+        empty[part].load_state_dict({name: stored.tensor for name, stored in tensors.items()}, False, assign=True)
+    language_model = empty["language_model"]
+    language_model.tie_weights()
+    language_model.generation_config = source.generation_config()
+    if "vision_tower" in source.stored:
+        tower = VisionTower(empty["vision_tower"], source.select_layer, source.select_feature)
+    else:
+        dtype = next(iter(source.stored["language_model"].values())).tensor.dtype
+        tower = load_vision_tower(source.vision_tower, source.select_layer, source.select_feature, dtype)
+    return tower, empty["projector"], language_model
+
+
+# ------------------------------------------------------------------------------------------------------- the layouts
+
+
+def layout_of(name: str, config: dict) -> str:
+    """The layout that `config.json` speaks of."""
+    model_type, architectures = config.get("model_type", ""), config.get("architectures") or []
+    if "text_config" in config and "vision_config" in config:
+        if model_type != "llava":
+            raise ValueError(
+                f"{name} is a model of type {model_type} ({', '.join(architectures)}). Of those with a vision tower "
+                f"inside only LLaVA-1.5's are known here: LlavaForConditionalGeneration, type llava."
+            )
+        return "transformers"
+    return "llava" if model_type.startswith("llava") or "mm_vision_tower" in config else "language_model"
+
+
+def _read_llava(name: str, config: dict, model_flags, explicit: set[str]) -> Source:
+    if config.get("mm_patch_merge_type", "flat") != "flat" or "anyres" in str(config.get("image_aspect_ratio")):
+        raise ValueError(
+            f"{name} is a model for images in several tiles (mm_patch_merge_type {config.get('mm_patch_merge_type')}, "
+            f"image_aspect_ratio {config.get('image_aspect_ratio')}), as LLaVA-1.6 is; known are LLaVA-1.5's."
+        )
+    stored = _assign_parts(_open_weights(name, config), LLAVA_NAMES, name)
+    tower = config.get("mm_vision_tower") or config.get("vision_tower")
+    given = model_flags.vision_tower if "vision_tower" in explicit else None
+    if given and _is_same_or_gone(given, tower):
+        tower = given
+    if not tower:
+        raise ValueError(f"{name}: its config.json names no mm_vision_tower. Give it as --vision_tower.")
+    if _is_gone(tower):
+        raise ValueError(
+            f"{name}: its config.json names the vision tower {tower}, which is not there. Give its place as "
+            f"--vision_tower."
+        )
+    return Source(
+        name,
+        "llava",
+        config,
+        _language_config(name, config),
+        load_vision_config(tower, model_flags.trust_remote_code),
+        tower,
+        config.get("mm_projector_type", "linear"),
+        config.get("mm_vision_select_layer", -2),
+        config.get("mm_vision_select_feature", "patch"),
+        stored,
+        model_flags.trust_remote_code,
+    )
+
+
+def _language_config(name: str, config: dict) -> PreTrainedConfig:
+    """The language model's configuration out of LLaVA's, which is the same with further keys."""
+    family = config["model_type"].removeprefix("llava").removeprefix("_")
+    if not family:
+        architecture = re.fullmatch(r"Llava(\w+)ForCausalLM", (config.get("architectures") or [""])[0])
+        family = architecture[1].lower() if architecture else ""
+    family = FAMILIES.get(family, family)
+    try:
+        return AutoConfig.for_model(family, **{key: config[key] for key in config if not OF_LLAVA.search(key)})
+    except ValueError:
+        raise ValueError(
+            f"{name}: its config.json has model_type {config['model_type']!r} and architectures "
+            f"{config.get('architectures')}, which name no language model that transformers knows."
+        ) from None
+
+
+def _read_transformers(name: str, config: dict, model_flags, explicit: set[str]) -> Source:
+    whole = LlavaConfig.from_pretrained(name)
+    strategies = {"default": "patch", "full": "cls_patch"}
+    for key, value, known in (
+        ("vision_config.model_type", whole.vision_config.model_type, ("clip_vision_model",)),
+        ("projector_hidden_act", whole.projector_hidden_act, ("gelu",)),
+        ("multimodal_projector_bias", getattr(whole, "multimodal_projector_bias", True), (True,)),
+        ("vision_feature_select_strategy", whole.vision_feature_select_strategy, strategies),
+    ):
+        if value not in known:
+            raise ValueError(f"{name}: its config.json has {key} {value!r}; known here: {', '.join(map(str, known))}.")
+    if not isinstance(whole.vision_feature_layer, int):
+        raise ValueError(
+            f"{name}: its config.json has vision_feature_layer {whole.vision_feature_layer}; the features of several "
+            f"layers at once are not supported."
+        )
+    language_config, vision_config = whole.text_config, whole.vision_config
+    language_config.tie_word_embeddings = whole.tie_word_embeddings  # transformers goes by the outer one
+    tower = model_flags.vision_tower if "vision_tower" in explicit else None
+    if tower:
+        _check_same_tower(name, vision_config, tower)
+    keys = ("hidden_size", "num_hidden_layers", "patch_size", "image_size", "hidden_act")
+    return Source(
+        name,
+        "transformers",
+        config,
+        language_config,
+        vision_config,
+        tower or KNOWN_TOWERS.get(tuple(getattr(vision_config, key) for key in keys)),
+        "mlp2x_gelu",
+        whole.vision_feature_layer,
+        strategies[whole.vision_feature_select_strategy],
+        _assign_parts(_open_weights(name, config), TRANSFORMERS_NAMES, name),
+    )
+
+
+# ------------------------------------------------------------------------------------------------- flags and the model
+
+
+def _check_against_flags(source: Source, model_flags, explicit: set[str]) -> None:
+    layers = source.vision_config.num_hidden_layers + 1  # hidden states: -2 and 23 are the same of 25
+    for flag, fixed in (
+        ("mm_projector_type", source.projector_type),
+        ("mm_vision_select_layer", source.select_layer),
+        ("mm_vision_select_feature", source.select_feature),
+        ("vision_tower", source.vision_tower),
+        *((key, bool(source.config.get(key))) for key in IMAGE_TOKEN_FLAGS),
+    ):
+        given = getattr(model_flags, flag)
+        same = given == fixed or (flag == "mm_vision_select_layer" and (given - fixed) % layers == 0)
+        if flag in explicit and not same:
+            raise ValueError(
+                f"--{flag} {given} contradicts {source.name}, whose config.json says {fixed}. Leave the flag out: a "
+                f"LLaVA model is trained on as it is."
+            )
+
+
+def _is_same_or_gone(given: str, named: str | None) -> bool:
+    """Whether the tower given may stand for the one the checkpoint names: a copy elsewhere, or that one is gone."""
+    return not named or Path(given).name == Path(named).name or _is_gone(named)
+
+
+def _is_gone(tower: str) -> bool:
+    """Whether this is a path, not a hub name (`owner/name`), and leads nowhere."""
+    return not Path(tower).exists() and (tower.startswith((".", "/", "~")) or tower.count("/") != 1)
+
+
+def _check_same_tower(name: str, vision_config: PreTrainedConfig, tower: str) -> None:
+    other = load_vision_config(tower)
+    for key in SHAPE_OF_A_TOWER:
+        if getattr(vision_config, key) != getattr(other, key):
+            raise ValueError(
+                f"--vision_tower {tower} contradicts {name}: its {key} is {getattr(other, key)}, that of the tower "
+                f"inside the model is {getattr(vision_config, key)}. Leave the flag out."
+            )
+
+
+# ------------------------------------------------------------------------------------------------- weights and files
+
+
+def _what_else(name: str) -> str:
+    """A sentence about a directory that holds something else than a model."""
+    if find_file(name, "adapter_config.json"):
+        return "It holds an adapter of a language model: merge it first."
+    if find_file(name, PROJECTOR_FILE):
+        return (
+            f"It holds a projector ({PROJECTOR_FILE}) and no language model, as stage 1 leaves it: give the language "
+            f"model as --model_name_or_path, and this as --pretrain_mm_mlp_adapter."
+        )
+    return f"Expected one of {', '.join(WEIGHT_FILES)}."
+
+
+def _open_weights(name: str, config: dict) -> dict[str, Stored]:
+    """All tensors of a directory or hub name by the names in its files, mapped and not read."""
+    found = next(((kind, file) for kind in WEIGHT_FILES if (file := find_file(name, kind))), None)
+    if found is None:
+        raise FileNotFoundError(f"{name} is of type {config['model_type']}, but has no weights. {_what_else(name)}")
+    kind, first = found
+    stored: dict[str, Stored] = {}
+    if not kind.endswith(".index.json"):
+        return _map_file(Path(first))
+    weight_map = json.loads(Path(first).read_text(encoding="utf-8"))["weight_map"]
+    for shard in sorted(set(weight_map.values())):
+        file = find_file(name, shard)
+        if file is None:
+            raise FileNotFoundError(f"{first} names {shard}, which is not beside it: the model is not whole.")
+        stored |= _map_file(Path(file))
+    if absent := sorted(weight_map.keys() - stored.keys()):
+        raise ValueError(f"{first} names {_some(absent)}, in {weight_map[absent[0]]}, but that is not in the file.")
+    return stored
+
+
+def _map_file(file: Path) -> dict[str, Stored]:
+    """The tensors of a .safetensors or .bin file; of a .bin, a pickle, anything but tensors is refused unrun."""
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as opened:
+                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        else:
+            with open(file, "rb") as opened:
+                is_zip = opened.read(4) == b"PK\x03\x04"  # files of before torch 1.6 are not, and cannot be mapped
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{file} is damaged, or holds something other than tensors, which could run code when read. It was not "
+            f"loaded; take the model's safetensors files."
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{file} is not a whole file of weights ({error}). Fetch or write it again.") from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{file} does not hold a table of tensors by name.")
+    return {key: Stored(tensor, file, key) for key, tensor in tensors.items()}
+
+
+def _assign_parts(weights: dict[str, Stored], names: tuple, source: str) -> dict[str, dict[str, Stored]]:
+    """The tensors of each part under the names they have there."""
+    parts: dict[str, dict[str, Stored]] = {"language_model": {}, "projector": {}, "vision_tower": {}}
+    for key, stored in weights.items():
+        if COMPUTED.search(key):
+            continue
+        rule = next((rule for rule in names if key.startswith(rule[0])), None)
+        if rule is None:
+            raise ValueError(f"{stored.file} holds {key}, which is no part of a LLaVA model that {source} would be.")
+        there, part, here = rule
+        name = here + key.removeprefix(there)
+        if name in parts[part]:
+            raise ValueError(f"{source} holds the {part}'s {name} twice, as {parts[part][name].key} and as {key}.")
+        parts[part][name] = stored
+    if not parts["vision_tower"]:
+        del parts["vision_tower"]
+    return parts
+
+
+def _empty_parts(source: Source) -> dict[str, nn.Module]:
+    """The parts without memory for their weights."""
+    widths = source.vision_config.hidden_size, _width(source.language_config)
+    with torch.device("meta"):
+        return {
+            # Its class and not AutoModel, which would partition it under ZeRO-3.
+            "language_model": MODEL_FOR_CAUSAL_LM_MAPPING[type(source.language_config)](source.language_config),
+            "projector": build_projector(source.projector_type, *widths),
+            "vision_tower": CLIPVisionModel(source.vision_config),
+        }
+
+
+def _check_weights(source: Source) -> None:
+    """Raises ValueError, naming file, tensor and both shapes, unless each part has all of its tensors and no other."""
+    for part, module in _empty_parts(source).items():
+        found = source.stored.get(part)
+        if found is None:  # a tower that is read from a place of its own
+            continue
+        expected = module.state_dict(keep_vars=True)
+        if part == "vision_tower" and any(name.startswith("vision_model.") for name in expected):
+            found = source.stored[part] = {f"vision_model.{name}": stored for name, stored in found.items()}
+        kind = source.projector_type if part == "projector" else module.config.model_type
+        what = f"the {part.replace('_', ' ')} ({kind})"
+        stored_twice = _tied_names(expected)
+        if missing := sorted(expected.keys() - found.keys() - stored_twice):
+            raise ValueError(f"{source.name} lacks {_some(missing)}, which {what} has. The model is not whole.")
+        if extra := sorted(found.keys() - expected.keys()):
+            keys = [found[name].key for name in extra]
+            raise ValueError(f"{found[extra[0]].file} also holds {_some(keys)}, which {what} does not have.")
+        for name, stored in found.items():
+            if stored.tensor.shape != expected[name].shape:
+                raise ValueError(
+                    f"{stored.file}: {stored.key} is {list(stored.tensor.shape)}, but by config.json {what} needs "
+                    f"{list(expected[name].shape)}."
+                )
+            if not stored.tensor.is_floating_point():
+                raise ValueError(
+                    f"{stored.file}: {stored.key} has dtype {stored.tensor.dtype}, which is no floating-point weight. "
+                    f"Take a model that is not quantised."
+                )
+
+
+def _tied_names(tensors: dict[str, torch.Tensor]) -> set[str]:
+    """Names of tensors that are another one before them."""
+    first = {id(tensor): name for name, tensor in reversed(tensors.items())}
+    return {name for name, tensor in tensors.items() if first[id(tensor)] != name}
+
+
+def _of_this_rank(tensors: dict[str, Stored]) -> dict[str, torch.Tensor]:
+    """What this rank gives to `from_pretrained`: under ZeRO-3 only rank 0 reads values, the others know the shapes."""
+    reads = not is_deepspeed_zero3_enabled() or torch.distributed.get_rank() == 0
+    return {name: stored.tensor if reads else stored.tensor.to("meta") for name, stored in tensors.items()}
+
+
+def _load_strictly(name: str, **options) -> nn.Module:
+    """transformers only warns of missing tensors, and makes them up."""
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+    except RuntimeError as error:
+        if "size mismatch" not in str(error) and "mismatched" not in str(error):
+            raise
+        raise ValueError(f"{name}: the weights do not fit its config.json. {error}") from error
+    for kind, sentence in (("missing_keys", "lacks"), ("unexpected_keys", "also holds")):
+        if keys := sorted(loading[kind]):
+            raise ValueError(f"{name} {sentence} {_some(keys)}: not the tensors of a {type(model).__name__}.")
+    return model
+
+
+def _width(config: PreTrainedConfig) -> int:
+    return config.get_text_config().hidden_size
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

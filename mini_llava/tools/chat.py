@@ -1,0 +1,218 @@
+"""Talk to a trained model: `python -m mini_llava.tools.chat DIR [--image FILE ...] [--prompt TEXT]`.
+
+Replaces LLaVA's `serve/cli.py`, which takes template and loader from the folder's name. DIR is a whole model in either
+layout, a LoRA directory, a checkpoint or a projector. Prompts and pixels are made by the functions that training uses,
+with the template trained with; an answer is what `generate` of transformers gives for the exported model.
+"""
+
+import argparse
+import contextlib
+import functools
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, StoppingCriteria, TextStreamer
+from transformers.utils import logging
+
+from ..data.images import BadImage
+from ..data.loader import open_pixels
+from ..data.templates import IMAGE_MARK
+from ..data.tokenization import IMAGE_TOKEN_INDEX, BadRecord, tokenize_prompt
+from ..model.formats import generation_settings
+from ..training.checkpoint import CheckpointError
+from .saved_models import SavedModel, open_saved
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+COMMANDS = "/image FILE adds a picture to the next question, /reset begins anew, exit or Ctrl-D ends."
+
+
+class Conversation:
+    """Questions, answers and pictures so far, and the model that answers."""
+
+    def __init__(self, saved: SavedModel, dtype: torch.dtype, device: str, generation: dict):
+        """
+        Args:
+            generation: of `GenerationConfig`: `max_new_tokens`, `do_sample` and so on.
+        """
+        self.template, self.tokenizer = saved.template, saved.tokenizer
+        self.model, self.device = saved.load(dtype).to(device), device
+        self.dtype, self.size = dtype, self.model.vision_tower.image_size
+        self.longest = saved.source.language_config.max_position_embeddings
+        self.to_pixels = functools.partial(
+            open_pixels,
+            processor=saved.source.image_processor(),
+            aspect_ratio=saved.image_aspect_ratio(),
+            size=self.size,
+        )
+        language_model = self.model.language_model
+        ends = generation_settings(language_model.generation_config, self.tokenizer, self.template.stop)["eos_token_id"]
+        language_model.generation_config = GenerationConfig(
+            **generation, eos_token_id=ends, pad_token_id=self.tokenizer.pad_token_id or 0
+        )
+        self.reset()
+
+    def reset(self) -> None:
+        self.turns: list[str] = []
+        self.pixels: list[torch.Tensor] = []
+        self.pending: list[torch.Tensor] = []
+
+    def add_image(self, file: str) -> None:
+        """Reads a picture, which belongs to the next question. Raises BadImage."""
+        path = Path(os.path.realpath(os.path.expanduser(file)))
+        self.pending.append(self.to_pixels(str(path.parent), path.name))
+
+    @torch.inference_mode()
+    def ask(self, question: str, stream: bool = False) -> str:
+        """The answer, printed while it is written if `stream`; a question that fails leaves the conversation as it was.
+
+        Pictures come first in the turn they were added to, unless the question has marks for them.
+
+        Raises:
+            BadRecord: marks and pictures do not match, or the conversation is too long for the model.
+        """
+        if IMAGE_MARK not in question:
+            question = (IMAGE_MARK + "\n") * len(self.pending) + question
+        if self.template.captions_only:  # each picture stands for itself
+            self.turns, self.pixels = [], []
+        turns, pixels = [*self.turns, question], self.pixels + self.pending
+        record = {
+            # The last answer is the one asked for: whatever stands there is left out of the prompt.
+            "conversations": [
+                {"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate([*turns, ""])
+            ],
+            "image": [f"picture {index}" for index in range(len(pixels))],
+        }
+        ids = tokenize_prompt(record, self.template, self.tokenizer, self.model.vision_tower.tokens_per_image)
+        if len(ids) >= self.longest:
+            raise BadRecord(f"the conversation has {len(ids)} tokens, and the model takes {self.longest}: /reset.")
+        answer = self._generate(torch.from_numpy(ids.astype(np.int64))[None], pixels, stream)
+        self.turns, self.pixels, self.pending = [*turns, answer], pixels, []
+        return answer
+
+    def _generate(self, ids: torch.Tensor, pixels: list[torch.Tensor], stream: bool) -> str:
+        is_image = ids == IMAGE_TOKEN_INDEX
+        images = torch.stack(pixels) if pixels else torch.zeros(1, 3, self.size, self.size)
+        embeddings = self.model.embed(
+            ids.masked_fill(is_image, 0).to(self.device),
+            images.to(self.device),
+            is_image.flatten().nonzero().squeeze(-1).to(self.device),
+        ).to(self.dtype)
+        settings = self.model.language_model.generation_config
+        output = self.model.language_model.generate(
+            inputs_embeds=embeddings,
+            attention_mask=torch.ones_like(ids).to(self.device),
+            max_new_tokens=min(settings.max_new_tokens, self.longest - ids.shape[1]),
+            use_cache=True,
+            stopping_criteria=[StopAt(self)],
+            streamer=Printer(self) if stream else None,
+        )
+        return self.cut(self.tokenizer.decode(output[0], skip_special_tokens=True)).strip()
+
+    def cut(self, text: str) -> str:
+        """What stands before the first end mark that is text and no token, such as Vicuna's old ###."""
+        for mark in self.template.stop:
+            text = text.split(mark)[0]
+        return text
+
+
+class StopAt(StoppingCriteria):
+    """Ends the answer at an end mark that is text; those that are tokens end it by themselves."""
+
+    def __init__(self, conversation: Conversation):
+        self.conversation = conversation
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_) -> torch.Tensor:
+        text = self.conversation.tokenizer.decode(input_ids[0], skip_special_tokens=True)
+        return torch.tensor([self.conversation.cut(text) != text], device=input_ids.device)
+
+
+class Printer(TextStreamer):
+    """Prints words as they are complete, up to the end mark and without the blank that follows the role."""
+
+    def __init__(self, conversation: Conversation):
+        super().__init__(conversation.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.cut, self.begun = conversation.cut, False
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        text = self.cut(text)
+        text = text if self.begun else text.lstrip()
+        self.begun = self.begun or bool(text)
+        print(text, end="\n" if stream_end else "", flush=True)
+
+
+def converse(conversation: Conversation) -> None:
+    """Questions from the terminal until it ends; a bad one is said and forgotten."""
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return print()
+        command, _, rest = line.partition(" ")
+        if line == "exit":
+            return
+        try:
+            if command == "/image":
+                conversation.add_image(rest.strip())
+            elif command == "/reset":
+                conversation.reset()
+            elif command.startswith("/"):
+                print(f"There is no {command}. {COMMANDS}", file=sys.stderr)
+            elif line or conversation.pending:
+                conversation.ask(line, stream=True)
+        except (BadRecord, BadImage) as error:
+            print(f"Not asked: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print("\nInterrupted; the question is forgotten.", file=sys.stderr)
+
+
+def main(command_line: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m mini_llava.tools.chat", description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("directory", metavar="DIR", help="model, LoRA directory, checkpoint or projector; a hub name for a whole model")
+    add("--image", metavar="FILE", nargs="+", default=[], help="pictures of the first question")
+    add("--prompt", metavar="TEXT", help="ask this, print the answer and end; otherwise questions are read")
+    add("--model_base", metavar="TEXT", help="what a LoRA directory, checkpoint or projector belongs to [as it says]")
+    add("--vision_tower", metavar="TEXT", help="where the tower is [as DIR says]")
+    add("--version", metavar="TEXT", help="conversation template [as DIR says]")
+    add("--temperature", type=float, default=0.0, help="0: always the likeliest token [0]")
+    add("--top_p", type=float, default=1.0, help="with a temperature: the likeliest tokens of this share [1]")
+    add("--max_new_tokens", type=int, default=512, help="of one answer [512]")
+    add("--device", help="[cuda where there is one, otherwise cpu]")
+    add("--dtype", choices=DTYPES, help="[bfloat16 on a GPU, float32 on a CPU]")
+    given = parser.parse_args(command_line)
+    if given.top_p != 1 and not given.temperature:
+        parser.error(f"--top_p {given.top_p} does nothing without --temperature.")
+    sampling = dict(do_sample=True, temperature=given.temperature, top_p=given.top_p, top_k=0)
+    generation = {**(sampling if given.temperature else {}), "max_new_tokens": given.max_new_tokens}
+    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = DTYPES[given.dtype or ("float32" if device == "cpu" else "bfloat16")]
+
+    logging.disable_progress_bar()
+
+    def note(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    try:
+        saved = open_saved(given.directory, given.model_base, given.vision_tower, given.version)
+        note(saved.describe())
+        if not (saved.version_is_known or given.version):
+            note("It does not say which conversation template it was trained with: taken is v1 (--version).")
+        conversation = Conversation(saved, dtype, device, generation)
+        for file in given.image:
+            conversation.add_image(file)
+        if given.prompt is not None:
+            print(conversation.ask(given.prompt))
+            return
+        note(f"Template {saved.version}, {str(dtype).removeprefix('torch.')} on {device}. {COMMANDS}")
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (arrow keys in input())
+        converse(conversation)
+    except (ValueError, OSError, CheckpointError) as error:
+        sys.exit(f"chat: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

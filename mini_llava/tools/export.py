@@ -1,0 +1,100 @@
+"""Writes a LLaVA model in another layout: `python -m mini_llava.tools.export DIR OUT --export_format llava`.
+
+DIR is a whole model in any layout, a LoRA directory (with --merge), a checkpoint or a projector. It runs on the CPU. A
+whole model's weights stay in their files until they are written, one file of five gigabytes at a time; the others are
+put together in memory.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from ..arguments import KNOWN_VALUES, ModelArguments
+from ..model import formats
+from ..model.llava import LlavaModel
+from ..model.sources import map_parts
+from ..training.checkpoint import CheckpointError
+from .saved_models import LORA, WHOLE, SavedModel, open_saved
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def export(
+    saved: SavedModel,
+    directory: Path,
+    export_format: str = "transformers",
+    dtype: torch.dtype | None = None,
+    image_aspect_ratio: str | None = None,
+    save_vision_tower: bool = False,
+) -> str:
+    """Write the model; returns a line about it.
+
+    Args:
+        dtype: None keeps the one stored.
+        image_aspect_ratio: what the images were trained with; None takes what the directory says.
+
+    Raises:
+        ValueError: the layout asked for has no place for the model.
+    """
+    dtype = dtype or saved.stored_dtype()
+    if saved.kind == WHOLE:
+        model = LlavaModel(*map_parts(saved.source))
+        model.use_im_start_end, model.use_im_patch_token = saved.image_tokens()
+    else:
+        model = saved.load(dtype)
+    described = dict(
+        model=model,
+        projector_type=saved.source.projector_type,
+        vision_tower_name=saved.source.vision_tower,
+        image_aspect_ratio=image_aspect_ratio or saved.image_aspect_ratio(),
+        model_max_length=saved.model_max_length(),
+        version=saved.version,
+    )
+    return formats.save_whole_model(
+        directory,
+        saved.tokenizer,
+        saved.source.image_processor(),
+        saved.template,
+        export_format,
+        save_vision_tower or saved.tower_is_own,
+        dtype,
+        **described,
+    )
+
+
+def main(command_line: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m mini_llava.tools.export", description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("source", metavar="DIR", help="a LLaVA model, directory or hub name, or a trained part of one, a directory")
+    add("directory", metavar="OUT", type=Path, help="where the new one is written")
+    add("--merge", action="store_true", help="DIR is a LoRA directory: add the adapters to the weights of its base")
+    add("--export_format", choices=KNOWN_VALUES["export_format"], default="transformers")
+    add("--dtype", choices=DTYPES, help="of the weights [as stored]")
+    add("--model_base", metavar="TEXT", help="what a LoRA directory, checkpoint or projector belongs to [as it says]")
+    add("--version", metavar="TEXT", help="conversation template [as DIR says]")
+    add("--image_aspect_ratio", choices=KNOWN_VALUES["image_aspect_ratio"], help="pad or square [as DIR says]")
+    add("--vision_tower", metavar="TEXT", help="name of the tower, for LLaVA's layout, where DIR does not say it")
+    add("--save_vision_tower", action="store_true", help="the tower's weights too, in LLaVA's layout")
+    given = parser.parse_args(command_line)
+
+    try:
+        saved = open_saved(given.source, given.model_base, given.vision_tower, given.version)
+        print(saved.describe())
+        if given.merge != (saved.kind == LORA):
+            advice = "There is nothing to merge." if given.merge else "--merge adds its adapters to its base."
+            raise ValueError(f"{given.source} is a {saved.kind}. {advice}")
+        for base in (given.source, saved.source.name):
+            flags = ModelArguments(model_name_or_path=base, vision_tower=saved.source.vision_tower)
+            formats.check_may_be_written(given.directory, flags, given.export_format)
+        if not (saved.version_is_known or given.version):
+            print("It does not say which conversation template it was trained with: taken is LLaVA-1.5's (--version).")
+        how = (given.export_format, given.dtype and DTYPES[given.dtype], given.image_aspect_ratio)
+        print(export(saved, given.directory, *how, given.save_vision_tower))
+    except (ValueError, OSError, CheckpointError) as error:
+        sys.exit(f"export: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Any directory that holds a LLaVA model or a trained part of one, made into a whole model again.
+
+What `export` and `chat` share, in place of the loader that LLaVA's tools decide with by words in the folder's name. A
+whole model stands for itself; a LoRA directory, a projector and a training state belong to a base, whose name they
+have. Nothing is loaded halfway: names and shapes of all tensors are compared.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..arguments import ModelArguments
+from ..data.templates import Template, get_template
+from ..data.tokenization import add_image_tokens, find_file, load_tokenizer, read_json
+from ..model.image_tokens import add_token_rows
+from ..model.llava import LlavaModel, load_llava
+from ..model.lora import ADAPTER_CONFIG, base_of, load_lora, merge_lora
+from ..model.projector import PROJECTOR_FILE
+from ..model.sources import IMAGE_TOKEN_FLAGS, WEIGHT_FILES, Source, layout_of, open_source
+from ..training.checkpoint import read_manifest, read_trained
+
+WHOLE, LORA, PROJECTOR, STATE = "whole model", "LoRA directory", "projector", "training state"
+# What a trained part says about the model, under the names of the flags.
+FIXED = ("mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature")
+
+
+@dataclass
+class SavedModel:
+    """A directory that was found to hold a model, with everything that using it takes; no weight is read yet.
+
+    Attributes:
+        kind: WHOLE, LORA, PROJECTOR or STATE.
+        config: its `config.json`.
+        source: where the weights come from that are not in the directory; of a whole model, the directory itself.
+        template: the conversation template, image tokens included.
+        version_is_known: whether the directory says which template that is.
+        tower_is_own: whether the tower's weights are other than those of the tower's name.
+    """
+
+    directory: str
+    kind: str
+    config: dict
+    source: Source
+    tokenizer: PreTrainedTokenizerBase
+    added_tokens: int
+    version: str
+    template: Template
+    version_is_known: bool
+    tower_is_own: bool
+
+    def load(self, dtype: torch.dtype | None = None) -> LlavaModel:
+        """The whole model on the CPU, adapters merged, ready to generate; dtype None: as the base is stored."""
+        dtype = dtype or self.stored_dtype()
+        # Adapters are added to the base as it is stored, and the sum is rounded once.
+        language_dtype = self.stored_dtype() if self.kind == LORA else dtype
+        dtypes = {"language_model": language_dtype, "vision_tower": dtype, "projector": torch.float32}
+        own_projector = self.directory if self.kind in (PROJECTOR, STATE) else None
+        marks = self.image_tokens()
+        model = load_llava(self.source, "sdpa", dtypes, own_projector, None, marks[0])
+        if self.kind == LORA:
+            load_lora(model, self.directory, torch.float32)
+            merge_lora(model, dtype)
+        else:
+            rows = self.directory if self.kind == PROJECTOR and marks[0] else None
+            add_token_rows(model, self.tokenizer, self.added_tokens, *marks, rows, False, dtype)
+        if self.kind == STATE:
+            read_trained(Path(self.directory), model)
+        return model.to(dtype).requires_grad_(False).eval()
+
+    def stored_dtype(self) -> torch.dtype:
+        """Of the language model's weights, in the directory or in the base."""
+        if tensors := self.source.stored.get("language_model"):
+            return next(iter(tensors.values())).tensor.dtype
+        return self.source.language_config.dtype or torch.float32
+
+    def image_aspect_ratio(self) -> str:
+        """What the images were trained with: `pad` or `square`."""
+        if self.kind == WHOLE:
+            return self.source.image_aspect_ratio()
+        return self.config.get("image_aspect_ratio", "square")
+
+    def model_max_length(self) -> int:
+        return self.config.get("tokenizer_model_max_length") or self.source.model_max_length(self.tokenizer)
+
+    def describe(self) -> str:
+        if self.kind == WHOLE:
+            return self.source.describe()
+        return f"{self.directory} is a {self.kind}; the rest of the model comes from {self.source.name}."
+
+    def image_tokens(self) -> tuple[bool, bool]:
+        """Whether it has LLaVA's tokens around an image, and the one for patches."""
+        return tuple(bool(self.config.get(key)) for key in IMAGE_TOKEN_FLAGS)
+
+
+def open_saved(
+    directory: str, base: str | None = None, vision_tower: str | None = None, version: str | None = None
+) -> SavedModel:
+    """Find out what a directory or hub name holds, and check it.
+
+    Args:
+        base: language model, or LLaVA model, that a trained part belongs to, where it is not at the place recorded.
+        vision_tower: the same for the tower.
+        version: conversation template, where the directory does not say it or another one is wanted.
+
+    Raises:
+        ValueError: the directory holds no LLaVA model, or what it holds does not fit together.
+        OSError: a directory or file is not there.
+    """
+    kind, config = _kind(directory), read_json(directory, "config.json")
+    if not config:
+        raise FileNotFoundError(f"{directory} has no config.json, which says how the {kind} belongs to its base.")
+    own = kind == WHOLE
+    if own and layout_of(directory, config) == "language_model":
+        raise ValueError(f"{directory} is a language model ({config.get('model_type')}), no LLaVA model.")
+    if own and base:
+        raise ValueError(f"{directory} is a whole model: --model_base {base} has no part in it.")
+    flags = ModelArguments(model_name_or_path=directory if own else base or _recorded_base(directory, kind, config))
+    flags.vision_tower = vision_tower or (None if own else config.get("mm_vision_tower"))
+    explicit = {"vision_tower"} if vision_tower else set()
+    if not own:
+        for name in FIXED:
+            setattr(flags, name, config.get(name, getattr(flags, name)))
+        explicit |= config.keys() & set(FIXED)
+    try:
+        source = open_source(flags, explicit)
+    except OSError as error:
+        if own:
+            raise
+        raise OSError(
+            f"{directory} is a {kind} of {flags.model_name_or_path} with the vision tower {flags.vision_tower}. One of "
+            f"them cannot be read: {error} Give their places as --model_base and --vision_tower."
+        ) from error
+
+    has_tokenizer = find_file(directory, "tokenizer_config.json") is not None
+    tokenizer = load_tokenizer(directory if has_tokenizer else source.name)
+    known, recorded = len(tokenizer), config.get("conversation_version")
+    version = version or recorded or "v1"
+    template = add_image_tokens(tokenizer, get_template(version), *(bool(config.get(key)) for key in IMAGE_TOKEN_FLAGS))
+    return SavedModel(
+        directory,
+        kind,
+        config,
+        source,
+        tokenizer,
+        len(tokenizer) - known,
+        version,
+        template,
+        bool(recorded),
+        "vision_tower" in source.stored or _tower_was_trained(directory, kind, config),
+    )
+
+
+def _kind(directory: str) -> str:
+    if find_file(directory, ADAPTER_CONFIG):
+        return LORA
+    if (Path(directory) / "manifest.json").is_file():
+        trained = read_manifest(Path(directory))["parameters"]
+        return PROJECTOR if all(name.startswith(("projector.", "new_tokens.")) for name in trained) else STATE
+    if any(find_file(directory, name) for name in WEIGHT_FILES):
+        return WHOLE
+    if find_file(directory, PROJECTOR_FILE) and find_file(directory, "config.json"):
+        return PROJECTOR
+    states = sorted(path.parent.name for path in Path(directory).glob("checkpoint-*/manifest.json"))
+    raise FileNotFoundError(
+        f"{directory} holds no model: neither weights ({WEIGHT_FILES[1]}, ...) nor {ADAPTER_CONFIG} nor "
+        f"{PROJECTOR_FILE} with its config.json."
+        + (f" It holds training states: name one of {', '.join(states)} inside it." if states else "")
+    )
+
+
+def _recorded_base(directory: str, kind: str, config: dict) -> str:
+    """The base that a trained part names, as it was given to the training."""
+    if kind == LORA:
+        return base_of(directory)
+    if (Path(directory) / "manifest.json").is_file():
+        return read_manifest(Path(directory))["arguments"]["model_name_or_path"]
+    if name := config.get("_name_or_path"):
+        return name
+    raise ValueError(f"{directory} is a {kind}, and its config.json does not say of which model: give --model_base.")
+
+
+def _tower_was_trained(directory: str, kind: str, config: dict) -> bool:
+    if kind == STATE:
+        return any(name.startswith("vision_tower.") for name in read_manifest(Path(directory))["parameters"])
+    return kind == LORA and bool(config.get("unfreeze_mm_vision_tower"))

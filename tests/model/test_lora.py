@@ -1,0 +1,335 @@
+"""LoRA directories: merged they compute what was trained, PEFT reads them, LLaVA's are read, nothing is half-read."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
+
+import train
+from mini_llava.model import lora
+from mini_llava.model.llava import LlavaModel
+from mini_llava.model.projector import build_projector
+from mini_llava.model.vision_tower import load_vision_tower
+from mini_llava.tools.saved_models import open_saved
+from tests.end_to_end import runs
+from tests.launching import train_in_turn
+from tests.model.test_formats import build, save, tied_language_model, tokenizer
+
+LORA = {"lora_enable": True, "lora_r": 4, "lora_alpha": 8}
+ADAPTED = {
+    f"model.layers.{layer}.{name}"
+    for layer in (0, 1)
+    for name in (
+        *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+        *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    )
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(directory, model in memory) of three steps with LoRA and the tower trained too."""
+    directory, kept, load = tmp_path_factory.mktemp("lora") / "run", [], train.load_llava
+    values = {"max_steps": 3, "save_steps": 3, "learning_rate": 1e-2, "global_batch_size": 8}
+    with pytest.MonkeyPatch.context() as patch:
+        # The real model; the test keeps hold of it.
+        patch.setattr(train, "load_llava", lambda *arguments: kept.append(load(*arguments)) or kept[0])
+        runs.train_here(runs.flags_of(2, directory, {**LORA, **values, "unfreeze_mm_vision_tower": True}))
+    return directory, kept[0].eval()
+
+
+@pytest.fixture
+def copied(trained, tmp_path) -> Path:
+    return Path(shutil.copytree(trained[0], tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoint-*", "cache")))
+
+
+@torch.no_grad()
+def logits(model: LlavaModel) -> torch.Tensor:
+    """Of a sequence with the image of a fixed noise in it."""
+    pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(3))
+    ids = torch.arange(3, 33)[None]
+    embeddings = model.embed(ids, pixels, torch.arange(5, 21))
+    return model.language_model(inputs_embeds=embeddings, use_cache=False).logits
+
+
+def load_merged(directory: Path, dtype: torch.dtype, base: str | None = None) -> LlavaModel:
+    return open_saved(str(directory), base).load(dtype)
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """To 1e-6 of the largest logit: merged and unmerged differ in the order of fp32 sums alone."""
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= 1e-6 * max(1, expected.abs().max())
+
+
+# --- what gets adapters ----------------------------------------------------------------------------------------------
+
+
+def test_every_linear_layer_of_the_language_model_but_the_head_gets_an_adapter_and_nothing_else_does():
+    model = build()
+    before = logits(model)
+    lora.add_lora(model.language_model, "base", 4, 8, 0.0, "none", torch.float32, seed=1)
+    assert set(lora.adapters(model.language_model)) == ADAPTED
+    assert not [name for name, _ in model.named_parameters() if "lora_" in name and "language_model" not in name]
+    assert torch.equal(logits(model), before), "a new adapter adds nothing"
+
+
+def test_new_adapters_depend_on_the_seed_alone():
+    models = [build() for _ in range(2)]
+    for model, drawn in zip(models, (0, 5), strict=True):
+        torch.rand(drawn)
+        lora.add_lora(model.language_model, "base", 4, 8, 0.0, "none", torch.float32, seed=1)
+    first, second = (dict(model.language_model.named_parameters()) for model in models)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(("bias", "count"), [("none", 0), ("all", 6), ("lora_only", 6)])
+def test_biases_are_trained_saved_and_merged_where_asked_for(tmp_path, bias, count):
+    model = build(language_model=tied_language_model())  # Qwen 2 has biases in three layers of each block
+    base = tmp_path / "base"
+    model.language_model.save_pretrained(base)
+    lora.add_lora(model.language_model, str(base), 4, 8, 0.0, bias, torch.float32, seed=1)
+    trained = {name: p for name, p in model.language_model.named_parameters() if p.requires_grad}
+    assert sum(name.endswith("bias") for name in trained) == count
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    save_directory(tmp_path / "lora", model)
+    merged = load_merged(tmp_path / "lora", torch.float32).language_model.state_dict()
+    for name, layer in lora.adapters(model.language_model).items():
+        weight = layer.get_base_layer().weight + layer.get_delta_weight("default")  # PEFT's own product
+        torch.testing.assert_close(merged.pop(f"{name}.weight"), weight.detach())
+    for name, tensor in model.language_model.state_dict().items():
+        if "lora_" not in name and not name.endswith("base_layer.weight"):
+            assert torch.equal(merged.pop(name.replace("base_layer.", "")), tensor)
+    assert not merged
+
+
+def save_directory(directory: Path, model: LlavaModel) -> None:
+    lora.save_lora(
+        directory,
+        tokenizer(),
+        model=model,
+        projector_type="mlp2x_gelu",
+        vision_tower_name=str(runs.FIXTURES / "clip"),
+        image_aspect_ratio="pad",
+        model_max_length=512,
+    )
+
+
+# --- what is done with a directory -----------------------------------------------------------------------------------
+
+
+def test_result_and_checkpoint_merge_into_what_was_trained(trained):
+    directory, model = trained
+    expected = logits(model)
+    merged = load_merged(directory, torch.float32)
+    assert_same(logits(merged), expected)
+    assert_same(logits(load_merged(directory / "checkpoint-3", torch.float32)), expected)
+    assert type(merged.language_model).__name__ == "LlamaForCausalLM"
+    assert not [name for name in merged.state_dict() if "lora" in name or "base_layer" in name]
+    # Adapters and tower were worth training: without them it is another function.
+    assert (logits(build()) - expected).abs().max() > 1e-2
+
+
+def test_merged_it_is_a_model_of_transformers(trained, tmp_path):
+    directory, model = trained
+    save(tmp_path, load_merged(directory, torch.float32))
+    whole, loading = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(loading.values()), loading
+    pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(3))
+    ids = torch.arange(3, 33)[None]
+    ids[:, 5:21] = whole.config.image_token_id
+    with torch.no_grad():
+        found = whole.eval()(input_ids=ids, pixel_values=pixels).logits[..., :800]
+    assert_same(found, logits(model))
+
+
+def test_merging_rounds_once(trained):
+    directory, _ = trained
+    exact, rounded = (load_merged(directory, dtype).state_dict() for dtype in (torch.float32, torch.bfloat16))
+    assert all(torch.equal(rounded[name], exact[name].bfloat16()) for name in exact)
+
+
+def test_peft_reads_the_adapter_onto_the_plain_language_model(trained):
+    directory, model = trained
+    plain = AutoModelForCausalLM.from_pretrained(runs.FIXTURES / "llm", dtype=torch.float32)
+    read = PeftModel.from_pretrained(plain, directory).eval()
+    mine = {f"base_model.model.{name}": tensor for name, tensor in model.language_model.state_dict().items()}
+    theirs = read.state_dict()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    ids = torch.arange(3, 33)[None]
+    with torch.no_grad():
+        assert torch.equal(read(ids, use_cache=False).logits, model.language_model(ids, use_cache=False).logits)
+
+
+def llavas_directory(directory: Path) -> LlavaModel:
+    """A LoRA directory as LLaVA's training writes it: PEFT's own wrapper, short target names, pickles, no tokenizer."""
+    torch.manual_seed(5)
+    language_model = AutoModelForCausalLM.from_pretrained(runs.FIXTURES / "llm", dtype=torch.float32)
+    short = sorted({name.rsplit(".")[-1] for name in ADAPTED})
+    wrapped = get_peft_model(language_model, LoraConfig(r=2, lora_alpha=6, target_modules=short, task_type="CAUSAL_LM"))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    tower = load_vision_tower(str(runs.FIXTURES / "clip"), -2, "patch", torch.float32)
+    model = LlavaModel(tower, build_projector("mlp2x_gelu", 32, 64), language_model).eval()
+
+    wrapped.peft_config["default"].base_model_name_or_path = str(runs.FIXTURES / "llm")
+    wrapped.save_pretrained(directory)
+    torch.save(load_file(directory / "adapter_model.safetensors"), directory / "adapter_model.bin")
+    (directory / "adapter_model.safetensors").unlink()
+    others = {f"base_model.model.model.mm_projector.{name}": p for name, p in model.projector.state_dict().items()}
+    torch.save(others, directory / "non_lora_trainables.bin")
+    config = json.loads((runs.FIXTURES / "llm" / "config.json").read_text()) | {
+        "model_type": "llava_llama",
+        "mm_vision_tower": str(runs.FIXTURES / "clip"),
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    return model
+
+
+def test_a_directory_of_llavas_own_is_read(tmp_path):
+    model = llavas_directory(tmp_path)
+    assert_same(logits(load_merged(tmp_path, torch.float32)), logits(model))
+
+
+def test_what_is_written_has_llavas_names_and_shapes(trained, tmp_path):
+    llavas_directory(tmp_path)
+    theirs = torch.load(tmp_path / "adapter_model.bin", weights_only=True)
+    assert load_file(trained[0] / "adapter_model.safetensors").keys() == theirs.keys()
+    theirs = torch.load(tmp_path / "non_lora_trainables.bin", weights_only=True)
+    mine = torch.load(trained[0] / "non_lora_trainables.bin", weights_only=True)
+    assert {name: t.shape for name, t in mine.items() if "mm_projector" in name} == {
+        n: t.shape for n, t in theirs.items()
+    }
+    tower = [name for name in mine if "mm_projector" not in name]
+    assert tower and all(
+        name.startswith("base_model.model.model.vision_tower.vision_tower.vision_model.") for name in tower
+    )
+
+
+def test_the_directory_says_what_it_is(trained):
+    for directory in (trained[0], trained[0] / "checkpoint-3"):
+        adapter = json.loads((directory / "adapter_config.json").read_text())
+        assert set(adapter["target_modules"]) == ADAPTED
+        assert adapter["base_model_name_or_path"] == str(runs.FIXTURES / "llm")
+        config = json.loads((directory / "config.json").read_text())
+        assert config["model_type"] == "llava_llama" and config["unfreeze_mm_vision_tower"] is True
+        assert (directory / "tokenizer.json").is_file()
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def refused(directory: Path, base: Path | None = None) -> str:
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        load_merged(directory, torch.float32, base and str(base))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "non_lora_trainables.bin"])
+@pytest.mark.parametrize("change", ["missing", "surplus", "shape"])
+def test_a_tensor_that_is_missing_surplus_or_of_another_shape_is_named(copied, file, change):
+    path = copied / file
+    weights = load_file(path) if file.endswith("safetensors") else torch.load(path, weights_only=True)
+    key = next(iter(weights))
+    if change == "missing":
+        del weights[key]
+    elif change == "surplus":
+        key = key.replace("lora_A", "lora_C").replace("mm_projector.0", "mm_projector.4")
+        weights[key] = torch.zeros(3)
+    else:
+        weights[key] = torch.zeros(3, 7)
+    save_file(weights, path) if file.endswith("safetensors") else torch.save(weights, path)
+    sentence = refused(copied)
+    name = key.removeprefix("base_model.model.").removeprefix("model.mm_")
+    assert str(path) in sentence and name in sentence
+    assert change != "shape" or "[3, 7]" in sentence
+
+
+@pytest.mark.parametrize(
+    "file", ["adapter_model.safetensors", "non_lora_trainables.bin", "adapter_config.json", "config.json"]
+)
+def test_a_missing_file_is_named(copied, file):
+    (copied / file).unlink()
+    assert file in refused(copied)
+
+
+def test_the_wrong_base_is_named_with_its_differences(copied, tmp_path):
+    other = AutoModelForCausalLM.from_pretrained(runs.FIXTURES / "llm", dtype=torch.float32)
+    with torch.no_grad():
+        other.get_input_embeddings().weight[7] += 0.1
+    other.save_pretrained(tmp_path / "same shapes")
+    assert "other word embeddings" in refused(copied, tmp_path / "same shapes")
+    wider = tied_language_model()
+    wider.save_pretrained(tmp_path / "wider")
+    assert "intermediate_size 128 there, 96 here" in refused(copied, tmp_path / "wider")
+
+
+def test_an_adapter_of_another_kind_is_refused(copied):
+    path = copied / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))
+    assert "use_dora" in refused(copied)
+
+
+# --- further runs ----------------------------------------------------------------------------------------------------
+
+
+def test_another_run_starts_from_a_lora_directory(trained, tmp_path):
+    values = {
+        **LORA,
+        "lora_weight_path": trained[0],
+        "max_steps": 1,
+        "global_batch_size": 4,
+        "learning_rate": 0,
+        "mm_projector_lr": 0,
+    }
+    runs.train_here(runs.flags_of(2, tmp_path / "run", values | {"unfreeze_mm_vision_tower": True}))
+    for file in ("adapter_model.safetensors", "non_lora_trainables.bin"):
+        before, after = (d / file for d in (trained[0], tmp_path / "run"))
+        read = load_file if file.endswith("safetensors") else lambda path: torch.load(path, weights_only=True)
+        before, after = read(before), read(after)
+        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    with pytest.raises(ValueError, match="has r 4, but --lora_r is 8"):
+        runs.train_here(runs.flags_of(2, tmp_path / "other", values | {"lora_r": 8}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["ddp", "zero2", "zero3"])
+def test_quantised_runs_on_two_processes_have_the_losses_of_one(tmp_path, backend):
+    pytest.importorskip("bitsandbytes")
+    values = {**LORA, "lora_dropout": 0, "max_steps": 3, "learning_rate": 1e-2, "warmup_ratio": 0}
+    values |= {"global_batch_size": 8, "per_device_train_batch_size": 2}
+    lines = [runs.flags_of(2, tmp_path / str(bits), values | {"bits": bits}) for bits in (4, 8)]
+    train_in_turn(None if backend == "ddp" else runs.config_file(backend, tmp_path), lines, tmp_path)
+    for bits in (4, 8):
+        runs.train_here(runs.flags_of(2, tmp_path / f"{bits} alone", values | {"bits": bits}))
+        found, expected = runs.log(tmp_path / str(bits)), runs.log(tmp_path / f"{bits} alone")
+        # The order of fp32 sums differs; the weights are the same 4 or 8 bits.
+        assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-6)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_adapters_learn_and_merge_into_the_unquantised_base(tmp_path, bits):
+    pytest.importorskip("bitsandbytes")
+    values = {**LORA, "bits": bits, "max_steps": 4, "global_batch_size": 8, "learning_rate": 1e-2}
+    runs.train_here(runs.flags_of(2, tmp_path, values))
+    losses = [line["loss"] for line in runs.log(tmp_path)]
+    assert losses[-1] < losses[0] - 0.05
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert logits(load_merged(tmp_path, torch.float32)).isfinite().all()
