@@ -33,14 +33,11 @@ from mini_llava.data.sampler import GlobalBatchSampler, deal
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import add_image_tokens, load_tokenizer, tokenize, tokenize_prompt
 from mini_llava.model import formats, lora
-from mini_llava.model.attention import choose_attention
-from mini_llava.model.freeze import apply_plan, freeze_plan, trainable_table, trained_in_full
-from mini_llava.model.fused_kernels import choose_fused_kernels, use_fused_kernels
-from mini_llava.model.image_tokens import add_token_rows
-from mini_llava.model.llava import load_llava
+from mini_llava.model.freeze import trainable_table, trained_in_full
 from mini_llava.model.sources import open_source
 from mini_llava.model.vision_tower import tokens_per_image
 from mini_llava.training import checkpoint, distributed, liveness, output_folder
+from mini_llava.training.build import build_model
 from mini_llava.training.evaluation import HeldOut
 from mini_llava.training.identity import run_identity
 from mini_llava.training.meter import Meter, ProgressLine, append_json_line, prepare_reports
@@ -95,56 +92,8 @@ def train(arguments: flags.Arguments) -> None:
     torch.manual_seed(training.seed)  # the same on every rank, because new weights must be equal
 
     # --- Model, what of it is trained, optimizer ---------------------------------------------------------------------
-    plan = freeze_plan(
-        model_flags.tune_mm_mlp_adapter,
-        model_flags.freeze_mm_mlp_adapter,
-        model_flags.freeze_backbone,
-        model_flags.unfreeze_mm_vision_tower,
-        training.lora_r if training.lora_enable else None,
-        model_flags.mm_use_im_start_end,
-    )
+    model, plan = build_model(arguments, source, tokenizer, len(tokenizer) - known_tokens, accelerator)
     trained = trained_in_full(plan)
-    model = load_llava(
-        source,
-        choose_attention(
-            model_flags.attn_implementation,
-            source.language_config.model_type,
-            data_flags.packing,
-            accelerator.device,
-            half_precision=precision != "no",
-        ),
-        distributed.parameter_dtypes(accelerator, trained),
-        model_flags.pretrain_mm_mlp_adapter,
-        distributed.quantisation(accelerator, training.bits, training.double_quant, training.quant_type),
-        model_flags.mm_use_im_start_end,
-    )
-    if training.lora_enable:
-        lora.add_lora(
-            model.language_model,
-            model_flags.model_name_or_path,
-            training.lora_r,
-            training.lora_alpha,
-            training.lora_dropout,
-            training.lora_bias,
-            distributed.master_dtype(accelerator),
-            training.seed,
-        )
-    add_token_rows(
-        model,
-        tokenizer,
-        len(tokenizer) - known_tokens,
-        *marks,
-        model_flags.pretrain_mm_mlp_adapter,
-        "new_tokens" in plan,
-        distributed.master_dtype(accelerator),
-    )
-    if training.lora_weight_path:
-        lora.start_from(model, training.lora_weight_path)
-    apply_plan(model, plan)
-    if choose_fused_kernels(training.use_liger_kernel, model.language_model.config.model_type, accelerator.device):
-        use_fused_kernels(model.language_model)
-    if training.gradient_checkpointing:
-        model.gradient_checkpointing_enable(training.gradient_checkpointing_share)
     rates = {"projector": training.mm_projector_lr, "vision_tower": training.mm_vision_tower_lr}
     groups = parameter_groups(model, training.learning_rate, training.weight_decay, rates)
     table = trainable_table(model, groups, plan)

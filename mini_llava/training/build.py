@@ -1,0 +1,87 @@
+"""The model of a run: read, given adapters or rows for new tokens, and told what of it is trained.
+
+Replaces the middle of LLaVA's `train.py`. What is trained is decided once, in `freeze_plan`, and everything else here
+follows it.
+"""
+
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
+
+from ..arguments import Arguments
+from ..model import lora
+from ..model.attention import choose_attention
+from ..model.freeze import apply_plan, freeze_plan, trained_in_full
+from ..model.fused_kernels import choose_fused_kernels, use_fused_kernels
+from ..model.image_tokens import add_token_rows
+from ..model.llava import LlavaModel, load_llava
+from ..model.sources import Source
+from .distributed import master_dtype, parameter_dtypes, quantisation
+
+
+def build_model(
+    arguments: Arguments,
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    new_tokens: int,
+    accelerator: Accelerator,
+) -> tuple[LlavaModel, dict[str, str]]:
+    """The model, not yet prepared, and its freeze plan: part -> "full", "frozen" or "LoRA r=...".
+
+    Args:
+        new_tokens: how many tokens at the end of the tokenizer were added for LLaVA's image marks.
+
+    Raises:
+        ValueError: flags, model and projector do not fit together; the sentence names them.
+    """
+    model_flags, training = arguments.model, arguments.training
+    plan = freeze_plan(
+        model_flags.tune_mm_mlp_adapter,
+        model_flags.freeze_mm_mlp_adapter,
+        model_flags.freeze_backbone,
+        model_flags.unfreeze_mm_vision_tower,
+        training.lora_r if training.lora_enable else None,
+        model_flags.mm_use_im_start_end,
+    )
+    model = load_llava(
+        source,
+        choose_attention(
+            model_flags.attn_implementation,
+            source.language_config.model_type,
+            arguments.data.packing,
+            accelerator.device,
+            half_precision=accelerator.mixed_precision != "no",
+        ),
+        parameter_dtypes(accelerator, trained_in_full(plan)),
+        model_flags.pretrain_mm_mlp_adapter,
+        quantisation(accelerator, training.bits, training.double_quant, training.quant_type),
+        model_flags.mm_use_im_start_end,
+    )
+    if training.lora_enable:
+        lora.add_lora(
+            model.language_model,
+            model_flags.model_name_or_path,
+            training.lora_r,
+            training.lora_alpha,
+            training.lora_dropout,
+            training.lora_bias,
+            master_dtype(accelerator),
+            training.seed,
+        )
+    add_token_rows(
+        model,
+        tokenizer,
+        new_tokens,
+        model_flags.mm_use_im_start_end,
+        model_flags.mm_use_im_patch_token,
+        model_flags.pretrain_mm_mlp_adapter,
+        "new_tokens" in plan,
+        master_dtype(accelerator),
+    )
+    if training.lora_weight_path:
+        lora.start_from(model, training.lora_weight_path)
+    apply_plan(model, plan)
+    if choose_fused_kernels(training.use_liger_kernel, model.language_model.config.model_type, accelerator.device):
+        use_fused_kernels(model.language_model)
+    if training.gradient_checkpointing:
+        model.gradient_checkpointing_enable(training.gradient_checkpointing_share)
+    return model, plan
