@@ -10,6 +10,7 @@ import contextlib
 import functools
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -175,6 +176,8 @@ def main(command_line: list[str] | None = None) -> None:
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[given.dtype or ("float32" if device == "cpu" else "bfloat16")]
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # remarks on configurations, for whoever writes them
+    warnings.simplefilter("ignore", FutureWarning)
     try:
         saved = open_saved(given.directory, given.model_base, given.vision_tower, given.version)
         print(saved.describe(), file=sys.stderr)
