@@ -10,6 +10,7 @@ import contextlib
 import functools
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,8 @@ from ..data.templates import IMAGE_MARK
 from ..data.tokenization import IMAGE_TOKEN_INDEX, BadRecord, tokenize_prompt
 from ..model.formats import generation_settings
 from ..training.checkpoint import CheckpointError
-from .saved_models import SavedModel, open_saved
+from .saved_models import DTYPES, SavedModel, open_saved
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 COMMANDS = "/image FILE adds a picture to the next question, /reset begins anew, exit or Ctrl-D ends."
 
 
@@ -33,31 +33,21 @@ class Conversation:
     """Questions, answers and pictures so far, and the model that answers."""
 
     def __init__(self, saved: SavedModel, dtype: torch.dtype, device: str, generation: dict):
-        """
-        Args:
-            generation: of `GenerationConfig`: `max_new_tokens`, `do_sample` and so on.
-        """
+        """`generation` is for `GenerationConfig`: `max_new_tokens`, `do_sample` and so on."""
         self.template, self.tokenizer = saved.template, saved.tokenizer
         self.model, self.device = saved.load(dtype).to(device), device
         self.dtype, self.size = dtype, self.model.vision_tower.image_size
         self.longest = saved.source.language_config.max_position_embeddings
-        self.to_pixels = functools.partial(
-            open_pixels,
-            processor=saved.source.image_processor(),
-            aspect_ratio=saved.image_aspect_ratio(),
-            size=self.size,
-        )
-        language_model = self.model.language_model
-        ends = generation_settings(language_model.generation_config, self.tokenizer, self.template.stop)["eos_token_id"]
-        language_model.generation_config = GenerationConfig(
-            **generation, eos_token_id=ends, pad_token_id=self.tokenizer.pad_token_id or 0
-        )
+        how = dict(processor=saved.source.image_processor(), aspect_ratio=saved.image_aspect_ratio(), size=self.size)
+        self.to_pixels = functools.partial(open_pixels, **how)
+        config = self.model.language_model.generation_config
+        ends = generation_settings(config, self.tokenizer, self.template.stop).get("eos_token_id")
+        generation = {**generation, "eos_token_id": ends, "pad_token_id": self.tokenizer.pad_token_id or 0}
+        self.model.language_model.generation_config = GenerationConfig(**generation)
         self.reset()
 
     def reset(self) -> None:
-        self.turns: list[str] = []
-        self.pixels: list[torch.Tensor] = []
-        self.pending: list[torch.Tensor] = []
+        self.turns, self.pixels, self.pending = [], [], []
 
     def add_image(self, file: str) -> None:
         """Reads a picture, which belongs to the next question. Raises BadImage."""
@@ -78,13 +68,9 @@ class Conversation:
         if self.template.captions_only:  # each picture stands for itself
             self.turns, self.pixels = [], []
         turns, pixels = [*self.turns, question], self.pixels + self.pending
-        record = {
-            # The last answer is the one asked for: whatever stands there is left out of the prompt.
-            "conversations": [
-                {"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate([*turns, ""])
-            ],
-            "image": [f"picture {index}" for index in range(len(pixels))],
-        }
+        # The last answer is the one asked for: whatever stands there is left out of the prompt.
+        spoken = [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate([*turns, ""])]
+        record = {"conversations": spoken, "image": [f"picture {index}" for index in range(len(pixels))]}
         ids = tokenize_prompt(record, self.template, self.tokenizer, self.model.vision_tower.tokens_per_image)
         if len(ids) >= self.longest:
             raise BadRecord(f"the conversation has {len(ids)} tokens, and the model takes {self.longest}: /reset.")
@@ -189,24 +175,19 @@ def main(command_line: list[str] | None = None) -> None:
     generation = {**(sampling if given.temperature else {}), "max_new_tokens": given.max_new_tokens}
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[given.dtype or ("float32" if device == "cpu" else "bfloat16")]
-
     logging.disable_progress_bar()
-
-    def note(text: str) -> None:
-        print(text, file=sys.stderr)
-
+    logging.set_verbosity_error()  # remarks on configurations, for whoever writes them
+    warnings.simplefilter("ignore", FutureWarning)
     try:
         saved = open_saved(given.directory, given.model_base, given.vision_tower, given.version)
-        note(saved.describe())
-        if not (saved.version_is_known or given.version):
-            note("It does not say which conversation template it was trained with: taken is v1 (--version).")
+        print(saved.describe(), file=sys.stderr)
         conversation = Conversation(saved, dtype, device, generation)
         for file in given.image:
             conversation.add_image(file)
         if given.prompt is not None:
             print(conversation.ask(given.prompt))
             return
-        note(f"Template {saved.version}, {str(dtype).removeprefix('torch.')} on {device}. {COMMANDS}")
+        print(f"Template {saved.version}, {dtype} on {device}. {COMMANDS}", file=sys.stderr)
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (arrow keys in input())
         converse(conversation)

@@ -16,9 +16,7 @@ from ..model import formats
 from ..model.llava import LlavaModel
 from ..model.sources import map_parts
 from ..training.checkpoint import CheckpointError
-from .saved_models import LORA, WHOLE, SavedModel, open_saved
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+from .saved_models import DTYPES, LORA, WHOLE, SavedModel, open_saved
 
 
 def export(
@@ -88,8 +86,6 @@ def main(command_line: list[str] | None = None) -> None:
         for base in (given.source, saved.source.name):
             flags = ModelArguments(model_name_or_path=base, vision_tower=saved.source.vision_tower)
             formats.check_may_be_written(given.directory, flags, given.export_format)
-        if not (saved.version_is_known or given.version):
-            print("It does not say which conversation template it was trained with: taken is LLaVA-1.5's (--version).")
         how = (given.export_format, given.dtype and DTYPES[given.dtype], given.image_aspect_ratio)
         print(export(saved, given.directory, *how, given.save_vision_tower))
     except (ValueError, OSError, CheckpointError) as error:

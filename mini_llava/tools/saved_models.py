@@ -21,6 +21,7 @@ from ..model.projector import PROJECTOR_FILE
 from ..model.sources import IMAGE_TOKEN_FLAGS, WEIGHT_FILES, Source, layout_of, open_source
 from ..training.checkpoint import read_manifest, read_trained
 
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 WHOLE, LORA, PROJECTOR, STATE = "whole model", "LoRA directory", "projector", "training state"
 # What a trained part says about the model, under the names of the flags.
 FIXED = ("mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature")
@@ -35,7 +36,7 @@ class SavedModel:
         config: its `config.json`.
         source: where the weights come from that are not in the directory; of a whole model, the directory itself.
         template: the conversation template, image tokens included.
-        version_is_known: whether the directory says which template that is.
+        version_is_known: whether the directory, or who opened it, says which template that is.
         tower_is_own: whether the tower's weights are other than those of the tower's name.
     """
 
@@ -85,9 +86,12 @@ class SavedModel:
         return self.config.get("tokenizer_model_max_length") or self.source.model_max_length(self.tokenizer)
 
     def describe(self) -> str:
-        if self.kind == WHOLE:
-            return self.source.describe()
-        return f"{self.directory} is a {self.kind}; the rest of the model comes from {self.source.name}."
+        text = self.source.describe()
+        if self.kind != WHOLE:
+            text = f"{self.directory} is a {self.kind}; the rest of the model comes from {self.source.name}."
+        if not self.version_is_known:
+            text += " It does not say which conversation template it was trained with: taken is v1 (--version)."
+        return text
 
     def image_tokens(self) -> tuple[bool, bool]:
         """Whether it has LLaVA's tokens around an image, and the one for patches."""
@@ -135,8 +139,8 @@ def open_saved(
 
     has_tokenizer = find_file(directory, "tokenizer_config.json") is not None
     tokenizer = load_tokenizer(directory if has_tokenizer else source.name)
-    known, recorded = len(tokenizer), config.get("conversation_version")
-    version = version or recorded or "v1"
+    known, version = len(tokenizer), version or config.get("conversation_version")
+    known_version, version = bool(version), version or "v1"
     template = add_image_tokens(tokenizer, get_template(version), *(bool(config.get(key)) for key in IMAGE_TOKEN_FLAGS))
     return SavedModel(
         directory,
@@ -147,7 +151,7 @@ def open_saved(
         len(tokenizer) - known,
         version,
         template,
-        bool(recorded),
+        known_version,
         "vision_tower" in source.stored or _tower_was_trained(directory, kind, config),
     )
 
