@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
-import train
 from mini_llava.arguments import ModelArguments
 from mini_llava.model.llava import load_llava
 from mini_llava.model.sources import open_source
 from mini_llava.tools import export
 from mini_llava.tools.saved_models import open_saved
+from mini_llava.training import build
 from tests.end_to_end import runs
 from tests.launching import train_in_turn
 from tests.model.test_sources import load_here, logits
@@ -71,13 +71,13 @@ def assert_transformers_agrees(folder, expected: torch.Tensor) -> None:
 @pytest.fixture
 def kept(monkeypatch):
     """The models that runs in this process train, in turn."""
-    models, load = [], train.load_llava
+    models, load = [], build.load_llava
 
     def load_and_keep(*arguments):
         models.append(load(*arguments))
         return models[-1]
 
-    monkeypatch.setattr(train, "load_llava", load_and_keep)
+    monkeypatch.setattr(build, "load_llava", load_and_keep)
     return models
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-import train
 from mini_llava.data.collator import collate
 from mini_llava.data.images import load_image, load_image_processor
 from mini_llava.data.loader import open_pixels
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, Sample, load_tokenizer, tokenize, tokenize_prompt
+from mini_llava.training import build
 from tests.end_to_end import runs
 
 # Both compute in fp32 with the same kernels; logits are of size 1 to 10.
@@ -27,10 +27,10 @@ OF_BOTH_KINDS = pytest.mark.parametrize("record", [WITH_IMAGE, WITHOUT], ids=["i
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """(the trainer's model after three steps with every part trained, transformers' from the files, their processor)"""
-    output_dir, kept, load = tmp_path_factory.mktemp("stage2"), [], train.load_llava
+    output_dir, kept, load = tmp_path_factory.mktemp("stage2"), [], build.load_llava
     with pytest.MonkeyPatch.context() as patch:
         # The real model; the test keeps hold of it.
-        patch.setattr(train, "load_llava", lambda *arguments: kept.append(load(*arguments)) or kept[0])
+        patch.setattr(build, "load_llava", lambda *arguments: kept.append(load(*arguments)) or kept[0])
         values = {"max_steps": 3, "learning_rate": 1e-2, "global_batch_size": 8, "unfreeze_mm_vision_tower": True}
         runs.train_here(runs.flags_of(2, output_dir, values))
     saved, loading = LlavaForConditionalGeneration.from_pretrained(output_dir, output_loading_info=True)

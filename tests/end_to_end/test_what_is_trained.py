@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-import train
+from mini_llava.training import build
 from tests.end_to_end import runs
 
 CASES = {
@@ -61,8 +61,8 @@ def test_one_step_changes_exactly_what_the_table_declares(tmp_path, monkeypatch,
                     torch.nn.init.normal_(parameter, std=0.1)
         kept["model"], kept["before"] = model, {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
-    applied = train.apply_plan
-    monkeypatch.setattr(train, "apply_plan", apply_and_keep)  # the real model; the test keeps hold of it
+    applied = build.apply_plan
+    monkeypatch.setattr(build, "apply_plan", apply_and_keep)  # the real model; the test keeps hold of it
     one_step = {"max_steps": 1, "warmup_ratio": 0, "learning_rate": 1e-3, "global_batch_size": 4}
     order = tmp_path / "order.json"
     order.write_text(str([runs.GLOBAL_BATCHES["two with an image, two without"]]))

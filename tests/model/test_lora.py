@@ -10,12 +10,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
-import train
 from mini_llava.model import lora
 from mini_llava.model.llava import LlavaModel
 from mini_llava.model.projector import build_projector
 from mini_llava.model.vision_tower import load_vision_tower
 from mini_llava.tools.saved_models import open_saved
+from mini_llava.training import build as building
 from tests.end_to_end import runs
 from tests.launching import train_in_turn
 from tests.model.test_formats import build, save, tied_language_model, tokenizer
@@ -39,11 +39,11 @@ def one_thread():
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """(directory, model in memory) of three steps with LoRA and the tower trained too."""
-    directory, kept, load = tmp_path_factory.mktemp("lora") / "run", [], train.load_llava
+    directory, kept, load = tmp_path_factory.mktemp("lora") / "run", [], building.load_llava
     values = {"max_steps": 3, "save_steps": 3, "learning_rate": 1e-2, "global_batch_size": 8}
     with pytest.MonkeyPatch.context() as patch:
         # The real model; the test keeps hold of it.
-        patch.setattr(train, "load_llava", lambda *arguments: kept.append(load(*arguments)) or kept[0])
+        patch.setattr(building, "load_llava", lambda *arguments: kept.append(load(*arguments)) or kept[0])
         runs.train_here(runs.flags_of(2, directory, {**LORA, **values, "unfreeze_mm_vision_tower": True}))
     return directory, kept[0].eval()
 
