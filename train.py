@@ -282,17 +282,18 @@ def train(arguments: flags.Arguments) -> None:
         sys.exit(EXIT_CODE)
 
     # --- The result --------------------------------------------------------------------------------------------------
-    if training.lora_enable:
-        say(save_trained(output_dir, **described))
-    elif not whole_model:
-        formats.save_projector_only(output_dir, **described)
-        say(f"The projector is in {output_dir}/mm_projector.bin; stage 2 takes it as --pretrain_mm_mlp_adapter.")
-    else:
-        # A tower that is not quite the one of its name: trained, now or in the model that the run started from.
-        with_tower = training.save_vision_tower or "vision_tower" in trained or "vision_tower" in source.stored
-        layout, dtype = training.export_format, distributed.compute_dtype(accelerator)
-        whole = (output_dir, tokenizer, image_processor, template, layout, with_tower, dtype)
-        say(formats.save_whole_model(*whole, **described))
+    with output_folder.writing_the_result(output_dir):
+        if training.lora_enable:
+            say(save_trained(output_dir, **described))
+        elif not whole_model:
+            formats.save_projector_only(output_dir, **described)
+            say(f"The projector is in {output_dir}/mm_projector.bin; stage 2 takes it as --pretrain_mm_mlp_adapter.")
+        else:
+            # A tower that is not quite the one of its name: trained, now or in the model that the run started from.
+            with_tower = training.save_vision_tower or "vision_tower" in trained or "vision_tower" in source.stored
+            layout, dtype = training.export_format, distributed.compute_dtype(accelerator)
+            whole = (output_dir, tokenizer, image_processor, template, layout, with_tower, dtype)
+            say(formats.save_whole_model(*whole, **described))
     with distributed.never_fatal(f"{output_dir}/skipped.jsonl cannot be counted"):
         for line in count_skipped(output_dir / "skipped.jsonl"):
             say(f"skipped: {line}")

@@ -1,4 +1,4 @@
-"""The output directory before the first step: one for all machines, free of leftovers, with room for what will come.
+"""The output directory: before the first step one for all machines, free of leftovers, with room; and a failed result.
 
 What is found out here in a second costs hours if it is found out at the first save.
 """
@@ -6,9 +6,12 @@ What is found out here in a second costs hours if it is found out at the first s
 import shutil
 import socket
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import nn
 
 from .checkpoint import KINDS, CheckpointError, agreement, complete_checkpoints, remove_oldest
@@ -77,3 +80,17 @@ def disk_note(
         f"training states of {state / 1e9:,.3f} GB ({present} there already) and {result / 1e9:,.3f} GB for the "
         "result. Make room, or keep fewer with --save_total_limit."
     )
+
+
+@contextmanager
+def writing_the_result(output_dir: Path) -> Iterator[None]:
+    """Raises OSError with what to do, if files written inside fail; the training states are as they were."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        present = complete_checkpoints(output_dir)
+        since = f"goes on from {present[-1].name}" if present else "starts anew, for there is no training state"
+        raise OSError(
+            f"The result could not be written to {output_dir}: {error}. Make room, or give permission; "
+            f"--resume_from_checkpoint latest then {since}."
+        ) from error

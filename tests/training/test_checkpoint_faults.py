@@ -114,6 +114,22 @@ def test_one_process_trains_to_its_end_on_a_disk_with_room_for_one_state(tmp_pat
         assert entries[2]["save_seconds"] > 0 and not any("save_seconds" in entries[i] for i in (0, 1, 3))
 
 
+def test_a_disk_that_is_full_at_the_end_costs_the_result_only(tmp_path):
+    with small_disk(tmp_path / "disk", ROOM_FOR_ONE_STATE) as disk:
+        run = runs.flags_of(2, disk, FOUR_STEPS | {"save_steps": 3, "resume_from_checkpoint": "latest"})
+        filler = disk / "of somebody else"
+        filler.write_bytes(bytes(900_000))
+        with pytest.raises(OSError, match=r"The result could not be written to .*space.*goes on from checkpoint-3\."):
+            runs.train_here(run)
+        assert [path.name for path in complete_checkpoints(disk)] == ["checkpoint-3"]
+        filler.unlink()
+        runs.train_here(run)
+        whole = runs.flags_of(2, tmp_path / "whole", FOUR_STEPS)
+        runs.train_here(whole)
+        for name, tensor in runs.saved_weights(tmp_path / "whole").items():
+            assert torch.equal(runs.saved_weights(disk)[name], tensor)
+
+
 @pytest.mark.slow
 def test_two_zero3_processes_go_on_when_one_of_them_or_both_cannot_write(trained, tmp_path):
     (tmp_path / "config").mkdir()
