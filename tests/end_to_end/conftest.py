@@ -1,14 +1,8 @@
 """The runs that several test files here compare, each trained when it is first asked for."""
 
 import pytest
-import torch
 
 from tests.end_to_end import runs
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -47,11 +47,6 @@ PROMPT = "USER: <image>\nWhat is in the picture? ASSISTANT:"
 VICUNA_LIKE = {"temperature": 0.9, "top_p": 0.6, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def build(projector_type="mlp2x_gelu", select_feature="patch", language_model=None) -> LlavaModel:
     tower = load_vision_tower(str(FIXTURES / "clip"), -2, select_feature, torch.float32)
     if language_model is None:

@@ -22,11 +22,6 @@ MARKS = {"mm_use_im_start_end": True, "mm_use_im_patch_token": True}
 STEPS = {"max_steps": 2, "warmup_ratio": 0, "learning_rate": 1e-2, "weight_decay": 0.1, "global_batch_size": 8}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.mark.parametrize("version", ["plain", "v1", "v1_mmtag"])
 def test_start_and_end_stand_around_the_image(version):
     with_marks = tokenizer()

@@ -31,11 +31,6 @@ ADAPTED = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """(directory, model in memory) of three steps with LoRA and the tower trained too."""

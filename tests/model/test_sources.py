@@ -27,11 +27,6 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """A directory of each layout, not to be changed."""

@@ -21,11 +21,6 @@ WIDE, TALL = IMAGES / "wide_rgb.png", IMAGES / "tall_rgb.png"
 STEPS = {"max_steps": 3, "save_steps": 3, "learning_rate": 1e-2, "warmup_ratio": 0, "global_batch_size": 8}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Runs of three steps: stage 1, stage 2 into either layout, with the tower and an old template, and LoRA."""
