@@ -64,13 +64,13 @@ def save_projector_only(
     """
     directory = Path(directory)
     if is_main_process:
-        _begin(directory)
+        begin_directory(directory)
     rows = model.new_tokens.weight if model.new_tokens is not None else None
     save_projector(model.projector, directory / PROJECTOR_FILE, dtype, is_main_process, rows)
     if is_main_process:
-        config = _llava_config(model, projector_type, vision_tower_name, image_aspect_ratio, model_max_length, version)
+        config = llava_config(model, projector_type, vision_tower_name, image_aspect_ratio, model_max_length, version)
         base = {"_name_or_path": model.base} if model.base else {}  # as LLaVA's own have it
-        _write_json(directory, "config.json", {**config, **base, "tune_mm_mlp_adapter": True})
+        write_json(directory, "config.json", {**config, **base, "tune_mm_mlp_adapter": True})
 
 
 def check_may_be_written(directory: str | Path, model_flags=None, export_format: str = "transformers") -> None:
@@ -180,7 +180,7 @@ def save_transformers(
     resized = dict.fromkeys(("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"), rows)
 
     if is_main_process:
-        _begin(directory)
+        begin_directory(directory)
     _write_weights(directory, weights, dtype, is_main_process, shard_bytes, resized)
     save_projector(model.projector, directory / PROJECTOR_FILE, dtype, is_main_process)
     if not is_main_process:
@@ -196,14 +196,14 @@ def save_transformers(
         image_token=IMAGE_MARK,
         chat_template=chat_template,
     )
-    with _staged(directory) as staging:
+    with staged(directory) as staging:
         processor.save_pretrained(staging)
         _make_readable_for_transformers_4(staging, processor.image_processor)
         # Not read with tokenizer.json beside it; LLaVA's layout, exported from here, takes it.
         if tokenizer.name_or_path and (file := find_file(tokenizer.name_or_path, SENTENCEPIECE_FILE)):
             shutil.copyfile(file, staging / SENTENCEPIECE_FILE)
     generation = generation_settings(model.language_model.generation_config, tokenizer, stop)
-    _write_json(directory, "generation_config.json", generation)
+    write_json(directory, "generation_config.json", generation)
 
     text_config = copy.deepcopy(model.language_model.config)
     text_config.vocab_size, text_config.tie_word_embeddings = rows, tied
@@ -227,7 +227,7 @@ def save_transformers(
     config = _portable(config, dtype)
     config["text_config"] = _portable(config["text_config"], dtype)
     config["vision_config"] = _portable(config["vision_config"], dtype)
-    _write_json(directory, "config.json", config)
+    write_json(directory, "config.json", config)
 
 
 def save_whole_model(
@@ -315,20 +315,20 @@ def save_llava(
             weights.append((f"model.vision_tower.vision_tower.vision_model.{name}", tensor))
 
     if is_main_process:
-        _begin(directory)
+        begin_directory(directory)
     _write_weights(directory, weights, dtype, is_main_process, shard_bytes)
     save_projector(model.projector, directory / PROJECTOR_FILE, dtype, is_main_process)
     if not is_main_process:
         return
-    with _staged(directory) as staging:
+    with staged(directory) as staging:
         _save_tokenizer_for_llava(staging, tokenizer)
     generation = generation_settings(model.language_model.generation_config, tokenizer)
-    _write_json(directory, "generation_config.json", generation)
-    config = _llava_config(model, projector_type, vision_tower_name, image_aspect_ratio, model_max_length, version)
+    write_json(directory, "generation_config.json", generation)
+    config = llava_config(model, projector_type, vision_tower_name, image_aspect_ratio, model_max_length, version)
     config = _portable({**config, "tie_word_embeddings": tied}, dtype)
     # LLaVA's loader ignores tower weights in the files unless this is set (its issues 902 and 1694).
     config["unfreeze_mm_vision_tower"] = include_vision_tower
-    _write_json(directory, "config.json", config)
+    write_json(directory, "config.json", config)
 
 
 def generation_settings(generation_config: GenerationConfig, tokenizer, stop: tuple[str, ...] = ()) -> dict:
@@ -360,7 +360,7 @@ def generation_settings(generation_config: GenerationConfig, tokenizer, stop: tu
 # ---------------------------------------------------------------------------------------------------- configurations
 
 
-def _llava_config(
+def llava_config(
     model: nn.Module,
     projector_type: str,
     vision_tower_name: str | None,
@@ -523,11 +523,11 @@ def _write_weights(
             for name, tensor in gathered_state_dict(shard, is_main_process, dtype)
         }
         if is_main_process:
-            with _staged(directory) as staging:
+            with staged(directory) as staging:
                 save_file(content, staging / file, metadata={"format": "pt"})
     if is_main_process and len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(directory, "model.safetensors.index.json", index)
+        write_json(directory, "model.safetensors.index.json", index)
 
 
 def _grown(matrix: torch.Tensor, rows: int) -> torch.Tensor:
@@ -538,7 +538,7 @@ def _grown(matrix: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.cat([matrix, mean.expand(rows - len(matrix), -1)])
 
 
-def _begin(directory: Path) -> None:
+def begin_directory(directory: Path) -> None:
     """Remove an older model's config first, so that the rest is not taken for whole, then its other files."""
     check_may_be_written(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -549,7 +549,7 @@ def _begin(directory: Path) -> None:
 
 
 @contextmanager
-def _staged(directory: Path) -> Iterator[Path]:
+def staged(directory: Path) -> Iterator[Path]:
     """A folder whose files are flushed to the disk and moved into `directory` when the block ends well."""
     staging = directory / ".unfinished"
     shutil.rmtree(staging, ignore_errors=True)
@@ -568,7 +568,7 @@ def _staged(directory: Path) -> Iterator[Path]:
     os.close(descriptor)
 
 
-def _write_json(directory: Path, name: str, content: dict) -> None:
-    with _staged(directory) as staging:
+def write_json(directory: Path, name: str, content: dict) -> None:
+    with staged(directory) as staging:
         text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
         (staging / name).write_text(text + "\n", encoding="utf-8")

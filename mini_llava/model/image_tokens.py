@@ -11,7 +11,7 @@ from torch import nn
 
 from ..data.tokenization import START_TOKEN
 from .llava import LlavaModel
-from .projector import PROJECTOR_FILE, _read_tensors, whole
+from .projector import PROJECTOR_FILE, read_tensors, whole
 
 
 def add_token_rows(
@@ -72,7 +72,7 @@ def read_rows(projector: str | Path) -> torch.Tensor:
     """The rows [2, width] in a projector file: LLaVA writes the whole matrix, the new rows last, or these alone."""
     path = Path(projector)
     path = path / PROJECTOR_FILE if path.is_dir() else path
-    rows = [tensor for key, tensor in _read_tensors(path).items() if key.endswith("embed_tokens.weight")]
+    rows = [tensor for key, tensor in read_tensors(path).items() if key.endswith("embed_tokens.weight")]
     if len(rows) != 1 or rows[0].dim() != 2 or len(rows[0]) < 2:
         raise ValueError(
             f"{path} has no rows for <im_start> and <im_end> (model.embed_tokens.weight): its projector was trained "

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..data.tokenization import load_tokenizer
-from .formats import _begin, _llava_config, _staged, _write_json
+from .formats import begin_directory, llava_config, staged, write_json
 from .image_tokens import add_token_rows, set_rows
 from .llava import LlavaModel
-from .projector import _read_tensors, _some, gathered_state_dict, whole
+from .projector import gathered_state_dict, list_some, read_tensors, whole
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -156,14 +156,14 @@ def save_lora(directory: str | Path, tokenizer, *, model: LlavaModel, is_main_pr
     others += [(f"{PREFIX}model.{TOWER}{name.removeprefix('vision_model.')}", parameter) for name, parameter in tower]
 
     if is_main_process:
-        _begin(directory)
+        begin_directory(directory)
     adapter_weights = dict(gathered_state_dict(adapter_weights, is_main_process))
     others = dict(gathered_state_dict(others, is_main_process))
     if is_main_process:
         if model.use_im_start_end:  # no need of the other rows, which are the base's
             key = PREFIX + "model." + TOKENS
             others[key] = others[key][model.first_image_token :][:2].clone()
-        with _staged(directory) as staging:
+        with staged(directory) as staging:
             save_file(adapter_weights, staging / ADAPTER_FILES[0], metadata={"format": "pt"})
             torch.save(others, staging / OTHERS_FILE)
             tokenizer.save_pretrained(staging)
@@ -171,15 +171,15 @@ def save_lora(directory: str | Path, tokenizer, *, model: LlavaModel, is_main_pr
         # tower too when they are read beside one.
         changed = {"target_modules": sorted(adapters(model.language_model)), "inference_mode": True}
         settings = {key: value for key, value in config.to_dict().items() if key in ADAPTER_SETTINGS}
-        _write_json(directory, ADAPTER_CONFIG, {**settings, "peft_type": "LORA", "task_type": "CAUSAL_LM", **changed})
-        llava = _llava_config(model, **described)
+        write_json(directory, ADAPTER_CONFIG, {**settings, "peft_type": "LORA", "task_type": "CAUSAL_LM", **changed})
+        llava = llava_config(model, **described)
         llava.pop("quantization_config", None)  # the adapters fit the unquantised model as well
         llava |= {
             "unfreeze_mm_vision_tower": bool(tower),
             "added_tokens": model.added_tokens,
             "base_fingerprint": model.language_model.base_fingerprint,
         }
-        _write_json(directory, "config.json", llava)
+        write_json(directory, "config.json", llava)
     return (
         f"Adapter, projector, config and tokenizer are in {directory}; they belong to {config.base_model_name_or_path}."
     )
@@ -248,7 +248,7 @@ def _fill(model: LlavaModel, directory: Path) -> None:
         if "lora_" in name or parameter.requires_grad:
             targets[name.replace(f".{adapter}.", ".")] = parameter
     found = {}
-    for key, tensor in _read_tensors(file).items():
+    for key, tensor in read_tensors(file).items():
         name = key.removeprefix(PREFIX)
         if name not in targets:  # older PEFT had no level between an adapted layer and its bias
             name = name.removesuffix("bias") + "base_layer.bias" if name.endswith(".bias") else name
@@ -261,7 +261,7 @@ def _fill(model: LlavaModel, directory: Path) -> None:
     targets = {PROJECTOR + name: parameter for name, parameter in model.projector.named_parameters()}
     tower = {TOWER + name.removeprefix("vision_model."): p for name, p in model.vision_tower.model.named_parameters()}
     found = {}
-    for key, tensor in _read_tensors(file).items():
+    for key, tensor in read_tensors(file).items():
         found[key.removeprefix("base_model.").removeprefix("model.").removeprefix("model.")] = key, tensor
     if model.use_im_start_end:
         if TOKENS not in found:
@@ -297,9 +297,9 @@ def _check_base(model: LlavaModel, directory: Path) -> None:
 @torch.no_grad()
 def _copy_all(file: Path, targets: dict[str, nn.Parameter], found: dict[str, tuple[str, torch.Tensor]]) -> None:
     if missing := [name for name in targets if name not in found]:
-        raise ValueError(f"{file} lacks {_some(missing)}, which this model has.")
+        raise ValueError(f"{file} lacks {list_some(missing)}, which this model has.")
     if extra := [key for name, (key, _) in found.items() if name not in targets]:
-        raise ValueError(f"{file} also holds {_some(extra)}, for which this model has no place.")
+        raise ValueError(f"{file} also holds {list_some(extra)}, for which this model has no place.")
     for name, parameter in targets.items():
         key, tensor = found[name]
         shape = list(getattr(parameter, "ds_shape", parameter.shape))

@@ -149,7 +149,7 @@ def load_projector(projector: nn.Module, path: str | Path, beside_token_rows: bo
         )
     found: dict[str, torch.Tensor] = {}
     foreign = []
-    for key, tensor in _read_tensors(path).items():
+    for key, tensor in read_tensors(path).items():
         prefix, mark, name = key.rpartition("mm_projector.")
         if beside_token_rows and key.endswith("embed_tokens.weight"):
             continue
@@ -160,14 +160,14 @@ def load_projector(projector: nn.Module, path: str | Path, beside_token_rows: bo
         else:
             found[name] = tensor
     if foreign:
-        raise ValueError(f"{path} holds more than a projector: {_some(foreign)}. {_what_they_are(foreign)}")
+        raise ValueError(f"{path} holds more than a projector: {list_some(foreign)}. {_what_they_are(foreign)}")
 
     expected = projector.state_dict()
     fitting = f"The file holds a projector of type {_kind_of(found)}: check --mm_projector_type."
     if missing := [name for name in expected if name not in found]:
-        raise ValueError(f"{path} lacks {_some(missing)}, which this projector has. {fitting}")
+        raise ValueError(f"{path} lacks {list_some(missing)}, which this projector has. {fitting}")
     if extra := [name for name in found if name not in expected]:
-        raise ValueError(f"{path} also holds {_some(extra)}, which this projector does not have. {fitting}")
+        raise ValueError(f"{path} also holds {list_some(extra)}, which this projector does not have. {fitting}")
     for name, parameter in expected.items():
         if found[name].shape != parameter.shape:
             raise ValueError(
@@ -182,7 +182,7 @@ def load_projector(projector: nn.Module, path: str | Path, beside_token_rows: bo
     projector.load_state_dict(found, strict=True)
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Tensors of a .bin or .safetensors file by name; in a .bin, a pickle, anything but tensors is refused unrun."""
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
@@ -206,7 +206,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return content
 
 
-def _some(names: list[str]) -> str:
+def list_some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
@@ -231,7 +231,7 @@ def _kind_of(weights: dict[str, torch.Tensor]) -> str:
     for depth in range(1, len(names) // 2 + 1):
         if names == {f"{2 * layer}.{part}" for layer in range(depth) for part in ("weight", "bias")}:
             return f"mlp{depth}x_gelu"
-    return f"unknown here (with {_some(sorted(names))})"
+    return f"unknown here (with {list_some(sorted(names))})"
 
 
 def _fitting_widths(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> str:

@@ -439,7 +439,7 @@ def _open_weights(name: str, config: dict) -> dict[str, Stored]:
             raise FileNotFoundError(f"{first} names {shard}, which is not beside it: the model is not whole.")
         stored |= _map_file(Path(file))
     if absent := sorted(weight_map.keys() - stored.keys()):
-        raise ValueError(f"{first} names {_some(absent)}, in {weight_map[absent[0]]}, but that is not in the file.")
+        raise ValueError(f"{first} names {list_some(absent)}, in {weight_map[absent[0]]}, but that is not in the file.")
     return stored
 
 
@@ -509,10 +509,10 @@ def _check_weights(source: Source) -> None:
         what = f"the {part.replace('_', ' ')} ({kind})"
         stored_twice = _tied_names(expected)
         if missing := sorted(expected.keys() - found.keys() - stored_twice):
-            raise ValueError(f"{source.name} lacks {_some(missing)}, which {what} has. The model is not whole.")
+            raise ValueError(f"{source.name} lacks {list_some(missing)}, which {what} has. The model is not whole.")
         if extra := sorted(found.keys() - expected.keys()):
             keys = [found[name].key for name in extra]
-            raise ValueError(f"{found[extra[0]].file} also holds {_some(keys)}, which {what} does not have.")
+            raise ValueError(f"{found[extra[0]].file} also holds {list_some(keys)}, which {what} does not have.")
         for name, stored in found.items():
             if stored.tensor.shape != expected[name].shape:
                 raise ValueError(
@@ -548,7 +548,7 @@ def _load_strictly(name: str, **options) -> nn.Module:
         raise ValueError(f"{name}: the weights do not fit its config.json. {error}") from error
     for kind, sentence in (("missing_keys", "lacks"), ("unexpected_keys", "also holds")):
         if keys := sorted(loading[kind]):
-            raise ValueError(f"{name} {sentence} {_some(keys)}: not the tensors of a {type(model).__name__}.")
+            raise ValueError(f"{name} {sentence} {list_some(keys)}: not the tensors of a {type(model).__name__}.")
     return model
 
 
@@ -556,5 +556,5 @@ def _width(config: PreTrainedConfig) -> int:
     return config.get_text_config().hidden_size
 
 
-def _some(names: list[str]) -> str:
+def list_some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
