@@ -97,16 +97,13 @@ def start(
 ) -> Run:
     """Starts `python train.py FLAGS`, or with `config` what `accelerate launch` makes of it.
 
-        Args:
-            output: file for all that is printed.
-            config: `cpu`, `zero2` or `zero3`.
-            launched: start by `accelerate launch --config_file accelerate_configs/CONFIG.yaml` indeed.
-            environment: further variables.
-    <<<<<<< HEAD
-            inside: called in every rank before train.py begins, not with `launched`.
-    =======
-            program: another one than train.py, relative to the repository.
-    >>>>>>> main
+    Args:
+        output: file for all that is printed.
+        config: `cpu`, `zero2` or `zero3`.
+        launched: start by `accelerate launch --config_file accelerate_configs/CONFIG.yaml` indeed.
+        environment: further variables.
+        program: another one than train.py, relative to the repository.
+        inside: called in every rank before the program begins, not with `launched`.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(b"")

@@ -4,7 +4,9 @@ The first signal sets a flag and nothing else. The loop adds the flag to the all
 that all ranks stop after the same step although only one of them may have been signalled, and no step waits for it.
 """
 
+import atexit
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -32,6 +34,7 @@ class Preemption:
         self._fd_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._handlers_before = {number: signal.signal(number, _do_nothing) for number in SIGNALS}
         threading.Thread(target=self._listen, daemon=True).start()
+        atexit.register(_end_workers)
 
     def _listen(self) -> None:
         asked_at = 0.0
@@ -56,6 +59,13 @@ class Preemption:
 
 def _do_nothing(*_) -> None:
     pass
+
+
+def _end_workers() -> None:
+    """At exit after an exception Python asks the loader's workers to end by the SIGTERM that they ignore, and waits."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise that a worker was killed
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def marker(output_dir: Path) -> Path:

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import signal
+import subprocess
+import sys
 import time
 
 import psutil
@@ -10,7 +12,7 @@ import pytest
 
 from mini_llava.training.preemption import SECONDS_OF_ONE_WISH
 from tests.end_to_end import runs
-from tests.forked_runs import start
+from tests.forked_runs import ROOT, start
 
 STEPS = 12
 SETTINGS = {
@@ -110,3 +112,25 @@ def test_a_second_signal_ends_a_rank_at_once_even_if_it_waits_for_another_for_ev
     with contextlib.suppress(psutil.NoSuchProcess):
         stopped.kill()
     assert ended and "SIGTERM: saving" in run.text and not (tmp_path / "run" / "preempted").exists()
+
+
+FAIL_IN_STEP_2 = """
+import sys, train
+from mini_llava.training import distributed
+
+def backward_and_step(*arguments, calls=[], step=distributed.backward_and_step):
+    calls.append(1)
+    return step(*arguments) if len(calls) < 2 else 1 / 0
+
+distributed.backward_and_step = backward_and_step
+train.main()
+"""
+
+
+def test_after_an_exception_the_workers_that_ignore_signals_do_not_hold_the_process_up(tmp_path):
+    """In a Python of its own: a fork of the test server leaves out what Python does at exit."""
+    flags = runs.flags_of(2, tmp_path / "run", SETTINGS | {"dataloader_num_workers": 2})
+    command = [sys.executable, "-c", FAIL_IN_STEP_2, *map(str, flags)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150, check=False)
+    assert ended.returncode == 1
+    assert [line for line in ended.stderr.splitlines() if "Error" in line] == ["ZeroDivisionError: division by zero"]
