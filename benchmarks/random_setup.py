@@ -36,6 +36,7 @@ CLIP_L_336 = dict(
     hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336
 )
 TINY_CLIP = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2, image_size=56)
+TEMPLATE_TOKENS, TEMPLATE_TOKENS_A_ROUND = 23, 3  # of v1: the system prompt; roles and end of an answer
 PICTURES, PICTURE_SIZE = 512, (640, 480)  # the pixels of a COCO photograph
 
 
@@ -66,7 +67,8 @@ def make_records(directory: Path, count: int, pictures: int = PICTURES) -> None:
     """Writes `stage1.json` (captions of about 20 tokens), `stage2.json` and the pictures they share.
 
     Stage 2: an image and text of lognormal(5.3, 0.6) tokens, 40 to 1400, in rounds of about 60; 6 % without an image,
-    lognormal(6.6, 0.7), up to 2048. Half of the text is answers.
+    lognormal(6.6, 0.7), up to 2048. The text's tokens are all but the image's, the template's words included; half of
+    the others are answers.
     """
     (directory / "images").mkdir(exist_ok=True)
     with ProcessPoolExecutor() as processes:
@@ -86,9 +88,8 @@ def make_records(directory: Path, count: int, pictures: int = PICTURES) -> None:
         else:
             tokens = int(np.clip(random.lognormal(5.3, 0.6), 40, 1400))
         rounds = max(1, tokens // 60)
-        turns = [
-            {"from": role, "value": text(tokens // (2 * rounds))} for _ in range(rounds) for role in ("human", "gpt")
-        ]
+        said = (tokens - TEMPLATE_TOKENS - TEMPLATE_TOKENS_A_ROUND * rounds) // (2 * rounds)
+        turns = [{"from": role, "value": text(said)} for _ in range(rounds) for role in ("human", "gpt")]
         if image:
             turns[0]["value"] = "<image>\n" + turns[0]["value"]
         conversations.append(image | {"conversations": turns})
