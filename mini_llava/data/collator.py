@@ -22,7 +22,7 @@ def collate(
 
     Args:
         samples: may be empty, at the end of an epoch.
-        pixel_values: float32 [3, image_size, image_size] of each image, in the order of the placeholders.
+        pixel_values: uint8 [3, image_size, image_size] of each image, in the order of the placeholders.
         packed: samples behind each other in one row, told apart by `position_ids` and `cu_seqlens`.
 
     Returns:
@@ -32,7 +32,8 @@ def collate(
         attention_mask bool [B, L], None when packed
         cu_seqlens     int32 [samples + 1], bounds of the samples in the packed row; None when padded
         max_seqlen     int, the longest sample
-        pixel_values   float32 [images, 3, image_size, image_size]; one blank image if the samples have none
+        pixel_values   uint8 [images, 3, image_size, image_size]; if the samples have none, one blank image of float32
+                       zeros, as LLaVA has it, though it gets no position and no value of it counts
         image_positions int64 [image tokens], where the features go in the B x L positions counted row by row
         logit_positions int64 [K], the columns in which some row has a token to predict
         targets        int64 [B, K], the token that follows each of these columns, IGNORE_INDEX where none is trained

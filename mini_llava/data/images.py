@@ -2,13 +2,15 @@
 
 Replaces the image half of LLaVA's dataset and its `expand2square`. A file that cannot be used becomes one clear
 sentence instead of a dead run, names cannot leave the image folder, and the processor is pinned to its PIL version, so
-that pixels do not depend on what else is installed. Photographs are turned upright, which LLaVA forgets.
+that pixels do not depend on what else is installed. Photographs are turned upright, which LLaVA forgets. Pixels stay
+bytes until they are on the device, a quarter of the floats' size; there a table gives the processor's own floats.
 """
 
 import os
 import re
 import warnings
 
+import numpy as np
 import torch
 import transformers
 from PIL import Image, ImageOps
@@ -79,7 +81,7 @@ def load_image(folder: str | os.PathLike, name: str) -> Image.Image:
 
 
 def pixel_values(image: Image.Image, processor: BaseImageProcessor, aspect_ratio: str) -> torch.Tensor:
-    """Pixel values of one RGB image, float32 [3, H, W].
+    """Pixel values of one RGB image, uint8 [3, H, W]: resized and cropped, for `normalise` to make floats of.
 
     `square`: the processor's own resize and centre crop, which cuts off what does not fit. `pad`: the image is first
     centred on a square of the processor's mean colour, so that all of it is seen. Raises ValueError for another value.
@@ -88,8 +90,31 @@ def pixel_values(image: Image.Image, processor: BaseImageProcessor, aspect_ratio
         raise ValueError(f"Unknown --image_aspect_ratio {aspect_ratio!r}. Known: {', '.join(ASPECT_RATIOS)}.")
     if aspect_ratio == "pad":
         image = pad_to_square(image, tuple(int(mean * 255) for mean in processor.image_mean))
-    values = processor(images=image, return_tensors="pt")["pixel_values"][0]
-    return values.to(torch.float32)
+    values = processor(images=image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
+    if values.dtype != np.uint8:
+        raise ValueError(
+            f"The image processor {type(processor).__name__} gives {values.dtype} where bytes should be: it does more "
+            f"than resize, crop, rescale and normalise, which is all that can be done to images here."
+        )
+    return torch.from_numpy(np.ascontiguousarray(values))
+
+
+def normalisation_table(processor: BaseImageProcessor) -> torch.Tensor:
+    """What the processor makes of each of the 256 values of a byte in each channel, float32 [3, 256].
+
+    Made by the processor itself, so that `normalise` gives its floats to the last bit.
+    """
+    ramp = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8)[None, :, None], (1, 1, 3)))
+    as_it_is = dict(do_resize=False, do_center_crop=False, do_pad=False)
+    values = processor(images=ramp, **as_it_is, return_tensors="np")["pixel_values"][0]
+    return torch.from_numpy(values.astype(np.float32).reshape(3, 256))
+
+
+def normalise(pixels: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """uint8 [..., 3, H, W] and `normalisation_table`'s [3, 256], on one device -> the table's dtype, same shape."""
+    channel = torch.arange(3, dtype=torch.int32, device=pixels.device)[:, None, None]
+    places = pixels.int() + 256 * channel
+    return table.flatten().index_select(0, places.flatten()).view(pixels.shape)
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:

@@ -22,7 +22,7 @@ from .tokenization import IGNORE_INDEX, BadRecord, Sample
 
 
 def open_pixels(folder: str, name: str, processor: BaseImageProcessor, aspect_ratio: str, size: int) -> torch.Tensor:
-    """An image file to float32 [3, size, size]. Raises BadImage; ValueError if processor and tower disagree."""
+    """An image file to uint8 [3, size, size]. Raises BadImage; ValueError if processor and tower disagree."""
     pixels = pixel_values(load_image(folder, name), processor, aspect_ratio)
     if pixels.shape[1:] != (size, size):
         raise ValueError(
@@ -111,7 +111,7 @@ class RankSteps(Dataset):
         """
         Args:
             tokenize: record to `Sample`; raises `BadRecord`.
-            load_pixels: (image folder, image name) to float32 [3, image_size, image_size]; raises `BadImage`.
+            load_pixels: (image folder, image name) to uint8 [3, image_size, image_size]; raises `BadImage`.
             on_bad_sample: `error` returns the fault, naming file and record; `skip` leaves the sample out and reports
                 it.
         """

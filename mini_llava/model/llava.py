@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..data.images import normalisation_table
 from ..data.tokenization import IGNORE_INDEX
 from .projector import load_projector
 from .sources import Source
@@ -39,7 +40,8 @@ class LlavaModel(nn.Module):
         that every rank makes the same collective calls, and the projector's gradient is zero rather than absent (AdamW
         then still decays its moments, as in the original).
         """
-        features = self.projector(self.vision_tower(pixel_values).to(_dtype(self.projector, pixel_values)))
+        features = self.vision_tower(pixel_values)
+        features = self.projector(features.to(_dtype(self.projector, features)))
         embeddings = self.language_model.get_input_embeddings()(input_ids)
         if self.new_tokens is not None:
             number = input_ids - self.first_image_token  # 0 and 1 are <im_start> and <im_end>
@@ -123,6 +125,7 @@ def load_llava(
         load_projector(projector, pretrained_projector, beside_token_rows)
     language_model = source.load_language_model(dtypes["language_model"], attn_implementation, **(quantisation or {}))
     tower = source.load_vision_tower(dtypes["vision_tower"])
+    tower.pixel_table = normalisation_table(source.image_processor())
     model = LlavaModel(tower, projector.to(dtypes["projector"]), language_model)
     model.base = source.name
     return model

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, CLIPVisionModel
 
+from ..data.images import normalise
 from ..data.tokenization import foreign_code_refused
 
 SELECT_FEATURES = ("patch", "cls_patch")
@@ -20,6 +21,7 @@ class VisionTower(nn.Module):
         model: transformers' `CLIPVisionModel`.
         tokens_per_image, hidden_size: shape of the features of one image.
         image_size: side of the square picture it takes, pixels.
+        pixel_table: float32 [3, 256], what its image processor makes of bytes; None if it is given floats only.
     """
 
     def __init__(self, model: nn.Module, select_layer: int = -2, select_feature: str = "patch"):
@@ -39,9 +41,17 @@ class VisionTower(nn.Module):
         self.select_layer, self.select_feature = select_layer, select_feature
         self.image_size, self.hidden_size = model.config.image_size, model.config.hidden_size
         self.tokens_per_image = tokens_per_image(model.config, select_feature)
+        # No buffer: DeepSpeed and `.to(dtype)` would round it, and DDP would broadcast it before each forward.
+        self.pixel_table: torch.Tensor | None = None
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[images, 3, image_size, image_size] -> [images, tokens_per_image, hidden_size], in the tower's dtype."""
+        """[images, 3, image_size, image_size] -> [images, tokens_per_image, hidden_size], in the tower's dtype.
+
+        Bytes (uint8) are normalised by `pixel_table`; floats are taken as they are.
+        """
+        if pixel_values.dtype == torch.uint8:
+            self.pixel_table = self.pixel_table.to(pixel_values.device)
+            pixel_values = normalise(pixel_values, self.pixel_table)
         trained = self.training and any(parameter.requires_grad for parameter in self.model.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             hidden_states = self.model(pixel_values.to(self.model.dtype), output_hidden_states=True).hidden_states

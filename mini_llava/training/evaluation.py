@@ -60,7 +60,7 @@ class HeldOut:
         Args:
             store: the held-out records; None = none.
             to_prompt: record to the ids up to the answer of its last question.
-            load_pixels: (image folder, image name) to float32 [3, image_size, image_size].
+            load_pixels: (image folder, image name) to uint8 [3, image_size, image_size].
             max_samples: take so many of them, at random.
         """
         self.accelerator, self.model, self.store, self.load_pixels = accelerator, model, store, load_pixels
@@ -121,7 +121,7 @@ def exact_match(
 
     Args:
         model: the prepared `LlavaModel`.
-        load_pixels: (record, image name) to float32 [3, image size, image size].
+        load_pixels: (record, image name) to uint8 [3, image size, image size].
         stop: strings that end an answer.
     """
     llava = accelerator.unwrap_model(model)

@@ -24,7 +24,7 @@ SAMPLES = [
     sample(4, range(2, 4), first=200),  # trained to its last token, so what follows must not be its target
     sample(12, range(0, 12), images=2, first=300),  # trained from its first token, which nothing predicts
 ]
-PIXELS = [torch.full((3, SIZE, SIZE), float(number)) for number in range(3)]
+PIXELS = [torch.full((3, SIZE, SIZE), number, dtype=torch.uint8) for number in range(3)]
 
 
 def targets_by_id(batch) -> dict[int, int]:
@@ -40,7 +40,7 @@ def test_shapes_and_dtypes_are_those_the_model_takes(packed):
     rows, columns = (1, 25) if packed else (3, 12)
     assert batch["input_ids"].shape == batch["position_ids"].shape == (rows, columns)
     assert batch["targets"].shape == (rows, len(batch["logit_positions"]))
-    assert batch["pixel_values"].shape == (3, 3, SIZE, SIZE) and batch["pixel_values"].dtype == torch.float32
+    assert batch["pixel_values"].shape == (3, 3, SIZE, SIZE) and batch["pixel_values"].dtype == torch.uint8
     assert batch["max_seqlen"] == 12
     for key in ("input_ids", "position_ids", "image_positions", "logit_positions", "targets"):
         assert batch[key].dtype == torch.int64 and batch[key].is_contiguous()
@@ -76,7 +76,7 @@ def test_image_positions_point_at_the_placeholders_in_the_order_of_the_images(pa
     batch = collate(SAMPLES, PIXELS, SIZE, packed)
     third = 13 if packed else 2 * 12
     assert batch["image_positions"].tolist() == [1, 2, 3, *range(third + 1, third + 7)]
-    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [0.0, 1.0, 2.0]
+    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [0, 1, 2]
     assert IMAGE_TOKEN_INDEX not in batch["input_ids"]
 
 

@@ -1,12 +1,25 @@
 """Images are upright RGB, stay inside their folder, and broken ones are named."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers import BitImageProcessorPil, CLIPImageProcessorPil, SiglipImageProcessorPil
 
-from mini_llava.data.images import BadImage, load_image, load_image_processor, pixel_values
+from mini_llava.data.images import (
+    BadImage,
+    load_image,
+    load_image_processor,
+    normalisation_table,
+    normalise,
+    pixel_values,
+)
+from mini_llava.model.vision_tower import load_vision_tower
+
+FIXTURES = Path(__file__).parent.parent / "parity" / "fixtures"
 
 
 @pytest.fixture(scope="module")
@@ -146,18 +159,17 @@ def test_a_strip_is_refused(tmp_path):
 
 def test_pad_centres_the_image_on_the_mean_colour(processor):
     values = pixel_values(Image.new("RGB", (56, 28), (255, 0, 0)), processor, "pad")
-    assert values.shape == (3, 28, 28) and str(values.dtype) == "torch.float32"
-    background = (np.array([127, 63, 191]) / 255 - [0.5, 0.25, 0.75]) / 0.5
+    assert values.shape == (3, 28, 28) and values.dtype == torch.uint8
     for row in (0, 27):
-        np.testing.assert_allclose(values[:, row, 14], background, atol=0.02)
-    np.testing.assert_allclose(values[:, 14, 14], [1, -0.5, -1.5], atol=0.02)
+        assert values[:, row, 14].tolist() == [127, 63, 191]
+    assert values[:, 14, 14].tolist() == [255, 0, 0]
 
 
 def test_square_cuts_off_what_does_not_fit(processor):
     image = Image.new("RGB", (56, 28), (255, 0, 0))
     image.paste((0, 0, 255), (0, 0, 8, 28))
     values = pixel_values(image, processor, "square")
-    np.testing.assert_allclose(values[:, 14, 0], [1, -0.5, -1.5], atol=0.02)
+    assert values[:, 14, 0].tolist() == [255, 0, 0]
 
 
 def test_an_unknown_aspect_ratio_is_an_error_that_lists_the_known_ones(processor):
@@ -195,3 +207,58 @@ def test_a_siglip_processor_works_as_well(tmp_path):
     assert type(processor).__name__ == "SiglipImageProcessorPil"
     for aspect_ratio in ("pad", "square"):
         assert pixel_values(noise("RGB", (50, 20)), processor, aspect_ratio).shape == (3, 32, 32)
+
+
+# --- bytes to floats -------------------------------------------------------------------------------------------------
+
+NO_NORMALISATION = dict(image_mean=[0.0] * 3, image_std=[1.0] * 3)  # FastVLM's
+PROCESSORS = {
+    "CLIP": CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=28),
+    "CLIP, a crop larger than what it is cut from": CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size=28),
+    "SigLIP": SiglipImageProcessorPil(size={"height": 28, "width": 28}),
+    "DINOv2": BitImageProcessorPil(size={"shortest_edge": 32}, crop_size=28),
+    "mean 0, std 1": CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=28, **NO_NORMALISATION),
+    "not normalised": CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=28, do_normalize=False),
+    "not rescaled": CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=28, do_rescale=False),
+    "bytes as they are": CLIPImageProcessorPil(
+        size={"shortest_edge": 28}, crop_size=28, do_rescale=False, do_normalize=False
+    ),
+    "from -1 to 1 by its factor": CLIPImageProcessorPil(
+        size={"shortest_edge": 28}, crop_size=28, rescale_factor=1 / 127.5, image_mean=[1.0] * 3, image_std=[1.0] * 3
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_normalised_bytes_are_the_processors_floats_to_the_bit(name):
+    processor = PROCESSORS[name]
+    table = normalisation_table(processor)
+    assert table.shape == (3, 256) and table.dtype == torch.float32
+    for size in ((60, 40), (40, 60), (31, 31), (20, 20)):
+        image = noise("RGB", size)
+        pixels = pixel_values(image, processor, "square")
+        assert pixels.dtype == torch.uint8 and pixels.shape == (3, 28, 28) and pixels.is_contiguous()
+        expected = processor(images=image, return_tensors="pt")["pixel_values"].to(torch.float32)
+        found = normalise(torch.stack([pixels, pixels]), table)
+        assert found.equal(torch.cat([expected, expected]))
+
+
+def test_a_processor_that_does_more_than_a_table_can_is_refused():
+    def processor(**settings):
+        pixels = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=28)(**settings)["pixel_values"]
+        return {"pixel_values": np.array(pixels) * 0.5}
+
+    with pytest.raises(ValueError, match="gives float64 where bytes should be"):
+        pixel_values(noise("RGB"), processor, "square")
+
+
+def test_the_table_stays_fp32_whatever_the_tower_is_cast_to_and_is_never_saved():
+    processor = load_image_processor(FIXTURES / "clip")
+    tower = load_vision_tower(str(FIXTURES / "clip"), -2, "patch", torch.float32)
+    tower.pixel_table = normalisation_table(processor)
+    assert not any("table" in name for name, _ in [*tower.named_buffers(), *tower.state_dict().items()])
+    pixels = pixel_values(noise("RGB", (70, 60)), processor, "square")[None]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        tower.to(dtype)
+        with torch.no_grad():
+            assert tower(pixels).equal(tower(normalise(pixels, normalisation_table(processor))))

@@ -37,7 +37,7 @@ def tokenize(record: dict) -> Sample:
 def load_pixels(folder: str, name: str) -> torch.Tensor:
     if name == "6.png":
         raise BadImage(f"the image {name!r} cannot be read.")
-    return torch.ones(3, SIZE, SIZE)
+    return torch.ones(3, SIZE, SIZE, dtype=torch.uint8)
 
 
 def steps(store, dealt, num_workers=0, on_bad_sample="error", packed=True):

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from mini_llava.data.collator import collate
-from mini_llava.data.images import load_image, load_image_processor
+from mini_llava.data.images import load_image, load_image_processor, normalise
 from mini_llava.data.loader import open_pixels
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, Sample, load_tokenizer, tokenize, tokenize_prompt
@@ -53,6 +53,10 @@ def trainer_inputs(ids: np.ndarray, record: dict) -> dict:
     return collate([sample], [open_image(str(IMAGE_FOLDER), name) for name in names], IMAGE_SIZE, packed=False)
 
 
+def float_values(model, batch: dict) -> torch.Tensor:
+    return normalise(batch["pixel_values"], model.vision_tower.pixel_table)
+
+
 @torch.no_grad()
 def trainer_logits(model, batch: dict) -> torch.Tensor:
     """At every position, out of the model's own forward."""
@@ -72,7 +76,7 @@ def test_transformers_gives_the_trainers_logits_for_the_trainers_ids(trained, re
 
     ids = torch.from_numpy(np.where(ids == IMAGE_TOKEN_INDEX, saved.config.image_token_id, ids).astype(np.int64))[None]
     assert (ids == saved.config.image_token_id).sum() == (IMAGE_TOKENS if "image" in record else 0)
-    pixels = {"pixel_values": batch["pixel_values"]} if "image" in record else {}
+    pixels = {"pixel_values": float_values(model, batch)} if "image" in record else {}
     with torch.no_grad():
         found = saved(input_ids=ids, **pixels).logits
     assert expected.std() > 0.5
@@ -98,7 +102,7 @@ def test_the_saved_processor_and_chat_template_lead_to_the_trainers_logits(train
     replaced = np.where(ids == IMAGE_TOKEN_INDEX, saved.config.image_token_id, ids)
     assert inputs["input_ids"][0].tolist() == replaced.tolist()
     if images is not None:
-        torch.testing.assert_close(inputs["pixel_values"], batch["pixel_values"], rtol=0, atol=1e-6)
+        torch.testing.assert_close(inputs["pixel_values"], float_values(model, batch), rtol=0, atol=0)
     with torch.no_grad():
         found = saved(**inputs).logits
     expected = trainer_logits(model, batch)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from mini_llava.arguments import ModelArguments
 from mini_llava.data.collator import collate
-from mini_llava.data.images import load_image, load_image_processor, pixel_values
+from mini_llava.data.images import load_image, load_image_processor, normalisation_table, normalise, pixel_values
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import Sample, load_tokenizer, tokenize
 from mini_llava.model.llava import LlavaModel, load_llava
@@ -60,6 +60,11 @@ def golden_pixels(names: list[str], aspect_ratio: str = "pad") -> list[torch.Ten
     processor = load_image_processor(FIXTURES / "clip")
     folder = str(FIXTURES / "data" / "images")
     return [pixel_values(load_image(folder, name), processor, aspect_ratio) for name in names]
+
+
+def as_floats(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 [..., 3, H, W] -> float32, as other code than ours takes them."""
+    return normalise(pixels, normalisation_table(load_image_processor(FIXTURES / "clip")))
 
 
 def golden_batch(samples: list[Sample], packed: bool) -> dict:

@@ -18,7 +18,7 @@ from mini_llava import arguments as flags
 from mini_llava.data.sampler import GlobalBatchSampler
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, load_tokenizer, tokenize
-from tests.parity.golden import FIXTURES, IMAGE_TOKENS, golden_pixels, load_json
+from tests.parity.golden import FIXTURES, IMAGE_TOKENS, as_floats, golden_pixels, load_json
 from tests.parity.runs import SETTINGS, TWO_PROCESSES, Run, command_line, flags_of, start_tensors
 
 REFERENCE = "plain PyTorch loop, one sample at a time"
@@ -46,7 +46,7 @@ class Reference:
         ids, labels = torch.from_numpy(sample.input_ids).long(), torch.from_numpy(sample.labels).long()
         embeddings = self.language_model.get_input_embeddings()(ids.clamp(min=0))
         if sample.images:
-            pixels = torch.stack(golden_pixels(sample.images, aspect_ratio))
+            pixels = as_floats(torch.stack(golden_pixels(sample.images, aspect_ratio)))
             features = self.tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
             is_image = (ids == IMAGE_TOKEN_INDEX).unsqueeze(-1)
             embeddings = embeddings.masked_scatter(is_image, self.projector(features))

@@ -5,7 +5,16 @@ import torch
 from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from tests.parity.golden import FIXTURES, all_logits, by_sample, golden_batch, golden_model, golden_samples, load_json
+from tests.parity.golden import (
+    FIXTURES,
+    all_logits,
+    as_floats,
+    by_sample,
+    golden_batch,
+    golden_model,
+    golden_samples,
+    load_json,
+)
 
 RECORDS = {record["id"]: record for record in load_json("data/records.json")}
 BATCHES = {
@@ -65,7 +74,7 @@ def their_inputs(samples, pixel_values):
         input_ids[row, :length] = torch.where(ids == IMAGE_TOKEN_INDEX, IMAGE_ID, ids)
         labels[row, :length] = torch.from_numpy(sample.labels)
         attention_mask[row, :length] = 1
-    images = {"pixel_values": pixel_values} if any(sample.images for sample in samples) else {}
+    images = {"pixel_values": as_floats(pixel_values)} if any(sample.images for sample in samples) else {}
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, **images}
 
 
