@@ -49,6 +49,8 @@ def main() -> None:
     parser.add_argument("--table", type=Path, default=Path("throughput.jsonl"))
     parser.add_argument("--profile", type=Path, help="write the GPU's busiest kernels in the last step to this file")
     own, flags_of_train = parser.parse_known_args()
+    if own.warmup_steps >= own.steps:
+        parser.error(f"--warmup_steps {own.warmup_steps} leaves none of --steps {own.steps} to measure.")
     log = run(own, flags_of_train)
     rank, devices = distributed.launched_rank()
     if own.profile:
