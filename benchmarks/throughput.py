@@ -49,6 +49,8 @@ def main() -> None:
     parser.add_argument("--table", type=Path, default=Path("throughput.jsonl"))
     parser.add_argument("--profile", type=Path, help="write the GPU's busiest kernels in the last step to this file")
     own, flags_of_train = parser.parse_known_args()
+    if own.warmup_steps >= own.steps:
+        parser.error(f"--warmup_steps {own.warmup_steps} leaves none of --steps {own.steps} to measure.")
     log = run(own, flags_of_train)
     rank, devices = distributed.launched_rank()
     if own.profile:
@@ -59,26 +61,35 @@ def main() -> None:
         print_table(own.table)
 
 
-def run(own: argparse.Namespace, flags_of_train: list[str]) -> list[dict]:
-    """Trains, and returns the logged steps."""
-    output_dir = own.output_dir or own.setup / "output"
+def arguments_of_the_run(own: argparse.Namespace, flags_of_train: list[str]) -> flags.Arguments:
+    """The trainer's arguments for what random_setup.py wrote."""
     stage = flags_of_train[flags_of_train.index("--stage") + 1]
-    arguments = flags.parse_arguments(
+    return flags.parse_arguments(
         [
             *("--model_name_or_path", str(own.setup / "language_model")),
             *("--vision_tower", str(own.setup / "vision_tower")),
             *("--data_path", str(own.setup / f"stage{stage}.json"), "--image_folder", str(own.setup / "images")),
             *("--max_steps", str(own.steps), "--save_strategy", "no", "--report_to", "none"),
-            *("--output_dir", str(output_dir), "--logging_steps", "1"),
+            *("--output_dir", str(own.output_dir or own.setup / "output"), "--logging_steps", "1"),
             *flags_of_train,
         ]
     )
+
+
+def run(own: argparse.Namespace, flags_of_train: list[str]) -> list[dict]:
+    """Trains, and returns the logged steps."""
+    arguments = arguments_of_the_run(own, flags_of_train)
     # What comes after the last step is not measured, and a 7B model takes a minute to write.
     train.formats.save_whole_model = lambda *_, **__: "Nothing is saved."
     train.formats.save_projector_only = lambda *_, **__: None
     if own.profile:
         profile_last_step(own.profile, own.steps)
     train.train(arguments)
+    return read_log(Path(arguments.training.output_dir))
+
+
+def read_log(output_dir: Path) -> list[dict]:
+    """A run's logged steps."""
     return [json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()]
 
 

@@ -76,7 +76,7 @@ def build_accelerator(precision: str, max_grad_norm: float, report_to: str, outp
         handlers.append(InitProcessGroupKwargs(backend=backend))
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         plugin = DeepSpeedPlugin()
-        _complete_deepspeed_config(plugin.deepspeed_config, precision, max_grad_norm)
+        complete_deepspeed_config(plugin.deepspeed_config, precision, max_grad_norm)
     accelerator = Accelerator(
         # Several processes on CPUs: without being told, accelerate makes a process group and then never synchronises
         # gradients. Told so under DeepSpeed, it leaves DeepSpeed out.
@@ -106,7 +106,7 @@ def _check_it_is_what_was_launched(accelerator: Accelerator, wants_deepspeed: bo
         raise ValueError(f"{launched} processes were launched, but accelerate would let each of them train alone.")
 
 
-def _complete_deepspeed_config(config: dict, precision: str, max_grad_norm: float) -> None:
+def complete_deepspeed_config(config: dict, precision: str, max_grad_norm: float) -> None:
     """Fills what the loop decides, in place. Raises ValueError where the file says something else."""
     for key in ("optimizer", "scheduler"):
         if key in config:

@@ -42,4 +42,4 @@ def test_a_deepspeed_config_that_would_replace_the_recipe_is_refused(entry, sent
     """LLaVA's zero3_offload.json has the first two, and its groups and cosine are gone without a word."""
     config = {"zero_optimization": {"stage": 3}} | entry
     with pytest.raises(ValueError, match=sentence):
-        distributed._complete_deepspeed_config(config, "bf16", 1.0)
+        distributed.complete_deepspeed_config(config, "bf16", 1.0)
