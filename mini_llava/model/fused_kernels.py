@@ -4,10 +4,14 @@ They read and write each activation once where PyTorch does so several times, an
 Liger's losses stay off: the model computes logits for trained positions only (see `llava.py`).
 """
 
+import functools
 import importlib.util
 import logging
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 from transformers import PreTrainedModel
 
 # Model types whose losses and gradients with and without the kernels were compared (tests/model/test_fused_kernels.py).
@@ -46,3 +50,41 @@ def use_fused_kernels(language_model: PreTrainedModel) -> None:
     apply = getattr(liger, f"apply_liger_kernel_to_{language_model.config.model_type}")
     kernels = dict(rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False)
     apply(model=language_model, **kernels)
+
+    from liger_kernel.transformers.functional import liger_swiglu
+
+    for module in language_model.modules():
+        down = getattr(module, "down_proj", None)
+        if type(down) is nn.Linear and down.bias is None and down.weight.requires_grad:
+            module.forward = functools.partial(gated_mlp, module, liger_swiglu)
+
+
+def gated_mlp(mlp: nn.Module, product: Callable, x: torch.Tensor) -> torch.Tensor:
+    """The MLP of Llama and its kin, without keeping the largest of its activations for backward.
+
+    Args:
+        mlp: has `gate_proj`, `up_proj` and `down_proj`, the last one a plain layer that is trained.
+        product: (gate, up) -> silu(gate) * up.
+    """
+    gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+    return _DownOfProduct.apply(product, gate, up, mlp.down_proj.weight.to(gate.dtype))
+
+
+class _DownOfProduct(torch.autograd.Function):
+    """`product(gate, up) @ weight.T`. The product, a sixth of what a layer keeps, is computed again in backward."""
+
+    @staticmethod
+    def forward(ctx, product, gate, up, weight):
+        ctx.product = product
+        ctx.save_for_backward(gate, up, weight)
+        return F.linear(product(gate, up), weight)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gate, up, weight = ctx.saved_tensors
+        with torch.enable_grad():
+            gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
+            product = ctx.product(gate, up)
+        of_weight = gradient.flatten(0, -2).t() @ product.detach().flatten(0, -2)
+        of_gate, of_up = torch.autograd.grad(product, (gate, up), gradient @ weight)
+        return None, of_gate, of_up, of_weight

@@ -1,14 +1,16 @@
 """Fused kernels compute what the model computes, and are refused in a sentence where they cannot run."""
 
 import copy
+import functools
 import importlib.util
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from mini_llava.model.attention import choose_attention
-from mini_llava.model.fused_kernels import FUSABLE, choose_fused_kernels, use_fused_kernels
+from mini_llava.model.fused_kernels import FUSABLE, choose_fused_kernels, gated_mlp, use_fused_kernels
 from mini_llava.model.llava import sum_of_token_losses
 
 on_gpu = pytest.mark.skipif(
@@ -59,6 +61,34 @@ def test_losses_and_gradients_are_as_close_to_fp32_as_those_of_plain_bf16(family
     assert fused_error <= 1.2 * plain_error  # the kernels round at other places, not more often
     # One step takes 8 bits, so that equal losses of bf16 models may differ by some 2^-9 of their value.
     assert abs(of_fused[0] - reference[0]) <= 1.5 * abs(of_plain[0] - reference[0]) + 2**-10 * reference[0]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_mlp_that_keeps_less_gives_the_same_result_and_gradients(autocast):
+    def multiply(gate, up):
+        return torch.nn.functional.silu(gate) * up
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", hidden_size=64, intermediate_size=172)
+    mlp = LlamaMLP(config).double()
+    dtype, tolerance = (torch.float32, 0) if autocast else (torch.float64, 1e-14)
+    mlp.to(dtype)
+    results, kept = [], []
+    for forward in (mlp, functools.partial(gated_mlp, mlp, multiply)):
+        x = torch.randn(2, 9, 64, dtype=dtype, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        mlp.zero_grad()
+        saved = {}
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+            torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t),
+        ):
+            y = forward(x)
+        y.float().square().sum().backward()
+        results.append([y, x.grad, *(parameter.grad for parameter in mlp.parameters())])
+        kept.append(sum(tensor.shape[-1] == 172 and tensor.shape[:2] == (2, 9) for tensor in saved.values()))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
+    assert kept[1] == 2 < kept[0]  # gate and up; not their product, nor silu(gate)
 
 
 def test_they_are_used_where_they_run_and_refused_elsewhere():
