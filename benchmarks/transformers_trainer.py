@@ -57,7 +57,9 @@ KNOWN = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--setup", type=Path, required=True, help="what random_setup.py wrote")
     parser.add_argument("--steps", type=int, default=12, help="in all")
     parser.add_argument("--output_dir", type=Path, help="of the run, default SETUP/output")
