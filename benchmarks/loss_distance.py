@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="of the language model")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--global_batch_size", type=int, default=16)
-    parser.add_argument("--learning_rate", type=float, default=3e-4)
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42], help="of order and new weights; pooled")
     own, flags_of_train = parser.parse_known_args()
     if not (own.directory / "stage2.json").exists():
@@ -82,8 +82,8 @@ def report(curves: dict[str, list[float]], steps: int) -> float:
     _, plain, everything = distances.values()
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(
-        f"\nWith everything on the distance is {everything / plain:.2f} times that of plain bf16 (RMS over {len(exact)} "
-        f"steps; wanted: at most 1.5).\n{machine}; {versions()}"
+        f"\nWith everything on the distance is {everything / plain:.2f} times that of plain bf16 (RMS over "
+        f"{len(exact)} steps; wanted: at most 1.5).\n{machine}; {versions()}"
     )
     return everything / plain
 
