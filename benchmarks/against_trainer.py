@@ -29,7 +29,9 @@ SHOWN = ("name", "samples", "tokens", "computed", "mfu_6n", "mfu", "memory", "se
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--setup", type=Path, required=True, help="what random_setup.py wrote")
     parser.add_argument("--config_file", required=True, help="accelerate's, for both sides")
     parser.add_argument("--num_processes", type=int, default=1)

@@ -40,13 +40,17 @@ TEMPLATE_TOKENS, TEMPLATE_TOKENS_A_ROUND = 23, 3  # of v1: the system prompt; ro
 PICTURES, PICTURE_SIZE = 512, (640, 480)  # the pixels of a COCO photograph
 
 
-def make_models(directory: Path, shape: str) -> None:
-    """Writes `language_model` and `vision_tower`: weights in bf16, made where there is a GPU on it."""
+def make_models(directory: Path, shape: str, layers: int | None = None) -> None:
+    """Writes `language_model` and `vision_tower`: weights in bf16, made where there is a GPU on it.
+
+    `layers`: of the language model, if not as many as that shape has.
+    """
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
-        config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=4096, **LANGUAGE_MODELS[shape])
+        settings = LANGUAGE_MODELS[shape] | ({"num_hidden_layers": layers} if layers else {})
+        config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=4096, **settings)
         LlamaForCausalLM(config).save_pretrained(directory / "language_model", max_shard_size="2GB")
         vision = TINY_CLIP if shape == "tiny" else CLIP_L_336
         CLIPVisionModel(CLIPVisionConfig(patch_size=14, **vision)).save_pretrained(directory / "vision_tower")
@@ -63,20 +67,28 @@ def make_models(directory: Path, shape: str) -> None:
     ).save_pretrained(directory / "language_model")
 
 
-def make_records(directory: Path, count: int, pictures: int = PICTURES) -> None:
+def make_records(directory: Path, count: int, pictures: int = PICTURES, zipf: float = 0.0) -> None:
     """Writes `stage1.json` (captions of about 20 tokens), `stage2.json` and the pictures they share.
 
     Stage 2: an image and text of lognormal(5.3, 0.6) tokens, 40 to 1400, in rounds of about 60; 6 % without an image,
     lognormal(6.6, 0.7), up to 2048. The text's tokens are all but the image's, the template's words included; half of
     the others are answers.
+
+    `zipf`: a word's frequency falls with this power of its rank, so that there is something to learn; 0: all the same.
     """
     (directory / "images").mkdir(exist_ok=True)
     with ProcessPoolExecutor() as processes:
         list(processes.map(_picture, range(pictures), [directory] * pictures, chunksize=16))
     random = np.random.default_rng(0)
+    words = VOCABULARY - 3
+    frequencies = np.arange(1, words + 1, dtype=np.float64) ** -zipf
 
     def text(tokens: int) -> str:
-        return " ".join(f"w{number}" for number in random.integers(0, VOCABULARY - 3, max(1, tokens)))
+        if zipf:
+            numbers = random.choice(words, max(1, tokens), p=frequencies / frequencies.sum())
+        else:
+            numbers = random.integers(0, words, max(1, tokens))
+        return " ".join(f"w{number}" for number in numbers)
 
     captions, conversations = [], []
     for number in range(count):

@@ -5,7 +5,8 @@
         --setup /tmp/bench --name "ZeRO-3 x 2" --stage 2 --gradient_checkpointing False
 
 Every other flag is `train.py`'s. Each run appends a row to `--table` (throughput.jsonl) and prints the table so far.
-Nothing is saved at the end. `--profile FILE` writes what the GPU did in the last step and leaves that out of the row.
+Nothing is saved at the end. `--without NAME` turns an optimisation off (see `without.py`; `on_off.py` tables them all).
+`--profile FILE` writes what the GPU did in the last step and leaves that out of the row.
 """
 
 import argparse
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
+from benchmarks import without  # noqa: E402
 from mini_llava import arguments as flags  # noqa: E402
 from mini_llava.training import distributed  # noqa: E402
 
@@ -40,17 +42,24 @@ COLUMNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--setup", type=Path, required=True, help="what random_setup.py wrote")
     parser.add_argument("--name", default="", help="of the row")
     parser.add_argument("--steps", type=int, default=12, help="in all")
     parser.add_argument("--warmup_steps", type=int, default=4, help="of these, not measured")
     parser.add_argument("--output_dir", type=Path, help="of the run, default SETUP/output")
     parser.add_argument("--table", type=Path, default=Path("throughput.jsonl"))
+    parser.add_argument("--without", nargs="+", choices=without.NAMES, default=[], help="optimisations to turn off")
     parser.add_argument("--profile", type=Path, help="write the GPU's busiest kernels in the last step to this file")
     own, flags_of_train = parser.parse_known_args()
     if own.warmup_steps >= own.steps:
         parser.error(f"--warmup_steps {own.warmup_steps} leaves none of --steps {own.steps} to measure.")
+    try:
+        flags_of_train += without.turn_off(own.without)
+    except ValueError as error:
+        parser.error(str(error))
     log = run(own, flags_of_train)
     rank, devices = distributed.launched_rank()
     if own.profile:

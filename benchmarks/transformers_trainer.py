@@ -57,7 +57,9 @@ KNOWN = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--setup", type=Path, required=True, help="what random_setup.py wrote")
     parser.add_argument("--steps", type=int, default=12, help="in all")
     parser.add_argument("--output_dir", type=Path, help="of the run, default SETUP/output")
@@ -132,6 +134,8 @@ def train(arguments: flags.Arguments) -> None:
     )
     if settings.world_size != world_size:
         sys.exit(f"{world_size} processes were launched, but the Trainer knows of {settings.world_size}.")
+    if settings.n_gpu > 1:
+        sys.exit("One process with several GPUs would train by DataParallel: set CUDA_VISIBLE_DEVICES to one of them.")
     model = build_model(source, training, model_flags)
     if deepspeed is None:  # fp32 masters; DeepSpeed keeps them beside the weights
         for parameter in model.parameters():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from benchmarks import against_trainer, random_setup
+from benchmarks import against_trainer, loss_distance, random_setup
 from benchmarks.throughput import read_log
 from tests import forked_runs
 
@@ -15,8 +15,8 @@ SHARED += ["--model_max_length", "128", "--dataloader_num_workers", "0"]
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory):
     directory = tmp_path_factory.mktemp("setup")
-    random_setup.make_models(directory, "tiny")
-    random_setup.make_records(directory, count=40, pictures=3)
+    random_setup.make_models(directory, "tiny", layers=2)
+    random_setup.make_records(directory, count=48, pictures=3, zipf=1.2)
     return directory
 
 
@@ -42,3 +42,44 @@ def test_transformers_trainer_does_the_same_training_and_the_ratio_is_printed(se
     against_trainer.report(segments, 2, tmp_path / "table.jsonl")
     printed = capsys.readouterr().out
     assert "| Trainer |" in printed and "| ours |" in printed and "times as fast (medians of 2 segments" in printed
+
+
+@pytest.mark.slow
+def test_what_is_turned_off_changes_no_loss_but_bf16_does_and_the_distances_are_printed(setup, tmp_path, capsys):
+    runs = loss_distance.RUNS | {"fp32, everything on": ["--bf16", "False"]}
+    runs["fp32, other things off"] = [
+        "--bf16",
+        "False",
+        "--without",
+        "gc_freeze",
+        "loader_processes",
+        "kept_activations",
+    ]
+    started = {}
+    for number, (name, flags) in enumerate(runs.items()):
+        flags = [
+            "--setup",
+            setup,
+            "--output_dir",
+            tmp_path / str(number),
+            "--table",
+            tmp_path / "table",
+            *SHARED,
+            *flags,
+        ]
+        flags += ["--steps", "6", "--learning_rate", "3e-3", "--gradient_checkpointing", "False"]
+        output = tmp_path / f"{number}.txt"
+        started[name] = forked_runs.start(list(map(str, flags)), output, program="benchmarks/throughput.py")
+    for run in started.values():
+        assert run.wait() == 0, run.text[-5000:]
+    curves = {name: [step["loss"] for step in read_log(tmp_path / str(n))] for n, name in enumerate(started)}
+
+    exact = curves["fp32, plain"]
+    assert exact[0] - exact[-1] > 1, "nothing was learned, so this comparison shows nothing"
+    # Sums of other shapes in fp32 differ by 1e-6 of the loss, which five large steps may enlarge.
+    for name in ("fp32, everything on", "fp32, other things off"):
+        assert curves[name] == pytest.approx(exact, abs=1e-4), name
+    # 1.5 is wanted of 50 steps on a GPU; six steps of a tiny model are few to average over.
+    ratio = loss_distance.report({name: curves[name] for name in loss_distance.RUNS}, 6)
+    assert 0 < ratio < 3
+    assert f"{ratio:.2f} times that of plain bf16" in capsys.readouterr().out
