@@ -185,30 +185,25 @@ def save_transformers(
     old_rows = _whole_shape(embeddings)[0]
     rows = old_rows if image_token_id < old_rows else math.ceil((image_token_id + 1) / ROWS_MULTIPLE) * ROWS_MULTIPLE
 
+    fast_vlm = tower.model.config.model_type == "timm_wrapper"
+    inside = "model." if fast_vlm else ""  # FastVLM came after transformers 4, whose names LLaVA's files keep
+
+    def language_name(name: str) -> str:
+        if not fast_vlm:
+            return "language_model." + name
+        return name if name.startswith("lm_head.") else "model.language_model." + name.removeprefix("model.")
+
     weights = [
-        # transformers 5 dropped a level from CLIP's and SigLIP's names; 4 needs it in the file, and 5 still reads it.
-        ("vision_tower." + published_name(tower.model.config, name), tensor)
+        (f"{inside}vision_tower.{published_name(tower.model.config, name)}", tensor)
         for name, tensor in tower.model.state_dict(keep_vars=True).items()
     ]
     layers = {"0": "linear_1", "2": "linear_2"}
     for name, tensor in model.projector.state_dict(keep_vars=True).items():
         number, part = name.split(".")
-        weights.append((f"multi_modal_projector.{layers[number]}.{part}", tensor))
+        weights.append((f"{inside}multi_modal_projector.{layers[number]}.{part}", tensor))
     language_weights, tied = _language_weights(model.language_model)
-    weights += [("language_model." + name, tensor) for name, tensor in language_weights]
-    fast_vlm = tower.model.config.model_type == "timm_wrapper"
-    if fast_vlm:  # younger than transformers 5, it never had 4's names
-        weights = [("model." + name, tensor) for name, tensor in weights]
-        renamed = (
-            ("model.language_model.model.", "model.language_model."),
-            ("model.language_model.lm_head.", "lm_head."),
-        )
-        for old, new in renamed:
-            weights = [(name.replace(old, new), tensor) for name, tensor in weights]
-        embedding_names = ("model.language_model.embed_tokens.weight", "lm_head.weight")
-    else:
-        embedding_names = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
-    resized = dict.fromkeys(embedding_names, rows)
+    weights += [(language_name(name), tensor) for name, tensor in language_weights]
+    resized = {language_name(name): rows for name in ("model.embed_tokens.weight", "lm_head.weight")}
 
     if is_main_process:
         begin_directory(directory)

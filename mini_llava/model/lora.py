@@ -154,10 +154,8 @@ def save_lora(directory: str | Path, tokenizer, *, model: LlavaModel, is_main_pr
     others = [(f"{PREFIX}model.{PROJECTOR}{name}", parameter) for name, parameter in model.projector.named_parameters()]
     if model.use_im_start_end:
         others.append((PREFIX + "model." + TOKENS, model.language_model.get_input_embeddings().weight))
-    config_of_tower = model.vision_tower.model.config
-    others += [
-        (f"{PREFIX}model.{TOWER}{published_name(config_of_tower, name)}", parameter) for name, parameter in tower
-    ]
+    for name, parameter in tower:
+        others.append((f"{PREFIX}model.{TOWER}{published_name(model.vision_tower.model.config, name)}", parameter))
 
     if is_main_process:
         begin_directory(directory)

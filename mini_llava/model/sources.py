@@ -302,8 +302,8 @@ def layout_of(name: str, config: dict) -> str:
         if model_type not in ("llava", "fast_vlm"):
             raise ValueError(
                 f"{name} is a model of type {model_type} ({', '.join(architectures)}). Of those with a vision tower "
-                f"inside only LLaVA-1.5's are known here, LlavaForConditionalGeneration, type llava, and FastVLM's, type "
-                f"fast_vlm."
+                f"inside only LLaVA-1.5's are known here (LlavaForConditionalGeneration, type llava), and FastVLM's "
+                f"(type fast_vlm)."
             )
         return "transformers"
     return "llava" if model_type.startswith("llava") or "mm_vision_tower" in config else "language_model"
