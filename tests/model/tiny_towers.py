@@ -28,6 +28,7 @@ SHAPE = dict(
     num_hidden_layers=LAYERS,
     num_attention_heads=4,
 )
+FASTVIT_STRIDE = 64
 SQUARE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
 CROPPED = dict(size={"shortest_edge": IMAGE_SIZE}, crop_size=SQUARE)
 # kind: (model, configuration, image processor, tokens in front of the patches)
@@ -68,4 +69,25 @@ def save_tower(kind: str, folder: str | Path, seed: int = 0) -> str:
             parameter.add_(0.02 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    return str(folder)
+
+
+def save_fastvit(folder: str | Path, seed: int = 0) -> str:
+    """FastVLM's tower at a hundredth of its width, as the tower inside a FastVLM model has it; it needs timm."""
+    from transformers import TimmWrapperConfig, TimmWrapperModel
+
+    small = {"layers": [1, 1, 1, 1, 1], "embed_dims": [8, 16, 32, 64, 128], "inference_mode": True}
+    torch.manual_seed(seed)
+    model = TimmWrapperModel(TimmWrapperConfig(architecture="fastvit_mci3", model_args=small))
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith(("running_mean", "running_var")):  # statistics unlike those of any batch
+                tensor.add_(0.1 * torch.rand_like(tensor))
+            elif tensor.is_floating_point():
+                tensor.add_(0.02 * torch.randn_like(tensor))
+    model.save_pretrained(folder)
+    side = 2 * FASTVIT_STRIDE
+    CLIPImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_mean=[0] * 3, image_std=[1] * 3
+    ).save_pretrained(folder)
     return str(folder)
