@@ -422,8 +422,8 @@ def tower_image_processor(path: str, vision_config: PreTrainedConfig) -> BaseIma
     return CLIPImageProcessorPil(
         size={"shortest_edge": size},
         crop_size={"height": size, "width": size},
-        image_mean=list(settings.get("mean", (0.0, 0.0, 0.0))),
-        image_std=list(settings.get("std", (1.0, 1.0, 1.0))),
+        image_mean=tuple(settings.get("mean", (0.0, 0.0, 0.0))),
+        image_std=tuple(settings.get("std", (1.0, 1.0, 1.0))),
     )
 
 

@@ -83,6 +83,8 @@ def save_fastvit(folder: str | Path, seed: int = 0) -> str:
         for name, tensor in model.state_dict().items():
             if name.endswith(("running_mean", "running_var")):  # statistics unlike those of any batch
                 tensor.add_(0.1 * torch.rand_like(tensor))
+            elif tensor.dim() > 1:  # timm's own are so small that five stages let nothing of the picture through
+                tensor.copy_(torch.randn_like(tensor) / tensor[0].numel() ** 0.5)
             elif tensor.is_floating_point():
                 tensor.add_(0.02 * torch.randn_like(tensor))
     model.save_pretrained(folder)
