@@ -178,7 +178,7 @@ def test_transformers_fastvlm_computes_the_same_features_and_logits(
     rows = model.language_model.config.vocab_size
     with torch.no_grad():
         features = model.projector(model.vision_tower(pixels))
-        theirs = whole.model.get_image_features(pixels).pooler_output
+        theirs = torch.stack(list(whole.model.get_image_features(pixels).pooler_output))
         embeddings = model.embed(ids.where(ids != image_token, 0), pixels, places)
         expected = model.language_model(inputs_embeds=embeddings, use_cache=False).logits
         found = whole(**inputs).logits[..., :rows]
