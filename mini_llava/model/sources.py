@@ -623,10 +623,15 @@ def _as_in_memory(
     found: dict[str, Stored], expected: Iterable[str], vision_config: PreTrainedConfig
 ) -> dict[str, Stored]:
     """A tower's tensors under the names of this version of transformers: files have published ones, or apple's."""
-    names = {published_name(vision_config, name): name for name in expected}
     if any(name.startswith("model.patch_embed.") for name in found):
-        return {{apple_name(name): name for name in expected}.get(name, name): found[name] for name in found}
-    return {names.get(published_name(vision_config, name), name): stored for name, stored in found.items()}
+        names = {apple_name(name): name for name in expected}
+        return {names.get(name, name): stored for name, stored in found.items()}
+
+    def plain(name: str) -> str:
+        return published_name(vision_config, name).removeprefix("vision_model.")
+
+    names = {plain(name): name for name in expected}
+    return {names.get(plain(name), name): stored for name, stored in found.items()}
 
 
 def _tied_names(tensors: dict[str, torch.Tensor]) -> set[str]:

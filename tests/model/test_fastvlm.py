@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2Config, Qwen2ForCausalLM
 
 from mini_llava.arguments import ModelArguments
-from mini_llava.data.images import pixel_values
+from mini_llava.data.images import normalisation_table, normalise, pixel_values
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import load_tokenizer
 from mini_llava.model import formats
@@ -173,7 +173,7 @@ def test_transformers_fastvlm_computes_the_same_features_and_logits(
     assert len(places) == PATCHES == whole.config.image_seq_length
 
     processor = tower_image_processor(tower_folder, model.vision_tower.model.config)
-    pixels = pixel_values(PICTURE, processor, ratio)[None].float()
+    pixels = normalise(pixel_values(PICTURE, processor, ratio)[None], normalisation_table(processor))
     torch.testing.assert_close(inputs["pixel_values"], pixels, rtol=0, atol=1e-6)
     rows = model.language_model.config.vocab_size
     with torch.no_grad():

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from mini_llava.arguments import ModelArguments
-from mini_llava.data.images import pixel_values
+from mini_llava.data.images import normalisation_table, normalise, pixel_values
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import load_tokenizer
 from mini_llava.model import formats
@@ -167,7 +167,7 @@ def test_dinov2_takes_pictures_of_its_image_processors_size(tmp_path):
     tower = model.vision_tower
     assert tower.image_size == IMAGE_SIZE and tower.tokens_per_image == PATCHES and tower.model.config.image_size == 70
     pixels = pixel_values(PICTURE, tower_image_processor(str(folder), tower.model.config), "square")[None]
-    assert tower(pixels.float()).shape == (1, PATCHES, HIDDEN_SIZE)
+    assert tower(pixels).shape == (1, PATCHES, HIDDEN_SIZE)
     assert tower.unused_parameters() and FlopCounter(model).per_image > 0
 
 
@@ -257,7 +257,7 @@ def test_transformers_computes_the_logits_of_the_trained_parts(towers, kind, fea
     assert len(places) == model.vision_tower.tokens_per_image
 
     processor = tower_image_processor(towers[kind], model.vision_tower.model.config)
-    pixels = pixel_values(PICTURE, processor, ratio)[None].float()
+    pixels = normalise(pixel_values(PICTURE, processor, ratio)[None], normalisation_table(processor))
     torch.testing.assert_close(inputs["pixel_values"], pixels, rtol=0, atol=1e-6)
     with torch.no_grad():
         embeddings = model.embed(ids.where(ids < 800, 0), pixels, places)
