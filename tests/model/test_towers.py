@@ -29,7 +29,8 @@ from mini_llava.model import formats
 from mini_llava.model.llava import LlavaModel, load_llava
 from mini_llava.model.sources import open_source, tower_image_processor
 from mini_llava.model.vision_tower import empty_model, load_vision_config, load_vision_tower, tokens_per_image
-from mini_llava.tools import doctor
+from mini_llava.tools import chat, doctor, export
+from mini_llava.tools.saved_models import open_saved
 from mini_llava.training.flops import FlopCounter
 from tests.end_to_end import runs
 from tests.model.tiny_towers import HIDDEN_SIZE, IMAGE_SIZE, KINDS, LAYERS, SHAPE, save_tower
@@ -313,7 +314,7 @@ def test_a_whole_model_can_be_given_as_the_tower(towers, layout, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["siglip", "dinov2_with_registers"])
-def test_a_trained_tower_changes_where_it_is_used_and_is_in_the_lora_directory(towers, kind, tmp_path):
+def test_a_trained_tower_changes_where_it_is_used_and_is_in_the_lora_directory(towers, kind, tmp_path, capsys):
     values = dict(
         vision_tower=towers[kind],
         lora_enable=True,
@@ -337,3 +338,16 @@ def test_a_trained_tower_changes_where_it_is_used_and_is_in_the_lora_directory(t
     }
     assert {name for name in written if "vision_tower" in name} == used.keys()
     assert all(not torch.equal(written[there], before[here]) for there, here in used.items())
+
+    trained = open_saved(str(tmp_path / "run")).load()
+    assert all(torch.equal(dict(trained.vision_tower.model.named_parameters())[h], written[t]) for t, h in used.items())
+    export.main([str(tmp_path / "run"), str(tmp_path / "merged"), "--merge", "--dtype", "float32"])
+    merged = open_saved(str(tmp_path / "merged")).load()
+    assert torch.equal(logits(merged), logits(trained))
+    picture = str(FIXTURES / "data" / "images" / "wide_rgb.png")
+    answers = []
+    for folder in ("run", "merged"):
+        capsys.readouterr()
+        chat.main([str(tmp_path / folder), "--image", picture, "--prompt", "What is it?", "--max_new_tokens", "4"])
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != ""
