@@ -30,6 +30,7 @@ from mini_llava.model.vision_tower import (
     load_vision_tower,
     tokens_per_image,
 )
+from mini_llava.tools import chat
 from mini_llava.training.flops import FlopCounter
 from tests.end_to_end import runs
 from tests.model.tiny_towers import FASTVIT_STRIDE, save_fastvit
@@ -235,6 +236,7 @@ def test_apples_own_checkpoints_are_read(language_model, tmp_path):
     for number, (name, tensor) in enumerate(empty_model(config).state_dict().items()):
         dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
         weights[f"model.vision_tower.vision_tower.{apple_name(name)}"] = torch.full(tensor.shape, number, dtype=dtype)
+    assert len(weights) == 628, "apple's files have 629 tensors of the tower, the head among them"
     published = {
         *("patch_embed.0.reparam_conv.weight", "network.0.0.layer_scale", "network.10.1.layer_scale_2"),
         *("network.1.proj.0.lkb_reparam.weight", "network.8.proj.1.reparam_conv.bias", "network.9.reparam_conv.weight"),
@@ -313,3 +315,5 @@ def test_a_run_trains_what_it_says_and_writes_fastvlm(tower_folder, language_mod
     parameters = dict(tower.named_parameters())
     assert {name for name, parameter in parameters.items() if torch.equal(parameter, before[name])} == set()
     assert all(torch.equal(buffer, before[name]) for name, buffer in tower.named_buffers())
+    picture = str(FIXTURES / "data" / "images" / "wide_rgb.png")
+    chat.main([str(tmp_path / "run"), "--image", picture, "--prompt", "What is it?", "--max_new_tokens", "4"])
