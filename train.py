@@ -57,7 +57,7 @@ def train(arguments: flags.Arguments) -> None:
     # --- What it starts from: a language model and a tower, or a LLaVA model, which then fixes some of the flags ------
     source = open_source(model_flags, arguments.explicit)
     say(source.describe(model_flags.pretrain_mm_mlp_adapter))
-    formats.check_may_be_written(output_dir, model_flags, training.export_format)
+    formats.check_may_be_written(output_dir, model_flags, training.export_format, source.vision_config)
 
     # --- Data: what becomes of one record ----------------------------------------------------------------------------
     # Read and measured before the process group exists: NCCL gives up after ten minutes of waiting for one rank.
@@ -67,15 +67,15 @@ def train(arguments: flags.Arguments) -> None:
     marks, known_tokens = (model_flags.mm_use_im_start_end, model_flags.mm_use_im_patch_token), len(tokenizer)
     template, eval_template = (add_image_tokens(tokenizer, each, *marks) for each in (template, eval_template))
     image_processor = source.image_processor()
-    vision_config = source.vision_config
-    image_tokens = tokens_per_image(vision_config, source.select_feature)
+    image_size = source.image_size()
+    image_tokens = tokens_per_image(source.vision_config, source.select_feature, image_size)
     textual = dict(template=template, tokenizer=tokenizer, tokens_per_image=image_tokens)
     to_sample = functools.partial(tokenize, max_length=data_flags.model_max_length, **textual)
     to_pixels = functools.partial(
         open_pixels,
         processor=image_processor,
         aspect_ratio=data_flags.image_aspect_ratio,
-        size=vision_config.image_size,
+        size=image_size,
     )
     store = RecordStore(data_flags.data_path, data_flags.image_folder, data_flags.exclude)
     key = measurement_key(template, tokenizer, image_tokens, data_flags.model_max_length)
@@ -207,7 +207,7 @@ def train(arguments: flags.Arguments) -> None:
 
     # --- The loop ----------------------------------------------------------------------------------------------------
     loader = rank_step_loader(
-        RankSteps(store, to_sample, to_pixels, vision_config.image_size, data_flags.packing, data_flags.on_bad_sample),
+        RankSteps(store, to_sample, to_pixels, image_size, data_flags.packing, data_flags.on_bad_sample),
         rank_plans(),
         data_flags.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",

@@ -32,8 +32,9 @@ class ModelArguments:
     (liuhaotian/llava-v1.5-7b) or of transformers (llava-hf/llava-1.5-7b-hf), or an output directory of stage 2."""
 
     vision_tower: str | None = None
-    """Vision tower: hub name or local directory of a CLIP vision model (openai/clip-vit-large-patch14-336). Not needed
-    where model_name_or_path is a LLaVA model."""
+    """Vision tower: hub name or local directory of a CLIP, SigLIP or DINOv2 model (openai/clip-vit-large-patch14-336),
+    or of a LLaVA or FastVLM model whose tower is taken (apple/FastVLM-0.5B, which needs timm). Not needed where
+    model_name_or_path is a LLaVA model."""
 
     version: str | None = None
     """Conversation template the training text is rendered with; an unknown name lists the known ones."""
@@ -42,10 +43,11 @@ class ModelArguments:
     """linear, mlp2x_gelu (any depth: mlpNx_gelu) or identity."""
 
     mm_vision_select_layer: int = -1
-    """Which hidden state of the vision tower is used; LLaVA-1.5 takes -2, the one before the last."""
+    """Which hidden state of the vision tower is used; LLaVA-1.5 takes -2, the one before the last. Of FastVLM's tower
+    it is the output, -1, unless another is asked for, which is refused."""
 
     mm_vision_select_feature: str = "patch"
-    """patch drops the class token, cls_patch keeps it."""
+    """patch drops the class token, and registers where the tower has them; cls_patch keeps them."""
 
     pretrain_mm_mlp_adapter: str | None = None
     """Projector to start from: an mm_projector.bin of LLaVA's or of stage 1, or the directory that holds it. Takes the

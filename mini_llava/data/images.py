@@ -145,3 +145,9 @@ def load_image_processor(path: str | os.PathLike) -> BaseImageProcessor:
             f"version; CLIP's and SigLIP's have one."
         )
     return processor_class.from_pretrained(path)
+
+
+def output_size(processor: BaseImageProcessor) -> int:
+    """Side of the square pictures that the processor makes, pixels."""
+    size = processor.crop_size if getattr(processor, "do_center_crop", None) else processor.size
+    return dict(size)["height"]

@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import GenerationConfig, LlavaConfig, LlavaProcessor
+from transformers import CONFIG_MAPPING, GenerationConfig, LlavaProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from ..data.templates import IMAGE_MARK, Template, chat_template
 from ..data.tokenization import SENTENCEPIECE_FILE, find_file, image_token_tokenizer, slow_llama_config
 from .projector import PROJECTOR_FILE, gathered_state_dict, save_projector
+from .vision_tower import VisionTower, published_name
 
 SHARD_BYTES = 5_000_000_000
 # Embeddings in a multiple of 64 rows, as llava-hf publishes them: matrix products over the vocabulary are faster so.
@@ -73,7 +74,9 @@ def save_projector_only(
         write_json(directory, "config.json", {**config, **base, "tune_mm_mlp_adapter": True})
 
 
-def check_may_be_written(directory: str | Path, model_flags=None, export_format: str = "transformers") -> None:
+def check_may_be_written(
+    directory: str | Path, model_flags=None, export_format: str = "transformers", vision_config=None
+) -> None:
     """Raise ValueError if saving here would overwrite a model that is not LLaVA's, such as the language model itself.
 
     The saving functions call it. With the run's flags, before the first step, it spares a long run other bad ends:
@@ -85,6 +88,11 @@ def check_may_be_written(directory: str | Path, model_flags=None, export_format:
             raise ValueError(
                 f"The result would be written over {base}, which it is made from. Choose another directory."
             )
+        if export_format == "llava" and vision_config is not None and vision_config.model_type == "timm_wrapper":
+            raise ValueError(
+                "--export_format llava: apple's code has FastVLM's tower under names of its own. Leave the flag out: "
+                "transformers' FastVlmForConditionalGeneration is what is written then."
+            )
         if export_format == "llava" and not model_flags.vision_tower:
             raise ValueError(
                 f"--export_format llava: that layout names the vision tower, and {base} does not say which it is. Give "
@@ -93,21 +101,28 @@ def check_may_be_written(directory: str | Path, model_flags=None, export_format:
     config = Path(directory) / "config.json"
     if config.is_file():
         model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type", "unknown")
-        if not model_type.startswith("llava"):
+        if not model_type.startswith(("llava", "fast_vlm")):
             raise ValueError(
                 f"{directory} holds a model of type {model_type}, which saving would overwrite. Choose another "
                 f"--output_dir."
             )
 
 
-def why_not_transformers(projector_type: str, language_model: nn.Module) -> str | None:
+def why_not_transformers(
+    projector_type: str, language_model: nn.Module, vision_tower: VisionTower | None = None
+) -> str | None:
     """None if `LlavaForConditionalGeneration` computes what the trained model does, otherwise the reason why not.
 
-    That class has exactly two linear layers with a GELU between them, calls the language model without its head and
-    puts a bare `lm_head` of its own on top.
+    That class, and `FastVlmForConditionalGeneration` alike, has exactly two linear layers with a GELU between them,
+    calls the language model without its head and puts a bare `lm_head` of its own on top.
     """
     if projector_type != "mlp2x_gelu":
         return f"transformers' LLaVA knows the projector mlp2x_gelu only, not {projector_type}."
+    if vision_tower is not None and vision_tower.select_feature == "patch" and vision_tower.leading_tokens > 1:
+        return (
+            f"transformers' LLaVA drops the first of the tower's {vision_tower.leading_tokens} tokens in front of the "
+            f"patches and takes the registers for patches; with --mm_vision_select_feature cls_patch it keeps all, too."
+        )
     config = language_model.config
     if not type(language_model).__module__.startswith("transformers."):
         return f"transformers' LLaVA would not run the code that came with {type(language_model).__name__}."
@@ -140,6 +155,8 @@ def save_transformers(
 ) -> None:
     """The whole model as `LlavaForConditionalGeneration` with processor and tokenizer, for transformers 4 and 5 alike.
 
+    With FastVLM's tower it is `FastVlmForConditionalGeneration`, which is LLaVA's but for how it takes the features.
+
     `<image>` becomes a token. Where the embeddings have no row for it they grow, to a multiple of 64, by rows that hold
     the mean of the old ones: as inputs they give way to image features, and as outputs the mean never beats the best.
 
@@ -157,7 +174,8 @@ def save_transformers(
     Raises:
         ValueError: the layout cannot express this model, or the directory holds another kind of model.
     """
-    if reason := why_not_transformers(projector_type, model.language_model):
+    tower = model.vision_tower
+    if reason := why_not_transformers(projector_type, model.language_model, tower):
         raise ValueError(f"{reason} Save it in LLaVA's layout.")
     directory = Path(directory)
     tokenizer = _with_image_token(tokenizer, chat_template)
@@ -167,17 +185,25 @@ def save_transformers(
     old_rows = _whole_shape(embeddings)[0]
     rows = old_rows if image_token_id < old_rows else math.ceil((image_token_id + 1) / ROWS_MULTIPLE) * ROWS_MULTIPLE
 
-    weights = []
-    for name, tensor in model.vision_tower.model.state_dict(keep_vars=True).items():
-        # transformers 5 dropped this level from CLIP; 4 needs it in the file, and 5 still reads it.
-        weights.append(("vision_tower.vision_model." + name.removeprefix("vision_model."), tensor))
+    fast_vlm = tower.model.config.model_type == "timm_wrapper"
+    inside = "model." if fast_vlm else ""  # FastVLM came after transformers 4, whose names LLaVA's files keep
+
+    def language_name(name: str) -> str:
+        if not fast_vlm:
+            return "language_model." + name
+        return name if name.startswith("lm_head.") else "model.language_model." + name.removeprefix("model.")
+
+    weights = [
+        (f"{inside}vision_tower.{published_name(tower.model.config, name)}", tensor)
+        for name, tensor in tower.model.state_dict(keep_vars=True).items()
+    ]
     layers = {"0": "linear_1", "2": "linear_2"}
     for name, tensor in model.projector.state_dict(keep_vars=True).items():
         number, part = name.split(".")
-        weights.append((f"multi_modal_projector.{layers[number]}.{part}", tensor))
+        weights.append((f"{inside}multi_modal_projector.{layers[number]}.{part}", tensor))
     language_weights, tied = _language_weights(model.language_model)
-    weights += [("language_model." + name, tensor) for name, tensor in language_weights]
-    resized = dict.fromkeys(("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"), rows)
+    weights += [(language_name(name), tensor) for name, tensor in language_weights]
+    resized = {language_name(name): rows for name in ("model.embed_tokens.weight", "lm_head.weight")}
 
     if is_main_process:
         begin_directory(directory)
@@ -186,13 +212,14 @@ def save_transformers(
     if not is_main_process:
         return
 
-    strategy = "default" if model.vision_tower.select_feature == "patch" else "full"
+    # "default" takes off one token, the class token.
+    strategy = "default" if tower.leading_tokens and tower.select_feature == "patch" else "full"
     processor = LlavaProcessor(
         image_processor=_with_padding(image_processor, image_aspect_ratio),
         tokenizer=tokenizer,
-        patch_size=model.vision_tower.model.config.patch_size,
+        patch_size=tower.model.config.patch_size,
         vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=1,  # CLIP's class token, which "default" then takes off
+        num_additional_image_tokens=tower.leading_tokens,
         image_token=IMAGE_MARK,
         chat_template=chat_template,
     )
@@ -207,16 +234,17 @@ def save_transformers(
 
     text_config = copy.deepcopy(model.language_model.config)
     text_config.vocab_size, text_config.tie_word_embeddings = rows, tied
-    config = LlavaConfig(
+    model_type, architecture = ("fast_vlm", "FastVlm") if fast_vlm else ("llava", "Llava")
+    config = CONFIG_MAPPING[model_type](
         text_config=text_config,
-        vision_config=copy.deepcopy(model.vision_tower.model.config),
+        vision_config=copy.deepcopy(tower.model.config),
         image_token_index=image_token_id,
-        image_seq_length=model.vision_tower.tokens_per_image,
-        vision_feature_layer=model.vision_tower.select_layer,
+        image_seq_length=tower.tokens_per_image,
+        vision_feature_layer=tower.select_layer,
         vision_feature_select_strategy=strategy,
         projector_hidden_act="gelu",
         tie_word_embeddings=tied,
-        architectures=["LlavaForConditionalGeneration"],
+        architectures=[f"{architecture}ForConditionalGeneration"],
     ).to_dict()
     # Not transformers' own keys: they tell this program how the model was trained.
     config |= {
@@ -252,7 +280,7 @@ def save_whole_model(
     LLaVA's layout takes the place of transformers' where that cannot express the model. `include_vision_tower` counts
     in LLaVA's layout, transformers' always has the tower. Every rank calls it, the main process writes.
     """
-    reason = why_not_transformers(projector_type, model.language_model)
+    reason = why_not_transformers(projector_type, model.language_model, model.vision_tower)
     if reason is None and export_format == "transformers":
         save_transformers(
             directory,
@@ -267,7 +295,9 @@ def save_whole_model(
             version=version,
             is_main_process=is_main_process,
         )
-        return f"The model is in {directory}; transformers' LlavaForConditionalGeneration.from_pretrained reads it."
+        fast_vlm = model.vision_tower.model.config.model_type == "timm_wrapper"
+        reader = "FastVlmForConditionalGeneration" if fast_vlm else "LlavaForConditionalGeneration"
+        return f"The model is in {directory}; transformers' {reader}.from_pretrained reads it."
     save_llava(
         directory,
         model,
@@ -311,8 +341,8 @@ def save_llava(
         weights.append((f"model.mm_projector.{name}", tensor))
     if include_vision_tower:
         for name, tensor in model.vision_tower.model.state_dict(keep_vars=True).items():
-            name = name.removeprefix("vision_model.")
-            weights.append((f"model.vision_tower.vision_tower.vision_model.{name}", tensor))
+            name = published_name(model.vision_tower.model.config, name)
+            weights.append((f"model.vision_tower.vision_tower.{name}", tensor))
 
     if is_main_process:
         begin_directory(directory)
@@ -435,7 +465,8 @@ def _with_padding(image_processor, image_aspect_ratio: str):
         return image_processor
     settings = image_processor.to_dict()
     settings.pop("image_processor_type", None)
-    return LlavaImageProcessorPil(**{**settings, "do_pad": True})
+    # What the tower's leaves out, LLaVA's would do: SigLIP's crops nothing.
+    return LlavaImageProcessorPil(**{"do_center_crop": False, **settings, "do_pad": True})
 
 
 def _save_tokenizer_for_llava(staging: Path, tokenizer) -> None:

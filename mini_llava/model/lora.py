@@ -18,6 +18,7 @@ from .formats import begin_directory, llava_config, staged, write_json
 from .image_tokens import add_token_rows, set_rows
 from .llava import LlavaModel
 from .projector import gathered_state_dict, list_some, read_tensors, whole
+from .vision_tower import published_name
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -26,7 +27,7 @@ OTHERS_FILE = "non_lora_trainables.bin"
 PREFIX = "base_model.model."
 # What `add_lora` sets: older releases of PEFT stumble over settings that they do not know.
 ADAPTER_SETTINGS = ("r", "lora_alpha", "lora_dropout", "bias", "fan_in_fan_out", "base_model_name_or_path")
-PROJECTOR, TOWER, TOKENS = "mm_projector.", "vision_tower.vision_tower.vision_model.", "embed_tokens.weight"
+PROJECTOR, TOWER, TOKENS = "mm_projector.", "vision_tower.vision_tower.", "embed_tokens.weight"
 
 
 # ----------------------------------------------------------------------------------------------- adding and merging
@@ -153,7 +154,8 @@ def save_lora(directory: str | Path, tokenizer, *, model: LlavaModel, is_main_pr
     others = [(f"{PREFIX}model.{PROJECTOR}{name}", parameter) for name, parameter in model.projector.named_parameters()]
     if model.use_im_start_end:
         others.append((PREFIX + "model." + TOKENS, model.language_model.get_input_embeddings().weight))
-    others += [(f"{PREFIX}model.{TOWER}{name.removeprefix('vision_model.')}", parameter) for name, parameter in tower]
+    for name, parameter in tower:
+        others.append((f"{PREFIX}model.{TOWER}{published_name(model.vision_tower.model.config, name)}", parameter))
 
     if is_main_process:
         begin_directory(directory)
@@ -259,7 +261,10 @@ def _fill(model: LlavaModel, directory: Path) -> None:
     if not file.is_file():
         raise FileNotFoundError(f"{directory} has no {OTHERS_FILE}: the projector is missing.")
     targets = {PROJECTOR + name: parameter for name, parameter in model.projector.named_parameters()}
-    tower = {TOWER + name.removeprefix("vision_model."): p for name, p in model.vision_tower.model.named_parameters()}
+    tower = {
+        TOWER + published_name(model.vision_tower.model.config, name): (name, parameter)
+        for name, parameter in model.vision_tower.model.named_parameters()
+    }
     found = {}
     for key, tensor in read_tensors(file).items():
         found[key.removeprefix("base_model.").removeprefix("model.").removeprefix("model.")] = key, tensor
@@ -268,9 +273,10 @@ def _fill(model: LlavaModel, directory: Path) -> None:
             raise ValueError(f"{file} has no rows for <im_start> and <im_end> ({TOKENS}).")
         set_rows(model, found.pop(TOKENS)[1])
     if any(name.startswith(TOWER) for name in found):
-        unused = {name.removeprefix("model.") for name in model.vision_tower.unused_parameters()}
-        unused = {TOWER + name.removeprefix("vision_model.") for name in unused} - found.keys()
-        targets |= {name: parameter for name, parameter in tower.items() if name not in unused}
+        unused = model.vision_tower.unused_parameters()
+        for there, (name, parameter) in tower.items():
+            if there in found or f"model.{name}" not in unused:
+                targets[there] = parameter
     _copy_all(file, targets, found)
 
 

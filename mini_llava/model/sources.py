@@ -7,6 +7,7 @@ files until they are copied: under ZeRO-3 rank 0 reads them, one after the other
 """
 
 import json
+import math
 import pickle
 import re
 from collections.abc import Iterable
@@ -19,20 +20,31 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    CLIPVisionModel,
+    CLIPImageProcessorPil,
     GenerationConfig,
-    LlavaConfig,
     PreTrainedConfig,
 )
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..data.images import load_image_processor
+from ..data.images import load_image_processor, output_size
 from ..data.tokenization import find_file, foreign_code_refused, read_json
 from .projector import PROJECTOR_FILE, build_projector
-from .vision_tower import VisionTower, load_vision_config, load_vision_tower
+from .vision_tower import (
+    FASTVITHD,
+    VisionTower,
+    apple_name,
+    empty_model,
+    has_layers,
+    leading_tokens,
+    load_vision_config,
+    load_vision_tower,
+    published_name,
+    takes_any_size,
+)
 
 # Looked for in this order; the first two are the ones that cannot hold code.
 WEIGHT_FILES = (
@@ -41,8 +53,8 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
-# Buffers that older versions saved; today's compute them.
-COMPUTED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
+# Buffers that older versions saved, today's compute them; and the head of apple's tower, behind the features.
+COMPUTED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids|vision_tower\.model\.head\.proj)$")
 
 # Where each part of the model is in the files: (how its names begin there, the part, how they begin here). The first
 # that fits counts. CLIP's names come with and without `vision_model.`, as transformers 4 and 5 have them.
@@ -78,11 +90,13 @@ FAMILIES = {"qwen": "qwen2"}
 KNOWN_TOWERS = {
     (1024, 24, 14, 336, "quick_gelu"): "openai/clip-vit-large-patch14-336",
     (1024, 24, 14, 224, "quick_gelu"): "openai/clip-vit-large-patch14",
+    (1152, 27, 14, 384, "gelu_pytorch_tanh"): "google/siglip-so400m-patch14-384",
 }
 IMAGE_TOKEN_FLAGS = ("mm_use_im_start_end", "mm_use_im_patch_token")
 # What two configurations of the same tower share.
 SHAPE_OF_A_TOWER = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("model_type", "architecture", "hidden_size", "intermediate_size", "mlp_ratio"),
+    *("num_hidden_layers", "num_attention_heads", "num_register_tokens"),
     *("patch_size", "image_size", "hidden_act", "layer_norm_eps"),
 )
 
@@ -136,10 +150,16 @@ class Source:
 
     def image_processor(self) -> BaseImageProcessor:
         """The tower's image processor, which pads nothing: the trainer pads by `--image_aspect_ratio`."""
-        processor = load_image_processor(self.name if self.layout == "transformers" else self.vision_tower)
+        where = self.name if self.layout == "transformers" else self.vision_tower
+        processor = tower_image_processor(where, self.vision_config)
         if getattr(processor, "do_pad", None):
             processor.do_pad = False
         return processor
+
+    def image_size(self) -> int:
+        """Side of the square picture that the tower takes, pixels."""
+        where = self.name if self.layout == "transformers" else self.vision_tower
+        return tower_image_size(where, self.vision_config)
 
     def image_aspect_ratio(self) -> str:
         """What the images were trained with: `pad` or `square`."""
@@ -178,12 +198,14 @@ class Source:
         )
 
     def load_vision_tower(self, dtype: torch.dtype) -> VisionTower:
+        selected = self.select_layer, self.select_feature
         if "vision_tower" not in self.stored:
-            where = self.vision_tower, self.select_layer, self.select_feature
-            return load_vision_tower(*where, dtype, self.trust_remote_code)
-        tensors = _of_this_rank(self.stored["vision_tower"])
-        model = CLIPVisionModel.from_pretrained(None, config=self.vision_config, state_dict=tensors, dtype=dtype)
-        return VisionTower(model, self.select_layer, self.select_feature)
+            return load_vision_tower(self.vision_tower, *selected, dtype, self.trust_remote_code, self.image_size())
+        # Every rank has the values: some versions of transformers do not send buffers to the others under ZeRO-3.
+        tensors = {name: stored.tensor for name, stored in self.stored["vision_tower"].items()}
+        model_class = MODEL_MAPPING[type(self.vision_config)]
+        model = model_class.from_pretrained(None, config=self.vision_config, state_dict=tensors, dtype=dtype)
+        return VisionTower(model, *selected, self.image_size())
 
     def generation_config(self) -> GenerationConfig:
         if find_file(self.name, "generation_config.json"):
@@ -215,19 +237,24 @@ def open_source(model_flags, explicit: Iterable[str] = ()) -> Source:
         trusted = model_flags.trust_remote_code
         with foreign_code_refused(name):
             language_config = AutoConfig.from_pretrained(name, trust_remote_code=trusted)
-        return Source(
+        vision_config = load_vision_config(model_flags.vision_tower, trusted)
+        if not has_layers(vision_config) and "mm_vision_select_layer" not in explicit:
+            model_flags.mm_vision_select_layer = -1
+        source = Source(
             name,
             layout,
             config,
             language_config,
-            load_vision_config(model_flags.vision_tower, trusted),
+            vision_config,
             model_flags.vision_tower,
             model_flags.mm_projector_type,
             model_flags.mm_vision_select_layer,
             model_flags.mm_vision_select_feature,
-            stored={},
+            stored=_tower_inside(model_flags.vision_tower, vision_config),
             trust_remote_code=trusted,
         )
+        _check_weights(source)
+        return source
 
     source = (_read_llava if layout == "llava" else _read_transformers)(name, config, model_flags, set(explicit))
     _check_against_flags(source, model_flags, set(explicit))
@@ -251,7 +278,7 @@ def map_parts(source: Source) -> tuple[VisionTower, nn.Module, nn.Module]:
     """
     if source.layout == "language_model":
         raise ValueError(f"{source.name} is a language model ({source.language_config.model_type}), no LLaVA model.")
-    empty = _empty_parts(source)
+    empty = {part: _empty_part(source, part) for part in ("language_model", "projector", "vision_tower")}
     for part, tensors in source.stored.items():
         # strict=False: of tied weights one is stored; everything else has been compared.
         empty[part].load_state_dict({name: stored.tensor for name, stored in tensors.items()}, False, assign=True)
@@ -259,10 +286,9 @@ def map_parts(source: Source) -> tuple[VisionTower, nn.Module, nn.Module]:
     language_model.tie_weights()
     language_model.generation_config = source.generation_config()
     if "vision_tower" in source.stored:
-        tower = VisionTower(empty["vision_tower"], source.select_layer, source.select_feature)
+        tower = VisionTower(empty["vision_tower"], source.select_layer, source.select_feature, source.image_size())
     else:
-        dtype = next(iter(source.stored["language_model"].values())).tensor.dtype
-        tower = load_vision_tower(source.vision_tower, source.select_layer, source.select_feature, dtype)
+        tower = source.load_vision_tower(next(iter(source.stored["language_model"].values())).tensor.dtype)
     return tower, empty["projector"], language_model
 
 
@@ -273,10 +299,11 @@ def layout_of(name: str, config: dict) -> str:
     """The layout that `config.json` speaks of."""
     model_type, architectures = config.get("model_type", ""), config.get("architectures") or []
     if "text_config" in config and "vision_config" in config:
-        if model_type != "llava":
+        if model_type not in ("llava", "fast_vlm"):
             raise ValueError(
                 f"{name} is a model of type {model_type} ({', '.join(architectures)}). Of those with a vision tower "
-                f"inside only LLaVA-1.5's are known here: LlavaForConditionalGeneration, type llava."
+                f"inside only LLaVA-1.5's are known here (LlavaForConditionalGeneration, type llava), and FastVLM's "
+                f"(type fast_vlm)."
             )
         return "transformers"
     return "llava" if model_type.startswith("llava") or "mm_vision_tower" in config else "language_model"
@@ -295,20 +322,23 @@ def _read_llava(name: str, config: dict, model_flags, explicit: set[str]) -> Sou
         tower = given
     if not tower:
         raise ValueError(f"{name}: its config.json names no mm_vision_tower. Give it as --vision_tower.")
-    if _is_gone(tower):
+    if _is_gone(tower) and not FASTVITHD.fullmatch(tower):
         raise ValueError(
             f"{name}: its config.json names the vision tower {tower}, which is not there. Give its place as "
             f"--vision_tower."
         )
+    vision_config = load_vision_config(tower, model_flags.trust_remote_code)
+    if "vision_tower" not in stored:
+        stored |= _tower_inside(tower, vision_config)
     return Source(
         name,
         "llava",
         config,
         _language_config(name, config),
-        load_vision_config(tower, model_flags.trust_remote_code),
+        vision_config,
         tower,
         config.get("mm_projector_type", "linear"),
-        config.get("mm_vision_select_layer", -2),
+        config.get("mm_vision_select_layer", -2) if has_layers(vision_config) else -1,
         config.get("mm_vision_select_feature", "patch"),
         stored,
         model_flags.trust_remote_code,
@@ -332,10 +362,10 @@ def _language_config(name: str, config: dict) -> PreTrainedConfig:
 
 
 def _read_transformers(name: str, config: dict, model_flags, explicit: set[str]) -> Source:
-    whole = LlavaConfig.from_pretrained(name)
-    strategies = {"default": "patch", "full": "cls_patch"}
+    vision_config = load_vision_config(name)
+    whole = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    strategies = _strategies(vision_config)
     for key, value, known in (
-        ("vision_config.model_type", whole.vision_config.model_type, ("clip_vision_model",)),
         ("projector_hidden_act", whole.projector_hidden_act, ("gelu",)),
         ("multimodal_projector_bias", getattr(whole, "multimodal_projector_bias", True), (True,)),
         ("vision_feature_select_strategy", whole.vision_feature_select_strategy, strategies),
@@ -347,7 +377,7 @@ def _read_transformers(name: str, config: dict, model_flags, explicit: set[str])
             f"{name}: its config.json has vision_feature_layer {whole.vision_feature_layer}; the features of several "
             f"layers at once are not supported."
         )
-    language_config, vision_config = whole.text_config, whole.vision_config
+    language_config = whole.text_config
     language_config.tie_word_embeddings = whole.tie_word_embeddings  # transformers goes by the outer one
     tower = model_flags.vision_tower if "vision_tower" in explicit else None
     if tower:
@@ -359,7 +389,7 @@ def _read_transformers(name: str, config: dict, model_flags, explicit: set[str])
         config,
         language_config,
         vision_config,
-        tower or KNOWN_TOWERS.get(tuple(getattr(vision_config, key) for key in keys)),
+        tower or KNOWN_TOWERS.get(tuple(getattr(vision_config, key, None) for key in keys)),
         "mlp2x_gelu",
         whole.vision_feature_layer,
         strategies[whole.vision_feature_select_strategy],
@@ -367,11 +397,74 @@ def _read_transformers(name: str, config: dict, model_flags, explicit: set[str])
     )
 
 
+def _strategies(vision_config: PreTrainedConfig) -> dict[str, str]:
+    """transformers' `vision_feature_select_strategy`: all of a hidden state, or all but its first token."""
+    leading = leading_tokens(vision_config)
+    return {"full": "cls_patch" if leading else "patch"} | ({"default": "patch"} if leading == 1 else {})
+
+
+# ------------------------------------------------------------------------------------------------- the tower
+
+
+def tower_image_processor(path: str, vision_config: PreTrainedConfig) -> BaseImageProcessor:
+    """The image processor of a tower or model, folder or hub name.
+
+    Raises:
+        OSError, ValueError: there is none, or none that could be used.
+    """
+    written = {} if FASTVITHD.fullmatch(path) else read_json(path, "config.json")
+    apple = FASTVITHD.fullmatch(written.get("mm_vision_tower") or path)
+    if not apple and (vision_config.model_type != "timm_wrapper" or find_file(path, "preprocessor_config.json")):
+        return load_image_processor(written.get("mm_vision_tower") or path)
+    # timm's settings are in config.json, and apple's in the tower's name: mean 0 and std 1.
+    settings = written.get("pretrained_cfg") or {}
+    size = int(apple[1]) if apple else settings["input_size"][-1]
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        image_mean=tuple(settings.get("mean", (0.0, 0.0, 0.0))),
+        image_std=tuple(settings.get("std", (1.0, 1.0, 1.0))),
+    )
+
+
+def tower_image_size(path: str, vision_config: PreTrainedConfig) -> int:
+    """Side of the square picture: the configuration's, or for a tower that takes any size the image processor's."""
+    if not takes_any_size(vision_config):
+        return vision_config.image_size
+    return output_size(tower_image_processor(path, vision_config))
+
+
+def _tower_inside(path: str, vision_config: PreTrainedConfig) -> dict[str, dict[str, Stored]]:
+    """The tower's weights out of a whole model that is given as the tower, and out of timm's files; else nothing.
+
+    Empty means that transformers reads the weights from `path` by itself.
+    """
+    if FASTVITHD.fullmatch(path):
+        raise ValueError(
+            f"--vision_tower {path} is only a name: its weights are inside apple's FastVLM checkpoints. Give the "
+            f"folder or hub name of one, or of a FastVLM model in transformers' layout."
+        )
+    config = read_json(path, "config.json")
+    if config.get("mm_vision_tower"):
+        parts = _assign_parts(_open_weights(path, config), LLAVA_NAMES, path)
+        if "vision_tower" in parts or FASTVITHD.fullmatch(config["mm_vision_tower"]):
+            return {"vision_tower": parts.get("vision_tower", {})}
+        return _tower_inside(config["mm_vision_tower"], vision_config)
+    if config.get("model_type") in ("llava", "fast_vlm"):
+        return {"vision_tower": _assign_parts(_open_weights(path, config), TRANSFORMERS_NAMES, path)["vision_tower"]}
+    if vision_config.model_type == "timm_wrapper":
+        weights = _open_weights(path, {"model_type": vision_config.model_type, **config})
+        names = {key: "timm_model." + key.removeprefix("timm_model.") for key in weights if not key.startswith("head.")}
+        return {"vision_tower": {name: weights[key] for key, name in names.items()}}
+    return {}
+
+
 # ------------------------------------------------------------------------------------------------- flags and the model
 
 
 def _check_against_flags(source: Source, model_flags, explicit: set[str]) -> None:
-    layers = source.vision_config.num_hidden_layers + 1  # hidden states: -2 and 23 are the same of 25
+    # Hidden states: -2 and 23 are the same of 25.
+    layers = source.vision_config.num_hidden_layers + 1 if has_layers(source.vision_config) else math.inf
     for flag, fixed in (
         ("mm_projector_type", source.projector_type),
         ("mm_vision_select_layer", source.select_layer),
@@ -401,10 +494,11 @@ def _is_gone(tower: str) -> bool:
 def _check_same_tower(name: str, vision_config: PreTrainedConfig, tower: str) -> None:
     other = load_vision_config(tower)
     for key in SHAPE_OF_A_TOWER:
-        if getattr(vision_config, key) != getattr(other, key):
+        theirs, ours = getattr(other, key, None), getattr(vision_config, key, None)
+        if ours != theirs:
             raise ValueError(
-                f"--vision_tower {tower} contradicts {name}: its {key} is {getattr(other, key)}, that of the tower "
-                f"inside the model is {getattr(vision_config, key)}. Leave the flag out."
+                f"--vision_tower {tower} contradicts {name}: its {key} is {theirs}, that of the tower inside the model "
+                f"is {ours}. Leave the flag out."
             )
 
 
@@ -484,27 +578,26 @@ def _assign_parts(weights: dict[str, Stored], names: tuple, source: str) -> dict
     return parts
 
 
-def _empty_parts(source: Source) -> dict[str, nn.Module]:
-    """The parts without memory for their weights."""
-    widths = source.vision_config.hidden_size, _width(source.language_config)
+def _empty_part(source: Source, part: str) -> nn.Module:
+    """The part without memory for its weights."""
+    if part == "vision_tower":
+        return empty_model(source.vision_config)
     with torch.device("meta"):
-        return {
-            # Its class and not AutoModel, which would partition it under ZeRO-3.
-            "language_model": MODEL_FOR_CAUSAL_LM_MAPPING[type(source.language_config)](source.language_config),
-            "projector": build_projector(source.projector_type, *widths),
-            "vision_tower": CLIPVisionModel(source.vision_config),
-        }
+        if part == "projector":
+            widths = source.vision_config.hidden_size, _width(source.language_config)
+            return build_projector(source.projector_type, *widths)
+        # Its class and not AutoModel, which would partition it under ZeRO-3.
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(source.language_config)](source.language_config)
 
 
 def _check_weights(source: Source) -> None:
     """Raises ValueError, naming file, tensor and both shapes, unless each part has all of its tensors and no other."""
-    for part, module in _empty_parts(source).items():
-        found = source.stored.get(part)
-        if found is None:  # a tower that is read from a place of its own
-            continue
+    for part in source.stored:  # not a tower that is read from a place of its own, nor a plain language model
+        module = _empty_part(source, part)
         expected = module.state_dict(keep_vars=True)
-        if part == "vision_tower" and any(name.startswith("vision_model.") for name in expected):
-            found = source.stored[part] = {f"vision_model.{name}": stored for name, stored in found.items()}
+        if part == "vision_tower":
+            source.stored[part] = _as_in_memory(source.stored[part], expected, source.vision_config)
+        found = source.stored[part]
         kind = source.projector_type if part == "projector" else module.config.model_type
         what = f"the {part.replace('_', ' ')} ({kind})"
         stored_twice = _tied_names(expected)
@@ -519,11 +612,26 @@ def _check_weights(source: Source) -> None:
                     f"{stored.file}: {stored.key} is {list(stored.tensor.shape)}, but by config.json {what} needs "
                     f"{list(expected[name].shape)}."
                 )
-            if not stored.tensor.is_floating_point():
+            if not stored.tensor.is_floating_point() and expected[name].is_floating_point():
                 raise ValueError(
                     f"{stored.file}: {stored.key} has dtype {stored.tensor.dtype}, which is no floating-point weight. "
                     f"Take a model that is not quantised."
                 )
+
+
+def _as_in_memory(
+    found: dict[str, Stored], expected: Iterable[str], vision_config: PreTrainedConfig
+) -> dict[str, Stored]:
+    """A tower's tensors under the names of this version of transformers: files have published ones, or apple's."""
+    if any(name.startswith("model.patch_embed.") for name in found):
+        names = {apple_name(name): name for name in expected}
+        return {names.get(name, name): stored for name, stored in found.items()}
+
+    def plain(name: str) -> str:
+        return published_name(vision_config, name).removeprefix("vision_model.")
+
+    names = {plain(name): name for name in expected}
+    return {names.get(plain(name), name): stored for name, stored in found.items()}
 
 
 def _tied_names(tensors: dict[str, torch.Tensor]) -> set[str]:

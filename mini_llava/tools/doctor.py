@@ -27,6 +27,7 @@ from ..data.records import RecordStore, map_ranges, missing_image
 from ..data.sampler import GlobalBatchSampler, computed_tokens, deal
 from ..data.templates import get_template
 from ..data.tokenization import IGNORE_INDEX, BadRecord, Sample, load_tokenizer, tokenize
+from ..model.sources import tower_image_size
 from ..model.vision_tower import load_vision_config, tokens_per_image
 
 LARGE_IMAGE = 20e6  # pixels; it takes half a second to open, which is more than the rest of its sample
@@ -296,9 +297,11 @@ def examine(given: argparse.Namespace) -> int:
     """Checks, prints, writes the list of bad records, and returns how many there are."""
     if os.path.exists(given.output) and any(os.path.samefile(given.output, path) for path in given.data_path):
         raise ValueError(f"--output {given.output} would overwrite the data.")
-    image_tokens = given.tokens_per_image or tokens_per_image(
-        load_vision_config(given.vision_tower, given.trust_remote_code), given.mm_vision_select_feature
-    )
+    image_tokens = given.tokens_per_image
+    if given.vision_tower:
+        config = load_vision_config(given.vision_tower, given.trust_remote_code)
+        image_size = tower_image_size(given.vision_tower, config)
+        image_tokens = tokens_per_image(config, given.mm_vision_select_feature, image_size)
     to_sample = functools.partial(
         tokenize,
         template=get_template(given.version),

@@ -85,7 +85,7 @@ def main(command_line: list[str] | None = None) -> None:
             raise ValueError(f"{given.source} is a {saved.kind}. {advice}")
         for base in (given.source, saved.source.name):
             flags = ModelArguments(model_name_or_path=base, vision_tower=saved.source.vision_tower)
-            formats.check_may_be_written(given.directory, flags, given.export_format)
+            formats.check_may_be_written(given.directory, flags, given.export_format, saved.source.vision_config)
         how = (given.export_format, given.dtype and DTYPES[given.dtype], given.image_aspect_ratio)
         print(export(saved, given.directory, *how, given.save_vision_tower))
     except (ValueError, OSError, CheckpointError) as error:

@@ -4,13 +4,17 @@ Counted are the matrix products that the mathematics needs, from the parameters'
 Padding, blank images, recomputed activations and logits that nobody looks at are work too, but not useful work.
 """
 
+import copy
+
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..data.collator import MicroBatch
 from ..model.freeze import numel
 from ..model.llava import LlavaModel
+from ..model.vision_tower import VisionTower, empty_model, has_layers
 
 # Dense bf16 and fp16 products a second, from the vendor's data sheets (without sparsity), by a part of the GPU's name.
 PEAK_FLOPS = {
@@ -53,7 +57,7 @@ class FlopCounter:
     def __init__(self, model: LlavaModel):
         tower, projector, language_model = model.vision_tower, model.projector, model.language_model
         head = language_model.get_output_embeddings().weight
-        text, vision = language_model.config.get_text_config(), tower.model.config
+        text = language_model.config.get_text_config()
         self.language_model_parameters = sum(numel(parameter) for parameter in language_model.parameters())
         self.tokens_per_image = tower.tokens_per_image
 
@@ -63,14 +67,8 @@ class FlopCounter:
         # 2 products of L x L x width, half of them masked; backward costs twice as much as forward.
         self.per_squared_length = 3 * 2 * text.num_attention_heads * head_size * text.num_hidden_layers
 
-        unused = tower.unused_parameters()
-        used = {name: weight for name, weight in _matrices(tower).items() if name not in unused}
-        patches = (vision.image_size // vision.patch_size) ** 2
-        positions = patches + 1  # the class token's; the convolution that makes the patches has none for it
-        trained = any(weight.requires_grad for weight in used.values())
-        layers = tower.select_layer % (vision.num_hidden_layers + 1)
-        self.per_image = sum((patches if len(_shape(w)) == 4 else positions) * _flops(w, 2) for w in used.values())
-        self.per_image += (3 if trained else 1) * 4 * positions**2 * vision.hidden_size * layers
+        trained = any(weight.requires_grad for weight in tower.parameters())
+        self.per_image = (3 if trained else 1) * _tower_flops(tower)
         self.per_image += tower.tokens_per_image * sum(_flops(weight, 2) for weight in _matrices(projector).values())
 
     def __call__(self, batch: MicroBatch) -> float:
@@ -87,6 +85,17 @@ class FlopCounter:
             + self.per_logit * logits
             + self.per_image * images
         )
+
+
+def _tower_flops(tower: VisionTower) -> int:
+    """Operations of one forward for one image, up to the selected layer; torch counts them on a copy without memory."""
+    config = copy.deepcopy(tower.model.config)
+    if has_layers(config):
+        config.num_hidden_layers = tower.select_layer % (config.num_hidden_layers + 1)
+    blank = torch.empty(1, 3, tower.image_size, tower.image_size, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        empty_model(config)(blank)
+    return counter.get_total_flops()
 
 
 def _matrices(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -411,7 +411,7 @@ def test_llavas_models_that_are_not_known_are_refused_with_the_reason(tmp_path, 
         ({"model_type": "llava_next"}, "only LLaVA-1.5's are known"),
         ({"projector_hidden_act": "relu"}, "projector_hidden_act 'relu'; known here: gelu"),
         ({"vision_feature_layer": [-2, -5]}, r"vision_feature_layer \[-2, -5\]"),
-        ({"vision_config": {"model_type": "siglip_vision_model"}}, "known here: clip_vision_model"),
+        ({"vision_config": {"model_type": "vit"}}, "is vit. Known are clip_vision_model"),
     ],
 )
 def test_transformers_models_that_are_not_known_are_refused_with_the_reason(tmp_path, changes, sentence):
