@@ -23,7 +23,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
-from .templates import IMAGE_MARK, Template, render
+from .templates import IMAGE_MARK, BadRecord, Template, render
 
 PATCH_TOKEN, START_TOKEN, END_TOKEN = "<im_patch>", "<im_start>", "<im_end>"
 IGNORE_INDEX = -100
@@ -32,10 +32,6 @@ IMAGE_TOKEN_INDEX = -200
 # first become half a billion ids.
 MAX_IMAGES = 1024
 MAX_CHARACTERS = 4_000_000
-
-
-class BadRecord(ValueError):
-    """One sentence about what is wrong with a record; whoever knows them adds the file and the position."""
 
 
 def shorten(value: object) -> str:
@@ -205,7 +201,7 @@ def _encode(
     """Ids, int32 [L], and trained, bool [L], of rendered pieces.
 
     As in LLaVA the text between two images is tokenized by itself: a Llama tokenizer puts its blank in front of each
-    such text, and BOS stands once, at the very beginning.
+    such text, and BOS stands once, at the very beginning: a chat template that writes it leaves none to add.
     """
     encoder, prefix = _encoder(tokenizer, len(tokenizer))
     text, trained_spans = "", []
@@ -213,6 +209,8 @@ def _encode(
         if is_trained:
             trained_spans.append((len(text), len(text) + len(piece)))
         text += piece
+    if prefix and text.startswith(tokenizer.bos_token):
+        prefix = []
     # Tokens after the last trained piece meet a span that begins beyond the text.
     trained_spans.append((len(text) + 1, len(text) + 1))
     trained_starts, trained_ends = np.array(trained_spans).T
