@@ -20,7 +20,13 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import cached_file
 
 from .templates import IMAGE_MARK, BadRecord, Template, render
@@ -299,8 +305,13 @@ def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False) -> 
     config = read_json(path, "tokenizer_config.json")
     backend = _llama_backend(path, config)
     if backend is None:
+        about = {"trust_remote_code": trust_remote_code}
+        model_type = read_json(path, "config.json").get("model_type", "")
+        if model_type.startswith("llava_") and model_type not in CONFIG_MAPPING:
+            # LLaVA's own layout, which transformers does not know: it stumbles over Llama 3's RoPE scaling there.
+            about["config"] = PreTrainedConfig()
         with foreign_code_refused(path):
-            return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+            return AutoTokenizer.from_pretrained(path, **about)
 
     # What describes the pipeline is now in tokenizer.json; the rest of the configuration is kept.
     config = {**read_json(path, "special_tokens_map.json"), **config, "tokenizer_class": "PreTrainedTokenizerFast"}
