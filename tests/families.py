@@ -232,9 +232,8 @@ FAMILIES = {
 }
 
 
-def write_family(name: str, folder: Path, initializer_range: float = 0.1) -> Path:
+def write_family(family: Family, folder: Path, initializer_range: float = 0.1) -> Path:
     """A directory as one downloads it: weights, configurations, tokenizer and chat template."""
-    family = FAMILIES[name]
     bos, eos, pad = write_tokenizer(family, folder)
     sizes = dict(vocab_size=832, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     sizes |= dict(num_key_value_heads=2, head_dim=8, max_position_embeddings=2048, initializer_range=initializer_range)

@@ -15,7 +15,17 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_4_availa
 HOPPER = 9  # major compute capability of the GPUs from which on FlashAttention 4 runs
 # Families whose packed logits were compared with the unpacked ones; others (OPT, MPT) ignore the bounds without a word.
 PACKABLE = (
-    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt_neox", "smollm3"),
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
 )
 # They cap attention scores, which torch's kernels cannot.
 CAPPED = ("gemma2",)

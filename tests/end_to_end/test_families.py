@@ -77,8 +77,8 @@ def test_every_pair_of_values_is_in_some_case():
 def parts(tmp_path_factory) -> Path:
     """The directories that the runs start from."""
     folder = tmp_path_factory.mktemp("parts")
-    for name in FAMILIES:
-        write_family(name, folder / name)
+    for name, family in FAMILIES.items():
+        write_family(family, folder / name)
     for kind in TOWERS:
         save_tower(kind, folder / kind)
     return folder
