@@ -48,14 +48,13 @@ def choose_attention(
     if requested is None:
         if not packing:
             return None
-        if on_gpu and is_flash_attn_4_available() and model_type not in CAPPED:
-            if torch.cuda.get_device_capability(device)[0] >= HOPPER:
-                return "flash_attention_4"
-        if on_gpu and is_flash_attn_2_available():
-            return "flash_attention_2"
+        if not on_gpu:
+            return "eager" if model_type in CAPPED else "sdpa"
         if model_type in CAPPED:
-            return "eager"
-        return "varlen" if on_gpu else "sdpa"
+            return "flash_attention_2" if is_flash_attn_2_available() else "eager"
+        if is_flash_attn_4_available() and torch.cuda.get_device_capability(device)[0] >= HOPPER:
+            return "flash_attention_4"
+        return "flash_attention_2" if is_flash_attn_2_available() else "varlen"
     if requested in ("sdpa", "varlen") and model_type in CAPPED:
         raise ValueError(
             f"--attn_implementation {requested} cannot cap attention scores as models of type {model_type!r} do: use "

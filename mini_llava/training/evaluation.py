@@ -122,13 +122,8 @@ def exact_match(
 
     Args:
         model: the prepared `LlavaModel`.
-<<<<<<< HEAD
         load_pixels: (record, image name) to uint8 [3, image size, image size].
-        stop: strings that end an answer.
-=======
-        load_pixels: (record, image name) to float32 [3, image size, image size].
         template: which says what ends an answer.
->>>>>>> 60d2305 (The tokenizer's own chat template as training template; Gemma 2 packs, and is never given a kernel that cannot cap its scores)
     """
     llava = accelerator.unwrap_model(model)
     was_training, attention = model.training, llava.language_model.config._attn_implementation
