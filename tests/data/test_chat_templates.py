@@ -1,11 +1,15 @@
 """A tokenizer's own chat template as the training template: its texts, and labels known by construction."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from mini_llava.data.templates import CHAT_TEMPLATE, BadRecord, chat_template, get_template, render, written_answer
 from mini_llava.data.tokenization import IGNORE_INDEX, load_tokenizer, tokenize, tokenize_prompt
+from mini_llava.tools.chat import Printer
 from tests.families import FAMILIES, write_tokenizer
 
 WITH_CHAT_TEMPLATE = [name for name, family in FAMILIES.items() if family.chat_template]
@@ -195,6 +199,19 @@ def test_what_a_model_writes_before_its_answer_is_none_of_it(tokenizers):
     template = get_template(CHAT_TEMPLATE, tokenizers["qwen_3"])
     assert written_answer(template, "<think>\n\n</think>\n\nA cat.<|im_end|>\n<|im_start|>") == "A cat."
     assert written_answer(get_template("v1"), " A cat.</s>USER") == "A cat."
+
+
+@pytest.mark.parametrize("name, version", [("qwen_3", CHAT_TEMPLATE), ("vicuna", "v1"), ("gemma_2", CHAT_TEMPLATE)])
+def test_the_chat_prints_the_answer_alone_while_it_is_written(name, version, tokenizers, capsys):
+    tokenizer, answer = tokenizers[name], "A cat, and a dog. \n\nSure."
+    template = get_template(version, tokenizer)
+    printer = Printer(SimpleNamespace(template=template, tokenizer=tokenizer))
+    written = template.answer_lead + answer + template.stop[0]
+    printer.put(torch.tensor([[1, 2, 3]]))  # the prompt, which is not shown
+    for number in tokenizer(written, add_special_tokens=False).input_ids:
+        printer.put(torch.tensor([number]))
+    printer.end()
+    assert capsys.readouterr().out == answer + "\n"
 
 
 def with_template(tokenizer, jinja: str):

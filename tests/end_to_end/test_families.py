@@ -4,6 +4,7 @@ padded, on one process and partitioned on two; the results are whole and load wi
 
 import itertools
 import math
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from mini_llava.data.templates import CHAT_TEMPLATE, get_template
+from mini_llava.data.templates import CHAT_TEMPLATE, get_template, render
 from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, load_tokenizer, read_json, tokenize_prompt
 from mini_llava.tools import export
 from mini_llava.tools.saved_models import open_saved
@@ -182,6 +183,26 @@ def assert_processor_gives_the_training_prompt(whole: Path, case: Case, parts: P
     ]
     about = dict(add_generation_prompt=True, tokenize=True, return_dict=True, date_string="26 Jul 2024")
     assert processor.apply_chat_template(messages, **about)["input_ids"][0] == ids.tolist()
+
+
+def test_llavas_layout_keeps_the_chat_template_and_held_out_questions_are_asked_with_it(tmp_path, capsys):
+    base = shutil.copytree(runs.FIXTURES / "llm", tmp_path / "base")  # with a tokenizer.model, which LLaVA's code reads
+    (base / "chat_template.jinja").write_text(FAMILIES["llama_2"].chat_template, encoding="utf-8")
+    held_out = dict(eval_data_path=runs.FIXTURES / "data" / "train_stage2.json", eval_max_samples=4)
+    held_out |= dict(eval_image_folder=runs.FIXTURES / "data" / "images")
+    values = dict(model_name_or_path=base, version=CHAT_TEMPLATE, export_format="llava") | TWO_STEPS | held_out
+    runs.train_here(runs.flags_of(2, tmp_path / "run", values))
+    assert "4 held-out questions after training: " in capsys.readouterr().out
+
+    assert (tmp_path / "run" / "tokenizer.model").exists()
+    saved, template = open_saved(str(tmp_path / "run")), get_template(CHAT_TEMPLATE, load_tokenizer(base))
+    assert saved.version == CHAT_TEMPLATE and saved.template == template
+    export.main([str(tmp_path / "run"), str(tmp_path / "transformers")])
+    again = open_saved(str(tmp_path / "transformers"))
+    for questions, answers in ((["Hi"], []), (["Hi", "And?"], ["Yes."])):
+        expected = render(template, questions, answers, generation_prompt=True)
+        assert render(saved.template, questions, answers, True) == expected
+        assert render(again.template, questions, answers, True) == expected
 
 
 @pytest.mark.slow
