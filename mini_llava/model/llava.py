@@ -69,9 +69,10 @@ class LlavaModel(nn.Module):
         cu_seqlens: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Sum of the losses of all trained tokens, fp32 scalar. Shapes as `collate` describes them."""
-        packing = {}
+        packing = {}  # a padded row needs no positions, which families without (MPT, BLOOM) would not take
         if cu_seqlens is not None:
             packing = {
+                "position_ids": position_ids,
                 "cu_seq_lens_q": cu_seqlens,
                 "cu_seq_lens_k": cu_seqlens,
                 "max_length_q": max_seqlen,
@@ -80,7 +81,6 @@ class LlavaModel(nn.Module):
         logits = self.language_model(
             inputs_embeds=self.embed(input_ids, pixel_values, image_positions),
             attention_mask=attention_mask,
-            position_ids=position_ids,
             # With a cache transformers takes a packed row for one long sequence, and samples see each other.
             use_cache=False,
             # Only the columns with something to predict, through the model's own head (a bare lm_head would lose the
