@@ -61,9 +61,9 @@ def train(arguments: flags.Arguments) -> None:
 
     # --- Data: what becomes of one record ----------------------------------------------------------------------------
     # Read and measured before the process group exists: NCCL gives up after ten minutes of waiting for one rank.
-    template = get_template(model_flags.version)
-    eval_template = get_template(data_flags.eval_version or model_flags.version)
     tokenizer = load_tokenizer(source.name, model_flags.trust_remote_code)
+    template = get_template(model_flags.version, tokenizer)
+    eval_template = get_template(data_flags.eval_version or model_flags.version, tokenizer)
     marks, known_tokens = (model_flags.mm_use_im_start_end, model_flags.mm_use_im_patch_token), len(tokenizer)
     template, eval_template = (add_image_tokens(tokenizer, each, *marks) for each in (template, eval_template))
     image_processor = source.image_processor()
@@ -197,7 +197,7 @@ def train(arguments: flags.Arguments) -> None:
         functools.partial(tokenize_prompt, **{**textual, "template": eval_template}),
         to_pixels,
         tokenizer,
-        eval_template.stop,
+        eval_template,
         training.per_device_eval_batch_size,
         data_flags.eval_max_samples,
         training.seed,

@@ -79,7 +79,8 @@ def train(arguments: flags.Arguments) -> None:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
     source = open_source(model_flags, arguments.explicit)
-    template, tokenizer = get_template(model_flags.version), load_tokenizer(source.name)
+    tokenizer = load_tokenizer(source.name)
+    template = get_template(model_flags.version, tokenizer)
     image_tokens = tokens_per_image(source.vision_config, source.select_feature)
     textual = dict(template=template, tokenizer=tokenizer, tokens_per_image=image_tokens)
     to_sample = functools.partial(tokenize, max_length=data_flags.model_max_length, **textual)

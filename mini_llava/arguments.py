@@ -37,7 +37,8 @@ class ModelArguments:
     model_name_or_path is a LLaVA model."""
 
     version: str | None = None
-    """Conversation template the training text is rendered with; an unknown name lists the known ones."""
+    """Conversation template the training text is rendered with; an unknown name lists the known ones. chat_template is
+    the one that the language model's tokenizer brings."""
 
     mm_projector_type: str = "linear"
     """linear, mlp2x_gelu (any depth: mlpNx_gelu) or identity."""

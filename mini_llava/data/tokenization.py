@@ -20,10 +20,16 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import cached_file
 
-from .templates import IMAGE_MARK, Template, render
+from .templates import IMAGE_MARK, BadRecord, Template, render
 
 PATCH_TOKEN, START_TOKEN, END_TOKEN = "<im_patch>", "<im_start>", "<im_end>"
 IGNORE_INDEX = -100
@@ -32,10 +38,6 @@ IMAGE_TOKEN_INDEX = -200
 # first become half a billion ids.
 MAX_IMAGES = 1024
 MAX_CHARACTERS = 4_000_000
-
-
-class BadRecord(ValueError):
-    """One sentence about what is wrong with a record; whoever knows them adds the file and the position."""
 
 
 def shorten(value: object) -> str:
@@ -205,7 +207,7 @@ def _encode(
     """Ids, int32 [L], and trained, bool [L], of rendered pieces.
 
     As in LLaVA the text between two images is tokenized by itself: a Llama tokenizer puts its blank in front of each
-    such text, and BOS stands once, at the very beginning.
+    such text, and BOS stands once, at the very beginning: a chat template that writes it leaves none to add.
     """
     encoder, prefix = _encoder(tokenizer, len(tokenizer))
     text, trained_spans = "", []
@@ -213,6 +215,8 @@ def _encode(
         if is_trained:
             trained_spans.append((len(text), len(text) + len(piece)))
         text += piece
+    if prefix and text.startswith(tokenizer.bos_token):
+        prefix = []
     # Tokens after the last trained piece meet a span that begins beyond the text.
     trained_spans.append((len(text) + 1, len(text) + 1))
     trained_starts, trained_ends = np.array(trained_spans).T
@@ -301,8 +305,13 @@ def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False) -> 
     config = read_json(path, "tokenizer_config.json")
     backend = _llama_backend(path, config)
     if backend is None:
+        about = {"trust_remote_code": trust_remote_code}
+        model_type = read_json(path, "config.json").get("model_type", "")
+        if model_type.startswith("llava_") and model_type not in CONFIG_MAPPING:
+            # LLaVA's own layout, which transformers does not know: it stumbles over Llama 3's RoPE scaling there.
+            about["config"] = PreTrainedConfig()
         with foreign_code_refused(path):
-            return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+            return AutoTokenizer.from_pretrained(path, **about)
 
     # What describes the pipeline is now in tokenizer.json; the rest of the configuration is kept.
     config = {**read_json(path, "special_tokens_map.json"), **config, "tokenizer_class": "PreTrainedTokenizerFast"}

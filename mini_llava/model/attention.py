@@ -14,13 +14,27 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_4_availa
 
 HOPPER = 9  # major compute capability of the GPUs from which on FlashAttention 4 runs
 # Families whose packed logits were compared with the unpacked ones; others (OPT, MPT) ignore the bounds without a word.
-PACKABLE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "phi", "phi3", "gpt_neox")
+PACKABLE = (
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+)
+# They cap attention scores, which torch's kernels cannot.
+CAPPED = ("gemma2",)
 
 
 def choose_attention(
     requested: str | None, model_type: str, packing: bool, device: torch.device, half_precision: bool
-) -> str:
-    """The `attn_implementation` to load the language model with.
+) -> str | None:
+    """The `attn_implementation` to load the language model with; None: what transformers takes for this family.
 
     Raises:
         ValueError: the request cannot run here, or this family of models cannot be packed.
@@ -32,11 +46,20 @@ def choose_attention(
         )
     on_gpu = device.type == "cuda" and half_precision
     if requested is None:
-        if not (packing and on_gpu):
-            return "sdpa"
+        if not packing:
+            return None
+        if not on_gpu:
+            return "eager" if model_type in CAPPED else "sdpa"
+        if model_type in CAPPED:
+            return "flash_attention_2" if is_flash_attn_2_available() else "eager"
         if is_flash_attn_4_available() and torch.cuda.get_device_capability(device)[0] >= HOPPER:
             return "flash_attention_4"
         return "flash_attention_2" if is_flash_attn_2_available() else "varlen"
+    if requested in ("sdpa", "varlen") and model_type in CAPPED:
+        raise ValueError(
+            f"--attn_implementation {requested} cannot cap attention scores as models of type {model_type!r} do: use "
+            f"eager or flash_attention_2."
+        )
     if requested == "flash_attention_2" and not is_flash_attn_2_available():
         raise ValueError("--attn_implementation flash_attention_2: the package flash-attn is not installed.")
     if requested == "flash_attention_4" and not is_flash_attn_4_available():

@@ -482,6 +482,8 @@ def _save_tokenizer_for_llava(staging: Path, tokenizer) -> None:
     shutil.copyfile(model_file, staging / SENTENCEPIECE_FILE)
     text = json.dumps(config, indent=2, ensure_ascii=False)
     (staging / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+    if isinstance(tokenizer.chat_template, str):  # which the model may have been trained with
+        (staging / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
 
 
 def _make_readable_for_transformers_4(staging: Path, image_processor) -> None:

@@ -38,14 +38,17 @@ class LlavaModel(nn.Module):
 
         A micro-batch without images brings one blank image and no position: tower and projector run all the same, so
         that every rank makes the same collective calls, and the projector's gradient is zero rather than absent (AdamW
-        then still decays its moments, as in the original).
+        then still decays its moments, as in the original). Features are not scaled where Gemma scales its words: they
+        stand beside scaled words, as in transformers' own LLaVA, PaliGemma and Gemma 3.
         """
         features = self.vision_tower(pixel_values)
         features = self.projector(features.to(_dtype(self.projector, features)))
-        embeddings = self.language_model.get_input_embeddings()(input_ids)
+        word_embeddings = self.language_model.get_input_embeddings()
+        embeddings = word_embeddings(input_ids)
         if self.new_tokens is not None:
             number = input_ids - self.first_image_token  # 0 and 1 are <im_start> and <im_end>
             own = self.new_tokens(number.clamp(min=0, max=1)).to(embeddings.dtype)
+            own = own * getattr(word_embeddings, "embed_scale", 1)  # Gemma's multiply what they look up
             embeddings = torch.where(((number == 0) | (number == 1))[..., None], own, embeddings)
         if torch.is_autocast_enabled(embeddings.device.type):
             # Embedding fp32 masters gives fp32, and all layers would carry it on at twice the memory.
@@ -66,9 +69,10 @@ class LlavaModel(nn.Module):
         cu_seqlens: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Sum of the losses of all trained tokens, fp32 scalar. Shapes as `collate` describes them."""
-        packing = {}
+        packing = {}  # a padded row needs no positions, which families without (MPT, BLOOM) would not take
         if cu_seqlens is not None:
             packing = {
+                "position_ids": position_ids,
                 "cu_seq_lens_q": cu_seqlens,
                 "cu_seq_lens_k": cu_seqlens,
                 "max_length_q": max_seqlen,
@@ -77,7 +81,6 @@ class LlavaModel(nn.Module):
         logits = self.language_model(
             inputs_embeds=self.embed(input_ids, pixel_values, image_positions),
             attention_mask=attention_mask,
-            position_ids=position_ids,
             # With a cache transformers takes a packed row for one long sequence, and samples see each other.
             use_cache=False,
             # Only the columns with something to predict, through the model's own head (a bare lm_head would lose the
@@ -101,7 +104,7 @@ class LlavaModel(nn.Module):
 
 def load_llava(
     source: Source,
-    attn_implementation: str,
+    attn_implementation: str | None,
     dtypes: dict[str, torch.dtype],
     pretrained_projector: str | None = None,
     quantisation: dict | None = None,
@@ -111,6 +114,7 @@ def load_llava(
 
     Args:
         source: what `open_source` found.
+        attn_implementation: None takes what transformers has for this language model.
         dtypes: of the parts `language_model`, `vision_tower` and `projector`. Under ZeRO-3 the first two are read in
             the DeepSpeed config's precision instead, because they are partitioned while they are read.
         pretrained_projector: file or directory to read the projector from, in place of the source's; where neither has

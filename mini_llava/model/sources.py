@@ -179,7 +179,7 @@ class Source:
             projector.load_state_dict({name: stored.tensor for name, stored in self.stored["projector"].items()})
         return projector
 
-    def load_language_model(self, dtype: torch.dtype, attn_implementation: str, **options) -> nn.Module:
+    def load_language_model(self, dtype: torch.dtype, attn_implementation: str | None, **options) -> nn.Module:
         """The language model; `options` go to `from_pretrained`. Under ZeRO-3 it is partitioned while it is read.
 
         Raises:

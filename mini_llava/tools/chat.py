@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from ..data.images import BadImage
 from ..data.loader import open_pixels
-from ..data.templates import IMAGE_MARK
+from ..data.templates import IMAGE_MARK, written_answer
 from ..data.tokenization import IMAGE_TOKEN_INDEX, BadRecord, tokenize_prompt
 from ..model.formats import generation_settings
 from ..training.checkpoint import CheckpointError
@@ -95,38 +95,35 @@ class Conversation:
             stopping_criteria=[StopAt(self)],
             streamer=Printer(self) if stream else None,
         )
-        return self.cut(self.tokenizer.decode(output[0], skip_special_tokens=True)).strip()
-
-    def cut(self, text: str) -> str:
-        """What stands before the first end mark that is text and no token, such as Vicuna's old ###."""
-        for mark in self.template.stop:
-            text = text.split(mark)[0]
-        return text
+        return written_answer(self.template, self.tokenizer.decode(output[0], skip_special_tokens=True))
 
 
 class StopAt(StoppingCriteria):
-    """Ends the answer at an end mark that is text; those that are tokens end it by themselves."""
+    """Ends the answer at an end mark that is text, such as Vicuna's old ###; tokens end it by themselves."""
 
     def __init__(self, conversation: Conversation):
         self.conversation = conversation
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_) -> torch.Tensor:
         text = self.conversation.tokenizer.decode(input_ids[0], skip_special_tokens=True)
-        return torch.tensor([self.conversation.cut(text) != text], device=input_ids.device)
+        ended = any(mark in text for mark in self.conversation.template.stop)
+        return torch.tensor([ended], device=input_ids.device)
 
 
 class Printer(TextStreamer):
-    """Prints words as they are complete, up to the end mark and without the blank that follows the role."""
+    """Prints words as they are complete, up to the end mark and without what the template has before an answer."""
 
     def __init__(self, conversation: Conversation):
         super().__init__(conversation.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.cut, self.begun = conversation.cut, False
+        self.template, self.text, self.printed = conversation.template, "", 0
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        text = self.cut(text)
-        text = text if self.begun else text.lstrip()
-        self.begun = self.begun or bool(text)
-        print(text, end="\n" if stream_end else "", flush=True)
+        self.text += text
+        if not stream_end and self.template.answer_lead.strip().startswith(self.text.strip()):
+            return
+        answer = written_answer(self.template, self.text)
+        print(answer[self.printed :], end="\n" if stream_end else "", flush=True)
+        self.printed = len(answer)
 
 
 def converse(conversation: Conversation) -> None:

@@ -302,12 +302,9 @@ def examine(given: argparse.Namespace) -> int:
         config = load_vision_config(given.vision_tower, given.trust_remote_code)
         image_size = tower_image_size(given.vision_tower, config)
         image_tokens = tokens_per_image(config, given.mm_vision_select_feature, image_size)
-    to_sample = functools.partial(
-        tokenize,
-        template=get_template(given.version),
-        tokenizer=load_tokenizer(given.model_name_or_path, given.trust_remote_code),
-        tokens_per_image=image_tokens,
-    )
+    tokenizer = load_tokenizer(given.model_name_or_path, given.trust_remote_code)
+    template = get_template(given.version, tokenizer)
+    to_sample = functools.partial(tokenize, template=template, tokenizer=tokenizer, tokens_per_image=image_tokens)
     store = RecordStore(given.data_path, given.image_folder, given.exclude)
     examine_part = functools.partial(examine_records, store, to_sample, image_tokens, given.model_max_length)
     found = Findings.join(list(map_ranges(examine_part, len(store), given.num_workers, "records")))

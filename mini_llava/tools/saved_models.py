@@ -59,7 +59,7 @@ class SavedModel:
         dtypes = {"language_model": language_dtype, "vision_tower": dtype, "projector": torch.float32}
         own_projector = self.directory if self.kind in (PROJECTOR, STATE) else None
         marks = self.image_tokens()
-        model = load_llava(self.source, "sdpa", dtypes, own_projector, None, marks[0])
+        model = load_llava(self.source, None, dtypes, own_projector, None, marks[0])
         if self.kind == LORA:
             load_lora(model, self.directory, torch.float32)
             merge_lora(model, dtype)
@@ -141,7 +141,8 @@ def open_saved(
     tokenizer = load_tokenizer(directory if has_tokenizer else source.name)
     known, version = len(tokenizer), version or config.get("conversation_version")
     known_version, version = bool(version), version or "v1"
-    template = add_image_tokens(tokenizer, get_template(version), *(bool(config.get(key)) for key in IMAGE_TOKEN_FLAGS))
+    template = get_template(version, tokenizer)
+    template = add_image_tokens(tokenizer, template, *(bool(config.get(key)) for key in IMAGE_TOKEN_FLAGS))
     return SavedModel(
         directory,
         kind,

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..data.records import RecordStore, missing_image
+from ..data.templates import Template, written_answer
 from ..data.tokenization import IMAGE_TOKEN_INDEX, BadRecord
 from .distributed import sum_over_ranks, zero_stage
 
@@ -51,7 +52,7 @@ class HeldOut:
         to_prompt: Callable[[dict], np.ndarray],
         load_pixels: Callable[[str, str], torch.Tensor],
         tokenizer: PreTrainedTokenizerBase,
-        stop: Sequence[str],
+        template: Template,
         batch_size: int,
         max_samples: int | None,
         seed: int,
@@ -64,7 +65,7 @@ class HeldOut:
             max_samples: take so many of them, at random.
         """
         self.accelerator, self.model, self.store, self.load_pixels = accelerator, model, store, load_pixels
-        self.tokenizer, self.stop, self.batch_size, self.seed = tokenizer, stop, batch_size, seed
+        self.tokenizer, self.template, self.batch_size, self.seed = tokenizer, template, batch_size, seed
         self.questions: list[Question] = []
         if store is None:
             return
@@ -97,7 +98,7 @@ class HeldOut:
             self.model,
             load_pixels=lambda index, name: self.load_pixels(self.store.image_folder(index), name),
             tokenizer=self.tokenizer,
-            stop=self.stop,
+            template=self.template,
             batch_size=self.batch_size,
         )
         right, without_looking = ask(self.questions), ask(shuffle_images(self.questions, self.seed))
@@ -114,7 +115,7 @@ def exact_match(
     questions: Sequence[Question],
     load_pixels: Callable[[int, str], torch.Tensor],
     tokenizer: PreTrainedTokenizerBase,
-    stop: Sequence[str],
+    template: Template,
     batch_size: int,
 ) -> float:
     """Share of the questions whose greedy answer, up to its end marker, is the expected text. All ranks must call it.
@@ -122,18 +123,19 @@ def exact_match(
     Args:
         model: the prepared `LlavaModel`.
         load_pixels: (record, image name) to uint8 [3, image size, image size].
-        stop: strings that end an answer.
+        template: which says what ends an answer.
     """
     llava = accelerator.unwrap_model(model)
     was_training, attention = model.training, llava.language_model.config._attn_implementation
     model.eval()
     if attention == "varlen":  # for packed rows without a cache only
         llava.language_model.set_attn_implementation("sdpa")
-    stop_ids = [tokenizer.convert_tokens_to_ids(text) for text in stop if text in tokenizer.get_vocab()]
+    stop_ids = [tokenizer.convert_tokens_to_ids(text) for text in template.stop if text in tokenizer.get_vocab()]
+    expected = [tokenizer(template.answer_lead + q.answer, add_special_tokens=False).input_ids for q in questions]
     settings = GenerationConfig(
         do_sample=False,
         # An answer longer than the longest expected one is wrong in any case.
-        max_new_tokens=4 + max(len(tokenizer(q.answer, add_special_tokens=False).input_ids) for q in questions),
+        max_new_tokens=4 + max(map(len, expected)),
         eos_token_id=stop_ids or tokenizer.eos_token_id,
         pad_token_id=0,
     )
@@ -167,14 +169,9 @@ def exact_match(
                 synced_gpus=zero_stage(accelerator) == 3,
             )
         texts = tokenizer.batch_decode(output, skip_special_tokens=False)
-        right += sum(_cut(text, stop) == q.answer.strip() for text, q in zip(texts, counted, strict=False))
+        answers = [written_answer(template, text) for text in texts]
+        right += sum(answer == q.answer.strip() for answer, q in zip(answers, counted, strict=False))
     if attention == "varlen":
         llava.language_model.set_attn_implementation(attention)
     model.train(was_training)
     return sum_over_ranks(accelerator, float(right)).item() / len(questions)
-
-
-def _cut(text: str, stop: Sequence[str]) -> str:
-    for mark in stop:
-        text = text.split(mark)[0]
-    return text.strip()

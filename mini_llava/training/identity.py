@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ..arguments import DECIDES_NOTHING, OTHER_NAMES
 from ..data.records import RecordStore
+from ..data.templates import CHAT_TEMPLATE
 from .distributed import zero_stage
 
 # Elements looked at in one go: int64 copies of a 7B model's weights would not fit beside it.
@@ -54,6 +55,9 @@ def run_identity(
     if arguments["loss_normalization"] == "micro_batch":
         flags["per_device_train_batch_size"] = f"{slots} micro-batches a step"
     llava = accelerator.unwrap_model(model)
+    texts_to_ids = tokenizer.backend_tokenizer.to_str()
+    if arguments["version"] == CHAT_TEMPLATE:
+        texts_to_ids += str(tokenizer.chat_template)
     return {
         "flags": flags,
         "data": {
@@ -63,7 +67,7 @@ def run_identity(
         },
         "model": {
             "frozen": frozen_fingerprints(accelerator, llava),
-            "tokenizer": _digest(tokenizer.backend_tokenizer.to_str().encode()),
+            "tokenizer": _digest(texts_to_ids.encode()),
             "image processor": _settings(image_processor.to_dict()),
             "language model": _settings(llava.language_model.config),
             "vision tower": _settings(llava.vision_tower.model.config),

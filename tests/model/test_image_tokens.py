@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, LlavaForConditionalGeneration
 
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, add_image_tokens, load_tokenizer, tokenize_prompt
@@ -46,6 +46,18 @@ def test_new_rows_are_the_mean_of_the_old_ones_in_embeddings_and_head(tied):
         assert len(after) == (900 if tied else 803) == model.language_model.config.vocab_size
         assert torch.equal(after[:800], before[:800]) and torch.equal(after[803:], before[803:])
         torch.testing.assert_close(after[800:803], before[:800].mean(0).expand(3, -1))
+
+
+def test_trained_rows_are_multiplied_as_gemma_multiplies_what_it_looks_up():
+    config = AutoConfig.for_model("gemma", vocab_size=900, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+                                  num_attention_heads=4, num_key_value_heads=2, head_dim=16)  # fmt: skip
+    model, with_marks = build(language_model=AutoModelForCausalLM.from_config(config)), tokenizer()
+    add_image_tokens(with_marks, get_template("v1"), True, True)
+    add_token_rows(model, with_marks, 3, True, True, None, True, torch.float32)
+    ids, nowhere = torch.tensor([[5, START, END]]), torch.zeros(0, dtype=torch.int64)
+    beside = model.embed(ids, torch.zeros(1, 3, 56, 56), nowhere)
+    model.new_tokens = None
+    assert torch.equal(beside, model.embed(ids, torch.zeros(1, 3, 56, 56), nowhere))
 
 
 @pytest.fixture(scope="module")

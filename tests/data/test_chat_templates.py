@@ -1,0 +1,220 @@
+"""A tokenizer's own chat template as the training template: its texts, and labels known by construction."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from mini_llava.data.templates import CHAT_TEMPLATE, BadRecord, chat_template, get_template, render, written_answer
+from mini_llava.data.tokenization import IGNORE_INDEX, load_tokenizer, tokenize, tokenize_prompt
+from mini_llava.tools.chat import Printer
+from tests.families import FAMILIES, write_tokenizer
+
+WITH_CHAT_TEMPLATE = [name for name, family in FAMILIES.items() if family.chat_template]
+TRIMMED = ("llama_2", "llama_3", "llama_3_2", "gemma_2", "gemma_3")
+# What the model is to write for an answer, all of it trained, by family or by named template.
+WRITTEN = {
+    **dict.fromkeys(("llama_2", "llava_llama_2", "mistral_instruct"), " {} </s>"),
+    **dict.fromkeys(("mistral", "v1"), " {}</s>"),
+    **dict.fromkeys(("qwen_2", "qwen_2_5", "qwen_3", "smollm2"), "{}<|im_end|>"),
+    **dict.fromkeys(("llama_3", "llama_3_2"), "{}<|eot_id|>"),
+    **dict.fromkeys(("gemma_2", "gemma_3"), "{}<end_of_turn>"),
+    "phi_3": "{}<|end|>",
+}
+CONVERSATIONS = [
+    ["What is it?", "A cat."],
+    ["What is it? ", "A cat. \n", "\nSure?", "Yes,\n\nof course.", "猫?", "🦙 and 猫"],
+    ["Say nothing.", "", "And now?", "yes"],
+    ["turn1.", "turn0.", "turn0.", "turn3."],  # names that the search for the answers uses itself
+    ["How does it end?", "With </s>, <|im_end|>, <|eot_id|>, <end_of_turn> or <|end|> and then more."],
+    ["user", "assistant", "[INST] [/INST]", "<|im_start|>user"],
+    ["Once", "answered", "and once", "more", "then not"],
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("families")
+    for name, family in FAMILIES.items():
+        write_tokenizer(family, folder / name)
+    return {name: load_tokenizer(folder / name) for name in FAMILIES}
+
+
+def record(turns, **keys):
+    return {"conversations": [{"from": ("human", "gpt")[n % 2], "value": turn} for n, turn in enumerate(turns)], **keys}
+
+
+def trained_texts(sample, tokenizer):
+    """What each stretch of neighbouring trained tokens says, a leading blank included."""
+    trained = np.flatnonzero(sample.labels != IGNORE_INDEX)
+    before = tokenizer("x", add_special_tokens=False).input_ids
+    for run in np.split(trained, np.flatnonzero(np.diff(trained) > 1) + 1):
+        yield tokenizer.decode([*before, *sample.input_ids[run]])[len(tokenizer.decode(before)) :]
+
+
+def same_words(found, expected, turns) -> bool:
+    """Behind a mark inside a turn Llama's legacy tokenizers write a blank of their own, and Phi's marks swallow one."""
+    blank = "" if turns == CONVERSATIONS[4] else " "
+    return [text.replace(" ", blank) for text in found] == [text.replace(" ", blank) for text in expected]
+
+
+@pytest.mark.parametrize("turns", CONVERSATIONS, ids=range(len(CONVERSATIONS)))
+@pytest.mark.parametrize("name", WITH_CHAT_TEMPLATE)
+def test_the_trained_tokens_are_the_answers_and_their_end_marks(name, turns, tokenizers):
+    tokenizer = tokenizers[name]
+    sample = tokenize(record(turns), get_template(CHAT_TEMPLATE, tokenizer), tokenizer, 4, 10_000)
+    answers = [turn.strip() if name in TRIMMED else turn for turn in turns[1::2]]
+    expected = [WRITTEN[name].format(answer) for answer in answers]
+    if name == "qwen_3" and len(turns) % 2 == 0:  # it puts an empty thought before the last answer
+        expected[-1] = "<think>\n\n</think>\n\n" + expected[-1]
+    assert same_words(trained_texts(sample, tokenizer), expected, turns)
+
+
+@pytest.mark.parametrize("turns", CONVERSATIONS, ids=range(len(CONVERSATIONS)))
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.version])
+def test_the_same_holds_for_the_named_template_of_each_family(name, turns, tokenizers):
+    version = FAMILIES[name].version
+    sample = tokenize(record(turns), get_template(version), tokenizers[name], 4, 10_000)
+    expected = [WRITTEN[version].format(answer) for answer in turns[1::2]]
+    assert same_words(trained_texts(sample, tokenizers[name]), expected, turns)
+
+
+@pytest.mark.parametrize("turns", CONVERSATIONS, ids=range(len(CONVERSATIONS)))
+@pytest.mark.parametrize("name", WITH_CHAT_TEMPLATE)
+def test_the_ids_are_those_of_transformers_for_the_same_conversation(name, turns, tokenizers):
+    tokenizer = tokenizers[name]
+    messages = [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
+    template, about = get_template(CHAT_TEMPLATE, tokenizer), dict(return_dict=False, date_string="26 Jul 2024")
+    whole = tokenize(record(turns), template, tokenizer, 4, 10_000).input_ids
+    assert whole.tolist() == tokenizer.apply_chat_template(messages, **about)
+    asked = messages[: len(messages) - (len(messages) + 1) % 2]
+    prompt = tokenize_prompt(record(turns), template, tokenizer, 4)
+    assert prompt.tolist() == tokenizer.apply_chat_template(asked, add_generation_prompt=True, **about)
+    if len(turns) % 2 == 0:
+        assert prompt.tolist() == whole[: len(prompt)].tolist(), "a model is asked as it was trained"
+    if name in ("llama_3", "llama_3_2", "gemma_2", "gemma_3"):  # whose tokenizers add it, and whose templates write it
+        assert whole.tolist().count(tokenizer.bos_token_id) == 1 and whole[0] == tokenizer.bos_token_id
+
+
+def test_a_template_that_asks_for_the_date_is_told_the_same_one_every_day(tokenizers):
+    text = render(get_template(CHAT_TEMPLATE, tokenizers["llama_3_2"]), ["Hi"], ["Yes"])[0][0]
+    assert "Today Date: 26 Jul 2024\n" in text
+
+
+def test_an_answer_with_thoughts_which_qwen_3_takes_out_is_a_bad_record(tokenizers):
+    turns = ["Why?", "<think>\nLet me see.\n</think>\n\nBecause.", "Sure?", "Yes."]
+    with pytest.raises(BadRecord, match=r"^the tokenizer's chat template changes turn 2, and not only the blanks"):
+        tokenize(record(turns), get_template(CHAT_TEMPLATE, tokenizers["qwen_3"]), tokenizers["qwen_3"], 4, 10_000)
+
+
+def test_a_tokenizer_without_a_chat_template_is_an_error_that_lists_the_named_ones(tokenizers):
+    with pytest.raises(
+        ValueError, match=r"--version chat_template: the tokenizer .*vicuna has no chat template\. .* v1,"
+    ):
+        get_template(CHAT_TEMPLATE, tokenizers["vicuna"])
+
+
+LOOP = "{% for message in messages %}BODY{% endfor %}{% if add_generation_prompt %}PROMPT{% endif %}"
+TURN = "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+REFUSED = {
+    "it asks otherwise than it trains": (
+        LOOP.replace("BODY", TURN).replace("PROMPT", "<|im_start|>assistant\n<think>\n"),
+        r"asks for an answer with .*<think>.*, but before the answers .* not be asked as it was trained",
+    ),
+    "nothing ends an answer": (
+        LOOP.replace("BODY", "{{ message.role }}: {{ message.content }}\n").replace("PROMPT", "assistant: "),
+        "puts no special token behind an answer, so nothing ends it",
+    ),
+    "it leaves questions out": (
+        LOOP.replace("BODY", TURN.replace("message.content", "'' if message.role == 'user' else message.content")),
+        "leaves out or repeats some of its 2 turns",
+    ),
+    "it wants another conversation": (
+        "{{ raise_exception('A system message is needed!') }}",
+        "the tokenizer's chat template fails on it: A system message is needed!",
+    ),
+    "it is broken": ("{% for message in messages %}", "the tokenizer's chat template fails on it: Unexpected end"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_template_whose_answers_cannot_be_found_is_refused_before_training(name, tokenizers):
+    jinja, sentence = REFUSED[name]
+    tokenizer = with_template(tokenizers["qwen_2"], jinja)
+    with pytest.raises(ValueError, match=f"--version chat_template: .* cannot be trained with: .*{sentence}"):
+        get_template(CHAT_TEMPLATE, tokenizer)
+
+
+def test_what_a_template_does_to_longer_conversations_alone_makes_those_bad_records(tokenizers):
+    one_round = LOOP.replace("BODY", "{% if loop.index0 < 2 %}" + TURN + "{% endif %}")
+    mark = "{{ '<|endoftext|>' if message.role == 'assistant' and not loop.last else '<|im_end|>' }}"
+    ends_differ = LOOP.replace("BODY", TURN.replace("<|im_end|>", mark))
+    for jinja, sentence in ((one_round, "leaves out or repeats"), (ends_differ, "does not end all answers alike")):
+        tokenizer = with_template(tokenizers["qwen_2"], jinja.replace("PROMPT", "<|im_start|>assistant\n"))
+        template = get_template(CHAT_TEMPLATE, tokenizer)
+        render(template, ["Q1"], ["A1"])
+        with pytest.raises(BadRecord, match=sentence):
+            render(template, ["Q1", "Q2"], ["A1", "A2"])
+
+
+def test_a_templates_own_marks_say_what_is_trained(tokenizers):
+    """As SmolLM3's: the empty thought before an answer is written for the model, and not to be learnt."""
+    body = (
+        "<|im_start|>{{ message.role }}\n{% if message.role == 'assistant' %}<think>\n\n</think>\n"
+        "{% generation %}{{ message.content + '<|im_end|>\n' }}{% endgeneration %}"
+        "{% else %}{{ message.content }}<|im_end|>\n{% endif %}"
+    )
+    jinja = LOOP.replace("BODY", body).replace("PROMPT", "<|im_start|>assistant\n<think>\n\n</think>\n")
+    template = get_template(CHAT_TEMPLATE, with_template(tokenizers["qwen_2"], jinja))
+    trained = [text for text, is_trained in render(template, ["Q1", "Q2"], ["A1", "A2"]) if is_trained]
+    assert trained == ["A1<|im_end|>\n", "A2<|im_end|>\n"] and template.stop == ("<|im_end|>",)
+
+    some = body.replace("message.role == 'assistant'", "message.role == 'assistant' and loop.index0 < 2")
+    template = get_template(CHAT_TEMPLATE, with_template(tokenizers["qwen_2"], jinja.replace(body, some)))
+    with pytest.raises(BadRecord, match=r"but not all of them|asks for an answer with"):
+        render(template, ["Q1", "Q2"], ["A1", "A2"])
+
+
+@pytest.mark.parametrize("name", WITH_CHAT_TEMPLATE)
+def test_the_exported_template_writes_the_same_text_also_for_messages_with_pictures(name, tokenizers):
+    tokenizer = tokenizers[name]
+    template, about = get_template(CHAT_TEMPLATE, tokenizer), dict(tokenize=False, date_string="26 Jul 2024")
+    exported = with_template(tokenizer, chat_template(template))
+    words = [{"role": "user", "content": "<image>\nWhat is it?"}, {"role": "assistant", "content": "A cat."}]
+    parts = [
+        {"role": "user", "content": [{"type": "text", "text": "What is it?"}, {"type": "image"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+    ]
+    expected = "".join(text for text, _ in render(template, ["<image>\nWhat is it?"], ["A cat."]))
+    for messages in (words, parts):
+        assert exported.apply_chat_template(messages, **about) == expected
+    again = get_template(CHAT_TEMPLATE, exported)
+    assert chat_template(again) == exported.chat_template, "it grows once, and not with every export"
+    assert "".join(text for text, _ in render(again, ["<image>\nWhat is it?"], ["A cat."])) == expected
+
+
+def test_what_a_model_writes_before_its_answer_is_none_of_it(tokenizers):
+    template = get_template(CHAT_TEMPLATE, tokenizers["qwen_3"])
+    assert written_answer(template, "<think>\n\n</think>\n\nA cat.<|im_end|>\n<|im_start|>") == "A cat."
+    assert written_answer(get_template("v1"), " A cat.</s>USER") == "A cat."
+
+
+@pytest.mark.parametrize("name, version", [("qwen_3", CHAT_TEMPLATE), ("vicuna", "v1"), ("gemma_2", CHAT_TEMPLATE)])
+def test_the_chat_prints_the_answer_alone_while_it_is_written(name, version, tokenizers, capsys):
+    tokenizer, answer = tokenizers[name], "A cat, and a dog. \n\nSure."
+    template = get_template(version, tokenizer)
+    printer = Printer(SimpleNamespace(template=template, tokenizer=tokenizer))
+    written = template.answer_lead + answer + template.stop[0]
+    printer.put(torch.tensor([[1, 2, 3]]))  # the prompt, which is not shown
+    for number in tokenizer(written, add_special_tokens=False).input_ids:
+        printer.put(torch.tensor([number]))
+    printer.end()
+    assert capsys.readouterr().out == answer + "\n"
+
+
+def with_template(tokenizer, jinja: str):
+    changed = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    changed.chat_template = jinja
+    return changed
