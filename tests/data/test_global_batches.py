@@ -135,7 +135,7 @@ def test_the_share_of_a_source_is_random_and_a_function_of_the_seed():
 
 
 def test_weights_that_leave_nothing_of_a_source_are_refused():
-    with pytest.raises(ValueError, match="Source 3 has 9 samples, of which the weight 0.05 takes none"):
+    with pytest.raises(ValueError, match=r"Source 3 has 9 samples, of which the weight 0\.05 takes none"):
         weighted(1, 1, 0.05)
 
 
