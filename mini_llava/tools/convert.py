@@ -378,12 +378,12 @@ def convert(given: argparse.Namespace) -> int:
         "flags": {name: value for name, value in vars(given).items() if name not in ("sources", "output")},
     }
     records, faults, plan_file = (output / name for name in ("records.jsonl", "bad_entries.jsonl", "conversion.json"))
-    if plan_file.exists():
-        if json.loads(plan_file.read_text(encoding="utf-8")) != plan:
-            raise ValueError(f"{output} holds a conversion of other files or with other flags: take another --output.")
-    elif output.exists() and any(output.iterdir()):
+    if not plan_file.exists() and output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty and no conversion of ours: take another --output.")
-    else:
+    if not plan_file.exists() or json.loads(plan_file.read_text(encoding="utf-8")) != plan:
+        if records.exists() or any((output / "parts").glob("*.records.jsonl")):
+            raise ValueError(f"{output} holds a conversion of other files or with other flags: take another --output.")
+        shutil.rmtree(output / "images", ignore_errors=True)  # of an attempt that finished no file
         output.mkdir(parents=True, exist_ok=True)
         write_whole(plan_file, [json.dumps(plan, indent=1).encode()])
     if not records.exists():

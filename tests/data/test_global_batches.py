@@ -139,6 +139,12 @@ def test_weights_that_leave_nothing_of_a_source_are_refused():
         weighted(1, 1, 0.05)
 
 
+def test_weights_and_sources_that_do_not_fit_each_other_are_refused():
+    for sizes, weights in (([40, 32], [1, 2, 3]), ([40, 30], [1, 2]), (None, [2.0])):
+        with pytest.raises(ValueError, match=r"72 in all"):
+            GlobalBatchSampler(*samples(72), 8, source_sizes=sizes, weights=weights)
+
+
 def test_a_state_of_other_weights_is_refused():
     state = weighted(1.0, 0.5, 2.0).state_dict()
     weighted(1.0, 0.5, 2.0).load_state_dict(json.loads(json.dumps(state)))

@@ -219,9 +219,9 @@ def test_a_directory_of_several_splits_wants_one_named(tmp_path, capsys):
 def test_a_column_of_another_name_is_named_and_an_unknown_one_lists_those_there(tmp_path, capsys):
     rows = [{"picture": embedded(PNG), "description": "a cat", "key": 3}]
     file = write_parquet(tmp_path / "a.parquet", rows)
-    said = error(capsys, file, "--output", tmp_path / "a")
+    said = error(capsys, file, "--output", tmp_path / "out")
     assert f"{file} cannot be converted: none of its columns, picture, description, key, is known to hold text" in said
-    said = error(capsys, file, "--text_column", "descriptoin", "--output", tmp_path / "b")
+    said = error(capsys, file, "--text_column", "descriptoin", "--output", tmp_path / "out")
     assert "it has no column 'descriptoin' (--text_column); its columns are picture, description, key." in said
     names = ["--text_column", "description", "--image_column", "picture", "--id_column", "key"]
     [record] = converted(tmp_path / "out", file, *names)
