@@ -29,7 +29,7 @@ from mini_llava.data.loader import (
     refuse_or_report,
 )
 from mini_llava.data.records import RecordStore, measure, measurement_key
-from mini_llava.data.sampler import GlobalBatchSampler, deal
+from mini_llava.data.sampler import GlobalBatchSampler, deal, samples_an_epoch
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import add_image_tokens, load_tokenizer, tokenize, tokenize_prompt
 from mini_llava.model import formats, lora
@@ -40,7 +40,7 @@ from mini_llava.training import checkpoint, distributed, liveness, output_folder
 from mini_llava.training.build import build_model
 from mini_llava.training.evaluation import HeldOut
 from mini_llava.training.identity import run_identity
-from mini_llava.training.meter import Meter, ProgressLine, append_json_line, prepare_reports
+from mini_llava.training.meter import Meter, ProgressLine, append_json_line, loss_parts, prepare_reports
 from mini_llava.training.optimizer import build_adamw, parameter_groups, set_learning_rates
 from mini_llava.training.preemption import EXIT_CODE, Preemption, ignore_signals, marker, write_marker
 from mini_llava.training.schedule import learning_rate_factor, warmup_steps
@@ -116,6 +116,8 @@ def train(arguments: flags.Arguments) -> None:
         seed=training.seed,
         group_by_modality_length=data_flags.group_by_modality_length,
         recorded=json.loads(Path(data_flags.sample_order).read_text()) if data_flags.sample_order else None,
+        source_sizes=store.source_sizes(),
+        weights=data_flags.data_weights,
     )
     total_steps = training.max_steps
     if total_steps <= 0:
@@ -171,7 +173,8 @@ def train(arguments: flags.Arguments) -> None:
     saves = saves if training.save_strategy == "steps" else 0
     room = (saves, training.save_total_limit, whole_model)
     disk_note = output_folder.disk_note(accelerator, model, output_dir, *room)
-    for note in (batch_note, distributed.memory_note(accelerator, model), disk_note):
+    mixture = mixture_note(store, data_flags.data_weights)
+    for note in (batch_note, mixture, distributed.memory_note(accelerator, model), disk_note):
         if note:
             say(note)
     say(
@@ -215,7 +218,7 @@ def train(arguments: flags.Arguments) -> None:
     )
     warmup = warmup_steps(training.warmup_ratio, total_steps)
     progress = ProgressLine(total_steps, sampler.step, enabled=rank == 0)
-    meter = Meter(accelerator, accelerator.unwrap_model(model))
+    meter = Meter(accelerator, accelerator.unwrap_model(model), loss_parts(store.source_names(), lengths.has_image))
     preemption, stopping = Preemption(), False
     gc.collect()
     gc.freeze()  # model and libraries stay: collections in the loop need not look through them again
@@ -227,8 +230,11 @@ def train(arguments: flags.Arguments) -> None:
         set_learning_rates(optimizer, factor)  # before the last backward, inside which DeepSpeed steps
 
         def losses(work=work, trained_tokens=trained_tokens):
-            for batch, own_tokens in zip(work.micro_batches, work.trained_tokens, strict=True):
-                sum_of_losses = model(**distributed.to_device(batch, accelerator.device))
+            parts = zip(work.micro_batches, work.trained_tokens, work.loss_groups, strict=True)
+            for batch, own_tokens, groups in parts:
+                token_losses = model(**distributed.to_device(batch, accelerator.device), reduction="none")
+                meter.add_token_losses(token_losses, groups)
+                sum_of_losses = token_losses.sum()
                 if training.loss_normalization == "global_batch":
                     loss = sum_of_losses / trained_tokens.float().clamp(min=1)
                 else:  # LLaVA's mean of means, blind to how many tokens a micro-batch trains
@@ -305,6 +311,15 @@ def open_held_out(data_flags: flags.DataArguments) -> RecordStore | None:
     if data_flags.eval_data_path is None:
         return None
     return RecordStore([data_flags.eval_data_path], data_flags.eval_image_folder and [data_flags.eval_image_folder])
+
+
+def mixture_note(store: RecordStore, weights: list[float] | None) -> str | None:
+    """How many records of each data file an epoch has, if not each of them once."""
+    if weights is None:
+        return None
+    sources = zip(store.source_names(), store.source_sizes(), weights, strict=True)
+    parts = [f"{samples_an_epoch(size, weight):,} from the {size:,} of {name}" for name, size, weight in sources]
+    return f"Records of an epoch: {', '.join(parts)}."
 
 
 def stop_unless_fp16_overflow(

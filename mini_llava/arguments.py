@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import inspect
 import itertools
+import math
 import textwrap
 import types
 import typing
@@ -90,6 +91,10 @@ class DataArguments:
 
     image_folder: list[str] | None = None
     """Image folder of each data file, in the same order; none at all for text only."""
+
+    data_weights: list[float] | None = field(default=None, metadata={"metavar": "X"})
+    """How often an epoch has the records of each data file, in the same order: 2 is every record twice, 0.5 a half of
+    them, another half in the next epoch. Default: 1 for all."""
 
     exclude: list[str] | None = None
     """Lists of records to leave out from the start: mini_llava.tools.doctor writes one, and skipped.jsonl is one."""
@@ -513,6 +518,18 @@ def _check(arguments: Arguments) -> None:
     for name, (other, needed) in NEEDED.items():
         if name in arguments.explicit and values[other] != needed and values[name] != defaults[name]:
             raise ValueError(f"--{name} {values[name]} does nothing without --{other} {needed}.")
+    if data.data_weights is not None:
+        if len(data.data_weights) != len(data.data_path):
+            raise ValueError(
+                f"--data_weights lists {len(data.data_weights)} numbers and --data_path {len(data.data_path)} files; "
+                "they are matched by position, so give one number for each file."
+            )
+        if wrong := [weight for weight in data.data_weights if not 0 < weight < math.inf]:
+            raise ValueError(f"--data_weights {wrong[0]:g}: weights are above 0; a file with none is left out.")
+        if data.sample_order:
+            raise ValueError("--sample_order says which records come when; --data_weights contradicts it.")
+        if set(data.data_weights) == {1.0}:
+            data.data_weights = None  # the same order as without, and the same run when it is resumed
     for name in ("eval_image_folder", "eval_max_samples", "eval_version"):
         if values[name] is not None and data.eval_data_path is None:
             raise ValueError(f"--{name} needs --eval_data_path.")
@@ -596,7 +613,7 @@ def _argparse_kind(hint) -> dict:
     if kind is bool:
         return {"type": _boolean, "nargs": "?", "const": True, "metavar": "True|False"}
     if typing.get_origin(kind) is list:
-        return {"type": str, "nargs": "+", "metavar": "PATH"}
+        return {"type": typing.get_args(kind)[0], "nargs": "+", "metavar": "PATH"}
     return {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
 
 
@@ -620,7 +637,10 @@ def _convert(kind, value):
     if value is None:
         return None
     if typing.get_origin(kind) is list:
-        return [str(item) for item in value] if isinstance(value, list) else [str(value)]
+        items = value if isinstance(value, list) else [value]
+        if None in items:
+            raise ValueError
+        return [_convert(typing.get_args(kind)[0], item) for item in items]
     if kind is bool:
         if not isinstance(value, bool):
             raise ValueError
@@ -644,7 +664,8 @@ def _fields():
 
 
 def _describe(kind) -> str:
-    return {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}.get(kind, "a list of texts")
+    known = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+    return known.get(kind, "a list of numbers" if kind == list[float] else "a list of texts")
 
 
 def _unknown(name: str, known) -> str:

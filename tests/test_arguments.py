@@ -180,6 +180,15 @@ def test_lists_take_several_paths():
     assert arguments.data.data_path == ["a.json", "b.json"] and arguments.data.image_folder == ["a", "b"]
 
 
+def test_data_weights_are_numbers_one_for_each_file_on_the_command_line_and_in_a_file(tmp_path):
+    files = ["--data_path", "a.json", "b.json"]
+    assert parse(*files, "--data_weights", "0.5", "2").data.data_weights == [0.5, 2.0]
+    config = tmp_path / "mine.yaml"
+    config.write_text("data_weights: [0.5, 2]\n")
+    assert parse(*files, "--config", str(config)).data.data_weights == [0.5, 2.0]
+    assert parse(*files, "--data_weights", "1", "1").data.data_weights is None  # what is done without
+
+
 def test_every_field_has_a_text_and_help_shows_all_of_them(capsys):
     with pytest.raises(SystemExit):
         flags.parse_arguments(["--help"])
@@ -212,6 +221,10 @@ def test_every_field_has_a_text_and_help_shows_all_of_them(capsys):
         (["--loss_normalization", "micro_batch", "--packing", "True"], "use --packing False."),
         (["--freeze_mm_mlp_adapter", "True"], "leave nothing to train."),
         (["--unfreeze_mm_vision_tower", "True"], "--unfreeze_mm_vision_tower contradicts it."),
+        (["--data_weights", "1", "2"], "--data_weights lists 2 numbers and --data_path 1 files;"),
+        (["--data_weights", "-1"], "--data_weights -1: weights are above 0;"),
+        (["--data_weights", "nan"], "--data_weights nan: weights are above 0;"),
+        (["--data_weights", "2", "--sample_order", "a.json"], "--data_weights contradicts it."),
         (["--eval_max_samples", "5"], "--eval_max_samples needs --eval_data_path."),
         (["--model_name_or_path", "/no/such/model"], "--model_name_or_path /no/such/model is no directory"),
         (["--vision_tower", str(ROOT / "tests")], "is a directory without config.json"),

@@ -72,6 +72,14 @@ def collate(
     }
 
 
+def sample_of_targets(batch: MicroBatch) -> torch.Tensor:
+    """int64 [B, K]: to which sample of a micro-batch each of its targets belongs."""
+    if batch["cu_seqlens"] is None:
+        rows, columns = batch["targets"].shape
+        return torch.arange(rows)[:, None].expand(rows, columns)
+    return torch.searchsorted(batch["cu_seqlens"][1:], batch["logit_positions"], right=True)[None]
+
+
 def _pad(rows: list[np.ndarray], columns: int, value: int) -> np.ndarray:
     padded = np.full((len(rows), columns), value, np.int64)
     for row, content in zip(padded, rows, strict=True):

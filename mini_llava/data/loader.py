@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .collator import MicroBatch, collate
+from .collator import MicroBatch, collate, sample_of_targets
 from .images import BadImage, load_image, pixel_values
 from .json_lines import append_lines, read_lines
 from .records import DataFileError, RecordStore
@@ -81,6 +81,7 @@ class RankStep:
 
     micro_batches: list[MicroBatch]
     trained_tokens: list[int]  # of each micro-batch
+    loss_groups: list[torch.Tensor] = field(default_factory=list)  # int64 [B, K] of each, see `loss_group`
     tokens: int = 0  # real ones, image tokens included
     samples: int = 0
     records: list[int] = field(default_factory=list)
@@ -93,7 +94,13 @@ class RankStep:
             {key: value.pin_memory() if torch.is_tensor(value) else value for key, value in batch.items()}
             for batch in self.micro_batches
         ]
+        self.loss_groups = [groups.pin_memory() for groups in self.loss_groups]
         return self
+
+
+def loss_group(source: int, has_image: bool) -> int:
+    """The group of targets whose losses are added up for the log: by data file and by modality."""
+    return 2 * source + has_image
 
 
 class RankSteps(Dataset):
@@ -122,6 +129,7 @@ class RankSteps(Dataset):
         step = RankStep([], [])
         for indices in micro_batches:
             samples: list[Sample] = []
+            groups: list[int] = []
             pixel_values: list[torch.Tensor] = []
             for index in indices:
                 try:
@@ -139,12 +147,14 @@ class RankSteps(Dataset):
                     step.skipped.append((index, str(error)))
                     continue
                 samples.append(sample)
+                groups.append(loss_group(self.store.source(index), bool(sample.images)))
                 pixel_values.extend(pixels)
                 step.records.append(index)
                 step.tokens += len(sample.input_ids)
             batch = collate(samples, pixel_values, self.image_size, self.packed)
             step.micro_batches.append(batch)
             step.trained_tokens.append(int((batch["targets"] != IGNORE_INDEX).sum()))
+            step.loss_groups.append(torch.tensor(groups or [0])[sample_of_targets(batch)])
             step.samples += len(samples)
         return step
 

@@ -166,6 +166,16 @@ class RecordStore:
         """Which of the data files holds the record."""
         return int(np.searchsorted(self._first, self.position(index), side="right")) - 1
 
+    def source_sizes(self) -> list[int]:
+        """How many records each data file has, excluded ones not counted."""
+        excluded = self._kept_before + np.arange(len(self._kept_before))
+        return (np.diff(self._first) - np.histogram(excluded, self._first)[0]).tolist()
+
+    def source_names(self) -> list[str]:
+        """A short name of each data file: what is before its suffix, and its number where two files share that."""
+        stems = [Path(path).stem for path in self.data_path]
+        return [stem if stems.count(stem) == 1 else f"{stem}.{n}" for n, stem in enumerate(stems, start=1)]
+
     def image_folder(self, index: int) -> str | None:
         """The folder that the record's image names are relative to."""
         return self._image_folder[self.source(index)] if self._image_folder else None

@@ -81,6 +81,32 @@ def even_chunks(batch: Sequence[int], lengths: Sequence[int], slots: int) -> lis
     return chunks
 
 
+def samples_an_epoch(size: int, weight: float) -> int:
+    """How many samples a source of this size gives to an epoch: weight x size, rounded."""
+    return round(weight * size)
+
+
+def epoch_samples(source_sizes: Sequence[int], weights: Sequence[float], seed: int, epoch: int) -> list[int]:
+    """The samples of an epoch in ascending order, source by source, each as often as the epoch has it.
+
+    A source of n samples gives round(weight x n) of them: every sample floor(weight) times, and a random share once
+    more. The share is taken from one shuffled order of the source, where the epoch before left off, so that each sample
+    had its turn before one has it again: with weight 0.5 two epochs are one pass.
+    """
+    samples, first = [], 0
+    for source, (size, weight) in enumerate(zip(source_sizes, weights, strict=True)):
+        passes, rest = divmod(samples_an_epoch(size, weight), size)
+        chosen = list(range(size)) * passes
+        if rest:
+            digest = hashlib.blake2b(f"{seed} {source}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+            turns = torch.randperm(size, generator=generator).tolist()
+            chosen += [turns[(epoch * rest + place) % size] for place in range(rest)]
+        samples += [first + index for index in sorted(chosen)]
+        first += size
+    return samples
+
+
 def _concatenate(lists: Sequence[Sequence[int]]) -> list[int]:
     return [index for sublist in lists for index in sublist]
 
@@ -101,16 +127,32 @@ class GlobalBatchSampler:
         seed: int = 42,
         group_by_modality_length: bool = True,
         recorded: list[list[int]] | None = None,
+        source_sizes: Sequence[int] | None = None,
+        weights: Sequence[float] | None = None,
     ):
         """
         Args:
             lengths, has_image: one entry a sample, see `llava_order`.
             slots: ranks times accumulation steps; it orders the samples inside a global batch and changes no batch.
             recorded: global batches of a recorded run, replayed in a cycle instead of an order of our own.
+            source_sizes, weights: how many samples each source has, one source behind the other, and how often an epoch
+                has them, see `epoch_samples`. Without weights, or if all are 1, an epoch is every sample once.
         """
         self.lengths, self.has_image = [int(length) for length in lengths], [bool(flag) for flag in has_image]
         self.global_batch_size, self.slots, self.seed = global_batch_size, slots, seed
         self.group_by_modality_length, self.recorded = group_by_modality_length, recorded
+        # Without weights there is one source, so that the order is the same function of (seed, epoch) in both cases.
+        is_weighted = weights is not None and any(weight != 1 for weight in weights)
+        self.source_sizes = list(source_sizes or []) if is_weighted else [len(self.lengths)]
+        self.weights = [float(weight) for weight in weights] if is_weighted else None
+        if is_weighted and (len(self.source_sizes) != len(weights) or sum(self.source_sizes) != len(self.lengths)):
+            raise ValueError(f"Weights {weights}, sources of {self.source_sizes} samples, {len(self.lengths)} in all.")
+        for number, (size, weight) in enumerate(zip(self.source_sizes, self.weights or [1], strict=True), start=1):
+            if samples_an_epoch(size, weight) < 1:
+                raise ValueError(
+                    f"Source {number} has {size} samples, of which the weight {weight} takes none: raise it, or leave "
+                    f"the source out."
+                )
         self.step = 0
         order = repr((self.lengths, self.has_image, recorded)).encode()
         self._lengths_digest = hashlib.blake2b(order, digest_size=8).hexdigest()
@@ -118,20 +160,26 @@ class GlobalBatchSampler:
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self.recorded) if self.recorded else math.ceil(len(self.lengths) / self.global_batch_size)
+        if self.recorded:
+            return len(self.recorded)
+        samples = sum(map(samples_an_epoch, self.source_sizes, self.weights or [1]))
+        return math.ceil(samples / self.global_batch_size)
 
     def global_batches(self, epoch: int) -> list[list[int]]:
-        """All global batches of an epoch; the last one may be smaller, no sample comes twice."""
+        """All global batches of an epoch; the last one may be smaller, no sample comes twice unless weights ask."""
         if self.recorded:
             return self.recorded
         if self._cached_epoch is None or self._cached_epoch[0] != epoch:
             generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
             draw = lambda n: torch.randperm(n, generator=generator).tolist()  # noqa: E731
-            if self.group_by_modality_length:
-                order = llava_order(self.lengths, self.has_image, self.slots, self.global_batch_size, draw)
-            else:
-                order = draw(len(self.lengths))
+            samples = epoch_samples(self.source_sizes, self.weights or [1], self.seed, epoch)
             size = self.global_batch_size
+            if self.group_by_modality_length:
+                lengths, has_image = ([values[i] for i in samples] for values in (self.lengths, self.has_image))
+                order = llava_order(lengths, has_image, self.slots, size, draw)
+            else:
+                order = draw(len(samples))
+            order = [samples[place] for place in order]
             self._cached_epoch = epoch, [order[start : start + size] for start in range(0, len(order), size)]
         return self._cached_epoch[1]
 
@@ -141,7 +189,7 @@ class GlobalBatchSampler:
             epoch, position = divmod(step, self.steps_per_epoch)
             yield self.global_batches(epoch)[position]
 
-    def state_dict(self) -> dict[str, int | bool | str]:
+    def state_dict(self) -> dict[str, int | bool | str | list]:
         """The cursor, and what the order is a function of (but for slots, which change no global batch)."""
         return {
             "step": self.step,
@@ -150,14 +198,15 @@ class GlobalBatchSampler:
             "batch": self.global_batch_size,
             "grouped": self.group_by_modality_length,
             "lengths": self._lengths_digest,
-        }
+        } | ({"weights": self.weights, "sources": self.source_sizes} if self.weights else {})
 
-    def load_state_dict(self, state: dict[str, int | bool | str], order_may_differ: bool = False) -> None:
+    def load_state_dict(self, state: dict[str, int | bool | str | list], order_may_differ: bool = False) -> None:
         """Moves the cursor; refuses a state whose order would be another one, unless that is allowed."""
+        mine = self.state_dict()
         differing = [
-            f"{key} {state.get(key)} there, {value} here"
-            for key, value in self.state_dict().items()
-            if key != "step" and state.get(key) != value
+            f"{key} {state.get(key)} there, {mine.get(key)} here"
+            for key in mine | state
+            if key != "step" and state.get(key) != mine.get(key)
         ]
         if differing and not order_may_differ:
             raise ValueError(f"The checkpoint's sample order is not the one of this run: {'; '.join(differing)}.")

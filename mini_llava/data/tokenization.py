@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from .templates import IMAGE_MARK, BadRecord, Template, render
+from .templates import IMAGE_MARK, BadRecord, Template, get_template, render
 
 PATCH_TOKEN, START_TOKEN, END_TOKEN = "<im_patch>", "<im_start>", "<im_end>"
 IGNORE_INDEX = -100
@@ -194,6 +194,13 @@ def _images(record: dict) -> tuple[list[str], bool]:
 
 def _image_first(text: str) -> str:
     return (IMAGE_MARK + "\n" + text.replace(IMAGE_MARK, "").strip()).strip()
+
+
+def check_record(record: dict) -> None:
+    """Raises BadRecord if the record cannot be trained on with any template, whatever its images and its length."""
+    _, answers, _ = _conversation(record, get_template("v1"))
+    if not answers:
+        raise BadRecord("no question has an answer, so there is nothing to train on.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

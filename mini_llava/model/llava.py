@@ -67,8 +67,12 @@ class LlavaModel(nn.Module):
         max_seqlen: int,
         attention_mask: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        reduction: str = "sum",
     ) -> torch.Tensor:
-        """Sum of the losses of all trained tokens, fp32 scalar. Shapes as `collate` describes them."""
+        """Sum of the losses of all trained tokens, fp32 scalar. Shapes as `collate` describes them.
+
+        With reduction "none" the loss of each target instead, fp32 [B, K], 0 where none is trained.
+        """
         packing = {}  # a padded row needs no positions, which families without (MPT, BLOOM) would not take
         if cu_seqlens is not None:
             packing = {
@@ -88,7 +92,8 @@ class LlavaModel(nn.Module):
             logits_to_keep=logit_positions,
             **packing,
         ).logits
-        return sum_of_token_losses(logits, targets)
+        losses = token_losses(logits, targets)
+        return losses if reduction == "none" else losses.sum()
 
     def gradient_checkpointing_enable(self, share: float = 1.0) -> None:
         """Recomputes layers of the language model in backward instead of keeping their activations.
@@ -135,18 +140,18 @@ def load_llava(
     return model
 
 
-def sum_of_token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross entropy in fp32, summed over the targets other than IGNORE_INDEX: [B, K, V], [B, K] -> scalar."""
-    logits, targets = logits.flatten(0, 1), targets.flatten()
+def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross entropy in fp32, 0 where the target is IGNORE_INDEX: [B, K, V], [B, K] -> [B, K]."""
+    shape, logits, targets = targets.shape, logits.flatten(0, 1), targets.flatten()
     rows = max(1, LOGITS_IN_FP32_AT_ONCE // logits.shape[-1])
     if len(logits) <= rows:
-        return _cross_entropy(logits, targets)
+        return _cross_entropy(logits, targets).view(shape)
     pieces = zip(logits.split(rows), targets.split(rows), strict=True)
-    return torch.stack([checkpoint(_cross_entropy, *piece, use_reentrant=False) for piece in pieces]).sum()
+    return torch.cat([checkpoint(_cross_entropy, *piece, use_reentrant=False) for piece in pieces]).view(shape)
 
 
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="none")
 
 
 def _dtype(module: nn.Module, default: torch.Tensor) -> torch.dtype:

@@ -1,7 +1,7 @@
 """Throughput, the progress line and the trackers: what a person watches while a model trains."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -9,10 +9,30 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from ..data.json_lines import append_lines, cut_after
-from ..data.loader import RankStep
+from ..data.loader import RankStep, loss_group
+from ..data.tokenization import IGNORE_INDEX
 from ..model.llava import LlavaModel
 from .distributed import never_fatal, sum_over_ranks
 from .flops import FlopCounter, peak_flops
+
+
+def loss_parts(sources: Sequence[str], has_image: Sequence[bool]) -> dict[str, list[int]]:
+    """What the loss is logged for besides the whole: each source if there are several, each modality if there are both.
+
+    Args:
+        sources: the names of the data files.
+        has_image: which samples have images.
+
+    Returns:
+        Name in the log to the groups of targets that belong to it.
+    """
+    numbers, parts = range(len(sources)), {}
+    if len(sources) > 1:
+        parts = {f"loss/{sources[n]}": [loss_group(n, False), loss_group(n, True)] for n in numbers}
+    if len(set(map(bool, has_image))) > 1:
+        for name, image in (("text", False), ("image", True)):
+            parts[f"loss_by_modality/{name}"] = [loss_group(n, image) for n in numbers]
+    return parts
 
 
 class Meter:
@@ -22,14 +42,20 @@ class Meter:
     stay on the device; only `read` waits for it.
     """
 
-    def __init__(self, accelerator: Accelerator, model: LlavaModel):
-        self.accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, model: LlavaModel, parts: dict[str, list[int]] | None = None):
+        """parts: what the loss is also logged for, see `loss_parts`."""
+        self.accelerator, self.parts = accelerator, parts or {}
+        groups = 1 + max((group for part in self.parts.values() for group in part), default=-1)
+        self.group_losses = torch.zeros(groups, dtype=torch.float64, device=accelerator.device)
+        self.group_tokens = torch.zeros(groups, dtype=torch.int64)
         self.count_flops, self.peak_flops = FlopCounter(model), peak_flops(accelerator)
         self.loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
         self._start_anew()
 
     def _start_anew(self) -> None:
         self.loss.zero_()
+        self.group_losses.zero_()
+        self.group_tokens.zero_()
         self.tokens = self.computed_tokens = self.samples = self.steps = 0
         self.flops = self.waited = 0.0
         self.pauses: dict[str, float] = {}
@@ -50,6 +76,12 @@ class Meter:
         """A micro-batch's contribution to the loss of its global batch."""
         self.loss += loss.detach()
 
+    def add_token_losses(self, losses: torch.Tensor, groups: torch.Tensor) -> None:
+        """A micro-batch's losses [B, K] and the group of each; nothing is done where the loss is logged as a whole."""
+        if self.parts:
+            groups = groups.to(losses.device, non_blocking=True).flatten()
+            self.group_losses.index_add_(0, groups, losses.detach().flatten().double())
+
     def add_step(self, work: RankStep) -> None:
         """A step of this rank is done."""
         self.steps += 1
@@ -57,6 +89,10 @@ class Meter:
         self.tokens += work.tokens
         self.computed_tokens += sum(batch["input_ids"].numel() for batch in work.micro_batches)
         self.flops += sum(map(self.count_flops, work.micro_batches))
+        if self.parts:
+            for batch, groups in zip(work.micro_batches, work.loss_groups, strict=True):
+                trained = groups[batch["targets"] != IGNORE_INDEX]
+                self.group_tokens += trained.bincount(minlength=len(self.group_tokens))
 
     def read(self) -> dict[str, float]:
         """Mean loss, rates of all ranks, and how well the device was used, since the last read.
@@ -64,7 +100,8 @@ class Meter:
         A collective: all ranks must call it. `tokens_per_second` counts real tokens, `computed_tokens_per_second`
         padding too. On GPUs whose peak is known `mfu` is the share of it that went into arithmetic the step could not
         do without (see `FlopCounter`), and `mfu_6n` the usual approximation, 6 x parameters of the language model x
-        real tokens. `data_wait` (a share of the time) and `peak_memory_gib` are those of the worst rank.
+        real tokens. `data_wait` (a share of the time) and `peak_memory_gib` are those of the worst rank. The loss of a
+        part (see `loss_parts`) is the mean over its trained tokens; a part without any is left out.
         """
         on_gpu = self.accelerator.device.type == "cuda"
         memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
@@ -72,9 +109,12 @@ class Meter:
         # One collective for sums and maxima: each rank writes the latter into a place of its own.
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         places = [value if place == rank else 0.0 for value in (self.waited, memory) for place in range(ranks)]
-        mine = torch.tensor([*sums, *places], dtype=torch.float64, device=self.accelerator.device)
-        totals = sum_over_ranks(self.accelerator, torch.cat([self.loss[None], mine]))
-        loss, tokens, computed_tokens, samples, flops, *places = totals.tolist()
+        mine = [*sums, *places, *self.group_tokens.tolist()]
+        mine = torch.tensor(mine, dtype=torch.float64, device=self.accelerator.device)
+        totals = sum_over_ranks(self.accelerator, torch.cat([self.loss[None], mine, self.group_losses]))
+        loss, tokens, computed_tokens, samples, flops, *rest = totals.tolist()
+        places, groups = rest[: 2 * ranks], len(self.group_tokens)
+        group_tokens, group_losses = rest[2 * ranks :][:groups], rest[2 * ranks :][groups:]
         seconds = time.perf_counter() - self.started
         values = {
             "loss": loss / self.steps,
@@ -85,6 +125,9 @@ class Meter:
             "data_wait": max(places[:ranks]) / seconds,
             **self.pauses,
         }
+        for name, part in self.parts.items():
+            if trained := sum(group_tokens[group] for group in part):
+                values[name] = sum(group_losses[group] for group in part) / trained
         if on_gpu:
             values["peak_memory_gib"] = max(places[ranks:])
         if self.peak_flops:

@@ -1,12 +1,14 @@
 """The order is a function of (seed, epoch), and dealing a global batch loses no sample."""
 
+import json
 import math
 import random
+from collections import Counter
 
 import pytest
 import torch
 
-from mini_llava.data.sampler import GlobalBatchSampler, deal
+from mini_llava.data.sampler import GlobalBatchSampler, deal, epoch_samples
 
 
 def samples(count: int, images: float = 0.6, seed: int = 0) -> tuple[list[int], list[bool]]:
@@ -85,6 +87,72 @@ def test_the_number_of_slots_changes_no_global_batch():
         for slots in (1, 2, 3, 8)
     ]
     assert all(other == batches[0] for other in batches)
+
+
+# --- several sources -------------------------------------------------------------------------------------------------
+
+SIZES = [40, 23, 9]
+
+
+def weighted(*weights: float, **others) -> GlobalBatchSampler:
+    return GlobalBatchSampler(*samples(sum(SIZES)), 8, slots=2, source_sizes=SIZES, weights=weights, **others)
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_weights_of_one_are_the_order_without_weights(grouped):
+    plain = GlobalBatchSampler(*samples(sum(SIZES)), 8, slots=2, group_by_modality_length=grouped)
+    equal = weighted(1.0, 1.0, 1.0, group_by_modality_length=grouped)
+    assert list(equal.batches(30)) == list(plain.batches(30))
+    assert equal.state_dict() == plain.state_dict()
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_an_epoch_has_each_source_as_often_as_its_weight_says(grouped):
+    sampler = weighted(0.5, 1.0, 2.5, group_by_modality_length=grouped)
+    for number in range(4):
+        batches = epoch(sampler, number)
+        assert all(len(batch) == 8 for batch in batches[:-1]) and len(batches) == sampler.steps_per_epoch
+        times = Counter(index for batch in batches for index in batch)
+        by_source = [[times[index] for index in range(first, end)] for first, end in ((0, 40), (40, 63), (63, 72))]
+        assert [sum(source) for source in by_source] == [20, 23, 22]  # 22.5 is rounded to the even number
+        assert set(by_source[0]) == {0, 1} and set(by_source[1]) == {1} and set(by_source[2]) == {2, 3}
+
+
+@pytest.mark.parametrize("weight", [0.3, 0.5, 0.7, 1.4, 3.9])
+def test_over_the_epochs_every_sample_of_a_source_comes_equally_often(weight):
+    times = Counter()
+    for number in range(10):
+        times.update(epoch_samples([40], [weight], seed=1, epoch=number))
+        assert len({times[index] for index in range(40)}) <= 2
+    assert set(times.values()) == {round(10 * weight)}
+
+
+def test_the_share_of_a_source_is_random_and_a_function_of_the_seed():
+    chosen = [epoch_samples([40, 40], [0.5, 0.5], seed, 0) for seed in (1, 1, 2)]
+    assert chosen[0] == chosen[1] != chosen[2]
+    assert chosen[0] != list(range(20)) + list(range(40, 60))
+    assert [index - 40 for index in chosen[0][20:]] != chosen[0][:20], "no source follows another's draw"
+
+
+def test_weights_that_leave_nothing_of_a_source_are_refused():
+    with pytest.raises(ValueError, match=r"Source 3 has 9 samples, of which the weight 0\.05 takes none"):
+        weighted(1, 1, 0.05)
+
+
+def test_weights_and_sources_that_do_not_fit_each_other_are_refused():
+    for sizes, weights in (([40, 32], [1, 2, 3]), ([40, 30], [1, 2]), (None, [2.0])):
+        with pytest.raises(ValueError, match=r"72 in all"):
+            GlobalBatchSampler(*samples(72), 8, source_sizes=sizes, weights=weights)
+
+
+def test_a_state_of_other_weights_is_refused():
+    state = weighted(1.0, 0.5, 2.0).state_dict()
+    weighted(1.0, 0.5, 2.0).load_state_dict(json.loads(json.dumps(state)))
+    for other in (weighted(1.0, 0.5, 1.0), weighted(1.0, 1.0, 1.0)):
+        with pytest.raises(ValueError, match=r"weights \[1.0, 0.5, 2.0\] there"):
+            other.load_state_dict(state)
+        with pytest.raises(ValueError, match=r"weights .* there, \[1.0, 0.5, 2.0\] here"):
+            weighted(1.0, 0.5, 2.0).load_state_dict(other.state_dict())
 
 
 # --- the cursor ------------------------------------------------------------------------------------------------------

@@ -54,6 +54,21 @@ def test_any_array_is_read_back_with_any_size_of_chunk(values, ascii_only, inden
     assert [store[index] for index in range(len(store))] == values
 
 
+def test_sources_have_sizes_without_what_is_excluded_and_names_of_their_own(tmp_path):
+    for folder, count in (("a", 3), ("b", 1), ("c", 4)):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "train.json", [{"id": number} for number in range(count)])
+    (tmp_path / "c" / "train.json").rename(tmp_path / "c" / "chats.v2.json")
+    files = [str(tmp_path / name) for name in ("a/train.json", "b/train.json", "c/chats.v2.json")]
+    store = RecordStore(files)
+    assert store.source_sizes() == [3, 1, 4]
+    assert store.source_names() == ["train.1", "train.2", "chats.v2"]
+    listed = [{"index": index, "digest": store.record_digest(index)} for index in (0, 3, 7)]
+    excluding = RecordStore(files, exclude=[write(tmp_path / "bad.jsonl", lines(listed))])
+    assert excluding.source_sizes() == [2, 0, 3]
+    assert [excluding.source(index) for index in range(len(excluding))] == [0, 0, 2, 2, 2]
+
+
 def test_json_lines_are_recognised_by_their_first_byte(tmp_path):
     values = [{"id": index, "text": "é\u2028" * index} for index in range(5)]
     text = "\n" + lines(values).replace("\n", "\n\n", 2)

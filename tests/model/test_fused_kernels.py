@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from mini_llava.model.attention import choose_attention
 from mini_llava.model.fused_kernels import FUSABLE, choose_fused_kernels, gated_mlp, use_fused_kernels
-from mini_llava.model.llava import sum_of_token_losses
+from mini_llava.model.llava import token_losses
 
 on_gpu = pytest.mark.skipif(
     not (torch.cuda.is_available() and importlib.util.find_spec("liger_kernel")), reason="needs a GPU and liger-kernel"
@@ -28,7 +28,7 @@ def loss_and_gradients(model: torch.nn.Module) -> torch.Tensor:
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None].cuda()
     packing = dict(cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=max(LENGTHS), max_length_k=max(LENGTHS))
     logits = model(input_ids=ids, position_ids=positions, use_cache=False, **packing).logits
-    loss = sum_of_token_losses(logits[:, :-1], ids[:, 1:]) / ids.numel()
+    loss = token_losses(logits[:, :-1], ids[:, 1:]).sum() / ids.numel()
     loss.backward()
     return torch.cat([loss.detach()[None]] + [p.grad.float().flatten() for p in model.parameters()])
 

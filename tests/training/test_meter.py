@@ -7,8 +7,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from mini_llava.data.loader import RankStep
-from mini_llava.training.meter import Meter, append_json_line
+from mini_llava.data.collator import sample_of_targets
+from mini_llava.data.loader import RankStep, loss_group
+from mini_llava.data.tokenization import IGNORE_INDEX
+from mini_llava.training.meter import Meter, append_json_line, loss_parts
 from tests.training.tiny_llava import micro_batch, tiny_llava
 
 
@@ -40,6 +42,34 @@ def test_loss_is_the_mean_over_steps_of_the_sum_over_micro_batches(clock):
         seconds_per_step=2.0,
         data_wait=0.0,
     )
+
+
+def test_the_loss_of_a_part_is_the_mean_over_its_trained_tokens(clock):
+    parts = loss_parts(["captions", "chats"], [True, False, True])
+    assert list(parts) == ["loss/captions", "loss/chats", "loss_by_modality/text", "loss_by_modality/image"]
+    meter = Meter(Accelerator(cpu=True), tiny_llava(), parts)
+    work = RankStep([micro_batch([6, 6], images=1, packed=packed) for packed in (True, False)], [])
+    # A caption of an image, of which 2 tokens are trained, and a chat without one, of which 3 are.
+    groups = torch.tensor([loss_group(0, True), loss_group(1, False)])
+    for batch in work.micro_batches:
+        work.loss_groups.append(groups[sample_of_targets(batch)])
+        trained = batch["targets"] != IGNORE_INDEX
+        meter.add_token_losses(torch.where(trained, work.loss_groups[-1] + 0.5, 0.0), work.loss_groups[-1])
+    meter.add_step(work)
+    assert meter.group_tokens.tolist() == [0, 4, 6, 0]
+    clock[0] += 1
+    values = meter.read()
+    expected = {"loss/captions": 1.5, "loss/chats": 2.5, "loss_by_modality/text": 2.5, "loss_by_modality/image": 1.5}
+    assert {name: values[name] for name in parts} == expected
+    meter.add_step(RankStep([], []))
+    clock[0] += 1
+    assert not set(parts) & set(meter.read()), "of a part without tokens nothing is known"
+
+
+def test_one_data_file_of_one_modality_has_no_parts():
+    assert loss_parts(["captions"], [True, True]) == {}
+    assert list(loss_parts(["a", "b"], [False, False])) == ["loss/a", "loss/b"]
+    assert list(loss_parts(["a"], [False, True])) == ["loss_by_modality/text", "loss_by_modality/image"]
 
 
 def test_reading_starts_anew_and_evaluation_does_not_count(clock):

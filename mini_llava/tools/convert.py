@@ -1,0 +1,433 @@
+"""Makes records and an image folder of other layouts: `python -m mini_llava.tools.convert SOURCE ... --output FOLDER`.
+
+Reads what Hugging Face `datasets` and WebDataset write (Arrow, Parquet, tar), so that the trainer knows one format.
+Images are written byte for byte under names of our own: no name in an archive leads anywhere. Each input file is
+converted whole or again, so that a killed conversion goes on. Exit code: 0 if every entry became a record, 1 if some
+did not and are listed, 2 if flags or files cannot be read.
+"""
+
+import argparse
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import tarfile
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from ..data.images import FORMATS, BadImage, image_path
+from ..data.json_lines import read_lines
+from ..data.loader import count_reasons
+from ..data.templates import IMAGE_MARK
+from ..data.tokenization import BadRecord, check_record, shorten
+
+TEXT_COLUMNS = ("conversations", "messages", "texts", "caption", "text", "txt")
+IMAGE_COLUMNS = ("images", "image")
+ID_COLUMNS = ("id", "__key__")
+ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+
+TABLES, ARCHIVES = (".parquet", ".arrow"), (".tar", ".tar.gz", ".tgz")
+SPLIT = re.compile(r"(?<![a-z])(train|training|validation|valid|val|dev|test|testing)(?![a-z])")
+SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "JPEG2000": ".jp2"}  # of other formats their name in small letters
+IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2", "avif")
+LARGEST_MEMBER = 2**28  # bytes of a tar member; an archive may claim any size for one
+
+
+class BadEntry(ValueError):
+    """One sentence about why an entry becomes no record; whoever knows it adds the file and the entry."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns that hold the text, the images and the id of an entry; None: chosen, or there is none."""
+
+    text: str | None = None
+    image: str | None = None
+    id: str | None = None
+
+
+def choose_columns(names: Sequence[str], asked: Columns) -> Columns:
+    """The columns asked for, and for the others the first known one. Raises ValueError, naming those that are there."""
+    for flag, name in (("text", asked.text), ("image", asked.image), ("id", asked.id)):
+        if name is not None and name not in names:
+            raise ValueError(f"it has no column {name!r} (--{flag}_column); its columns are {', '.join(names)}.")
+    text = asked.text or next((name for name in TEXT_COLUMNS if name in names), None)
+    if text is None:
+        raise ValueError(
+            f"none of its columns, {', '.join(names)}, is known to hold text (known: {', '.join(TEXT_COLUMNS)}): name "
+            f"one by --text_column."
+        )
+    image = asked.image or next((name for name in IMAGE_COLUMNS if name in names), None)
+    return Columns(text, image, asked.id or next((name for name in ID_COLUMNS if name in names), None))
+
+
+# --- input files -----------------------------------------------------------------------------------------------------
+
+
+def input_files(source: Path, split: str | None) -> list[Path]:
+    """The files of a source: itself, or those of a directory. Raises ValueError where it is not clear which."""
+    if split and (source.is_file() or (source / "state.json").is_file()):
+        raise ValueError(f"{source} has no splits, so --split {split} says nothing about it.")
+    if source.is_file() and source.name.endswith(TABLES + ARCHIVES):
+        return [source]
+    if not source.is_dir():
+        raise ValueError(f"{source} is neither a directory nor a file ending with {', '.join(TABLES + ARCHIVES)}.")
+    if (source / "dataset_dict.json").is_file():  # of datasets.DatasetDict.save_to_disk: a folder for each split
+        splits = json.loads((source / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        return input_files(source / _only(source, splits, split), None)
+    if (source / "state.json").is_file():  # of datasets.Dataset.save_to_disk
+        state = json.loads((source / "state.json").read_text(encoding="utf-8"))
+        if state.get("_indices_data_files"):
+            raise ValueError(f"{source} was saved with a selection of rows beside it: save it with newer datasets.")
+        return [source / file["filename"] for file in state["_data_files"]]
+    files = sorted(path for path in source.rglob("*") if path.name.endswith(TABLES + ARCHIVES) and path.is_file())
+    splits = {path: SPLIT.search(str(path.relative_to(source)).lower()) for path in files}
+    splits = {path: found[1] if found else None for path, found in splits.items()}
+    names = sorted({name for name in splits.values() if name})
+    if len(names) > 1 or split:
+        wanted = _only(source, names, split)
+        files = [path for path in files if splits[path] == wanted]
+    if not files:
+        raise ValueError(f"{source} holds no file ending with {', '.join(TABLES + ARCHIVES)}.")
+    return files
+
+
+def _only(source: Path, splits: list[str], split: str | None) -> str:
+    if split is None and len(splits) == 1:
+        return splits[0]
+    if split in splits:
+        return split
+    found = f"it has {', '.join(splits)}" if splits else "no name there tells of a split"
+    raise ValueError(f"{source}: say which split to convert by --split; {found}.")
+
+
+def read_entries(path: Path, asked: Columns) -> Iterator[tuple[str, dict | BadEntry]]:
+    """Name and columns of each entry of a file, or what is wrong with it. Raises ValueError if the file is torn."""
+    reader = read_archive if path.name.endswith(ARCHIVES) else read_table
+    try:
+        yield from reader(path, asked)
+    except (tarfile.TarError, EOFError, zlib.error, ValueError, OSError) as error:
+        raise ValueError(f"{path} cannot be converted: {error}") from error
+
+
+def read_table(path: Path, asked: Columns) -> Iterator[tuple[str, dict]]:
+    """The rows of a Parquet file, of an Arrow stream, which is what `save_to_disk` writes, or of an Arrow file."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(f"{path} needs the package pyarrow: pip install pyarrow.") from error
+    with pyarrow.memory_map(str(path)) as file:
+        if path.suffix == ".parquet":
+            table = pyarrow.parquet.ParquetFile(file)
+            names = [name for name in astuple(choose_columns(table.schema_arrow.names, asked)) if name]
+            batches = table.iter_batches(batch_size=64, columns=names)  # a row may hold megabytes
+        else:
+            is_file = file.read(6) == b"ARROW1"
+            file.seek(0)
+            table = (pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream)(file)
+            names = [name for name in astuple(choose_columns(table.schema.names, asked)) if name]
+            batches = (table.get_batch(n) for n in range(table.num_record_batches)) if is_file else table
+            batches = (part for batch in batches for part in _parts(batch.select(names)))
+        row = 0
+        for batch in batches:
+            for entry in batch.to_pylist():
+                yield f"row {row}", entry
+                row += 1
+
+
+def _parts(batch, rows: int = 64) -> Iterator:
+    return (batch.slice(start, rows) for start in range(0, batch.num_rows, rows))
+
+
+def read_archive(path: Path, asked: Columns) -> Iterator[tuple[str, dict | BadEntry]]:
+    """The samples of a WebDataset shard: neighbouring members with the same name up to its first dot.
+
+    The images of a sample become the column `images`, in their order, the fields of its `.json` columns, and its `.txt`
+    the column `txt`. Other members are passed over. Nothing is unpacked by its name.
+    """
+    key, entry = None, {}
+    with tarfile.open(path) as archive:
+        for member in archive:
+            folder, _, base = member.name.rpartition("/")
+            stem, _, kinds = base.partition(".")
+            if member.isdir():
+                continue
+            if f"{folder}/{stem}" != key:
+                if key is not None:
+                    yield key.lstrip("/"), entry
+                key, entry = f"{folder}/{stem}", {"__key__": stem}
+            if isinstance(entry, dict):
+                try:
+                    _add_member(entry, kinds.lower().rpartition(".")[2], archive, member)
+                except BadEntry as error:
+                    entry = error
+        if key is not None:
+            yield key.lstrip("/"), entry
+        # What is damaged reads as the end of an archive, the real one is an empty block.
+        archive.fileobj.seek(archive.offset)
+        if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise ValueError(f"behind the sample {key} it is damaged or cut off.")
+        while archive.fileobj.read(2**20):  # a compressed one has its checksum at its end
+            pass
+
+
+def _add_member(entry: dict, kind: str, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+    if kind not in (*IMAGE_KINDS, "json", "txt"):
+        return
+    if not member.isfile():
+        raise BadEntry(f"its {kind!r} is a link or a device and not a file.")
+    if member.size > LARGEST_MEMBER:
+        raise BadEntry(f"its {kind!r} has {member.size} bytes; more than {LARGEST_MEMBER} are refused.")
+    content = archive.extractfile(member).read()
+    if kind in IMAGE_KINDS:
+        images = entry.get("images")
+        entry["images"] = [*images, content] if images and isinstance(images[0], bytes) else [content]
+        return
+    try:
+        value = content.decode("utf-8") if kind == "txt" else json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BadEntry(f"its {kind!r} cannot be read: {error}.") from None
+    if kind == "txt":
+        entry["txt"] = value
+    elif isinstance(value, dict):  # the images of the archive win over names of images
+        entry |= {name: column for name, column in value.items() if column is not None and name not in entry}
+    else:
+        raise BadEntry(f"its 'json' is not an object but {shorten(value)}.")
+
+
+# --- an entry --------------------------------------------------------------------------------------------------------
+
+
+def encoded_images(value: object, image_root: str | None) -> list[bytes]:
+    """The bytes of the image files in a column: bytes, what `datasets` makes of images, names, or lists of these."""
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [content for item in value for content in encoded_images(item, image_root)]
+    if isinstance(value, bytes):
+        return [value]
+    if isinstance(value, dict) and value.keys() & {"bytes", "path"}:
+        encoded = value.get("bytes")
+        return encoded_images(value.get("path") if encoded is None else encoded, image_root)
+    if not isinstance(value, str):
+        raise BadEntry(f"its image is {shorten(value)}, which is neither an encoded image nor a file name.")
+    if image_root is None:
+        raise BadEntry(f"its image is not in the data but a file, {shorten(value)}: say where by --image_root.")
+    try:
+        return [Path(image_path(image_root, value)).read_bytes()]
+    except BadImage as error:
+        raise BadEntry(str(error)) from None
+
+
+def suffix_of(content: bytes) -> str:
+    """`.jpg` for the bytes of a JPEG. Raises BadEntry if it is no image that the trainer reads."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the doctor and the trainer say what they think of it
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                return SUFFIXES.get(image.format, f".{image.format.lower()}")
+    except Exception:  # Pillow's decoders raise nearly everything on damaged files
+        raise BadEntry(f"its image of {len(content)} bytes cannot be read.") from None
+
+
+def conversation(value: object, images: int, drop_system: bool) -> tuple[list[dict], bool]:
+    """The turns of a record, and whether its images have to stay where they are in the text.
+
+    Told by their keys: LLaVA's `from` and `value`, chat messages' `role` and `content`, and pairs of `user` and
+    `assistant`. A plain text is a caption. Without a mark for an image in the text all come before it.
+    """
+    in_place = False
+    if isinstance(value, str):
+        if not images:
+            raise BadEntry("it is a caption without an image.")
+        turns = [("human", ""), ("gpt", value)]
+    else:
+        turns = []
+        for number, item in enumerate(_objects(value), start=1):
+            if {"from", "value"} <= item.keys():
+                turns.append((item["from"], item["value"]))
+            elif {"role", "content"} <= item.keys():
+                in_place = in_place or isinstance(item["content"], list)
+                turns.append((item["role"], _text(item["content"], number)))
+            elif {"user", "assistant"} <= item.keys():
+                turns += [("human", item["user"]), ("gpt", item["assistant"])]
+            else:
+                raise BadEntry(f"turn {number} has the keys {', '.join(map(str, item))}, which are not known.")
+    if drop_system:
+        turns = [turn for turn in turns if turn[0] != "system"]
+    for number, (role, text) in enumerate(turns, start=1):
+        if role == "system":
+            raise BadEntry(f"turn {number} is a system prompt; templates have their own: --drop_system leaves it out.")
+        if role not in ROLES or not isinstance(text, str):
+            raise BadEntry(f"turn {number} is {shorten(text)} from {shorten(role)}, not a text from a known role.")
+    turns = [(ROLES[role], text) for role, text in turns]
+    if images and turns and not any(IMAGE_MARK in text for role, text in turns if role == "human"):
+        first = next((number for number, (role, _) in enumerate(turns) if role == "human"), 0)
+        turns[first] = (turns[first][0], "\n".join([*[IMAGE_MARK] * images, turns[first][1]]).rstrip("\n"))
+    return [{"from": role, "value": text} for role, text in turns], in_place
+
+
+def _objects(value: object) -> list[dict]:
+    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
+        # A sequence of objects is stored by `datasets` as an object of sequences.
+        value = [dict(zip(value, row, strict=False)) for row in zip(*value.values(), strict=False)]
+    if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
+        raise BadEntry(f"its text is {shorten(value)}; expected a text or a list of turns.")
+    return value
+
+
+def _text(content: object, number: int) -> object:
+    """The content of a chat message as a text; parts of it are lines."""
+    if not isinstance(content, list):
+        return content
+    lines = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("image", "text") or (kind == "text" and not isinstance(part.get("text"), str)):
+            raise BadEntry(f"turn {number} has the part {shorten(part)}, which is neither a text nor an image.")
+        lines.append(IMAGE_MARK if kind == "image" else part["text"])
+    return "\n".join(lines)
+
+
+# --- records ---------------------------------------------------------------------------------------------------------
+
+
+def make_record(
+    entry: dict, name: str, place: str, asked: Columns, image_root: str | None, drop_system: bool
+) -> tuple[dict, dict[str, bytes]]:
+    """The record of an entry, and its images by their names in the image folder. Raises BadEntry or BadRecord.
+
+    Args:
+        name: what the record is called unless it has an id.
+        place: what its images are called, without their number and suffix.
+    """
+    try:
+        columns = choose_columns(list(entry), asked)
+    except ValueError as error:
+        raise BadEntry(str(error)) from None
+    images = encoded_images(entry[columns.image], image_root) if columns.image else []
+    turns, in_place = conversation(entry[columns.text], len(images), drop_system)
+    identifier = entry.get(columns.id)
+    record = {"id": name if identifier is None else str(identifier)}
+    numbers = [""] if len(images) == 1 else [f"-{number}" for number in range(1, len(images) + 1)]
+    names = [f"{place}{number}{suffix_of(image)}" for number, image in zip(numbers, images, strict=True)]
+    if names:
+        record["image"] = names[0] if len(names) == 1 and not in_place else names
+    record["conversations"] = turns
+    check_record(record)
+    return record, dict(zip(names, images, strict=True))
+
+
+def convert_file(number: int, path: Path, given: argparse.Namespace, asked: Columns) -> None:
+    """Writes the records of an input file to a part of its own, which is there once they and their images are."""
+    output = Path(given.output)
+    part, bad = (_part(output, number, kind) for kind in ("records", "bad"))
+    if part.exists():
+        return
+    entries = tqdm(read_entries(path, asked), desc=path.name, unit=" entries", delay=2, mininterval=1, leave=False)
+    records, faults = (file.with_suffix(".incomplete") for file in (part, bad))
+    with open(records, "w", encoding="utf-8") as good_lines, open(faults, "w", encoding="utf-8") as bad_lines:
+        for row, (name, entry) in enumerate(entries):
+            place = f"{number:05d}/{row // 1000:04d}/{row:07d}"  # no folder of a hundred thousand files
+            try:
+                if isinstance(entry, BadEntry):
+                    raise entry
+                called = f"{path.name} {name}"
+                record, images = make_record(entry, called, place, asked, given.image_root, given.drop_system)
+            except (BadEntry, BadRecord) as error:
+                bad_lines.write(json.dumps({"file": str(path), "entry": name, "reason": str(error)}) + "\n")
+                continue
+            for image, content in images.items():
+                (output / "images" / image).parent.mkdir(parents=True, exist_ok=True)
+                (output / "images" / image).write_bytes(content)
+            good_lines.write(json.dumps(record) + "\n")
+    os.sync()  # the images too, before the part says that they are there
+    faults.rename(bad)
+    records.rename(part)
+
+
+def _part(output: Path, number: int, kind: str) -> Path:
+    return output / "parts" / f"{number:05d}.{kind}.jsonl"
+
+
+def write_whole(file: Path, contents: Iterable[bytes]) -> None:
+    """Writes a file that is whole or absent."""
+    incomplete = file.with_suffix(".incomplete")
+    with open(incomplete, "wb") as whole:
+        whole.writelines(contents)
+        whole.flush()
+        os.fsync(whole.fileno())
+    incomplete.rename(file)
+
+
+def convert(given: argparse.Namespace) -> int:
+    """Converts, prints, and returns how many entries became no record."""
+    output, asked = Path(given.output), Columns(given.text_column, given.image_column, given.id_column)
+    files = [path for source in given.sources for path in input_files(Path(source), given.split)]
+    plan = {
+        "files": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
+        "flags": {name: value for name, value in vars(given).items() if name not in ("sources", "output")},
+    }
+    records, faults, plan_file = (output / name for name in ("records.jsonl", "bad_entries.jsonl", "conversion.json"))
+    if not plan_file.exists() and output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output} is not empty and no conversion of ours: take another --output.")
+    if not plan_file.exists() or json.loads(plan_file.read_text(encoding="utf-8")) != plan:
+        if records.exists() or any((output / "parts").glob("*.records.jsonl")):
+            raise ValueError(f"{output} holds a conversion of other files or with other flags: take another --output.")
+        shutil.rmtree(output / "images", ignore_errors=True)  # of an attempt that finished no file
+        output.mkdir(parents=True, exist_ok=True)
+        write_whole(plan_file, [json.dumps(plan, indent=1).encode()])
+    if not records.exists():
+        for folder in ("parts", "images"):
+            (output / folder).mkdir(exist_ok=True)
+        for number, path in enumerate(files):
+            convert_file(number, path, given, asked)
+        for kind, whole in (("bad", faults), ("records", records)):
+            write_whole(whole, (_part(output, number, kind).read_bytes() for number in range(len(files))))
+    shutil.rmtree(output / "parts", ignore_errors=True)
+
+    with open(records, "rb") as lines:
+        count = sum(1 for _ in lines)
+    reasons = [entry["reason"] for entry in read_lines(faults)]
+    print(f"{count:,} records: train.py --data_path {records} --image_folder {output / 'images'}")
+    if reasons:
+        print(f"{len(reasons):,} entries became no record; they are listed in {faults}:")
+        print("\n".join(f"  {line}" for line in count_reasons(reasons)))
+    return len(reasons)
+
+
+def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m mini_llava.tools.convert", description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("sources", nargs="+", metavar="SOURCE", help="directory of datasets' save_to_disk, directory of files, or file")
+    add("--output", required=True, metavar="FOLDER", help="where records.jsonl and images/ go")
+    add("--split", metavar="NAME", help="which split of a directory that has several")
+    add("--text_column", metavar="NAME", help=f"conversations or caption [the first of {', '.join(TEXT_COLUMNS)}]")
+    add("--image_column", metavar="NAME", help=f"images [the first of {', '.join(IMAGE_COLUMNS)}; none: text only]")
+    add("--id_column", metavar="NAME", help=f"[the first of {', '.join(ID_COLUMNS)}; none: file and row]")
+    add("--image_root", metavar="FOLDER", help="folder of the images that the data only name")
+    add("--drop_system", action="store_true", help="leave system prompts out; templates have their own")
+    return parser.parse_args(command_line)
+
+
+def main(command_line: list[str] | None = None) -> int:
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal need not know every character
+    given = parse_arguments(command_line)
+    try:
+        return 1 if convert(given) else 0
+    except (ValueError, OSError, ImportError) as error:
+        print(f"convert: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
