@@ -5,6 +5,8 @@ splitting and stacking there). The placeholders were given their full length whe
 features is one `index_copy`. Any causal language model of transformers fits.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -147,7 +149,8 @@ def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     if len(logits) <= rows:
         return _cross_entropy(logits, targets).view(shape)
     pieces = zip(logits.split(rows), targets.split(rows), strict=True)
-    return torch.cat([checkpoint(_cross_entropy, *piece, use_reentrant=False) for piece in pieces]).view(shape)
+    recompute = functools.partial(checkpoint, _cross_entropy, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([recompute(*piece) for piece in pieces]).view(shape)
 
 
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

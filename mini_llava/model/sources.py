@@ -278,7 +278,7 @@ def map_parts(source: Source) -> tuple[VisionTower, nn.Module, nn.Module]:
     """
     if source.layout == "language_model":
         raise ValueError(f"{source.name} is a language model ({source.language_config.model_type}), no LLaVA model.")
-    empty = {part: _empty_part(source, part) for part in ("language_model", "projector", "vision_tower")}
+    empty = empty_parts(source)
     for part, tensors in source.stored.items():
         # strict=False: of tied weights one is stored; everything else has been compared.
         empty[part].load_state_dict({name: stored.tensor for name, stored in tensors.items()}, False, assign=True)
@@ -578,8 +578,12 @@ def _assign_parts(weights: dict[str, Stored], names: tuple, source: str) -> dict
     return parts
 
 
+def empty_parts(source: Source) -> dict[str, nn.Module]:
+    """All parts without memory for their weights."""
+    return {part: _empty_part(source, part) for part in ("language_model", "projector", "vision_tower")}
+
+
 def _empty_part(source: Source, part: str) -> nn.Module:
-    """The part without memory for its weights."""
     if part == "vision_tower":
         return empty_model(source.vision_config)
     with torch.device("meta"):

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..data.collator import MicroBatch
+from ..data.records import Lengths
 from ..model.freeze import numel
 from ..model.llava import LlavaModel
 from ..model.vision_tower import VisionTower, empty_model, has_layers
@@ -79,9 +80,17 @@ class FlopCounter:
             lengths = batch["attention_mask"].sum(dim=1).double()
         images = batch["image_positions"].numel() / self.tokens_per_image
         logits = int((batch["targets"] >= 0).sum())
+        return self._sum(lengths.sum().item(), lengths.square().sum().item(), logits, images)
+
+    def of_lengths(self, lengths: Lengths) -> float:
+        """Operations for all records once, an image in each that has any."""
+        length = lengths.length.astype(float)
+        return self._sum(length.sum(), (length**2).sum(), lengths.trained.sum(), lengths.has_image.sum())
+
+    def _sum(self, tokens: float, squared_lengths: float, logits: float, images: float) -> float:
         return (
-            self.per_token * lengths.sum().item()
-            + self.per_squared_length * lengths.square().sum().item()
+            self.per_token * tokens
+            + self.per_squared_length * squared_lengths
             + self.per_logit * logits
             + self.per_image * images
         )

@@ -80,7 +80,9 @@ def test_the_mlp_that_keeps_less_gives_the_same_result_and_gradients(autocast):
         saved = {}
         with (
             torch.autocast("cpu", torch.bfloat16, enabled=autocast),
-            torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.setdefault(t.data_ptr(), t), lambda t: t),
+            torch.autograd.graph.saved_tensors_hooks(
+                lambda t, saved=saved: saved.setdefault(t.data_ptr(), t), lambda t: t
+            ),
         ):
             y = forward(x)
         y.float().square().sum().backward()
