@@ -46,7 +46,7 @@ def test_transformers_trainer_does_the_same_training_and_the_ratio_is_printed(se
 
 @pytest.mark.slow
 def test_what_is_turned_off_changes_no_loss_but_bf16_does_and_the_distances_are_printed(setup, tmp_path, capsys):
-    other_things_off = "--bf16 False --without gc_freeze images_as_bytes kept_activations".split()
+    other_things_off = ["--bf16", "False", "--without", "gc_freeze", "images_as_bytes", "kept_activations"]
     runs = loss_distance.RUNS | {"fp32, everything on": ["--bf16", "False"], "fp32, partly on": other_things_off}
     started = {}
     for number, (name, flags) in enumerate(runs.items()):
