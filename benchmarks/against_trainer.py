@@ -6,10 +6,10 @@
 
 The Trainer's side is `transformers_trainer.py`: the same weights, records, tokens, global batches in the same order,
 trained parts, AdamW, schedule, clipping, precision, number of loader processes and DeepSpeed bucket sizes. Its are
-padded micro-batches dealt as LLaVA does, logits and losses of all positions, and activation checkpointing, which its
-batches of 16 need; `--trainers` gives it other flags. Each side has processes of its own, because an allocator's
-settings, Liger's kernels and DeepSpeed's global state would outlive the first. Steps after the warm-up are cut into
-segments; the table has medians over them.
+padded micro-batches dealt as LLaVA does, FlashAttention 2 where it is installed and otherwise SDPA, logits and losses
+of all positions, gradients that add up in bf16, and activation checkpointing, which batches of 16 need; `--trainers`
+gives it other flags. Each side has processes of its own, because an allocator's settings, Liger's kernels and
+DeepSpeed's global state would outlive the first. Steps after the warm-up are cut into segments; the table has medians.
 """
 
 import argparse

@@ -23,7 +23,7 @@ from benchmarks.random_setup import LANGUAGE_MODELS, make_models, make_records  
 from benchmarks.throughput import read_log  # noqa: E402
 from mini_llava.training.distributed import versions  # noqa: E402
 
-ON_GPUS = ["varlen_attention", "liger", "fused_adamw"] if torch.cuda.is_available() else []
+ON_GPUS = ["fast_attention", "liger", "fused_adamw"] if torch.cuda.is_available() else []
 PLAIN = ["--without", "packing", "trained_logits_only", *ON_GPUS]
 RUNS = {
     "fp32, plain": ["--bf16", "False", "--tf32", "False", *PLAIN],

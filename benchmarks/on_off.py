@@ -34,11 +34,12 @@ def main() -> None:
     parser.add_argument("--warmup_steps", type=int, default=2, help="of these, not measured")
     parser.add_argument("--table", type=Path, default=Path("on_off.jsonl"))
     own, flags_of_train = parser.parse_known_args()
-    measured = read_table(own.table)
-    for name in (EVERYTHING, *own.rows):
-        if name not in measured:
-            measure(own, name, flags_of_train)
-            print_table(own.table)  # each time, since many rows may take longer than one is given
+    missing = [name for name in (EVERYTHING, *own.rows) if name not in read_table(own.table)]
+    for name in missing:
+        measure(own, name, flags_of_train)
+        print_table(own.table)  # each time, since many rows may take longer than one is given
+    if not missing:
+        print_table(own.table)
 
 
 def measure(own: argparse.Namespace, name: str, flags_of_train: list[str]) -> None:

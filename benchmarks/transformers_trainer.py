@@ -34,8 +34,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.throughput import arguments_of_the_run  # noqa: E402
+from benchmarks.without import float_pixels  # noqa: E402
 from mini_llava import arguments as flags  # noqa: E402
-from mini_llava.data.images import load_image, load_image_processor, pad_to_square  # noqa: E402
+from mini_llava.data.images import load_image_processor  # noqa: E402
 from mini_llava.data.records import RecordStore, measure, measurement_key  # noqa: E402
 from mini_llava.data.sampler import GlobalBatchSampler, computed_tokens  # noqa: E402
 from mini_llava.data.templates import get_template  # noqa: E402
@@ -294,12 +295,8 @@ class Records(Dataset):
     def __getitem__(self, index: int) -> dict:
         sample = self.to_sample(self.store[index])
         ids, labels = (torch.from_numpy(values).long() for values in (sample.input_ids, sample.labels))
-        pixels = []
-        for name in sample.images:
-            image = load_image(self.store.image_folder(index), name)
-            if self.aspect_ratio == "pad":
-                image = pad_to_square(image, tuple(int(mean * 255) for mean in self.processor.image_mean))
-            pixels.append(self.processor(images=image, return_tensors="pt")["pixel_values"][0])
+        folder = self.store.image_folder(index)
+        pixels = [float_pixels(folder, name, self.processor, self.aspect_ratio) for name in sample.images]
         return {
             "input_ids": ids.where(ids != IMAGE_TOKEN_INDEX, self.image_token_id),
             "labels": labels,

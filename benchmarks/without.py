@@ -10,12 +10,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from transformers.image_processing_utils import BaseImageProcessor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
 from mini_llava.data import loader
 from mini_llava.data.collator import MicroBatch
+from mini_llava.data.images import load_image, pad_to_square
 from mini_llava.data.tokenization import IGNORE_INDEX
 from mini_llava.model import fused_kernels
 from mini_llava.training import distributed
@@ -33,6 +35,21 @@ def all_logits() -> None:
         return batch | {"logit_positions": torch.arange(columns), "targets": targets}
 
     loader.collate = collate_for_all_logits
+
+
+def floats_from_the_loader() -> None:
+    """Images are normalised in the loader's processes and travel as fp32, four times the bytes."""
+    train.open_pixels = float_pixels
+
+
+def float_pixels(
+    folder: str, name: str, processor: BaseImageProcessor, aspect_ratio: str, size: int | None = None
+) -> torch.Tensor:
+    """An image file to float32 [3, H, W], all of it by the processor. `size` is not looked at."""
+    image = load_image(folder, name)
+    if aspect_ratio == "pad":
+        image = pad_to_square(image, tuple(int(mean * 255) for mean in processor.image_mean))
+    return processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 
 def single_linear_layers() -> None:
@@ -92,7 +109,7 @@ def pageable_memory() -> None:
 # What is turned off: the flags of train.py that do it, or the function.
 FLAGS = {
     "packing": ["--packing", "False"],
-    "varlen_attention": ["--attn_implementation", "sdpa"],
+    "fast_attention": ["--attn_implementation", "sdpa"],
     "liger": ["--use_liger_kernel", "False"],
     "kept_activations": ["--gradient_checkpointing", "True", "--gradient_checkpointing_share", "1"],
     "half_the_kept_activations": ["--gradient_checkpointing", "True", "--gradient_checkpointing_share", "0.5"],
@@ -100,6 +117,7 @@ FLAGS = {
 }
 FUNCTIONS = {
     "trained_logits_only": all_logits,
+    "images_as_bytes": floats_from_the_loader,
     "layerwise_gathers": single_linear_layers,
     "zero_settings": deepspeeds_own_settings,
     "expandable_segments": segments_of_fixed_size,
@@ -109,7 +127,7 @@ FUNCTIONS = {
     "pinned_memory": pageable_memory,
 }
 NAMES = (*FLAGS, *FUNCTIONS)
-WITH_A_GPU = ("varlen_attention", "liger", "expandable_segments", "fused_adamw", "pinned_memory")
+WITH_A_GPU = ("fast_attention", "liger", "recomputed_products", "expandable_segments", "fused_adamw", "pinned_memory")
 WITH_ZERO = ("layerwise_gathers", "zero_settings")
 
 
