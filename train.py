@@ -36,12 +36,13 @@ from mini_llava.model import formats, lora
 from mini_llava.model.freeze import trainable_table, trained_in_full
 from mini_llava.model.sources import open_source
 from mini_llava.model.vision_tower import tokens_per_image
-from mini_llava.training import checkpoint, distributed, liveness, output_folder
+from mini_llava.training import checkpoint, distributed, liveness, output_folder, planning
 from mini_llava.training.build import build_model
 from mini_llava.training.evaluation import HeldOut
 from mini_llava.training.identity import run_identity
 from mini_llava.training.meter import Meter, ProgressLine, append_json_line, prepare_reports
 from mini_llava.training.optimizer import build_adamw, parameter_groups, set_learning_rates
+from mini_llava.training.longest import longest_micro_batch, try_longest
 from mini_llava.training.preemption import EXIT_CODE, Preemption, ignore_signals, marker, write_marker
 from mini_llava.training.schedule import learning_rate_factor, warmup_steps
 
@@ -79,6 +80,10 @@ def train(arguments: flags.Arguments) -> None:
     )
     store = RecordStore(data_flags.data_path, data_flags.image_folder, data_flags.exclude)
     key = measurement_key(template, tokenizer, image_tokens, data_flags.model_max_length)
+    if training.dry_run:
+        if rank == 0:
+            planning.plan_run(arguments, source, tokenizer, len(tokenizer) - known_tokens, store, to_sample, key)
+        return
     lengths = measure(store, to_sample, max(1, data_flags.dataloader_num_workers), output_dir / "cache", key)
     for line in refuse_or_report(store, lengths.bad, data_flags.on_bad_sample):
         say(f"skipped: {line}")
@@ -124,12 +129,11 @@ def train(arguments: flags.Arguments) -> None:
     if training.loss_normalization == "micro_batch":
         layout = "in_order"  # LLaVA's own micro-batches, on which its loss depends
 
-    def rank_plans():
+    def dealt_batches():
         for batch in sampler.batches(total_steps):
             good = [index for index in batch if index not in lengths.bad]
             max_tokens = data_flags.max_tokens_per_micro_batch
-            dealt = deal(good, lengths.length, world_size, micro_batches, layout, max_tokens)
-            yield [of_ranks[rank] for of_ranks in dealt]
+            yield deal(good, lengths.length, world_size, micro_batches, layout, max_tokens)
 
     # --- Resume ------------------------------------------------------------------------------------------------------
     torch.manual_seed((training.seed << 16) + rank)  # from here on each rank has dropout masks of its own
@@ -190,6 +194,15 @@ def train(arguments: flags.Arguments) -> None:
             with distributed.never_fatal(f"{output_dir}/skipped.jsonl lacks entries"):
                 log_skipped(store, lengths.bad.items(), output_dir / "skipped.jsonl")
     distributed.start_trackers(accelerator, arguments.as_dict(), sampler.step if resume_from else None)
+
+    # --- The longest micro-batch once, before anything takes time: if memory does not suffice, it shows here ---------
+    rank_steps = RankSteps(
+        store, to_sample, to_pixels, vision_config.image_size, data_flags.packing, data_flags.on_bad_sample
+    )
+    if training.longest_batch_first and sampler.step < total_steps:
+        longest = longest_micro_batch(dealt_batches(), lengths, layout)
+        planning.remember(arguments, source, tokenizer, len(tokenizer) - known_tokens, accelerator, longest)
+        say(try_longest(accelerator, model, optimizer, rank_steps, longest))
     held_out = HeldOut(
         accelerator,
         model,
@@ -207,8 +220,8 @@ def train(arguments: flags.Arguments) -> None:
 
     # --- The loop ----------------------------------------------------------------------------------------------------
     loader = rank_step_loader(
-        RankSteps(store, to_sample, to_pixels, vision_config.image_size, data_flags.packing, data_flags.on_bad_sample),
-        rank_plans(),
+        rank_steps,
+        ([of_ranks[rank] for of_ranks in dealt] for dealt in dealt_batches()),
         data_flags.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
         worker_init_fn=ignore_signals,
@@ -346,7 +359,9 @@ def main() -> None:
         if rank > 0:
             time.sleep(5)  # mostly rank 0 has said the same by then, and the launcher has ended this process
         sys.exit(f"train.py: error{f' on rank {rank}' if rank else ''}: {error}")
-    except RuntimeError:
+    except RuntimeError as error:
+        if sentence := planning.out_of_memory(error):
+            sys.exit(f"train.py: error: {sentence}")
         liveness.wait_for_the_sentence()
         raise
     finally:

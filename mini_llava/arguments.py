@@ -274,6 +274,29 @@ class TrainingArguments:
     per_device_eval_batch_size: int = 16
     """Questions answered at once in evaluation."""
 
+    longest_batch_first: bool = True
+    """Before step 1 run the longest micro-batch once, forward and backward, so that a run that needs too much memory
+    ends at once and not after hours. Changes nothing of the training."""
+
+    dry_run: bool = False
+    """Train nothing: print what would be trained, steps, memory by part, hours and disk, without reading a weight or
+    needing a GPU. What cannot fit ends with an error that names the first change that makes it fit."""
+
+    accelerate_config: str | None = None
+    """With dry_run: plan for this file of accelerate_configs/; default: for what the launcher started."""
+
+    num_gpus: int | None = None
+    """With dry_run: plan for so many GPUs in all; default what accelerate_config or the launcher says."""
+
+    gpu_memory_gib: float | None = None
+    """With dry_run: plan for GPUs of this memory; default that of the GPU here, or 79 without one (cards of 80 GB)."""
+
+    gpu_name: str | None = None
+    """With dry_run: plan hours for this kind of GPU (A100, H100, ...); default the GPU here, or H100 without one."""
+
+    expected_mfu: float = 0.5
+    """With dry_run: the share of the GPUs' peak that goes into arithmetic, for the hours: `mfu` of a run's log."""
+
 
 # LLaVA-1.5's published recipe: scripts/v1_5/pretrain.sh and finetune.sh of haotian-liu/LLaVA.
 LLAVA_1_5 = dict(
@@ -334,6 +357,7 @@ KNOWN_VALUES = {
 NEEDED = {
     **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_bias", "lora_weight_path"), ("lora_enable", True)),
     **dict.fromkeys(("double_quant", "quant_type"), ("bits", 4)),
+    **dict.fromkeys(("accelerate_config", "num_gpus", "gpu_memory_gib", "gpu_name", "expected_mfu"), ("dry_run", True)),
 }
 
 # Flags that may differ between a run and the one it resumes, because they do not decide its numbers; all others do.
@@ -355,6 +379,8 @@ DECIDES_NOTHING = {
     # evaluation draws from generators of its own
     *("eval_data_path", "eval_image_folder", "eval_version", "eval_max_samples", "evaluation_strategy"),
     "per_device_eval_batch_size",
+    # trying and planning
+    *("longest_batch_first", "dry_run", "accelerate_config", "num_gpus", "gpu_memory_gib", "gpu_name", "expected_mfu"),
     # whose code may run does not say what it computes: the model is compared
     "trust_remote_code",
 }
@@ -365,6 +391,7 @@ POSITIVE = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size", "num_train_epochs"),
     *("logging_steps", "save_steps", "save_total_limit", "model_max_length", "max_tokens_per_micro_batch"),
     *("per_device_eval_batch_size", "eval_max_samples", "lora_r", "lora_alpha"),
+    *("num_gpus", "gpu_memory_gib", "expected_mfu"),
 )
 
 

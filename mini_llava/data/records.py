@@ -5,6 +5,7 @@ record costs sixteen bytes of offsets that forked loader workers share, and is r
 Lengths are counted in tokens, by really tokenizing every record once, in parallel, and kept in a cache.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -395,8 +396,7 @@ def measure(
     """
     if cache_folder is None:
         return _scan(store, tokenize_function, num_workers).lengths(store)
-    name = hashlib.blake2b(f"{store.digest()} {key}".encode(), digest_size=16).hexdigest()
-    file = Path(cache_folder) / f"lengths-{name}.npz"
+    file = _cache_file(store, cache_folder, key)
     if scan := _Scan.read(file, len(store)):
         return scan.lengths(store)
     try:
@@ -417,6 +417,35 @@ def measure(
     finally:
         lock.release()
     return scan.lengths(store)
+
+
+def measure_some(
+    store: RecordStore, tokenize_function: Callable[[dict], Sample], cache_folder: str | os.PathLike, key: str, most: int
+) -> tuple[Lengths, int]:
+    """For a plan: what `measure` has cached, or what `most` of the records say about all; and how many were measured.
+
+    A record that was not measured stands with the length of one that was; images are not looked for.
+    """
+    if scan := _Scan.read(_cache_file(store, cache_folder, key), len(store)):
+        return scan.lengths(store), len(store)
+    chosen = np.linspace(0, len(store) - 1, min(most, len(store))).astype(int)
+    length, trained, has_image = [], [], []
+    for index in chosen.tolist():
+        with contextlib.suppress(BadRecord):
+            sample = tokenize_function(store[index])
+            length.append(len(sample.input_ids))
+            trained.append(np.count_nonzero(sample.labels != IGNORE_INDEX))
+            has_image.append(bool(sample.images))
+    if not length:
+        raise BadRecord(f"None of {len(chosen)} records can be trained on; mini_llava.tools.doctor says why.")
+    some = np.arange(len(store)) % len(length)
+    arrays = (np.asarray(length, np.int32), np.asarray(trained, np.int32), np.asarray(has_image, bool))
+    return Lengths(*(array[some] for array in arrays), bad={}), len(length)
+
+
+def _cache_file(store: RecordStore, cache_folder: str | os.PathLike, key: str) -> Path:
+    name = hashlib.blake2b(f"{store.digest()} {key}".encode(), digest_size=16).hexdigest()
+    return Path(cache_folder) / f"lengths-{name}.npz"
 
 
 @dataclass

@@ -5,6 +5,8 @@ splitting and stacking there). The placeholders were given their full length whe
 features is one `index_copy`. Any causal language model of transformers fits.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -138,7 +140,8 @@ def sum_of_token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Te
     if len(logits) <= rows:
         return _cross_entropy(logits, targets)
     pieces = zip(logits.split(rows), targets.split(rows), strict=True)
-    return torch.stack([checkpoint(_cross_entropy, *piece, use_reentrant=False) for piece in pieces]).sum()
+    recompute = functools.partial(checkpoint, _cross_entropy, use_reentrant=False, preserve_rng_state=False)
+    return torch.stack([recompute(*piece) for piece in pieces]).sum()
 
 
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -80,8 +80,9 @@ def _inject(language_model: nn.Module, config, dtype: torch.dtype) -> None:
     from peft import inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
-    digest = fingerprint(language_model)
-    inject_adapter_in_model(config, language_model)
+    planned = language_model.get_input_embeddings().weight.is_meta  # by --dry_run, without values
+    digest = None if planned else fingerprint(language_model)
+    inject_adapter_in_model(config, language_model, low_cpu_mem_usage=planned)
     language_model.base_fingerprint = digest
     for module in language_model.modules():
         if isinstance(module, LoraLayer):

@@ -251,7 +251,7 @@ def map_parts(source: Source) -> tuple[VisionTower, nn.Module, nn.Module]:
     """
     if source.layout == "language_model":
         raise ValueError(f"{source.name} is a language model ({source.language_config.model_type}), no LLaVA model.")
-    empty = _empty_parts(source)
+    empty = empty_parts(source)
     for part, tensors in source.stored.items():
         # strict=False: of tied weights one is stored; everything else has been compared.
         empty[part].load_state_dict({name: stored.tensor for name, stored in tensors.items()}, False, assign=True)
@@ -484,7 +484,7 @@ def _assign_parts(weights: dict[str, Stored], names: tuple, source: str) -> dict
     return parts
 
 
-def _empty_parts(source: Source) -> dict[str, nn.Module]:
+def empty_parts(source: Source) -> dict[str, nn.Module]:
     """The parts without memory for their weights."""
     widths = source.vision_config.hidden_size, _width(source.language_config)
     with torch.device("meta"):
@@ -498,7 +498,7 @@ def _empty_parts(source: Source) -> dict[str, nn.Module]:
 
 def _check_weights(source: Source) -> None:
     """Raises ValueError, naming file, tensor and both shapes, unless each part has all of its tensors and no other."""
-    for part, module in _empty_parts(source).items():
+    for part, module in empty_parts(source).items():
         found = source.stored.get(part)
         if found is None:  # a tower that is read from a place of its own
             continue

@@ -96,11 +96,7 @@ def _zero3_view(zero, parameter: nn.Parameter, kind: str) -> torch.Tensor:
 
 def create_moments(accelerator: Accelerator, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Creates AdamW's moments as zeros, with `step` steps taken, as they would be after a first step."""
-    inner, parameters = optimizer.optimizer, [p for group in optimizer.param_groups for p in group["params"]]
-    if is_deepspeed(accelerator):
-        zero, inner = optimizer.optimizer, optimizer.optimizer.optimizer
-        flat = "fp32_partitioned_groups_flat" if zero_stage(accelerator) == 3 else "single_partition_of_fp32_groups"
-        parameters = getattr(zero, flat)
+    inner, parameters = _masters(accelerator, optimizer)
     on_cpu = type(inner).__name__ == "DeepSpeedCPUAdam"
     for parameter in parameters:
         # torch's fused AdamW wants the count beside the parameter, the plain one on the CPU, DeepSpeed's a number.
@@ -110,6 +106,21 @@ def create_moments(accelerator: Accelerator, optimizer: torch.optim.Optimizer, s
             "exp_avg": torch.zeros_like(parameter.data),
             "exp_avg_sq": torch.zeros_like(parameter.data),
         }
+
+
+def moments_to_come(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes that AdamW's first step will take on this rank's device for the moments; 0 once they are there."""
+    inner, parameters = _masters(accelerator, optimizer)
+    return 0 if inner.state else sum(8 * p.numel() for p in parameters if p.device.type == accelerator.device.type)
+
+
+def _masters(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, list]:
+    """The innermost optimizer, and the fp32 tensors that this rank steps."""
+    if not is_deepspeed(accelerator):
+        return optimizer.optimizer, [p for group in optimizer.param_groups for p in group["params"]]
+    zero = optimizer.optimizer
+    flat = "fp32_partitioned_groups_flat" if zero_stage(accelerator) == 3 else "single_partition_of_fp32_groups"
+    return zero.optimizer, getattr(zero, flat)
 
 
 def steps_taken(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> int:

@@ -124,11 +124,23 @@ def complete_deepspeed_config(config: dict, precision: str, max_grad_norm: float
     config["zero_allow_untested_optimizer"] = True
     # Micro-batches add up in fp32: the default is the model's dtype, and bf16 sums drop what is 256 times smaller.
     config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
-    zero = config["zero_optimization"]
+    memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    complete_zero(config["zero_optimization"], memory)
+    for name in ("bf16", "fp16"):
+        config.setdefault(name, {})["enabled"] = precision == name
+
+
+def complete_zero(zero: dict, gpu_memory: float | None) -> None:
+    """Fills what a `zero_optimization` leaves open, in place. Raises ValueError for a stage that is not supported.
+
+    gpu_memory: of one GPU, bytes; None on CPUs.
+    """
     if zero["stage"] not in (2, 3):
         raise ValueError(f"zero_stage: {zero['stage']} of the accelerate config is not supported; known: 2, 3.")
+    # Half-precision parameters may stay gathered until they are used again in a seventh of the GPU: what was gathered
+    # in forward then need not be gathered again in backward.
+    keep_whole = 1_000_000_000 if gpu_memory is None else int(gpu_memory) // 7 // 2
     # "auto" would be derived from the hidden size of a `model.config` that LlavaModel does not have.
-    keep_whole = _parameters_to_keep_whole()
     for key, value in (
         ("reduce_bucket_size", 500_000_000),
         ("stage3_prefetch_bucket_size", 400_000_000),
@@ -139,19 +151,7 @@ def complete_deepspeed_config(config: dict, precision: str, max_grad_norm: float
     ):
         if zero.get(key, "auto") == "auto" and (zero["stage"] == 3 or not key.startswith("stage3")):
             zero[key] = value
-    zero.setdefault("overlap_comm", torch.cuda.is_available())
-    for name in ("bf16", "fp16"):
-        config.setdefault(name, {})["enabled"] = precision == name
-
-
-def _parameters_to_keep_whole() -> int:
-    """How many gathered half-precision parameters ZeRO-3 may keep until they are used again: a seventh of the GPU.
-
-    What was gathered in forward then need not be gathered again in backward.
-    """
-    if not torch.cuda.is_available():
-        return 1_000_000_000
-    return torch.cuda.get_device_properties(0).total_memory // 7 // 2
+    zero.setdefault("overlap_comm", gpu_memory is not None)
 
 
 def prepare(
@@ -308,6 +308,24 @@ def backward_and_step(
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm, finite
+
+
+def forward_and_backward(accelerator: Accelerator, model: nn.Module, batch: dict) -> None:
+    """Like any micro-batch of a step but the last: gradients are added up, nothing is synchronised or stepped."""
+    accelerator.gradient_state._set_sync_gradients(False)
+    unsynchronised = contextlib.nullcontext if is_deepspeed(accelerator) else getattr(model, "no_sync", None)
+    with (unsynchronised or contextlib.nullcontext)():
+        accelerator.backward(model(**to_device(batch, accelerator.device)))
+
+
+def discard_gradients(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
+    """Forgets what backward has added up since the last step, so that the next step is as if it had not run."""
+    inner = optimizer.optimizer  # accelerate's own zero_grad does nothing between two steps, nor under DeepSpeed
+    inner.zero_grad(set_to_none=True)  # ZeRO-3 then overwrites with the next micro-batch instead of adding
+    if zero_stage(accelerator) == 2:  # as DeepSpeed does where it leaves a step out
+        inner.micro_step_id = -1
+        for sums in (inner.averaged_gradients, inner.all_grad_tensors):
+            sums.update(dict.fromkeys(sums))
 
 
 def to_device(batch: dict, device: torch.device) -> dict:

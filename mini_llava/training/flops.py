@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..data.collator import MicroBatch
+from ..data.records import Lengths
 from ..model.freeze import numel
 from ..model.llava import LlavaModel
 
@@ -81,9 +82,17 @@ class FlopCounter:
             lengths = batch["attention_mask"].sum(dim=1).double()
         images = batch["image_positions"].numel() / self.tokens_per_image
         logits = int((batch["targets"] >= 0).sum())
+        return self._sum(lengths.sum().item(), lengths.square().sum().item(), logits, images)
+
+    def of_lengths(self, lengths: Lengths) -> float:
+        """Operations for all records once, an image in each that has any."""
+        length = lengths.length.astype(float)
+        return self._sum(length.sum(), (length**2).sum(), lengths.trained.sum(), lengths.has_image.sum())
+
+    def _sum(self, tokens: float, squared_lengths: float, logits: float, images: float) -> float:
         return (
-            self.per_token * lengths.sum().item()
-            + self.per_squared_length * lengths.square().sum().item()
+            self.per_token * tokens
+            + self.per_squared_length * squared_lengths
             + self.per_logit * logits
             + self.per_image * images
         )

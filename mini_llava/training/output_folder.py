@@ -3,17 +3,20 @@
 What is found out here in a second costs hours if it is found out at the first save.
 """
 
+import os
 import shutil
 import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
 
+from ..model.freeze import numel
 from .checkpoint import KINDS, CheckpointError, agreement, complete_checkpoints, remove_oldest
 from .distributed import compute_dtype, gather_from_ranks
 
@@ -39,7 +42,10 @@ def remove_leftovers(output_dir: Path, step: int, keep: int | None) -> list[str]
 
 
 def check_shared(accelerator: Accelerator, output_dir: Path) -> None:
-    """Raises CheckpointError on all ranks unless all can see, and rank 0 can write, the same output directory."""
+    """Raises CheckpointError on all ranks unless all see the same output directory, and can save there.
+
+    Each rank does with a small file what a save does with large ones: writes, flushes, renames and removes it.
+    """
     name = f"{SEEN_BY_ALL}{uuid.uuid4().hex}"
     with agreement(accelerator, f"{output_dir} (--output_dir) cannot be written"):
         if accelerator.is_main_process:
@@ -50,9 +56,24 @@ def check_shared(accelerator: Accelerator, output_dir: Path) -> None:
         with agreement(accelerator, f"{output_dir} (--output_dir) must be one folder that all machines share"):
             if not (output_dir / name).exists():
                 raise CheckpointError(f"{socket.gethostname()} does not see what rank 0 wrote there on {host}.")
+        with agreement(accelerator, f"{output_dir} (--output_dir) cannot hold what this run will save"):
+            _write_and_remove(output_dir / f"{name}-{accelerator.process_index}")
     finally:
         if accelerator.is_main_process:
             (output_dir / name).unlink(missing_ok=True)
+
+
+def _write_and_remove(file: Path) -> None:
+    renamed = file.with_name(f"{file.name}-renamed")
+    try:
+        with open(file, "wb") as opened:
+            opened.write(bytes(2**16))
+            opened.flush()
+            os.fsync(opened.fileno())
+        os.rename(file, renamed)
+    finally:
+        for path in (file, renamed):
+            path.unlink(missing_ok=True)
 
 
 def disk_note(
@@ -65,21 +86,46 @@ def disk_note(
         keep: how many of them stay; one more is there while the newest is written.
         whole_model: the result is the whole model and not the projector alone.
     """
-    parameters = list(accelerator.unwrap_model(model).named_parameters())
-    sizes = {name: getattr(parameter, "ds_numel", parameter.numel()) for name, parameter in parameters}
-    state = 4 * len(KINDS) * sum(sizes[name] for name, parameter in parameters if parameter.requires_grad)
-    result = sum(size for name, size in sizes.items() if whole_model or name.startswith("projector."))
-    result *= compute_dtype(accelerator).itemsize
-    count = saves if keep is None else min(saves, keep + 1)
-    present = len(complete_checkpoints(output_dir))
-    needed, free = max(0, count - present) * state + result, shutil.disk_usage(output_dir).free
-    if needed <= free:
+    itemsize = compute_dtype(accelerator).itemsize
+    needs = disk_needs(accelerator.unwrap_model(model), itemsize, output_dir, saves, keep, whole_model)
+    free = shutil.disk_usage(output_dir).free
+    if needs.bytes <= free:
         return None
     return (
-        f"Warning: {output_dir} has {free / 1e9:,.3f} GB free, and this run needs {needed / 1e9:,.3f} GB: {count} "
-        f"training states of {state / 1e9:,.3f} GB ({present} there already) and {result / 1e9:,.3f} GB for the "
-        "result. Make room, or keep fewer with --save_total_limit."
+        f"Warning: {output_dir} has {free / 1e9:,.3f} GB free, and this run needs {needs}. Make room, or keep fewer "
+        "with --save_total_limit."
     )
+
+
+class DiskNeeds(NamedTuple):
+    """What a run writes to its output directory, as the sizes of its parameters say."""
+
+    states: int
+    present: int
+    bytes_of_state: int
+    bytes_of_result: int
+
+    @property
+    def bytes(self) -> int:
+        return max(0, self.states - self.present) * self.bytes_of_state + self.bytes_of_result
+
+    def __str__(self) -> str:
+        there = f" ({self.present} there already)" if self.present else ""
+        return (
+            f"{self.bytes / 1e9:,.3f} GB: {self.states} training states of {self.bytes_of_state / 1e9:,.3f} GB{there} "
+            f"and {self.bytes_of_result / 1e9:,.3f} GB for the result"
+        )
+
+
+def disk_needs(
+    model: nn.Module, itemsize: int, output_dir: Path, saves: int, keep: int | None, whole_model: bool
+) -> DiskNeeds:
+    """Arguments as `disk_note` has them; itemsize: bytes of a number in the result."""
+    sizes = {name: numel(parameter) for name, parameter in model.named_parameters()}
+    trained = sum(sizes[name] for name, parameter in model.named_parameters() if parameter.requires_grad)
+    result = sum(size for name, size in sizes.items() if whole_model or name.startswith("projector."))
+    count = saves if keep is None else min(saves, keep + 1)
+    return DiskNeeds(count, len(complete_checkpoints(output_dir)), 4 * len(KINDS) * trained, itemsize * result)
 
 
 @contextmanager

@@ -122,20 +122,27 @@ RUNS = {f"gradients, {name}": (2, values) for name, values in CUTS.items()} | {
     f"stage {stage}, {name}": (stage, FIVE_STEPS | values) for stage in (1, 2) for name, values in CHANGES.items()
 }
 RUNS |= {"stage 2, LoRA": (2, FIVE_STEPS | LORA)}
+# All others try the longest micro-batch before step 1.
+RUNS |= {"untried stage 2, clipped": (2, FIVE_STEPS | CHANGES["clipped"] | {"longest_batch_first": False})}
 ON_TWO_PROCESSES = {
     "ddp": [
         *(f"gradients, {cut}" for cut in ("2 slots, padded", "4 slots, padded", "4 slots, packed")),
         *(f"stage {stage}, {clipping}" for stage in (1, 2) for clipping in ("clipped", "not clipped")),
         "stage 2, LoRA",
+        "untried stage 2, clipped",
     ],
-    "zero2": ["gradients, 4 slots, padded", "gradients, 2 slots, packed", "stage 2, clipped", "stage 2, LoRA"],
+    "zero2": [
+        *("gradients, 4 slots, padded", "gradients, 2 slots, packed"),
+        *("stage 2, clipped", "stage 2, LoRA", "untried stage 2, clipped"),
+    ],
     "zero3": [
         *(f"gradients, {cut}" for cut in ("2 slots, padded", "4 slots, packed")),
         *(f"stage {stage}, {clipping}" for stage in (1, 2) for clipping in ("clipped", "not clipped")),
         "stage 1, bf16",
         "stage 2, LoRA",
+        "untried stage 2, clipped",
     ],
-    "zero3_offload": ["stage 2, clipped"],
+    "zero3_offload": ["stage 2, clipped", "untried stage 2, clipped"],
 }
 DESCRIPTIONS = {
     "ddp": "DDP",

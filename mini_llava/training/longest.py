@@ -1,0 +1,88 @@
+"""The longest micro-batch of a run, tried before step 1: what memory does not hold shows at once, and not after hours.
+
+LLaVA has nothing of the kind. The trial leaves no trace: no step, no gradients, and every generator of random numbers
+as it was, so that a run with it and one without it give the same losses and weights to the last bit.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..data.loader import RankSteps
+from ..data.records import Lengths
+from ..data.sampler import computed_tokens
+from .checkpoint import moments_to_come
+from .distributed import discard_gradients, forward_and_backward
+from .memory import Shape
+
+
+@dataclass(frozen=True)
+class Longest:
+    """A micro-batch that computes as many positions as any other, and what else decides the memory of a run.
+
+    several: whether some step has several micro-batches, so that gradients are there while activations are.
+    longest_sample: tokens; no micro-batch can be made smaller.
+    """
+
+    records: list[int]
+    shape: Shape
+    several: bool
+    longest_sample: int
+
+
+def longest_micro_batch(dealt_batches: Iterable[list[list[list[int]]]], lengths: Lengths, layout: str) -> Longest:
+    """Of all ranks and steps.
+
+    Args:
+        dealt_batches: for each step what `deal` gives.
+        layout: `packed`, `padded` or `in_order`.
+    """
+    length = lengths.length.tolist()
+    longest, tokens, several = [], -1, False
+    for micro_batches in dealt_batches:
+        several = several or len(micro_batches) > 1
+        for records in (records for of_ranks in micro_batches for records in of_ranks):
+            if (here := computed_tokens(records, length, layout)) > tokens:
+                longest, tokens = records, here
+    trained = lengths.trained[longest]
+    columns = max((length[index] for index in longest), default=1)
+    if layout == "packed":
+        rows, columns, logits = 1, max(1, tokens), int(trained.sum())
+    else:  # a column has logits if it is trained in some row: after the shortest prompt at the earliest
+        rows, logits = max(1, len(longest)), columns - int((lengths.length[longest] - trained).min(initial=columns))
+    shape = Shape(rows, columns, max(1, int(lengths.has_image[longest].sum())), max(1, logits), layout == "packed")
+    return Longest(longest, shape, several, max(length))
+
+
+def try_longest(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, steps: RankSteps, longest: Longest
+) -> str:
+    """Runs it forward and backward on every rank, with the memory taken that the first step will take.
+
+    All ranks must call it. Raises what a step would: out of memory above all, and the fault of a bad sample.
+    """
+    started = time.perf_counter()
+    work = steps[[longest.records]]
+    if work.fault is not None:
+        raise work.fault
+    # AdamW makes its moments in the first step.
+    room = torch.empty(moments_to_come(accelerator, optimizer), dtype=torch.uint8, device=accelerator.device)
+    statistics = [(buffer, buffer.clone()) for buffer in model.buffers()]  # some layers keep running means in them
+    on_gpu = accelerator.device.type == "cuda"
+    with torch.random.fork_rng(devices=[accelerator.device] if on_gpu else []):
+        # Where a step has several, the gradients of one are there when the next runs.
+        for _ in range(2 if longest.several else 1):
+            forward_and_backward(accelerator, model, work.micro_batches[0])
+    discard_gradients(accelerator, optimizer)
+    for buffer, before in statistics:
+        buffer.copy_(before)
+    del room
+    took = f"the longest micro-batch ({longest.shape.tokens:,} tokens, {longest.shape.images} images)"
+    if not on_gpu:
+        return f"Tried {took} in {time.perf_counter() - started:.1f} s."
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    return f"Tried {took}: peak memory {peak:.1f} GiB on rank 0."
