@@ -40,9 +40,9 @@ from mini_llava.training import checkpoint, distributed, liveness, output_folder
 from mini_llava.training.build import build_model
 from mini_llava.training.evaluation import HeldOut
 from mini_llava.training.identity import run_identity
+from mini_llava.training.longest import longest_micro_batch, try_longest, weight_of_logits
 from mini_llava.training.meter import Meter, ProgressLine, append_json_line, prepare_reports
 from mini_llava.training.optimizer import build_adamw, parameter_groups, set_learning_rates
-from mini_llava.training.longest import longest_micro_batch, try_longest
 from mini_llava.training.preemption import EXIT_CODE, Preemption, ignore_signals, marker, write_marker
 from mini_llava.training.schedule import learning_rate_factor, warmup_steps
 
@@ -200,7 +200,9 @@ def train(arguments: flags.Arguments) -> None:
         store, to_sample, to_pixels, vision_config.image_size, data_flags.packing, data_flags.on_bad_sample
     )
     if training.longest_batch_first and sampler.step < total_steps:
-        longest = longest_micro_batch(dealt_batches(), lengths, layout)
+        recomputed = training.gradient_checkpointing * training.gradient_checkpointing_share
+        logits_weigh = weight_of_logits(source.language_config, recomputed)
+        longest = longest_micro_batch(dealt_batches(), lengths, layout, logits_weigh)
         planning.remember(arguments, source, tokenizer, len(tokenizer) - known_tokens, accelerator, longest)
         say(try_longest(accelerator, model, optimizer, rank_steps, longest))
     held_out = HeldOut(

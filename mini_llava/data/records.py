@@ -420,7 +420,11 @@ def measure(
 
 
 def measure_some(
-    store: RecordStore, tokenize_function: Callable[[dict], Sample], cache_folder: str | os.PathLike, key: str, most: int
+    store: RecordStore,
+    tokenize_function: Callable[[dict], Sample],
+    cache_folder: str | os.PathLike,
+    key: str,
+    most: int,
 ) -> tuple[Lengths, int]:
     """For a plan: what `measure` has cached, or what `most` of the records say about all; and how many were measured.
 

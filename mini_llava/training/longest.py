@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers import PreTrainedConfig
 
 from ..data.loader import RankSteps
 from ..data.records import Lengths
@@ -22,7 +23,7 @@ from .memory import Shape
 
 @dataclass(frozen=True)
 class Longest:
-    """A micro-batch that computes as many positions as any other, and what else decides the memory of a run.
+    """The micro-batch that takes most memory, and what else decides that of a run.
 
     several: whether some step has several micro-batches, so that gradients are there while activations are.
     longest_sample: tokens; no micro-batch can be made smaller.
@@ -34,20 +35,37 @@ class Longest:
     longest_sample: int
 
 
-def longest_micro_batch(dealt_batches: Iterable[list[list[list[int]]]], lengths: Lengths, layout: str) -> Longest:
+def weight_of_logits(config: PreTrainedConfig, recomputed: float) -> float:
+    """How much memory the logits of one position take, measured by what all else of a position takes; about.
+
+    Args:
+        config: of the language model.
+        recomputed: share of the layers that keep their input alone: of the others there are some 16 times its width.
+    """
+    text = config.get_text_config()
+    layers = text.num_hidden_layers * (recomputed + 16 * (1 - recomputed))
+    return 3 * text.vocab_size / (layers * text.hidden_size)
+
+
+def longest_micro_batch(
+    dealt_batches: Iterable[list[list[list[int]]]], lengths: Lengths, layout: str, logits_weigh: float
+) -> Longest:
     """Of all ranks and steps.
 
     Args:
         dealt_batches: for each step what `deal` gives.
         layout: `packed`, `padded` or `in_order`.
+        logits_weigh: what a trained token counts beside its position, see `weight_of_logits`.
     """
-    length = lengths.length.tolist()
-    longest, tokens, several = [], -1, False
+    length, trained = lengths.length.tolist(), lengths.trained.tolist()
+    longest, most, several = [], -1.0, False
     for micro_batches in dealt_batches:
         several = several or len(micro_batches) > 1
         for records in (records for of_ranks in micro_batches for records in of_ranks):
-            if (here := computed_tokens(records, length, layout)) > tokens:
-                longest, tokens = records, here
+            logits = logits_weigh * sum(trained[index] for index in records)
+            if (weight := computed_tokens(records, length, layout) + logits) > most:
+                longest, most = records, weight
+    tokens = computed_tokens(longest, length, layout)
     trained = lengths.trained[longest]
     columns = max((length[index] for index in longest), default=1)
     if layout == "packed":

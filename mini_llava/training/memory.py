@@ -6,11 +6,9 @@ storage counts from the operator that makes it until it is freed. Only the fused
 tensors, are replaced, by functions that keep what the kernels keep.
 """
 
-import contextlib
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -64,7 +62,7 @@ class Layout:
         return part.get("device", "none") not in ("none", None)
 
     def __str__(self) -> str:
-        kind = f"ZeRO-{self.zero_stage}" if self.zero_stage else "DDP" if self.gpus > 1 else "alone"
+        kind = f"ZeRO-{self.zero_stage}" if self.zero_stage else "DDP" if self.gpus > 1 else "no distribution"
         offloaded = " with offload" if self.offloads("optimizer") or self.offloads("param") else ""
         gpus = f"{self.gpus} GPU" + ("s" if self.gpus > 1 else "")
         return f"{gpus} of {self.gpu_memory / GIB:.0f} GiB, {kind}{offloaded}, {self.precision.replace('no', 'fp32')}"
@@ -179,8 +177,8 @@ def lasting_parts(model: LlavaModel, layout: Layout, bits: int = 16) -> tuple[di
         optimizer, gradients, cpu = 0.0, 0.0, 16 * trained * share
     parts = {"optimizer: fp32 weights and two moments": optimizer, "gradients": gradients}
     if layout.zero_stage == 2:
-        parts |= {"weights": weights, "buckets to reduce gradients in": bucket * (1 + bool(layout.zero["overlap_comm"]))}
-        return parts, cpu
+        buckets = bucket * (2 if layout.zero["overlap_comm"] else 1)  # one is filled while the other is sent
+        return parts | {"weights": weights, "buckets to reduce gradients in": buckets}, cpu
     divided = weights * share
     if layout.offloads("param"):
         divided, cpu = 0.0, cpu + divided
@@ -329,7 +327,8 @@ class _Attention(torch.autograd.Function):
     def forward(context, query, key, value, *others):
         batch, heads, length, size = query.shape
         output = query.new_empty(batch, length, heads, size)
-        context.save_for_backward(query, key, value, output, query.new_empty(query.shape[:3], dtype=torch.float32), *others)
+        sums = query.new_empty(query.shape[:3], dtype=torch.float32)
+        context.save_for_backward(query, key, value, output, sums, *others)
         return output
 
     @staticmethod

@@ -1,7 +1,8 @@
 """`--dry_run`: what a run will train, and whether it fits, worked out from configurations and shapes alone.
 
-LLaVA tells by starting. Nothing heavy is read here, no weight and no image, and there need be no GPU: a laptop plans for
-eight cards of 80 GB. Where memory does not suffice, in the plan or in a run, the first change is named that makes it fit.
+LLaVA tells by starting. Nothing heavy is read here, no weight and no image, and there need be no GPU: a laptop plans
+for eight cards of 80 GB. Where memory does not suffice, in the plan or in a run, the first change that makes it fit is
+named.
 """
 
 import functools
@@ -32,8 +33,8 @@ from ..model.sources import Source, empty_parts
 from ..model.vision_tower import VisionTower
 from .distributed import choose_precision, complete_zero, launched_rank, zero_stage
 from .flops import PEAK_FLOPS, FlopCounter
-from .longest import Longest, longest_micro_batch
-from .memory import GIB, Estimate, Layout, estimate
+from .longest import Longest, longest_micro_batch, weight_of_logits
+from .memory import GIB, Estimate, Layout, estimate, lasting_parts
 from .optimizer import parameter_groups
 from .output_folder import disk_needs
 
@@ -62,9 +63,11 @@ class Planned:
 
     @property
     def fused(self) -> bool:
-        """Whether norms and MLPs will be Liger's: as asked; if nothing is asked, where the package is installed here."""
+        """Whether norms and MLPs will be Liger's: as asked; if nothing is, where the package is installed here."""
         family, asked = self.source.language_config.model_type, self.arguments.training.use_liger_kernel
-        return asked and family in FUSABLE if asked is not None else choose_fused_kernels(None, family, torch.device("cuda"))
+        if asked is not None:
+            return asked and family in FUSABLE
+        return choose_fused_kernels(None, family, torch.device("cuda"))
 
     def model(self) -> tuple[LlavaModel, dict[str, str]]:
         """What `build_model` builds, on the meta device, and its freeze plan."""
@@ -113,26 +116,25 @@ class Planned:
         """The memory it needs, with its longest micro-batch or one of so many tokens."""
         shape = self.longest.shape if tokens is None else self.longest.shape.of_tokens(tokens)
         bits = self.arguments.training.bits
-        return estimate(self.model()[0], self.layout, shape, self.longest.several or tokens is not None, self.fused, bits)
-
-    def most_tokens(self, limit: float) -> int | None:
-        """The most tokens of a micro-batch that need no more than `limit` bytes; None if a whole sample needs more."""
-        now = self.longest.shape.tokens
-        fewer = max(1, now // 2)
-        needed = [self.estimate(tokens).needed for tokens in (fewer, now)]
-        for_each = (needed[1] - needed[0]) / max(1, now - fewer)
-        if for_each <= 0:
-            return None
-        most = min(now - 1, int(now - (needed[1] - limit) / for_each))
-        most = most // 100 * 100 if most > 1000 else most
-        return most if most >= self.longest.longest_sample else None
+        several = self.longest.several or tokens is not None
+        return estimate(self.model()[0], self.layout, shape, several, self.fused, bits)
 
     def first_change(self, limit: float) -> str | None:
         """The change that costs least speed of those after which it needs at most `limit` bytes; None if none does."""
+        now, least = self.longest.shape.tokens, self.longest.longest_sample
         for words, changed in self._changes():
-            if words and changed.estimate().needed <= limit:
+            if sum(lasting_parts(changed.model()[0], changed.layout, self.arguments.training.bits)[0].values()) > limit:
+                continue
+            with_one_sample = changed.estimate(least).needed
+            if with_one_sample > limit:
+                continue
+            with_all = changed.estimate(now).needed
+            if words and with_all <= limit:
                 return " and ".join(words)
-            if most := changed.most_tokens(limit):
+            # In between memory grows evenly with the tokens; a tenth less, because some samples train more of theirs.
+            share = (limit - with_one_sample) / max(1.0, with_all - with_one_sample)
+            most = max(least, int(least + 0.9 * share * (now - least)) // 100 * 100)
+            if most < now:
                 return " and ".join([*words, f"--max_tokens_per_micro_batch {most}"])
         return None
 
@@ -151,12 +153,12 @@ class Planned:
             if self.share < 1:
                 yield [*config, *recompute], replace(divided, share=1.0)
         all_of_it = recompute if self.share < 1 else []
+        offloaded = replace(divided, share=1.0, layout=_zero3(self.layout, self.layout.gpus, offload=True))
+        yield ["--config_file accelerate_configs/zero3_offload.yaml", *all_of_it], offloaded
         for gpus in (2, 4, 8, 16, 32, 64):
             if gpus > self.layout.gpus:
                 more = replace(divided, share=1.0, layout=_zero3(self.layout, gpus, offload=False))
                 yield [f"{gpus} GPUs", *config, *all_of_it], more
-        offloaded = replace(divided, share=1.0, layout=_zero3(self.layout, self.layout.gpus, offload=True))
-        yield ["--config_file accelerate_configs/zero3_offload.yaml", *all_of_it], offloaded
 
 
 def _zero3(layout: Layout, gpus: int, offload: bool) -> Layout:
@@ -168,7 +170,7 @@ def _zero3(layout: Layout, gpus: int, offload: bool) -> Layout:
 
 
 def _share(training: TrainingArguments) -> float:
-    return training.gradient_checkpointing_share if training.gradient_checkpointing else 0.0
+    return training.gradient_checkpointing * training.gradient_checkpointing_share
 
 
 # --- what it is to run on --------------------------------------------------------------------------------------------
@@ -265,6 +267,7 @@ def plan_run(
         slots=layout.gpus * micro_batches,
         seed=training.seed,
         group_by_modality_length=data_flags.group_by_modality_length,
+        recorded=json.loads(Path(data_flags.sample_order).read_text()) if data_flags.sample_order else None,
     )
     steps = training.max_steps
     if steps <= 0:
@@ -285,8 +288,9 @@ def plan_run(
         cut([index for index in batch if index not in lengths.bad])
         for batch in sampler.batches(min(steps, sampler.steps_per_epoch))
     ]
-    longest = longest_micro_batch(dealt, lengths, way)
-    planned = Planned(arguments, source, tokenizer, new_tokens, layout, longest, _share(training))
+    share = _share(training)
+    longest = longest_micro_batch(dealt, lengths, way, weight_of_logits(source.language_config, share))
+    planned = Planned(arguments, source, tokenizer, new_tokens, layout, longest, share)
     model, plan = planned.model()
     rates = {"projector": training.mm_projector_lr, "vision_tower": training.mm_vision_tower_lr}
     groups = parameter_groups(model, training.learning_rate, training.weight_decay, rates)
@@ -339,9 +343,10 @@ def _time(model: LlavaModel, lengths: Lengths, epochs: float, layout: Layout, tr
             raise ValueError(f"--gpu_name {name}: its peak is not known here; known: {', '.join(PEAK_FLOPS)}.")
         return f"Time: the peak of a {name} is not known here; --gpu_name takes one of {', '.join(PEAK_FLOPS)}."
     operations = epochs * FlopCounter(model).of_lengths(lengths)
-    hours = operations / (layout.gpus * peak * training.expected_mfu) / 3600
+    seconds = operations / (layout.gpus * peak * training.expected_mfu)
+    hours = f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
     return (
-        f"Time: {hours:,.1f} hours, if {training.expected_mfu:.0%} of the {peak / 1e12:,.0f} TFLOP/s of each {name} go "
+        f"Time: {hours}, if {training.expected_mfu:.0%} of the {peak / 1e12:,.0f} TFLOP/s of each {name} go "
         "into arithmetic (--expected_mfu; `mfu` in the log of a run), without evaluation and saving."
     )
 

@@ -1,0 +1,165 @@
+"""`--dry_run` plans without weights, GPU or processes, refuses what cannot fit, and what it advises then fits."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import CLIPVisionConfig, LlamaConfig
+
+import train
+from benchmarks.random_setup import LANGUAGE_MODELS, TINY_CLIP
+from mini_llava import arguments as flags
+from mini_llava.training.planning import read_layout
+from tests import forked_runs
+from tests.end_to_end.runs import FIXTURES, flags_of
+from tests.launching import CONFIGS
+
+
+@pytest.fixture(scope="module")
+def without_weights(tmp_path_factory):
+    """Two layers of Llama 7B and a small tower, directories without weights, and 100 records of 60 to 1,545 words."""
+    folder = tmp_path_factory.mktemp("setup")
+    llama = LANGUAGE_MODELS["7b"] | {"num_hidden_layers": 2}
+    LlamaConfig(vocab_size=32_000, **llama).save_pretrained(folder / "language_model")
+    for file in (FIXTURES / "llm").glob("*token*"):
+        shutil.copy(file, folder / "language_model")
+    CLIPVisionConfig(patch_size=14, **TINY_CLIP).save_pretrained(folder / "vision_tower")
+    shutil.copy(FIXTURES / "clip" / "preprocessor_config.json", folder / "vision_tower")
+    records = []
+    for number in range(100):
+        words = " ".join(["word"] * (60 + 15 * number))
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": words}]
+        records.append({"image": f"absent-{number}.jpg", "conversations": turns})
+    (folder / "records.json").write_text(json.dumps(records))
+    return folder
+
+
+def plan(folder, **values) -> None:
+    values = {
+        "dry_run": True,
+        "stage": 2,
+        "model_name_or_path": folder / "language_model",
+        "vision_tower": folder / "vision_tower",
+        "data_path": folder / "records.json",
+        "image_folder": folder,
+        "output_dir": folder / "output",
+        "gradient_checkpointing": False,
+        "model_max_length": 2048,
+        **values,
+    }
+    train.train(flags.parse_arguments([text for name, value in values.items() for text in (f"--{name}", str(value))]))
+
+
+def test_a_plan_says_what_is_trained_how_long_it_takes_and_what_it_needs(without_weights, capsys):
+    values = {"num_gpus": 8, "accelerate_config": CONFIGS / "zero3.yaml", "gpu_name": "A100", "expected_mfu": 0.4}
+    plan(without_weights, **values, global_batch_size=64, num_train_epochs=2, save_steps=1, save_total_limit=1)
+    printed = capsys.readouterr().out
+    assert "8 GPUs of 79 GiB, ZeRO-3, bf16" in printed
+    assert re.search(r"language_model +666,914,816 +666,914,816 +full +2e-05", printed)
+    assert "Global batch: 64 samples on 8 GPUs" in printed
+    assert re.search(r"100 records, 100 with images, [\d,]+ tokens: 4 steps, 2.00 epochs", printed)
+    assert "if 40% of the 312 TFLOP/s of each A100" in printed
+    assert "2 training states of 8.208 GB" in printed  # 12 bytes for each of 684 million parameters
+    parts = {name: float(size) for size, name in re.findall(r"^ +(\d+\.\d\d) (.+)$", printed, re.MULTILINE)}
+    total = parts.pop("GiB needed on each GPU")
+    peak = parts.pop("peak_memory_gib of the log")
+    assert sum(parts.values()) == pytest.approx(total, abs=0.05) and peak < total
+    assert parts["gradients"] == pytest.approx(4 * 0.684e9 / 8 / 2**30, abs=0.01)
+    assert "It fits: " in printed
+    assert not (without_weights / "output").exists()  # nothing is written
+
+
+def test_what_cannot_fit_is_refused_with_a_change_after_which_it_fits(without_weights, capsys):
+    advised = []
+    for too_little in (24, 15):
+        given = {"gpu_memory_gib": too_little, "num_gpus": 2, "max_tokens_per_micro_batch": 24_000}
+        with pytest.raises(ValueError, match=r"It does not fit: .* are needed and a GPU has ") as refused:
+            plan(without_weights, **given)
+        change = re.search(r"The first change that makes it fit: (.+)\.$", str(refused.value))[1]
+        advised.append(change)
+        for one in change.split(" and "):
+            name, value = one.split()
+            given |= {name.removeprefix("--").replace("config_file", "accelerate_config"): value}
+        capsys.readouterr()
+        plan(without_weights, **given)
+        assert "It fits: " in capsys.readouterr().out
+        assert re.fullmatch(r"--max_tokens_per_micro_batch \d+", advised[0])
+    assert "zero3.yaml" in advised[1]  # DDP alone takes more
+
+
+def test_nothing_is_advised_where_nothing_helps(without_weights):
+    with pytest.raises(ValueError, match="Nothing that changes only the speed makes it fit, up to 64 GPUs and offload"):
+        plan(without_weights, gpu_memory_gib=2)
+
+
+def test_stage_1_lora_and_ddp_can_be_planned(without_weights, capsys):
+    plan(without_weights, stage=1, version="plain", tune_mm_mlp_adapter=True, mm_use_im_start_end=True)
+    assert re.search(r"new_tokens +8,192 +8,192 +full", capsys.readouterr().out)
+    plan(without_weights, lora_enable=True, bits=4, num_gpus=2, per_device_train_batch_size=4, packing=False)
+    printed = capsys.readouterr().out
+    assert "2 GPUs of 79 GiB, DDP, bf16" in printed and "padded" in printed
+    assert re.search(r"DDP's buckets, a copy of all gradients", printed)
+    weights = float(re.search(r"^ +(\d\.\d\d) weights$", printed, re.MULTILINE)[1])
+    adapters = 4 * 128 * 2 * (4 * (4096 + 4096) + 3 * (4096 + 11008))  # fp32, rank 128, two layers
+    four_bits, half = 0.5625 * 2 * 202_375_168, 2 * 262_144_000  # quantised layers; word embeddings and head
+    projector = 4 * 17_047_552
+    assert weights == pytest.approx((adapters + four_bits + half + projector) / 2**30, abs=0.02)
+
+
+def test_the_layout_is_that_of_the_file_or_of_the_launcher(tmp_path, monkeypatch):
+    def layout(**values):
+        return read_layout(flags.TrainingArguments(bf16=True, **values), set())
+
+    assert (layout().gpus, layout().zero_stage) == (1, 0)
+    offload = layout(accelerate_config=str(CONFIGS / "zero3_offload.yaml"), num_gpus=4)
+    assert (offload.gpus, offload.zero_stage) == (4, 3)
+    assert offload.offloads("optimizer") and offload.offloads("param")
+    zero2 = layout(accelerate_config=str(CONFIGS / "zero2.yaml"))
+    assert (zero2.gpus, zero2.zero_stage, zero2.offloads("optimizer")) == (8, 2, False)
+
+    (tmp_path / "deepspeed.json").write_text(json.dumps({"zero_optimization": {"stage": 3, "reduce_bucket_size": 7}}))
+    config = yaml.safe_load((CONFIGS / "zero3.yaml").read_text())
+    config["deepspeed_config"] = {"deepspeed_config_file": str(tmp_path / "deepspeed.json"), "zero3_init_flag": True}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(config))
+    assert layout(accelerate_config=str(tmp_path / "own.yaml")).zero["reduce_bucket_size"] == 7
+    with pytest.raises(ValueError, match=r"absent.yaml is no config file of accelerate \(FileNotFoundError"):
+        layout(accelerate_config="absent.yaml")
+
+    for name, value in {"USE_DEEPSPEED": "true", "DEEPSPEED_ZERO_STAGE": "2"}.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    assert (layout().gpus, layout().zero_stage) == (16, 2)
+
+
+def test_flags_of_a_plan_are_refused_without_one():
+    with pytest.raises(ValueError, match="--num_gpus 8 does nothing without --dry_run True"):
+        flags.resolve(2, {"num_gpus": 8})
+
+
+@pytest.mark.slow
+def test_a_run_that_has_no_memory_ends_before_step_1_with_a_change_to_make(tmp_path):
+    """Out of the CPU's memory here: one packed row of 30,000 tokens has an attention mask of 900 million."""
+    turns = [{"from": "human", "value": "Say it."}, {"from": "gpt", "value": "word " * 2000}]
+    (tmp_path / "records.json").write_text(json.dumps([{"conversations": turns}] * 16))
+    values = {"data_path": tmp_path / "records.json", "model_max_length": 2048, "max_steps": 2, "save_steps": 1}
+    values |= {"per_device_train_batch_size": 16, "global_batch_size": 16}
+
+    output = tmp_path / "output"
+    run = forked_runs.start(flags_of(2, output, values), tmp_path / "printed", inside=_with_two_gigabytes_more)
+    run.wait_until_all_have_ended(grace=60)
+    assert run.process.exitcode == 1
+    assert "train.py: error: Memory has run out (" in run.text and "Traceback" not in run.text, run.text
+    change = re.search(r"The first change that makes it fit: (.+?)\. The same flags with --dry_run True", run.text)
+    assert change, run.text
+    assert not list(output.glob("checkpoint-*")) and not (output / "log.jsonl").exists()
+
+
+def _with_two_gigabytes_more() -> None:
+    import resource
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + 2 * 2**30
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
