@@ -1,0 +1,94 @@
+"""What `--dry_run` estimates against what the GPU shows, on the models and records of `random_setup.py`.
+
+    python benchmarks/random_setup.py --directory /tmp/bench --shape 7b
+    accelerate launch --config_file accelerate_configs/zero3.yaml --num_processes 2 benchmarks/memory.py \
+        --setup /tmp/bench --name "ZeRO-3 x 2" --stage 2 --gradient_checkpointing False
+
+Every other flag is `train.py`'s, those of a plan included. The run is that of `throughput.py`, a few steps of it; its
+longest micro-batch comes first, with room for AdamW's moments, so that the peak of the first step is that of the run.
+Where there is no GPU, or with `--only_estimate`, the estimate stands alone and the models need no weights.
+"""
+
+import argparse
+import json
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import throughput  # noqa: E402
+from mini_llava.training import distributed, planning  # noqa: E402
+from mini_llava.training.memory import GIB, Estimate  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--setup", type=Path, required=True, help="what random_setup.py wrote")
+    parser.add_argument("--name", default="", help="of the row")
+    parser.add_argument("--steps", type=int, default=3, help="in all")
+    parser.add_argument("--output_dir", type=Path, help="of the run, default SETUP/output")
+    parser.add_argument("--table", type=Path, default=Path("memory.jsonl"))
+    parser.add_argument("--only_estimate", action="store_true", help="train nothing, also where there is a GPU")
+    own, flags_of_train = parser.parse_known_args()
+    own.profile = None
+    found = estimated(own, flags_of_train)
+    measured = None
+    if torch.cuda.is_available() and not own.only_estimate:
+        of_a_plan = ("--accelerate_config", "--num_gpus", "--gpu_memory_gib", "--gpu_name", "--expected_mfu")
+        if given := [flag for flag in of_a_plan if flag in flags_of_train]:
+            sys.exit(f"{given[0]} is for an estimate alone: add --only_estimate, or leave it out.")
+        measured = max(step["peak_memory_gib"] for step in throughput.run(own, flags_of_train))
+    if distributed.launched_rank()[0] == 0:
+        with open(own.table, "a") as table:
+            table.write(json.dumps(row(own.name, found, measured)) + "\n")
+        print_table(own.table)
+
+
+def estimated(own: argparse.Namespace, flags_of_train: list[str]) -> Estimate | None:
+    """The plan's, which is printed; None on ranks other than the first, which plan nothing."""
+    made = []
+    estimate = planning.estimate
+
+    def keep(*arguments):
+        made.append(estimate(*arguments))
+        return made[-1]
+
+    planning.estimate = keep
+    try:
+        throughput.run(own, [*flags_of_train, "--dry_run", "True"])
+    except ValueError as error:  # it does not fit, which only the estimate may say
+        print(error)
+    planning.estimate = estimate
+    return made[0] if made else None
+
+
+def row(name: str, found: Estimate, measured: float | None) -> dict:
+    on_gpu = torch.cuda.is_available()
+    machine = torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine()
+    values = {"name": name, "estimate": round(found.peak / GIB, 1)}
+    if measured is not None:
+        values |= {"measured": round(measured, 1), "ratio": f"{found.peak / GIB / measured:.3f}"}
+    return values | {
+        "parts": {part: round(size / GIB, 2) for part, size in found.parts.items()},
+        "machine": machine,
+        "versions": distributed.versions(),
+        "commit": throughput.commit(),
+        "flags": " ".join(sys.argv[1:]),
+    }
+
+
+def print_table(file: Path) -> None:
+    """The rows of `--table` as Markdown."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    print("\n| run | estimated peak GiB | measured peak GiB | ratio |\n|---|---|---|---|")
+    for values in rows:
+        print(f"| {values['name']} | {values['estimate']} | {values.get('measured', '-')} | {values.get('ratio', '-')} |")
+    print(f"\n{rows[-1]['machine']}; commit {rows[-1]['commit']}; {rows[-1]['versions']}")
+
+
+if __name__ == "__main__":
+    main()
