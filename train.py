@@ -376,7 +376,7 @@ def main() -> None:
         sys.exit(f"train.py: error{f' on rank {rank}' if rank else ''}: {error}")
     except RuntimeError as error:
         if sentence := planning.out_of_memory(error):
-            sys.exit(f"train.py: error: {sentence}")
+            sys.exit(f"train.py: error on rank {distributed.launched_rank()[0]}: {sentence}")
         liveness.wait_for_the_sentence()
         raise
     finally:

@@ -20,13 +20,16 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import train  # noqa: E402
 from benchmarks import throughput  # noqa: E402
 from mini_llava.training import distributed, planning  # noqa: E402
 from mini_llava.training.memory import GIB, Estimate  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--setup", type=Path, required=True, help="what random_setup.py wrote")
     parser.add_argument("--name", default="", help="of the row")
     parser.add_argument("--steps", type=int, default=3, help="in all")
@@ -40,7 +43,7 @@ def main() -> None:
     if torch.cuda.is_available() and not own.only_estimate:
         of_a_plan = ("--accelerate_config", "--num_gpus", "--gpu_memory_gib", "--gpu_name", "--expected_mfu")
         if given := [flag for flag in of_a_plan if flag in flags_of_train]:
-            sys.exit(f"{given[0]} is for an estimate alone: add --only_estimate, or leave it out.")
+            parser.error(f"{given[0]} is for an estimate alone: add --only_estimate, or leave it out.")
         measured = max(step["peak_memory_gib"] for step in throughput.run(own, flags_of_train))
     if distributed.launched_rank()[0] == 0:
         with open(own.table, "a") as table:
@@ -49,9 +52,8 @@ def main() -> None:
 
 
 def estimated(own: argparse.Namespace, flags_of_train: list[str]) -> Estimate | None:
-    """The plan's, which is printed; None on ranks other than the first, which plan nothing."""
-    made = []
-    estimate = planning.estimate
+    """The first of those that the plan makes, which it prints; None on ranks that plan nothing."""
+    made, estimate = [], planning.estimate
 
     def keep(*arguments):
         made.append(estimate(*arguments))
@@ -59,9 +61,11 @@ def estimated(own: argparse.Namespace, flags_of_train: list[str]) -> Estimate | 
 
     planning.estimate = keep
     try:
-        throughput.run(own, [*flags_of_train, "--dry_run", "True"])
-    except ValueError as error:  # it does not fit, which only the estimate may say
-        print(error)
+        train.train(throughput.arguments_of_the_run(own, [*flags_of_train, "--dry_run", "True"]))
+    except ValueError as error:
+        if not made:
+            raise
+        print(error)  # it does not fit, by the estimate
     planning.estimate = estimate
     return made[0] if made else None
 
@@ -86,9 +90,8 @@ def print_table(file: Path) -> None:
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     print("\n| run | estimated peak GiB | measured peak GiB | ratio |\n|---|---|---|---|")
     for values in rows:
-        print(
-            f"| {values['name']} | {values['estimate']} | {values.get('measured', '-')} | {values.get('ratio', '-')} |"
-        )
+        measured, ratio = values.get("measured", "-"), values.get("ratio", "-")
+        print(f"| {values['name']} | {values['estimate']} | {measured} | {ratio} |")
     print(f"\n{rows[-1]['machine']}; commit {rows[-1]['commit']}; {rows[-1]['versions']}")
 
 

@@ -162,6 +162,12 @@ def idle_times(events: list) -> list[str]:
     ]
 
 
+def commit() -> str:
+    """Of the code that is measured."""
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def row(name: str, steps: list[dict], devices: int) -> dict:
     """Means over the measured steps, by time: what a longer run would show."""
     seconds = [step["seconds_per_step"] for step in steps]
@@ -169,9 +175,6 @@ def row(name: str, steps: list[dict], devices: int) -> dict:
     def rate(key: str) -> float:
         return sum(step.get(key, 0.0) * time for step, time in zip(steps, seconds, strict=True)) / sum(seconds)
 
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "name": name,
@@ -186,7 +189,7 @@ def row(name: str, steps: list[dict], devices: int) -> dict:
         "steps": len(steps),
         "machine": f"{devices} x {machine}",
         "versions": distributed.versions(),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "flags": " ".join(sys.argv[1:]),
     }
 

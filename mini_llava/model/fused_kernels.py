@@ -53,10 +53,15 @@ def use_fused_kernels(language_model: PreTrainedModel) -> None:
 
     from liger_kernel.transformers.functional import liger_swiglu
 
+    make_mlps_keep_less(language_model, liger_swiglu)
+
+
+def make_mlps_keep_less(language_model: PreTrainedModel, product: Callable) -> None:
+    """Gives every MLP with a plain trained layer at its end the forward of `gated_mlp`."""
     for module in language_model.modules():
         down = getattr(module, "down_proj", None)
         if type(down) is nn.Linear and down.bias is None and down.weight.requires_grad:
-            module.forward = functools.partial(gated_mlp, module, liger_swiglu)
+            module.forward = functools.partial(gated_mlp, module, product)
 
 
 def gated_mlp(mlp: nn.Module, product: Callable, x: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 
 from ..data.collator import MicroBatch
 from ..model.freeze import numel
+from ..model.fused_kernels import make_mlps_keep_less
 from ..model.llava import LlavaModel
 from ..model.lora import linear_layers
 
@@ -252,6 +253,7 @@ def weigh_step(model: LlavaModel, layout: Layout, shape: Shape, several: bool, f
         # The CPU's, so that no GPU is needed; what differs between the two in autocast is mended below.
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
         model.language_model.tie_weights()
+        model.vision_tower.pixel_table = torch.empty(3, 256)
         parameters = list(model.parameters())
         scale = Scale(parameters)
         batch = _empty_batch(model, shape)
@@ -294,7 +296,7 @@ def _empty_batch(model: LlavaModel, shape: Shape) -> MicroBatch:
         "attention_mask": None if shape.packed else torch.empty(rows, dtype=torch.bool),
         "cu_seqlens": torch.empty(2, dtype=torch.int32) if shape.packed else None,
         "max_seqlen": shape.columns,
-        "pixel_values": torch.empty(shape.images, 3, tower.image_size, tower.image_size),
+        "pixel_values": torch.empty(shape.images, 3, tower.image_size, tower.image_size, dtype=torch.uint8),
         "image_positions": whole_numbers(min(shape.images * tower.tokens_per_image, shape.tokens)),
         "logit_positions": whole_numbers(shape.logits),
         "targets": whole_numbers(shape.rows, shape.logits),
@@ -318,6 +320,8 @@ def keep_what_kernels_keep(model: LlavaModel, fused: bool) -> None:
             module.forward = functools.partial(_rms_norm, module)
         elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj")):
             module.forward = functools.partial(_mlp, module)
+    if fused:
+        make_mlps_keep_less(model.language_model, _GatedProduct.apply)
 
 
 class _Attention(torch.autograd.Function):

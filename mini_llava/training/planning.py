@@ -101,14 +101,13 @@ class Planned:
         trains_rows = "new_tokens" in plan
         add_token_rows(model, self.tokenizer, self.new_tokens, *marks, None, trains_rows, self.layout.master_dtype)
         apply_plan(model, plan)
-        attention = choose_attention(
-            flags.attn_implementation if flags.attn_implementation != "flash_attention_2" else None,
-            self.source.language_config.model_type,
-            self.arguments.data.packing,
-            torch.device("cuda"),
-            half_precision=self.layout.precision != "no",
-        )
-        model.language_model.config._attn_implementation = attention
+        # FlashAttention need not be installed here; it keeps for backward what PyTorch's does.
+        half, packing = self.layout.precision != "no", self.arguments.data.packing
+        asked = (flags.attn_implementation or "").replace("flash_attention_2", "").replace("flash_attention_4", "")
+        attention = asked or ("varlen" if half and packing else "sdpa")
+        family = self.source.language_config.model_type
+        choose_attention(attention, family, packing, torch.device("cuda"), half)  # may refuse
+        model.language_model.config._attn_implementation = flags.attn_implementation or attention
         if self.share:
             model.gradient_checkpointing_enable(self.share)
         return model.train(), plan

@@ -152,7 +152,7 @@ def test_a_run_that_has_no_memory_ends_before_step_1_with_a_change_to_make(tmp_p
     run = forked_runs.start(flags_of(2, output, values), tmp_path / "printed", inside=_with_two_gigabytes_more)
     run.wait_until_all_have_ended(grace=60)
     assert run.process.exitcode == 1
-    assert "train.py: error: Memory has run out (" in run.text and "Traceback" not in run.text, run.text
+    assert "train.py: error on rank 0: Memory has run out (" in run.text and "Traceback" not in run.text, run.text
     change = re.search(r"The first change that makes it fit: (.+?)\. The same flags with --dry_run True", run.text)
     assert change, run.text
     assert not list(output.glob("checkpoint-*")) and not (output / "log.jsonl").exists()
