@@ -345,9 +345,7 @@ def map_parts(source: Source) -> tuple[VisionTower, nn.Module, nn.Module, ImageN
     """
     if source.layout == "language_model":
         raise ValueError(f"{source.name} is a language model ({source.language_config.model_type}), no LLaVA model.")
-    empty = {
-        part: _empty_part(source, part) for part in {"language_model", "projector", "vision_tower", *source.stored}
-    }
+    empty = {part: _empty_part(source, part) for part in source.stored.keys() | {"vision_tower"}}
     for part, tensors in source.stored.items():
         # strict=False: of tied weights one is stored; everything else has been compared.
         empty[part].load_state_dict({name: stored.tensor for name, stored in tensors.items()}, False, assign=True)
@@ -680,8 +678,8 @@ def _check_weights(source: Source) -> None:
     newline = source.stored.get("image_newline")
     if newline and source.merge_type != "spatial_unpad":
         raise ValueError(
-            f"{newline['weight'].file} also holds {newline['weight'].key}, but by config.json its images do not come in "
-            f"tiles with a newline (image_aspect_ratio anyres, mm_patch_merge_type spatial_unpad)."
+            f"{newline['weight'].file} also holds {newline['weight'].key}, but by config.json its images do not come "
+            f"in tiles with a newline (image_aspect_ratio anyres, mm_patch_merge_type spatial_unpad)."
         )
     if not newline and source.merge_type == "spatial_unpad":
         raise ValueError(f"{source.name} lacks image_newline, which spatial_unpad needs. The model is not whole.")

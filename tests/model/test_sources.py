@@ -397,7 +397,7 @@ def test_an_adapter_says_what_it_is(tmp_path):
         ({"image_aspect_ratio": "anyres_max_9"}, "known are anyres with flat, spatial, spatial_unpad"),
         (
             {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"},
-            "lacks weight, which the image newline",
+            "lacks image_newline",
         ),
         ({"model_type": "llava_nonesuch"}, "name no language model"),
         ({"mm_vision_tower": None}, "names no mm_vision_tower"),
@@ -414,7 +414,7 @@ def test_llavas_models_that_are_not_known_are_refused_with_the_reason(tmp_path, 
     ("changes", "sentence"),
     [
         ({"model_type": "llava_onevision"}, "only LLaVA's are known"),
-        ({"model_type": "llava_next", "image_grid_pinpoints": [[56, 112]]}, "lacks weight, which the image newline"),
+        ({"model_type": "llava_next", "image_grid_pinpoints": [[56, 112]]}, "lacks image_newline"),
         ({"projector_hidden_act": "relu"}, "projector_hidden_act 'relu'; known here: gelu"),
         ({"vision_feature_layer": [-2, -5]}, r"vision_feature_layer \[-2, -5\]"),
         ({"vision_config": {"model_type": "vit"}}, "is vit. Known are clip_vision_model"),

@@ -207,5 +207,5 @@ def test_layouts_that_cannot_express_it_say_so(saved, tmp_path, capsys):
         export.main([str(folder / "llava"), str(tmp_path / "out"), "--image_aspect_ratio", "pad"])
     model = build("spatial")
     assert "spatial_unpad only, not spatial" in formats.why_not_transformers(
-        "mlp2x_gelu", model.language_model, model.tiling
+        "mlp2x_gelu", model.language_model, model.vision_tower, model.tiling
     )
