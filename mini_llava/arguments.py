@@ -49,6 +49,10 @@ class ModelArguments:
     mm_vision_select_feature: str = "patch"
     """patch drops the class token, and registers where the tower has them; cls_patch keeps them."""
 
+    image_size: int | None = None
+    """Side of the square pictures, or tiles, that the vision tower takes, pixels. Its position embeddings are
+    interpolated to it when it is read, and it is saved so. Default: what it was trained with."""
+
     pretrain_mm_mlp_adapter: str | None = None
     """Projector to start from: an mm_projector.bin of LLaVA's or of stage 1, or the directory that holds it. Takes the
     place of the projector that a LLaVA model has."""
@@ -378,7 +382,7 @@ OTHER_NAMES = {"num_train_epochs": "max_steps", "fp16": "bf16", "gradient_accumu
 POSITIVE = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size", "num_train_epochs"),
     *("logging_steps", "save_steps", "save_total_limit", "model_max_length", "max_tokens_per_micro_batch"),
-    *("per_device_eval_batch_size", "eval_max_samples", "lora_r", "lora_alpha"),
+    *("per_device_eval_batch_size", "eval_max_samples", "lora_r", "lora_alpha", "image_size"),
 )
 
 

@@ -174,6 +174,16 @@ def load_image_processor(path: str | os.PathLike) -> BaseImageProcessor:
     return processor_class.from_pretrained(path)
 
 
+def of_size(processor: BaseImageProcessor, size: int) -> BaseImageProcessor:
+    """The same processor for square pictures of another size, pixels."""
+    settings = processor.to_dict()
+    settings.pop("image_processor_type", None)
+    for name in ("size", "crop_size"):
+        if settings.get(name):
+            settings[name] = {key: size for key, value in dict(settings[name]).items() if value is not None}
+    return type(processor)(**settings)
+
+
 def output_size(processor: BaseImageProcessor) -> int:
     """Side of the square pictures that the processor makes, pixels."""
     size = processor.crop_size if getattr(processor, "do_center_crop", None) else processor.size

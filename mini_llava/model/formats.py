@@ -442,6 +442,8 @@ def llava_config(
         "tokenizer_model_max_length": model_max_length,
         "conversation_version": version,
     }
+    if model.vision_tower.is_resized:  # ours: LLaVA's code takes the size that the tower's name stands for
+        config["mm_image_size"] = model.vision_tower.image_size
     if model.tiling:
         config["image_grid_pinpoints"] = [list(pair) for pair in model.tiling.pinpoints]
     return _portable(config, next(model.language_model.parameters()).dtype)

@@ -32,7 +32,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from ..data.anyres import MERGE_TYPES, Tiling, choose_tiling
-from ..data.images import load_image_processor, output_size
+from ..data.images import load_image_processor, of_size, output_size
 from ..data.tokenization import find_file, foreign_code_refused, read_json
 from .image_newline import ImageNewline
 from .projector import PROJECTOR_FILE, build_projector
@@ -46,6 +46,7 @@ from .vision_tower import (
     load_vision_config,
     load_vision_tower,
     published_name,
+    resize,
     takes_any_size,
     tokens_per_image,
 )
@@ -107,7 +108,7 @@ IMAGE_TOKEN_FLAGS = ("mm_use_im_start_end", "mm_use_im_patch_token")
 SHAPE_OF_A_TOWER = (
     *("model_type", "architecture", "hidden_size", "intermediate_size", "mlp_ratio"),
     *("num_hidden_layers", "num_attention_heads", "num_register_tokens"),
-    *("patch_size", "image_size", "hidden_act", "layer_norm_eps"),
+    *("patch_size", "hidden_act", "layer_norm_eps"),
 )
 
 
@@ -132,6 +133,7 @@ class Source:
             language model, which transformers reads by itself.
         trust_remote_code: whether code that the models bring is run; if not, ValueError where it would be needed.
         merge_type, pinpoints: of images in tiles, as in LLaVA-1.6's configuration; a merge type None: images are whole.
+        resized_to: side of the pictures that the tower is made to take, pixels; None: those it was trained with.
     """
 
     name: str
@@ -147,6 +149,7 @@ class Source:
     trust_remote_code: bool = False
     merge_type: str | None = None
     pinpoints: list | str | None = None
+    resized_to: int | None = None
 
     def describe(self, pretrained_projector: str | None = None) -> str:
         """What a person should know before the run; `pretrained_projector` is the value of the flag of that name."""
@@ -167,10 +170,12 @@ class Source:
         processor = tower_image_processor(where, self.vision_config)
         if getattr(processor, "do_pad", None):
             processor.do_pad = False
-        return processor
+        return of_size(processor, self.resized_to) if self.resized_to else processor
 
     def image_size(self) -> int:
         """Side of the square picture that the tower takes, pixels."""
+        if self.resized_to:
+            return self.resized_to
         where = self.name if self.layout == "transformers" else self.vision_tower
         return tower_image_size(where, self.vision_config)
 
@@ -265,14 +270,22 @@ class Source:
         )
 
     def load_vision_tower(self, dtype: torch.dtype) -> VisionTower:
-        selected = self.select_layer, self.select_feature
         if "vision_tower" not in self.stored:
-            return load_vision_tower(self.vision_tower, *selected, dtype, self.trust_remote_code, self.image_size())
+            selected = self.select_layer, self.select_feature
+            return self.as_tower(load_vision_tower(self.vision_tower, *selected, dtype, self.trust_remote_code).model)
         # Every rank has the values: some versions of transformers do not send buffers to the others under ZeRO-3.
         tensors = {name: stored.tensor for name, stored in self.stored["vision_tower"].items()}
         model_class = MODEL_MAPPING[type(self.vision_config)]
         model = model_class.from_pretrained(None, config=self.vision_config, state_dict=tensors, dtype=dtype)
-        return VisionTower(model, *selected, self.image_size())
+        return self.as_tower(model)
+
+    def as_tower(self, model: nn.Module) -> VisionTower:
+        """The tower around transformers' model, of the size that is wanted."""
+        if self.resized_to:
+            resize(model, self.resized_to)
+        tower = VisionTower(model, self.select_layer, self.select_feature, self.image_size())
+        tower.is_resized = self.resized_to is not None
+        return tower
 
     def generation_config(self) -> GenerationConfig:
         if find_file(self.name, "generation_config.json"):
@@ -321,11 +334,13 @@ def open_source(model_flags, explicit: Iterable[str] = ()) -> Source:
             trust_remote_code=trusted,
         )
         _check_weights(source)
+        _resize(source, model_flags.image_size)
         return source
 
     source = (_read_llava if layout == "llava" else _read_transformers)(name, config, model_flags, set(explicit))
     _check_against_flags(source, model_flags, set(explicit))
     _check_weights(source)
+    _resize(source, model_flags.image_size)
     model_flags.vision_tower = source.vision_tower
     model_flags.mm_projector_type = source.projector_type
     model_flags.mm_vision_select_layer = source.select_layer
@@ -353,7 +368,7 @@ def map_parts(source: Source) -> tuple[VisionTower, nn.Module, nn.Module, ImageN
     language_model.tie_weights()
     language_model.generation_config = source.generation_config()
     if "vision_tower" in source.stored:
-        tower = VisionTower(empty["vision_tower"], source.select_layer, source.select_feature, source.image_size())
+        tower = source.as_tower(empty["vision_tower"])
     else:
         tower = source.load_vision_tower(next(iter(source.stored["language_model"].values())).tensor.dtype)
     return tower, empty["projector"], language_model, empty.get("image_newline")
@@ -389,9 +404,11 @@ def _read_llava(name: str, config: dict, model_flags, explicit: set[str]) -> Sou
             f"{name}: its config.json names the vision tower {tower}, which is not there. Give its place as "
             f"--vision_tower."
         )
-    vision_config = load_vision_config(tower, model_flags.trust_remote_code)
+    vision_config, resized_to = load_vision_config(tower, model_flags.trust_remote_code), config.get("mm_image_size")
     if "vision_tower" not in stored:
         stored |= _tower_inside(tower, vision_config)
+    elif resized_to and has_layers(vision_config):
+        vision_config.image_size = resized_to
     return Source(
         name,
         "llava",
@@ -405,6 +422,7 @@ def _read_llava(name: str, config: dict, model_flags, explicit: set[str]) -> Sou
         stored,
         model_flags.trust_remote_code,
         *tiles_in(name, config),
+        resized_to,
     )
 
 
@@ -456,8 +474,7 @@ def _read_transformers(name: str, config: dict, model_flags, explicit: set[str])
     language_config = whole.text_config
     language_config.tie_word_embeddings = whole.tie_word_embeddings  # transformers goes by the outer one
     tower = model_flags.vision_tower if "vision_tower" in explicit else None
-    if tower:
-        _check_same_tower(name, vision_config, tower)
+    resized = _check_same_tower(name, vision_config, tower) if tower else False
     keys = ("hidden_size", "num_hidden_layers", "patch_size", "image_size", "hidden_act")
     return Source(
         name,
@@ -473,6 +490,7 @@ def _read_transformers(name: str, config: dict, model_flags, explicit: set[str])
         merge_type="spatial_unpad" if tiled else None,
         # Height comes first there, width in LLaVA's own.
         pinpoints=[(width, height) for height, width in whole.image_grid_pinpoints] if tiled else None,
+        resized_to=vision_config.image_size if resized else None,
     )
 
 
@@ -574,7 +592,18 @@ def _is_gone(tower: str) -> bool:
     return not Path(tower).exists() and (tower.startswith((".", "/", "~")) or tower.count("/") != 1)
 
 
-def _check_same_tower(name: str, vision_config: PreTrainedConfig, tower: str) -> None:
+def _resize(source: Source, image_size: int | None) -> None:
+    """Notes the value of `--image_size`, for when the tower is loaded."""
+    if image_size is None:
+        return
+    stride = source.vision_config.patch_size
+    if image_size % stride:
+        raise ValueError(f"--image_size {image_size} is no multiple of {stride}, the vision tower's patch size.")
+    source.resized_to = image_size
+
+
+def _check_same_tower(name: str, vision_config: PreTrainedConfig, tower: str) -> bool:
+    """Raises ValueError for another tower than the one inside; returns whether that has been resized since."""
     other = load_vision_config(tower)
     for key in SHAPE_OF_A_TOWER:
         theirs, ours = getattr(other, key, None), getattr(vision_config, key, None)
@@ -583,6 +612,7 @@ def _check_same_tower(name: str, vision_config: PreTrainedConfig, tower: str) ->
                 f"--vision_tower {tower} contradicts {name}: its {key} is {theirs}, that of the tower inside the model "
                 f"is {ours}. Leave the flag out."
             )
+    return has_layers(other) and other.image_size != vision_config.image_size
 
 
 # ------------------------------------------------------------------------------------------------- weights and files

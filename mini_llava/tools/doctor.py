@@ -271,6 +271,7 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
     tower.add_argument("--tokens_per_image", type=_positive, metavar="N", help="this number, without a tower (576)")
     add("--mm_vision_select_feature", default="patch", metavar="TEXT", help="patch or cls_patch [patch]")
     add("--model_max_length", type=_positive, metavar="N", help="longest sequence in tokens [2048]")
+    add("--image_size", type=_positive, metavar="N", help="of the tower's pictures, pixels [as it was trained]")
     aspect_ratios = KNOWN_VALUES["image_aspect_ratio"]
     add("--image_aspect_ratio", choices=aspect_ratios, help="[stage 1: square, stage 2: pad]")
     add("--mm_patch_merge_type", choices=MERGE_TYPES, help="with anyres [spatial_unpad]")
@@ -287,6 +288,8 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
             setattr(given, name, PRESETS[given.stage][name])
     if given.image_aspect_ratio != "anyres" and (given.mm_patch_merge_type or given.image_grid_pinpoints):
         parser.error("--mm_patch_merge_type and --image_grid_pinpoints do nothing without --image_aspect_ratio anyres.")
+    if given.image_size and not given.vision_tower:
+        parser.error("--image_size says something about the --vision_tower, which is not given.")
     if given.image_aspect_ratio == "anyres" and not given.vision_tower:
         parser.error("--image_aspect_ratio anyres needs --vision_tower: its tiles are of the tower's size.")
     return given
@@ -301,7 +304,7 @@ def _positive(text: str) -> int:
 def _tokens_of_tower(given: argparse.Namespace) -> int | Callable[[str | None, str], int]:
     """What `tokenize` takes as `tokens_per_image`."""
     config = load_vision_config(given.vision_tower, given.trust_remote_code)
-    image_size = tower_image_size(given.vision_tower, config)
+    image_size = given.image_size or tower_image_size(given.vision_tower, config)
     tokens = tokens_per_image(config, given.mm_vision_select_feature, image_size)
     if given.image_aspect_ratio != "anyres":
         return tokens

@@ -122,6 +122,7 @@ def open_saved(
         raise ValueError(f"{directory} is a whole model: --model_base {base} has no part in it.")
     flags = ModelArguments(model_name_or_path=directory if own else base or _recorded_base(directory, kind, config))
     flags.vision_tower = vision_tower or (None if own else config.get("mm_vision_tower"))
+    flags.image_size = None if own else config.get("mm_image_size")
     explicit = {"vision_tower"} if vision_tower else set()
     if not own:
         for name in FIXED:
