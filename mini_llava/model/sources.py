@@ -161,6 +161,7 @@ class Source:
             f"{self.name} is a LLaVA model in the layout of {whose}: language model {self.language_config.model_type}, "
             f"projector {self.projector_type}, vision tower {tower}, its layer {self.select_layer}, "
             f"{self.select_feature}."
+            + (f" Images come in tiles ({self.merge_type})." if self.merge_type else "")
             + (f" Its projector gives way to the one in {pretrained_projector}." if pretrained_projector else "")
         )
 

@@ -21,6 +21,11 @@ STEPS = {"max_steps": 4, "learning_rate": 1e-2, "global_batch_size": 4, "per_dev
 STEPS |= {"save_steps": 2, "warmup_ratio": 0, "model_max_length": 400, **ANYRES}
 
 
+# A tower of another size, trained too.
+RESIZED = {"image_size": 84, "image_grid_pinpoints": "[(84, 168), (168, 168)]", "unfreeze_mm_vision_tower": True}
+RESIZED |= {"max_steps": 2, "save_strategy": "no", "model_max_length": 800}
+
+
 def from_the_middle(folder) -> dict:
     return {"resume_from_checkpoint": folder / "stage2" / "checkpoint-2"}
 
@@ -48,12 +53,13 @@ def command_line(folder, stage: int, name: str, **more) -> list[str]:
 
 @pytest.fixture(scope="module")
 def here(folder):
-    """Stage 1, stage 2 on its projector, and the same resumed from the middle, in this process."""
+    """Stage 1, stage 2 on its projector, the same resumed from the middle, and a resized tower; in this process."""
     runs.train_here(command_line(folder, 1, "stage1"))
     runs.train_here(command_line(folder, 2, "stage2", pretrain_mm_mlp_adapter=folder / "stage1"))
     runs.train_here(
         command_line(folder, 2, "resumed", pretrain_mm_mlp_adapter=folder / "stage1", **from_the_middle(folder))
     )
+    runs.train_here(command_line(folder, 2, "resized", **RESIZED))
     return folder
 
 
@@ -69,6 +75,7 @@ def on_two(folder, here):
             command_line(folder, 2, "zero3-stage2", **projector),
             command_line(folder, 2, "zero3-resumed", **projector, export_format="llava", **from_the_middle(folder)),
             command_line(folder, 2, "zero3-lora", **projector, **of_lora),
+            command_line(folder, 2, "zero3-resized", **RESIZED, export_format="llava"),
         ],
         folder,
     )
@@ -104,14 +111,16 @@ def test_a_resumed_run_ends_with_the_same_bits(here):
     assert losses[0][2:] == losses[1]
 
 
-@pytest.mark.parametrize("name", ["stage1", "stage2", "resumed"])
+@pytest.mark.parametrize("name", ["stage1", "stage2", "resumed", "resized"])
 def test_two_zero3_processes_train_the_same(on_two, name):
     """Also where one rank has tiles, the other text only, and all ranks text only."""
     found, expected = (runs.log(on_two / run) for run in (f"zero3-{name}", name))
     for mine, theirs in zip(found, expected, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)  # sums in another order, over four steps
         assert mine["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-4)
-    mine, theirs = (open_saved(str(on_two / run)).load().state_dict() for run in (f"zero3-{name}", name))
+    mine, theirs = (open_saved(str(on_two / run)).load() for run in (f"zero3-{name}", name))
+    assert mine.vision_tower.image_size == theirs.vision_tower.image_size == (84 if name == "resized" else 56)
+    mine, theirs = mine.state_dict(), theirs.state_dict()
     for key, tensor in theirs.items():
         rows = len(mine[key]) if tensor.dim() else None  # transformers' layout has more, for <image>
         # Adam divides by the gradient's size: rounding of the smallest ones grows to a part of the step of 1e-2.

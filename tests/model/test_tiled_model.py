@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor, LlavaNextForConditionalGeneration
 
-from mini_llava.data.anyres import choose_tiling
+from mini_llava.arguments import DataArguments, ModelArguments
+from mini_llava.data.anyres import choose_tiling, join_tiles
 from mini_llava.data.collator import collate
 from mini_llava.data.images import load_image_processor, normalisation_table
 from mini_llava.data.loader import open_pixels
@@ -16,13 +17,15 @@ from mini_llava.data.templates import get_template, render
 from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, load_tokenizer, tokenize
 from mini_llava.model import formats
 from mini_llava.model.image_newline import ImageNewline
-from mini_llava.model.llava import LlavaModel
+from mini_llava.model.llava import LlavaModel, load_llava
 from mini_llava.model.projector import build_projector
+from mini_llava.model.sources import open_source
 from mini_llava.model.vision_tower import load_vision_tower
 from mini_llava.tools import chat, export
 from mini_llava.tools.saved_models import open_saved
 from mini_llava.training.flops import FlopCounter
 from tests.launching import ROOT
+from tests.model.tiny_towers import save_tower
 
 FIXTURES = ROOT / "tests" / "parity" / "fixtures"
 IMAGES = FIXTURES / "data" / "images"
@@ -182,6 +185,31 @@ def test_transformers_gives_the_trainers_ids_and_logits(saved, layout, asked):
     assert seen[0].std() > 0.3
     # The same kernels in fp32, logits up to 10.
     torch.testing.assert_close(found[..., : seen[0].shape[-1]], seen[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "dinov2"])
+def test_transformers_gives_the_logits_of_other_towers(kind, tmp_path):
+    tower = save_tower(kind, tmp_path / "tower")
+    flags = ModelArguments(model_name_or_path=str(FIXTURES / "llm"), vision_tower=tower, image_size=42)
+    flags.mm_projector_type, flags.mm_vision_select_layer = "mlp2x_gelu", -2
+    source = open_source(flags)
+    source.choose_tiling(flags, DataArguments(image_aspect_ratio="anyres"), set())
+    model = load_llava(source, "sdpa", dict.fromkeys(("language_model", "vision_tower", "projector"), torch.float32))
+    described = {"projector_type": "mlp2x_gelu", "image_aspect_ratio": "anyres", "dtype": torch.float32}
+    save, processor = formats.save_transformers, source.image_processor()
+    save(tmp_path / "saved", model.eval(), textual()["tokenizer"], processor, **described)
+    whole, loading = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not any(loading.values()), loading
+    picture = Image.open(IMAGES / WIDE)
+    saved_processor = AutoProcessor.from_pretrained(tmp_path / "saved")
+    inputs = saved_processor(text="<image>\nWhat?", images=picture, return_tensors="pt")
+    ids, opened = inputs["input_ids"], model.tiling.open(picture, processor.resample)
+    places = (ids[0] == whole.config.image_token_id).nonzero().flatten()
+    with torch.no_grad():
+        embeddings = model.embed(ids.where(ids < 800, 0), opened.tiles, places, join_tiles([opened])[1])
+        expected = model.language_model(inputs_embeds=embeddings, use_cache=False).logits
+        found = whole.eval()(**inputs).logits[..., :800]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # the same kernels in fp32, logits up to 10
 
 
 @pytest.mark.parametrize("layout", ["transformers", "llava"])
