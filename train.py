@@ -58,6 +58,7 @@ def train(arguments: flags.Arguments) -> None:
     # --- What it starts from: a language model and a tower, or a LLaVA model, which then fixes some of the flags ------
     source = open_source(model_flags, arguments.explicit)
     say(source.describe(model_flags.pretrain_mm_mlp_adapter))
+    tiling = source.choose_tiling(model_flags, data_flags, arguments.explicit)
     formats.check_may_be_written(output_dir, model_flags, training.export_format, source.vision_config)
 
     # --- Data: what becomes of one record ----------------------------------------------------------------------------
@@ -70,16 +71,22 @@ def train(arguments: flags.Arguments) -> None:
     image_processor = source.image_processor()
     image_size = source.image_size()
     image_tokens = tokens_per_image(source.vision_config, source.select_feature, image_size)
-    textual = dict(template=template, tokenizer=tokenizer, tokens_per_image=image_tokens)
-    to_sample = functools.partial(tokenize, max_length=data_flags.model_max_length, **textual)
+    textual = dict(template=template, tokenizer=tokenizer)
+    to_sample = functools.partial(
+        tokenize,
+        tokens_per_image=tiling.tokens if tiling else image_tokens,
+        max_length=data_flags.model_max_length,
+        **textual,
+    )
     to_pixels = functools.partial(
         open_pixels,
         processor=image_processor,
         aspect_ratio=data_flags.image_aspect_ratio,
         size=image_size,
+        tiling=tiling,
     )
     store = RecordStore(data_flags.data_path, data_flags.image_folder, data_flags.exclude)
-    key = measurement_key(template, tokenizer, image_tokens, data_flags.model_max_length)
+    key = measurement_key(template, tokenizer, tiling or image_tokens, data_flags.model_max_length)
     if training.dry_run:
         if rank == 0:
             planning.plan_run(arguments, source, tokenizer, len(tokenizer) - known_tokens, store, to_sample, key)
@@ -100,6 +107,7 @@ def train(arguments: flags.Arguments) -> None:
     model, plan = build_model(arguments, source, tokenizer, len(tokenizer) - known_tokens, accelerator)
     trained = trained_in_full(plan)
     rates = {"projector": training.mm_projector_lr, "vision_tower": training.mm_vision_tower_lr}
+    rates["image_newline"] = rates["projector"]
     groups = parameter_groups(model, training.learning_rate, training.weight_decay, rates)
     table = trainable_table(model, groups, plan)
     optimizer = build_adamw(
@@ -166,7 +174,7 @@ def train(arguments: flags.Arguments) -> None:
         model_max_length=data_flags.model_max_length,
         is_main_process=accelerator.is_main_process,
     )
-    whole_model = bool(trained - {"projector", "new_tokens"}) and not training.lora_enable
+    whole_model = bool(trained - {"projector", "new_tokens", "image_newline"}) and not training.lora_enable
     save_trained = formats.save_projector_only
     if training.lora_enable:
         save_trained = functools.partial(lora.save_lora, tokenizer=tokenizer)

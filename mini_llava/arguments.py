@@ -51,6 +51,10 @@ class ModelArguments:
     mm_vision_select_feature: str = "patch"
     """patch drops the class token, and registers where the tower has them; cls_patch keeps them."""
 
+    image_size: int | None = None
+    """Side of the square pictures, or tiles, that the vision tower takes, pixels. Its position embeddings are
+    interpolated to it when it is read, and it is saved so. Default: what it was trained with."""
+
     pretrain_mm_mlp_adapter: str | None = None
     """Projector to start from: an mm_projector.bin of LLaVA's or of stage 1, or the directory that holds it. Takes the
     place of the projector that a LLaVA model has."""
@@ -74,6 +78,11 @@ class ModelArguments:
     trust_remote_code: bool = False
     """Let a model's directory run the Python code that it brings. Without it such code is refused, unless transformers
     has a class of its own for the model. It may do whatever you may: read it before you allow it."""
+
+    mm_patch_merge_type: str | None = None
+    """How the features of an image's tiles are put together, with image_aspect_ratio anyres: flat, one tile behind the
+    other; spatial, row by row of the image; spatial_unpad, without its padding and with a trained newline behind each
+    row. Default: spatial_unpad, LLaVA-1.6's."""
 
     mm_use_im_start_end: bool = False
     """Put the tokens <im_start> and <im_end> around each image, as LLaVA's first models have them."""
@@ -100,7 +109,13 @@ class DataArguments:
     """Lists of records to leave out from the start: mini_llava.tools.doctor writes one, and skipped.jsonl is one."""
 
     image_aspect_ratio: str = "square"
-    """square resizes and crops the middle; pad first fills up to a square with the processor's mean colour."""
+    """square resizes and crops the middle; pad first fills up to a square with the processor's mean colour; anyres, as
+    in LLaVA-1.6, takes the whole image and tiles of it, all of the vision tower's size."""
+
+    image_grid_pinpoints: str | None = None
+    """With image_aspect_ratio anyres: widths and heights, in whole tiles, of what an image may be resized to; the best
+    fitting one is taken. Default: LLaVA-1.6's, for a tower of 336 pixels "[(336, 672), (672, 336), (672, 672), (1008,
+    336), (336, 1008)]"."""
 
     group_by_modality_length: bool = False
     """Make global batches of image samples only or text samples only, of similar length."""
@@ -346,7 +361,8 @@ PRESETS = {
 LORA_PRESET = dict(lora_r=128, lora_alpha=256, learning_rate=2e-4, mm_projector_lr=2e-5)
 
 KNOWN_VALUES = {
-    "image_aspect_ratio": ("square", "pad"),
+    "image_aspect_ratio": ("square", "pad", "anyres"),
+    "mm_patch_merge_type": ("flat", "spatial", "spatial_unpad"),
     "mm_vision_select_feature": ("patch", "cls_patch"),
     "on_bad_sample": ("error", "skip"),
     "loss_normalization": ("global_batch", "micro_batch"),
@@ -398,7 +414,7 @@ OTHER_NAMES = {"num_train_epochs": "max_steps", "fp16": "bf16", "gradient_accumu
 POSITIVE = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size", "num_train_epochs"),
     *("logging_steps", "save_steps", "save_total_limit", "model_max_length", "max_tokens_per_micro_batch"),
-    *("per_device_eval_batch_size", "eval_max_samples", "lora_r", "lora_alpha"),
+    *("per_device_eval_batch_size", "eval_max_samples", "lora_r", "lora_alpha", "image_size"),
     *("num_gpus", "gpu_memory_gib", "expected_mfu"),
 )
 

@@ -211,7 +211,7 @@ def test_every_field_has_a_text_and_help_shows_all_of_them(capsys):
         (["--learning_rte=1"], "unknown flag --learning_rte, did you mean --learning_rate?"),
         (["--qqq"], "unknown flag --qqq; see --help."),
         (["--learning_rate", "fast"], "argument --learning_rate: invalid float value: 'fast'"),
-        (["--image_aspect_ratio", "anyres"], "--image_aspect_ratio anyres: known values are square, pad."),
+        (["--image_aspect_ratio", "any"], "--image_aspect_ratio any: known values are square, pad, anyres."),
         (["--lr_scheduler_type", "cosin"], "known values are cosine, linear, constant, constant_with_warmup."),
         (["--evaluation_strategy", "steps"], "--evaluation_strategy steps: known values are no."),
         (["--save_steps", "0"], "--save_steps must be positive, not 0."),

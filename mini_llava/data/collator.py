@@ -10,19 +10,20 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from .anyres import Tiles, join_tiles
 from .tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Sample
 
 MicroBatch = dict[str, torch.Tensor | int | None]
 
 
 def collate(
-    samples: Sequence[Sample], pixel_values: Sequence[torch.Tensor], image_size: int, packed: bool
+    samples: Sequence[Sample], images: Sequence[torch.Tensor | Tiles], image_size: int, packed: bool
 ) -> MicroBatch:
     """One micro-batch of B rows and L columns (packed: one row) as the model's `forward` takes it.
 
     Args:
         samples: may be empty, at the end of an epoch.
-        pixel_values: uint8 [3, image_size, image_size] of each image, in the order of the placeholders.
+        images: in the order of the placeholders, each as uint8 [3, image_size, image_size] or in tiles of that size.
         packed: samples behind each other in one row, told apart by `position_ids` and `cu_seqlens`.
 
     Returns:
@@ -32,8 +33,9 @@ def collate(
         attention_mask bool [B, L], None when packed
         cu_seqlens     int32 [samples + 1], bounds of the samples in the packed row; None when padded
         max_seqlen     int, the longest sample
-        pixel_values   uint8 [images, 3, image_size, image_size]; if the samples have none, one blank image of float32
-                       zeros, as LLaVA has it, though it gets no position and no value of it counts
+        pixel_values   uint8 [images or tiles, 3, image_size, image_size]; if the samples have none, one blank image of
+                       float32 zeros, as LLaVA has it, though it gets no position and no value of it counts
+        feature_rows   int64 [image tokens], which feature goes to each image position; None: they come in order
         image_positions int64 [image tokens], where the features go in the B x L positions counted row by row
         logit_positions int64 [K], the columns in which some row has a token to predict
         targets        int64 [B, K], the token that follows each of these columns, IGNORE_INDEX where none is trained
@@ -55,6 +57,7 @@ def collate(
         positions = np.tile(np.arange(columns), (len(lengths), 1))
         attention_mask, cu_seqlens = torch.from_numpy(mask), None
 
+    pixel_values, feature_rows = join_images(images, image_size)
     is_image = ids == IMAGE_TOKEN_INDEX
     columns_to_predict = np.flatnonzero((next_labels != IGNORE_INDEX).any(axis=0))
     if len(columns_to_predict) == 0:  # nothing is trained here, but the language model's head must run on every rank
@@ -65,7 +68,8 @@ def collate(
         "attention_mask": attention_mask,
         "cu_seqlens": cu_seqlens,
         "max_seqlen": max(lengths),
-        "pixel_values": torch.stack(list(pixel_values)) if pixel_values else torch.zeros(1, 3, image_size, image_size),
+        "pixel_values": pixel_values,
+        "feature_rows": feature_rows,
         "image_positions": torch.from_numpy(np.flatnonzero(is_image)),
         "logit_positions": torch.from_numpy(columns_to_predict),
         "targets": torch.from_numpy(np.ascontiguousarray(next_labels[:, columns_to_predict])),
@@ -78,6 +82,18 @@ def sample_of_targets(batch: MicroBatch) -> torch.Tensor:
         rows, columns = batch["targets"].shape
         return torch.arange(rows)[:, None].expand(rows, columns)
     return torch.searchsorted(batch["cu_seqlens"][1:], batch["logit_positions"], right=True)[None]
+
+
+def join_images(images: Sequence[torch.Tensor | Tiles], image_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`pixel_values` and `feature_rows` as `collate` describes them."""
+    if not images:
+        return torch.zeros(1, 3, image_size, image_size), None
+    return join_tiles(images) if isinstance(images[0], Tiles) else (torch.stack(list(images)), None)
+
+
+def image_tokens(images: Sequence[torch.Tensor | Tiles], tokens_per_image: int) -> list[int]:
+    """How many placeholders each image takes; `tokens_per_image` counts for one that is not in tiles."""
+    return [len(image.order) if isinstance(image, Tiles) else tokens_per_image for image in images]
 
 
 def _pad(rows: list[np.ndarray], columns: int, value: int) -> np.ndarray:

@@ -9,22 +9,25 @@ bytes until they are on the device, a quarter of the floats' size; there a table
 import os
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 import transformers
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .tokenization import shorten
 
-ASPECT_RATIOS = ("pad", "square")
+ASPECT_RATIOS = ("pad", "square")  # of one picture as a whole; tiles are made in anyres.py
 MAX_NAME_BYTES = 4096  # Linux knows no longer path, and following one of megabytes takes minutes
 # The formats of photographs and drawings. Pillow knows some fifty, and starts another program (Ghostscript) for some.
 Image.init()
 FORMATS = [
     name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF") if name in Image.OPEN
 ]
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations of which width and height are exchanged
 MAX_SIDE_RATIO = 200  # a thinner strip than 1:200 fills gigabytes when its short side is resized to the tower's
 
 
@@ -59,25 +62,49 @@ def load_image(folder: str | os.PathLike, name: str) -> Image.Image:
     Pillow's limit against decompression bombs holds. Raises BadImage for whatever keeps a file from being read whole.
     """
     path = image_path(folder, name)
+    with _opened(path) as file:
+        image = ImageOps.exif_transpose(file).convert("RGB")
+    _check_sides(path, image.size)
+    # convert() keeps a palette's transparent colour as a note, for which transformers would paint the image on white.
+    image.info = {}
+    return image
+
+
+def image_size(folder: str | os.PathLike, name: str) -> tuple[int, int]:
+    """Width and height that `load_image` will give, from the file's header. Raises BadImage."""
+    path = image_path(folder, name)
+    with _opened(path) as file:
+        size = file.size
+        # A TIFF's size is that of the upright picture already. Asked for EXIF data a PNG is read whole, for they may
+        # stand behind its pixels.
+        if file.format != "TIFF" and file.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS:
+            size = size[::-1]
+    _check_sides(path, size)
+    return size
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Image.Image]:
+    """A file opened by Pillow; whatever goes wrong in the block becomes a BadImage."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on odd EXIF data and palettes
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as file:
-                image = ImageOps.exif_transpose(file).convert("RGB")
+                yield file
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise BadImage(f"the image {shorten(path)} is too large to be read safely: {error}") from error
     except Exception as error:  # Pillow's decoders raise nearly everything on damaged files
         size = os.path.getsize(path)
         detail = "the file is empty" if size == 0 else f"{type(error).__name__}: {error} (a file of {size} bytes)"
         raise BadImage(f"the image {shorten(path)} cannot be read: {detail}.") from error
-    if max(image.size) > MAX_SIDE_RATIO * min(image.size):
+
+
+def _check_sides(path: str, size: tuple[int, int]) -> None:
+    if max(size) > MAX_SIDE_RATIO * min(size):
         raise BadImage(
-            f"the image {shorten(path)} is {image.width}x{image.height}; sides beyond 1:{MAX_SIDE_RATIO} are refused."
+            f"the image {shorten(path)} is {size[0]}x{size[1]}; sides beyond 1:{MAX_SIDE_RATIO} are refused."
         )
-    # convert() keeps a palette's transparent colour as a note, for which transformers would paint the image on white.
-    image.info = {}
-    return image
 
 
 def pixel_values(image: Image.Image, processor: BaseImageProcessor, aspect_ratio: str) -> torch.Tensor:
@@ -145,6 +172,16 @@ def load_image_processor(path: str | os.PathLike) -> BaseImageProcessor:
             f"version; CLIP's and SigLIP's have one."
         )
     return processor_class.from_pretrained(path)
+
+
+def of_size(processor: BaseImageProcessor, size: int) -> BaseImageProcessor:
+    """The same processor for square pictures of another size, pixels."""
+    settings = processor.to_dict()
+    settings.pop("image_processor_type", None)
+    for name in ("size", "crop_size"):
+        if settings.get(name):
+            settings[name] = {key: size for key, value in dict(settings[name]).items() if value is not None}
+    return type(processor)(**settings)
 
 
 def output_size(processor: BaseImageProcessor) -> int:

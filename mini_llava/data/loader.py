@@ -10,20 +10,30 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers.image_processing_utils import BaseImageProcessor
 
+from .anyres import Tiles, Tiling
 from .collator import MicroBatch, collate, sample_of_targets
 from .images import BadImage, load_image, pixel_values
 from .json_lines import append_lines, read_lines
 from .records import DataFileError, RecordStore
-from .tokenization import IGNORE_INDEX, BadRecord, Sample
+from .tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, BadRecord, Sample, shorten
 
 
-def open_pixels(folder: str, name: str, processor: BaseImageProcessor, aspect_ratio: str, size: int) -> torch.Tensor:
-    """An image file to uint8 [3, size, size]. Raises BadImage; ValueError if processor and tower disagree."""
-    pixels = pixel_values(load_image(folder, name), processor, aspect_ratio)
+def open_pixels(
+    folder: str, name: str, processor: BaseImageProcessor, aspect_ratio: str, size: int, tiling: Tiling | None = None
+) -> torch.Tensor | Tiles:
+    """An image file to uint8 [3, size, size], or with a tiling (`aspect_ratio` is "anyres" then) to its tiles.
+
+    Raises BadImage; ValueError if processor and tower disagree.
+    """
+    image = load_image(folder, name)
+    if tiling is not None:
+        return tiling.open(image, processor.resample)
+    pixels = pixel_values(image, processor, aspect_ratio)
     if pixels.shape[1:] != (size, size):
         raise ValueError(
             f"The image processor gives {pixels.shape[2]}x{pixels.shape[1]} pixels, but the vision tower takes "
@@ -109,16 +119,16 @@ class RankSteps(Dataset):
     def __init__(
         self,
         store: RecordStore,
-        tokenize: Callable[[dict], Sample],
-        load_pixels: Callable[[str, str], torch.Tensor],
+        tokenize: Callable[..., Sample],
+        load_pixels: Callable[[str, str], torch.Tensor | Tiles],
         image_size: int,
         packed: bool,
         on_bad_sample: str = "error",
     ):
         """
         Args:
-            tokenize: record to `Sample`; raises `BadRecord`.
-            load_pixels: (image folder, image name) to uint8 [3, image_size, image_size]; raises `BadImage`.
+            tokenize: record and `folder`, that of its images, to `Sample`; raises `BadRecord`, `BadImage`.
+            load_pixels: (image folder, image name) to what `collate` takes; raises `BadImage`.
             on_bad_sample: `error` returns the fault, naming file and record; `skip` leaves the sample out and reports
                 it.
         """
@@ -130,11 +140,13 @@ class RankSteps(Dataset):
         for indices in micro_batches:
             samples: list[Sample] = []
             groups: list[int] = []
-            pixel_values: list[torch.Tensor] = []
+            images: list[torch.Tensor] | list[Tiles] = []
             for index in indices:
                 try:
-                    sample = self.tokenize(self.store[index])
-                    pixels = [self.load_pixels(self.store.image_folder(index), name) for name in sample.images]
+                    folder = self.store.image_folder(index)
+                    sample = self.tokenize(self.store[index], folder=folder)
+                    opened = [self.load_pixels(folder, name) for name in sample.images]
+                    _check_tiles(sample, opened)
                 except DataFileError as error:  # skipping would leave out every record that the file still has
                     return RankStep([], [], fault=error)
                 except (BadRecord, BadImage) as error:
@@ -148,15 +160,24 @@ class RankSteps(Dataset):
                     continue
                 samples.append(sample)
                 groups.append(loss_group(self.store.source(index), bool(sample.images)))
-                pixel_values.extend(pixels)
+                images.extend(opened)
                 step.records.append(index)
                 step.tokens += len(sample.input_ids)
-            batch = collate(samples, pixel_values, self.image_size, self.packed)
+            batch = collate(samples, images, self.image_size, self.packed)
             step.micro_batches.append(batch)
             step.trained_tokens.append(int((batch["targets"] != IGNORE_INDEX).sum()))
             step.loss_groups.append(torch.tensor(groups or [0])[sample_of_targets(batch)])
             step.samples += len(samples)
         return step
+
+
+def _check_tiles(sample: Sample, images: list[torch.Tensor] | list[Tiles]) -> None:
+    """Raises BadImage if images in tiles do not take the places that were made for them from their headers."""
+    tokens = sum(len(image.order) for image in images if isinstance(image, Tiles))
+    if tokens and tokens != np.count_nonzero(sample.input_ids == IMAGE_TOKEN_INDEX):
+        raise BadImage(
+            f"one of its images has another size than a moment ago: {', '.join(map(shorten, sample.images))}."
+        )
 
 
 def rank_step_loader(

@@ -26,6 +26,7 @@ from filelock import FileLock
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from .anyres import Tiling
 from .images import BadImage, image_path
 from .templates import Template
 from .tokenization import IGNORE_INDEX, BadRecord, Sample, shorten
@@ -379,20 +380,20 @@ class Lengths:
 
 
 def measurement_key(
-    template: Template, tokenizer: PreTrainedTokenizerBase, tokens_per_image: int, max_length: int
+    template: Template, tokenizer: PreTrainedTokenizerBase, tokens_per_image: int | Tiling, max_length: int
 ) -> str:
-    """A digest of all that decides a record's length except the records, the code included."""
+    """A digest of all that decides a record's length except records and images, the code included."""
     digest = hashlib.blake2b(digest_size=16)
     for part in (repr(template), tokenizer.backend_tokenizer.to_str(), f"{tokens_per_image} {max_length}"):
         digest.update(part.encode("utf-8") + b"\0")
-    for name in ("templates.py", "tokenization.py", "records.py"):
+    for name in ("templates.py", "tokenization.py", "records.py", "anyres.py"):
         digest.update(Path(__file__).with_name(name).read_bytes())
     return digest.hexdigest()
 
 
 def measure(
     store: RecordStore,
-    tokenize_function: Callable[[dict], Sample],
+    tokenize_function: Callable[..., Sample],
     num_workers: int,
     cache_folder: str | os.PathLike | None,
     key: str,
@@ -403,19 +404,23 @@ def measure(
     of one machine that ask at the same time wait for the first; where nothing can be written, each computes for itself.
     Records that raise BadRecord, and those whose images are missing, are in `bad`; missing images are looked for
     again when the cache is read. Any other error stops the scan and names the record.
+
+    Args:
+        tokenize_function: record and `folder`, that of its images, to `Sample`; may raise BadImage where it looks at
+            them.
     """
     if cache_folder is None:
-        return _scan(store, tokenize_function, num_workers).lengths(store)
+        return _scan(store, tokenize_function, num_workers).lengths(store, tokenize_function)
     file = _cache_file(store, cache_folder, key)
     if scan := _Scan.read(file, len(store)):
-        return scan.lengths(store)
+        return scan.lengths(store, tokenize_function)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{file}.lock")
         lock.acquire()
     except (OSError, NotImplementedError) as error:  # a read-only folder, or a file system without locks
         warnings.warn(f"Lengths are not cached: {cache_folder} cannot be written ({error}).", stacklevel=2)
-        return _scan(store, tokenize_function, num_workers).lengths(store)
+        return _scan(store, tokenize_function, num_workers).lengths(store, tokenize_function)
     try:
         scan = _Scan.read(file, len(store))
         if scan is None:
@@ -426,7 +431,7 @@ def measure(
                 warnings.warn(f"Lengths are not cached: {file} cannot be written ({error}).", stacklevel=2)
     finally:
         lock.release()
-    return scan.lengths(store)
+    return scan.lengths(store, tokenize_function)
 
 
 def measure_some(
@@ -441,12 +446,12 @@ def measure_some(
     A record that was not measured stands with the length of one that was; images are not looked for.
     """
     if scan := _Scan.read(_cache_file(store, cache_folder, key), len(store)):
-        return scan.lengths(store), len(store)
+        return scan.lengths(store, tokenize_function), len(store)
     chosen = np.linspace(0, len(store) - 1, min(most, len(store))).astype(int)
     length, trained, has_image = [], [], []
     for index in chosen.tolist():
-        with contextlib.suppress(BadRecord):
-            sample = tokenize_function(store[index])
+        with contextlib.suppress(BadRecord, BadImage):
+            sample = tokenize_function(store[index], folder=store.image_folder(index))
             length.append(len(sample.input_ids))
             trained.append(np.count_nonzero(sample.labels != IGNORE_INDEX))
             has_image.append(bool(sample.images))
@@ -472,9 +477,15 @@ class _Scan:
     faults: dict[int, str]
     missing: dict[int, list[str]]
     """Images that were not there. Put them in place and the next run finds them."""
+    unopened: dict[int, str]
+    """Records whose lengths are unknown, because the size of an image cannot be read. They too are tried again."""
 
-    def lengths(self, store: RecordStore) -> Lengths:
+    def lengths(self, store: RecordStore, tokenize_function: Callable[..., Sample]) -> Lengths:
         bad = dict(self.faults)
+        for index in self.unopened:
+            again = _scan_part(store, tokenize_function, range(index, index + 1))
+            self.length[index], self.trained[index] = again.length[0], again.trained[0]
+            bad |= again.faults | again.unopened
         for index, names in self.missing.items():
             if sentence := missing_image(store, index, names):
                 bad[index] = sentence
@@ -484,7 +495,7 @@ class _Scan:
 
     def write(self, file: Path) -> None:
         buffer = io.BytesIO()
-        texts = json.dumps([list(self.faults.items()), list(self.missing.items())]).encode("utf-8")
+        texts = json.dumps([list(found.items()) for found in (self.faults, self.missing, self.unopened)]).encode()
         np.savez_compressed(
             buffer,
             length=self.length,
@@ -502,8 +513,9 @@ class _Scan:
         """The cached scan, or None if there is none or the file is damaged."""
         try:
             with np.load(file, allow_pickle=False) as arrays:
-                faults, missing = json.loads(arrays["texts"].tobytes())
-                scan = cls(arrays["length"], arrays["trained"], arrays["has_image"], dict(faults), dict(missing))
+                faults, missing, unopened = json.loads(arrays["texts"].tobytes())
+                measured = (arrays[name] for name in ("length", "trained", "has_image"))
+                scan = cls(*measured, dict(faults), dict(missing), dict(unopened))
         except Exception:  # a damaged archive raises zipfile, zlib, KeyError, ValueError or OSError
             return None
         return scan if len(scan.length) == count else None
@@ -542,23 +554,27 @@ def _do_work(part: range) -> object:
     return _work(part)
 
 
-def _scan(store: RecordStore, tokenize_function: Callable[[dict], Sample], num_workers: int) -> _Scan:
+def _scan(store: RecordStore, tokenize_function: Callable[..., Sample], num_workers: int) -> _Scan:
     scan_part = functools.partial(_scan_part, store, tokenize_function)
     parts = list(map_ranges(scan_part, len(store), num_workers, "measuring records"))
     return _Scan(
         *(np.concatenate([getattr(part, name) for part in parts]) for name in ("length", "trained", "has_image")),
         faults={index: sentence for part in parts for index, sentence in part.faults.items()},
         missing={index: names for part in parts for index, names in part.missing.items()},
+        unopened={index: sentence for part in parts for index, sentence in part.unopened.items()},
     )
 
 
-def _scan_part(store: RecordStore, tokenize_function: Callable[[dict], Sample], part: range) -> _Scan:
-    scan = _Scan(np.zeros(len(part), np.int32), np.zeros(len(part), np.int32), np.zeros(len(part), bool), {}, {})
+def _scan_part(store: RecordStore, tokenize_function: Callable[..., Sample], part: range) -> _Scan:
+    scan = _Scan(np.zeros(len(part), np.int32), np.zeros(len(part), np.int32), np.zeros(len(part), bool), {}, {}, {})
     for place, index in enumerate(part):
         try:
-            sample = tokenize_function(store[index])
+            sample = tokenize_function(store[index], folder=store.image_folder(index))
         except BadRecord as error:
             scan.faults[index] = str(error)
+            continue
+        except BadImage as error:
+            scan.unopened[index], scan.has_image[place] = str(error), True
             continue
         except DataFileError:
             raise

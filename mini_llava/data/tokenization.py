@@ -12,7 +12,7 @@ import os
 import pickle
 import reprlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -51,7 +51,7 @@ def shorten(value: object) -> str:
 class Sample:
     """A record ready for training.
 
-    input_ids: int32 [L], with tokens_per_image copies of IMAGE_TOKEN_INDEX for each image.
+    input_ids: int32 [L], with a copy of IMAGE_TOKEN_INDEX for each token of an image.
     labels: int32 [L], IGNORE_INDEX where nothing is trained. Not shifted.
     images: file names in the order of the placeholders.
     """
@@ -67,25 +67,38 @@ class Sample:
 
 
 def tokenize(
-    record: dict, template: Template, tokenizer: PreTrainedTokenizerBase, tokens_per_image: int, max_length: int
+    record: dict,
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens_per_image: int | Callable[[str | None, str], int],
+    max_length: int,
+    folder: str | None = None,
 ) -> Sample:
-    """Tokenize one record, cut to `max_length` positions (an image counts tokens_per_image and is never cut in two).
+    """Tokenize one record, cut to `max_length` positions (an image counts all its tokens and is never cut in two).
 
     A token is trained if it overlaps a trained piece of text, so that the blank in front of an answer counts as part
     of it whether or not the tokenizer makes it a token of its own. A last question without an answer stays, untrained.
+
+    Args:
+        tokens_per_image: a number, or what gives it for a folder and an image name, and raises what it likes.
+        folder: of the record's images.
+
     Raises BadRecord for anything that is not a conversation, for image marks that do not match the images, and if no
     trained token is left.
     """
     questions, answers, images = _conversation(record, template)
     if not answers:
         raise BadRecord("no question has an answer, so there is nothing to train on.")
-    input_ids, trained = _encode(render(template, questions, answers), tokenizer, tokens_per_image)
+    if isinstance(tokens_per_image, int):
+        image_tokens = [tokens_per_image] * len(images)
+    else:
+        image_tokens = [tokens_per_image(folder, name) for name in images]
+    input_ids, trained = _encode(render(template, questions, answers), tokenizer, image_tokens)
 
     if len(input_ids) > max_length:
         length, first_trained = len(input_ids), int(np.argmax(trained))
-        end = _cut(input_ids, tokens_per_image, max_length)
-        input_ids, trained = input_ids[:end], trained[:end]
-        images = images[: int(np.count_nonzero(input_ids == IMAGE_TOKEN_INDEX)) // tokens_per_image]
+        end, whole_images = _cut(input_ids, image_tokens, max_length)
+        input_ids, trained, images = input_ids[:end], trained[:end], images[:whole_images]
         if not trained.any():
             raise BadRecord(
                 f"it has {length} tokens (images included) and its first trained token is at position {first_trained}, "
@@ -95,7 +108,7 @@ def tokenize(
 
 
 def tokenize_prompt(
-    record: dict, template: Template, tokenizer: PreTrainedTokenizerBase, tokens_per_image: int
+    record: dict, template: Template, tokenizer: PreTrainedTokenizerBase, tokens_per_image: int = 1
 ) -> np.ndarray:
     """The ids, int32 [L], up to the place where the model is to answer the last question of a record.
 
@@ -103,11 +116,18 @@ def tokenize_prompt(
     as in training and ends with the assistant's role, without the blank that may follow: these are the first L ids of
     the sample that `tokenize` makes from the same record, unless the tokenizer merges the end of the role with the
     beginning of the answer (a ChatML role ends with a newline; an answer that begins with one may share a token).
-    Raises BadRecord.
+    With one token for each image `expand_images` gives them theirs, once the images are known. Raises BadRecord.
     """
-    questions, answers, _ = _conversation(record, template)
+    questions, answers, images = _conversation(record, template)
     pieces = render(template, questions, answers[: len(questions) - 1], generation_prompt=True)
-    return _encode(pieces, tokenizer, tokens_per_image)[0]
+    return _encode(pieces, tokenizer, [tokens_per_image] * len(images))[0]
+
+
+def expand_images(input_ids: np.ndarray, image_tokens: Sequence[int]) -> np.ndarray:
+    """Ids with one IMAGE_TOKEN_INDEX for each image, int32 [n], to ids with as many as each image takes."""
+    copies = np.ones(len(input_ids), np.int64)
+    copies[input_ids == IMAGE_TOKEN_INDEX] = image_tokens
+    return np.repeat(input_ids, copies)
 
 
 def _conversation(record: dict, template: Template) -> tuple[list[str], list[str], list[str]]:
@@ -209,9 +229,9 @@ def check_record(record: dict) -> None:
 
 
 def _encode(
-    pieces: list[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase, tokens_per_image: int
+    pieces: list[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase, image_tokens: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids, int32 [L], and trained, bool [L], of rendered pieces.
+    """Ids, int32 [L], and trained, bool [L], of rendered pieces; `image_tokens` says how many each image takes.
 
     As in LLaVA the text between two images is tokenized by itself: a Llama tokenizer puts its blank in front of each
     such text, and BOS stands once, at the very beginning: a chat template that writes it leaves none to add.
@@ -229,13 +249,11 @@ def _encode(
     trained_starts, trained_ends = np.array(trained_spans).T
 
     ids, trained = [np.array(prefix, dtype=np.int32)], [np.zeros(len(prefix), dtype=bool)]
-    image_ids = np.full(tokens_per_image, IMAGE_TOKEN_INDEX, dtype=np.int32)
-    image_trained = np.zeros(tokens_per_image, dtype=bool)
     position = 0
     for index, chunk in enumerate(text.split(IMAGE_MARK)):
         if index:
-            ids.append(image_ids)
-            trained.append(image_trained)
+            ids.append(np.full(image_tokens[index - 1], IMAGE_TOKEN_INDEX, dtype=np.int32))
+            trained.append(np.zeros(image_tokens[index - 1], dtype=bool))
             position += len(IMAGE_MARK)
         if chunk:
             encoding = encoder.encode(chunk, add_special_tokens=False)
@@ -247,11 +265,12 @@ def _encode(
     return np.concatenate(ids), np.concatenate(trained)
 
 
-def _cut(input_ids: np.ndarray, tokens_per_image: int, max_length: int) -> int:
-    """The largest length of at most `max_length` that does not end inside an image."""
-    image_positions = np.flatnonzero(input_ids == IMAGE_TOKEN_INDEX)
-    inside = int(np.searchsorted(image_positions, max_length)) % tokens_per_image
-    return max_length - inside
+def _cut(input_ids: np.ndarray, image_tokens: list[int], max_length: int) -> tuple[int, int]:
+    """The largest length of at most `max_length` that does not end inside an image, and how many images it holds."""
+    kept = int(np.count_nonzero(input_ids[:max_length] == IMAGE_TOKEN_INDEX))
+    ends = np.cumsum([0, *image_tokens])
+    whole_images = int(np.searchsorted(ends, kept, side="right")) - 1
+    return max_length - (kept - int(ends[whole_images])), whole_images
 
 
 @lru_cache(maxsize=4)

@@ -17,11 +17,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import CONFIG_MAPPING, GenerationConfig, LlavaProcessor
+from transformers import CONFIG_MAPPING, GenerationConfig, LlavaNextProcessor, LlavaProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
+from ..data.anyres import Tiling
 from ..data.templates import IMAGE_MARK, Template, chat_template
 from ..data.tokenization import SENTENCEPIECE_FILE, find_file, image_token_tokenizer, slow_llama_config
+from .image_newline import KEY
 from .projector import PROJECTOR_FILE, gathered_state_dict, save_projector
 from .vision_tower import VisionTower, published_name
 
@@ -66,8 +69,8 @@ def save_projector_only(
     directory = Path(directory)
     if is_main_process:
         begin_directory(directory)
-    rows = model.new_tokens.weight if model.new_tokens is not None else None
-    save_projector(model.projector, directory / PROJECTOR_FILE, dtype, is_main_process, rows)
+    rows = {"model.embed_tokens.weight": model.new_tokens.weight} if model.new_tokens is not None else {}
+    save_projector(model.projector, directory / PROJECTOR_FILE, dtype, is_main_process, _newline(model) | rows)
     if is_main_process:
         config = llava_config(model, projector_type, vision_tower_name, image_aspect_ratio, model_max_length, version)
         base = {"_name_or_path": model.base} if model.base else {}  # as LLaVA's own have it
@@ -109,15 +112,28 @@ def check_may_be_written(
 
 
 def why_not_transformers(
-    projector_type: str, language_model: nn.Module, vision_tower: VisionTower | None = None
+    projector_type: str,
+    language_model: nn.Module,
+    vision_tower: VisionTower | None = None,
+    tiling: Tiling | None = None,
 ) -> str | None:
     """None if `LlavaForConditionalGeneration` computes what the trained model does, otherwise the reason why not.
+
+    That class, and those for FastVLM and for images in tiles alike, has exactly two linear layers with a GELU between
+    them, calls the language model without its head and puts a bare `lm_head` of its own on top.
 
     That class, and `FastVlmForConditionalGeneration` alike, has exactly two linear layers with a GELU between them,
     calls the language model without its head and puts a bare `lm_head` of its own on top.
     """
     if projector_type != "mlp2x_gelu":
         return f"transformers' LLaVA knows the projector mlp2x_gelu only, not {projector_type}."
+    if tiling and not tiling.has_newline:
+        return f"transformers' LLaVA-NeXT lays out tiles as spatial_unpad only, not {tiling.merge_type}."
+    if tiling and vision_tower is not None and vision_tower.model.config.image_size != tiling.tile_size:
+        return (
+            f"transformers' LLaVA-NeXT takes tiles of the {vision_tower.model.config.image_size} pixels in the vision "
+            f"tower's config.json, trained were tiles of {tiling.tile_size}."
+        )
     if vision_tower is not None and vision_tower.select_feature == "patch" and vision_tower.leading_tokens > 1:
         return (
             f"transformers' LLaVA drops the first of the tower's {vision_tower.leading_tokens} tokens in front of the "
@@ -155,7 +171,8 @@ def save_transformers(
 ) -> None:
     """The whole model as `LlavaForConditionalGeneration` with processor and tokenizer, for transformers 4 and 5 alike.
 
-    With FastVLM's tower it is `FastVlmForConditionalGeneration`, which is LLaVA's but for how it takes the features.
+    With FastVLM's tower it is `FastVlmForConditionalGeneration`, which is LLaVA's but for how it takes the features; a
+    model whose images come in tiles is `LlavaNextForConditionalGeneration`.
 
     `<image>` becomes a token. Where the embeddings have no row for it they grow, to a multiple of 64, by rows that hold
     the mean of the old ones: as inputs they give way to image features, and as outputs the mean never beats the best.
@@ -175,7 +192,7 @@ def save_transformers(
         ValueError: the layout cannot express this model, or the directory holds another kind of model.
     """
     tower = model.vision_tower
-    if reason := why_not_transformers(projector_type, model.language_model, tower):
+    if reason := why_not_transformers(projector_type, model.language_model, tower, model.tiling):
         raise ValueError(f"{reason} Save it in LLaVA's layout.")
     directory = Path(directory)
     tokenizer = _with_image_token(tokenizer, chat_template)
@@ -201,6 +218,7 @@ def save_transformers(
     for name, tensor in model.projector.state_dict(keep_vars=True).items():
         number, part = name.split(".")
         weights.append((f"{inside}multi_modal_projector.{layers[number]}.{part}", tensor))
+    weights += [(name.removeprefix("model."), tensor) for name, tensor in _newline(model).items()]
     language_weights, tied = _language_weights(model.language_model)
     weights += [(language_name(name), tensor) for name, tensor in language_weights]
     resized = {language_name(name): rows for name in ("model.embed_tokens.weight", "lm_head.weight")}
@@ -208,14 +226,14 @@ def save_transformers(
     if is_main_process:
         begin_directory(directory)
     _write_weights(directory, weights, dtype, is_main_process, shard_bytes, resized)
-    save_projector(model.projector, directory / PROJECTOR_FILE, dtype, is_main_process)
+    save_projector(model.projector, directory / PROJECTOR_FILE, dtype, is_main_process, _newline(model))
     if not is_main_process:
         return
 
     # "default" takes off one token, the class token.
     strategy = "default" if tower.leading_tokens and tower.select_feature == "patch" else "full"
-    processor = LlavaProcessor(
-        image_processor=_with_padding(image_processor, image_aspect_ratio),
+    processor = (LlavaNextProcessor if model.tiling else LlavaProcessor)(
+        image_processor=_as_llavas(image_processor, image_aspect_ratio, model.tiling),
         tokenizer=tokenizer,
         patch_size=tower.model.config.patch_size,
         vision_feature_select_strategy=strategy,
@@ -234,7 +252,8 @@ def save_transformers(
 
     text_config = copy.deepcopy(model.language_model.config)
     text_config.vocab_size, text_config.tie_word_embeddings = rows, tied
-    model_type, architecture = ("fast_vlm", "FastVlm") if fast_vlm else ("llava", "Llava")
+    model_type, architecture = _of_transformers(model)
+    tiles = {"image_grid_pinpoints": _height_first(model.tiling)} if model.tiling else {}
     config = CONFIG_MAPPING[model_type](
         text_config=text_config,
         vision_config=copy.deepcopy(tower.model.config),
@@ -244,7 +263,8 @@ def save_transformers(
         vision_feature_select_strategy=strategy,
         projector_hidden_act="gelu",
         tie_word_embeddings=tied,
-        architectures=[f"{architecture}ForConditionalGeneration"],
+        architectures=[architecture],
+        **tiles,
     ).to_dict()
     # Not transformers' own keys: they tell this program how the model was trained.
     config |= {
@@ -280,7 +300,7 @@ def save_whole_model(
     LLaVA's layout takes the place of transformers' where that cannot express the model. `include_vision_tower` counts
     in LLaVA's layout, transformers' always has the tower. Every rank calls it, the main process writes.
     """
-    reason = why_not_transformers(projector_type, model.language_model, model.vision_tower)
+    reason = why_not_transformers(projector_type, model.language_model, model.vision_tower, model.tiling)
     if reason is None and export_format == "transformers":
         save_transformers(
             directory,
@@ -295,9 +315,7 @@ def save_whole_model(
             version=version,
             is_main_process=is_main_process,
         )
-        fast_vlm = model.vision_tower.model.config.model_type == "timm_wrapper"
-        reader = "FastVlmForConditionalGeneration" if fast_vlm else "LlavaForConditionalGeneration"
-        return f"The model is in {directory}; transformers' {reader}.from_pretrained reads it."
+        return f"The model is in {directory}; transformers' {_of_transformers(model)[1]}.from_pretrained reads it."
     save_llava(
         directory,
         model,
@@ -339,6 +357,7 @@ def save_llava(
     weights, tied = _language_weights(model.language_model)
     for name, tensor in model.projector.state_dict(keep_vars=True).items():
         weights.append((f"model.mm_projector.{name}", tensor))
+    weights += _newline(model).items()
     if include_vision_tower:
         for name, tensor in model.vision_tower.model.state_dict(keep_vars=True).items():
             name = published_name(model.vision_tower.model.config, name)
@@ -347,7 +366,7 @@ def save_llava(
     if is_main_process:
         begin_directory(directory)
     _write_weights(directory, weights, dtype, is_main_process, shard_bytes)
-    save_projector(model.projector, directory / PROJECTOR_FILE, dtype, is_main_process)
+    save_projector(model.projector, directory / PROJECTOR_FILE, dtype, is_main_process, _newline(model))
     if not is_main_process:
         return
     with staged(directory) as staging:
@@ -413,7 +432,7 @@ def llava_config(
         "mm_hidden_size": model.vision_tower.hidden_size,
         "mm_vision_select_layer": model.vision_tower.select_layer,
         "mm_vision_select_feature": model.vision_tower.select_feature,
-        "mm_patch_merge_type": "flat",
+        "mm_patch_merge_type": model.tiling.merge_type if model.tiling else "flat",
         "mm_use_im_start_end": model.use_im_start_end,
         "mm_use_im_patch_token": model.use_im_patch_token,
         "tune_mm_mlp_adapter": False,
@@ -423,6 +442,10 @@ def llava_config(
         "tokenizer_model_max_length": model_max_length,
         "conversation_version": version,
     }
+    if model.vision_tower.is_resized:  # ours: LLaVA's code takes the size that the tower's name stands for
+        config["mm_image_size"] = model.vision_tower.image_size
+    if model.tiling:
+        config["image_grid_pinpoints"] = [list(pair) for pair in model.tiling.pinpoints]
     return _portable(config, next(model.language_model.parameters()).dtype)
 
 
@@ -455,18 +478,38 @@ def _with_image_token(tokenizer, chat_template: str | None):
     return tokenizer
 
 
-def _with_padding(image_processor, image_aspect_ratio: str):
-    """The tower's processor, with LLaVA's padding to a square on the mean colour if the training had it.
+def _as_llavas(image_processor, image_aspect_ratio: str, tiling: Tiling | None):
+    """The tower's processor with LLaVA's tiles, or its padding to a square on the mean colour, as trained.
 
-    CLIP's own has no such option; `LlavaImageProcessor` is the same code with it. The PIL variant is pinned because the
-    torchvision one resizes differently, and a run would depend on what is installed.
+    CLIP's own has no such options; LLaVA's are the same code with them. The PIL variants are pinned because those of
+    torchvision resize differently, and a run would depend on what is installed.
     """
-    if image_aspect_ratio != "pad":
-        return image_processor
     settings = image_processor.to_dict()
     settings.pop("image_processor_type", None)
     # What the tower's leaves out, LLaVA's would do: SigLIP's crops nothing.
-    return LlavaImageProcessorPil(**{"do_center_crop": False, **settings, "do_pad": True})
+    settings = {"do_center_crop": False, **settings, "do_pad": True}
+    if tiling:
+        of_tile = {
+            "size": {"shortest_edge": tiling.tile_size},
+            "crop_size": {"height": tiling.tile_size, "width": tiling.tile_size},
+            "image_grid_pinpoints": _height_first(tiling),
+        }
+        return LlavaNextImageProcessorPil(**settings | of_tile)
+    return LlavaImageProcessorPil(**settings) if image_aspect_ratio == "pad" else image_processor
+
+
+def _height_first(tiling: Tiling) -> list[list[int]]:
+    """The pinpoints as transformers has them; in LLaVA's own configuration the width comes first."""
+    return [[height, width] for width, height in tiling.pinpoints]
+
+
+def _of_transformers(model: nn.Module) -> tuple[str, str]:
+    """transformers' model type and class for a model."""
+    if model.vision_tower.model.config.model_type == "timm_wrapper":
+        return "fast_vlm", "FastVlmForConditionalGeneration"
+    if model.tiling:
+        return "llava_next", "LlavaNextForConditionalGeneration"
+    return "llava", "LlavaForConditionalGeneration"
 
 
 def _save_tokenizer_for_llava(staging: Path, tokenizer) -> None:
@@ -519,6 +562,11 @@ def _language_weights(language_model: nn.Module) -> tuple[list[tuple[str, torch.
     return [(name, tensor) for name, tensor in weights.items() if head is not embeddings or name != "lm_head.weight"], (
         head is embeddings
     )
+
+
+def _newline(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The newline by the name that LLaVA gives it, if the model has one."""
+    return {f"model.{KEY}": model.image_newline.weight} if model.image_newline is not None else {}
 
 
 def _whole_shape(tensor: torch.Tensor) -> torch.Size:

@@ -17,14 +17,17 @@ def freeze_plan(
     unfreeze_mm_vision_tower: bool,
     lora_r: int | None = None,
     new_tokens: bool = False,
+    image_newline: bool = False,
 ) -> dict[str, str]:
     """How each child of `LlavaModel` is trained: `full`, `frozen` or `LoRA r=<rank>`, the last if a rank is given.
 
     `new_tokens`, the rows of LLaVA's legacy image tokens, are a part of their own where the projector alone is trained:
-    the language model is frozen, and they are not. Otherwise they are the language model's.
+    the language model is frozen, and they are not. Otherwise they are the language model's. `image_newline`, for images
+    in tiles, goes with the projector.
     """
     if tune_mm_mlp_adapter:
         plan = {"vision_tower": "frozen", "projector": "full", "language_model": "frozen"}
+        plan |= {"image_newline": "full"} if image_newline else {}
         return plan | ({"new_tokens": "full"} if new_tokens else {})
     language_model = "full" if lora_r is None else f"LoRA r={lora_r}"
     plan = {
@@ -32,6 +35,8 @@ def freeze_plan(
         "projector": "frozen" if freeze_mm_mlp_adapter else "full",
         "language_model": "frozen" if freeze_backbone else language_model,
     }
+    if image_newline:
+        plan["image_newline"] = plan["projector"]
     if set(plan.values()) == {"frozen"}:
         raise ValueError("--freeze_mm_mlp_adapter and --freeze_backbone leave nothing to train.")
     return plan

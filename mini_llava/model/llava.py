@@ -13,8 +13,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..data.anyres import Tiling
 from ..data.images import normalisation_table
 from ..data.tokenization import IGNORE_INDEX
+from .image_newline import KEY, ImageNewline
 from .projector import load_projector
 from .sources import Source
 from .vision_tower import VisionTower
@@ -26,17 +28,35 @@ LOGITS_IN_FP32_AT_ONCE = 64 * 2**20
 class LlavaModel(nn.Module):
     """Vision tower, projector and language model; `forward` takes what `collate` gives."""
 
-    def __init__(self, vision_tower: VisionTower, projector: nn.Module, language_model: nn.Module):
+    def __init__(
+        self,
+        vision_tower: VisionTower,
+        projector: nn.Module,
+        language_model: nn.Module,
+        image_newline: ImageNewline | None = None,
+        tiling: Tiling | None = None,
+    ):
+        """`tiling`: how its images come in tiles; None: whole. With `spatial_unpad` it needs a newline."""
         super().__init__()
         self.vision_tower, self.projector, self.language_model = vision_tower, projector, language_model
+        self.image_newline, self.tiling = image_newline, tiling
         self.base: str | None = None  # what it was read from: a projector or an adapter names it
         # Set by image_tokens.py, and used in LLaVA's older models alone.
         self.use_im_start_end = self.use_im_patch_token = False
         self.added_tokens, self.first_image_token = 0, None
         self.new_tokens: nn.Embedding | None = None
 
-    def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor, image_positions: torch.Tensor) -> torch.Tensor:
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        image_positions: torch.Tensor,
+        feature_rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Word embeddings [B, L, width] with the projected image features at `image_positions`.
+
+        The features of all images or tiles, and a newline behind them if the model has one, are a table, and
+        `feature_rows` says which of its rows goes to each position; None: they come in order.
 
         A micro-batch without images brings one blank image and no position: tower and projector run all the same, so
         that every rank makes the same collective calls, and the projector's gradient is zero rather than absent (AdamW
@@ -55,8 +75,13 @@ class LlavaModel(nn.Module):
         if torch.is_autocast_enabled(embeddings.device.type):
             # Embedding fp32 masters gives fp32, and all layers would carry it on at twice the memory.
             embeddings = embeddings.to(torch.get_autocast_dtype(embeddings.device.type))
-        source = features.flatten(0, 1)[: image_positions.numel()].to(embeddings.dtype)
-        return embeddings.flatten(0, 1).index_copy(0, image_positions, source).view_as(embeddings)
+        features = features.flatten(0, 1)
+        if self.image_newline is not None:
+            features = self.image_newline(features)
+        if feature_rows is not None:  # index_select's backward would add up the newlines' gradients in half precision
+            features = F.embedding(feature_rows, features)
+        features = features[: image_positions.numel()].to(embeddings.dtype)
+        return embeddings.flatten(0, 1).index_copy(0, image_positions, features).view_as(embeddings)
 
     def forward(
         self,
@@ -69,6 +94,7 @@ class LlavaModel(nn.Module):
         max_seqlen: int,
         attention_mask: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        feature_rows: torch.Tensor | None = None,
         reduction: str = "sum",
     ) -> torch.Tensor:
         """Sum of the losses of all trained tokens, fp32 scalar. Shapes as `collate` describes them.
@@ -85,7 +111,7 @@ class LlavaModel(nn.Module):
                 "max_length_k": max_seqlen,
             }
         logits = self.language_model(
-            inputs_embeds=self.embed(input_ids, pixel_values, image_positions),
+            inputs_embeds=self.embed(input_ids, pixel_values, image_positions, feature_rows),
             attention_mask=attention_mask,
             # With a cache transformers takes a packed row for one long sequence, and samples see each other.
             use_cache=False,
@@ -131,13 +157,17 @@ def load_llava(
     """
     # The projector first: reading the models may or may not draw random numbers, which depends on the backend, and new
     # weights should depend on the seed alone.
-    projector = source.load_projector()
+    projector, newline = source.load_projector(), source.load_newline()
     if pretrained_projector:
-        load_projector(projector, pretrained_projector, beside_token_rows)
+        beside = ("embed_tokens.weight",) * beside_token_rows + (KEY,) * (newline is not None)
+        load_projector(projector, pretrained_projector, beside)
+        if newline is not None:
+            newline.load_beside_projector(pretrained_projector)
     language_model = source.load_language_model(dtypes["language_model"], attn_implementation, **(quantisation or {}))
     tower = source.load_vision_tower(dtypes["vision_tower"])
     tower.pixel_table = normalisation_table(source.image_processor())
-    model = LlavaModel(tower, projector.to(dtypes["projector"]), language_model)
+    newline = newline and newline.to(dtypes["projector"])
+    model = LlavaModel(tower, projector.to(dtypes["projector"]), language_model, newline, source.tiling)
     model.base = source.name
     return model
 

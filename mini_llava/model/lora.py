@@ -15,6 +15,7 @@ from torch import nn
 
 from ..data.tokenization import load_tokenizer
 from .formats import begin_directory, llava_config, staged, write_json
+from .image_newline import KEY
 from .image_tokens import add_token_rows, set_rows
 from .llava import LlavaModel
 from .projector import gathered_state_dict, list_some, read_tensors, whole
@@ -153,6 +154,8 @@ def save_lora(directory: str | Path, tokenizer, *, model: LlavaModel, is_main_pr
     adapter_weights = [(PREFIX + name.replace(f".{adapter}.", "."), parameter) for name, parameter in trained]
     tower = [(name, p) for name, p in model.vision_tower.model.named_parameters() if p.requires_grad]
     others = [(f"{PREFIX}model.{PROJECTOR}{name}", parameter) for name, parameter in model.projector.named_parameters()]
+    if model.image_newline is not None:
+        others.append((f"{PREFIX}model.{KEY}", model.image_newline.weight))
     if model.use_im_start_end:
         others.append((PREFIX + "model." + TOKENS, model.language_model.get_input_embeddings().weight))
     for name, parameter in tower:
@@ -262,6 +265,8 @@ def _fill(model: LlavaModel, directory: Path) -> None:
     if not file.is_file():
         raise FileNotFoundError(f"{directory} has no {OTHERS_FILE}: the projector is missing.")
     targets = {PROJECTOR + name: parameter for name, parameter in model.projector.named_parameters()}
+    if model.image_newline is not None:
+        targets[KEY] = model.image_newline.weight
     tower = {
         TOWER + published_name(model.vision_tower.model.config, name): (name, parameter)
         for name, parameter in model.vision_tower.model.named_parameters()

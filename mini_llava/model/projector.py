@@ -92,7 +92,7 @@ def save_projector(
     path: str | Path,
     dtype: torch.dtype | None = None,
     is_main_process: bool = True,
-    token_rows: torch.Tensor | None = None,
+    beside: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write LLaVA's `mm_projector.bin`: a dict of `model.mm_projector.0.weight` and so on, in `dtype` or as trained.
 
@@ -100,12 +100,10 @@ def save_projector(
 
     Args:
         path: the file, or a directory that gets `mm_projector.bin`.
-        token_rows: [2, width] word embeddings of `<im_start>` and `<im_end>`, where they were trained with it.
+        beside: what else was trained with it and belongs into the file, by its name there.
     """
     named = [(f"model.mm_projector.{name}", tensor) for name, tensor in projector.state_dict(keep_vars=True).items()]
-    if token_rows is not None:
-        named.append(("model.embed_tokens.weight", token_rows))
-    weights = dict(gathered_state_dict(named, is_main_process, dtype))
+    weights = dict(gathered_state_dict([*named, *(beside or {}).items()], is_main_process, dtype))
     if not is_main_process:
         return
     path = Path(path)
@@ -121,7 +119,7 @@ def save_projector(
     os.replace(unfinished, path)
 
 
-def load_projector(projector: nn.Module, path: str | Path, beside_token_rows: bool = False) -> None:
+def load_projector(projector: nn.Module, path: str | Path, beside: tuple[str, ...] = ()) -> None:
     """Copy the weights in `path` into `projector`, in place and in the projector's own dtype; all of them or none.
 
     Reads LLaVA's `mm_projector.bin`, a `.safetensors` file with the same names, or a directory that holds the former.
@@ -129,8 +127,7 @@ def load_projector(projector: nn.Module, path: str | Path, beside_token_rows: bo
     before the model is handed to DeepSpeed, which leaves only slices to write to.
 
     Args:
-        beside_token_rows: word embeddings may stand in the file too, as LLaVA writes them with --mm_use_im_start_end;
-            they are left to the caller. Otherwise they are an error, like anything else.
+        beside: endings of names that may stand in the file too and are left to the caller; others are an error.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -151,7 +148,7 @@ def load_projector(projector: nn.Module, path: str | Path, beside_token_rows: bo
     foreign = []
     for key, tensor in read_tensors(path).items():
         prefix, mark, name = key.rpartition("mm_projector.")
-        if beside_token_rows and key.endswith("embed_tokens.weight"):
+        if beside and key.endswith(beside):
             continue
         if not mark or (prefix and not prefix.endswith(".")):
             foreign.append(key)
@@ -215,6 +212,11 @@ def _what_they_are(foreign: list[str]) -> str:
         return (
             "LLaVA adds the token embeddings when stage 1 ran with --mm_use_im_start_end; without the new tokens the "
             "projector would not do what it was trained for. Use --mm_use_im_start_end True, or another projector."
+        )
+    if any("image_newline" in key for key in foreign):
+        return (
+            "It was trained on images in tiles: use --image_aspect_ratio anyres --mm_patch_merge_type spatial_unpad, "
+            "or another projector."
         )
     if any("vision_resampler" in key for key in foreign):
         return "The resampler in it is a part that LLaVA-1.5 models do not have; its projector was trained behind it."

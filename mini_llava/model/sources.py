@@ -29,9 +29,12 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from ..data.images import load_image_processor, output_size
+from ..data.anyres import MERGE_TYPES, Tiling, choose_tiling
+from ..data.images import load_image_processor, of_size, output_size
 from ..data.tokenization import find_file, foreign_code_refused, read_json
+from .image_newline import ImageNewline
 from .projector import PROJECTOR_FILE, build_projector
 from .vision_tower import (
     FASTVITHD,
@@ -43,7 +46,9 @@ from .vision_tower import (
     load_vision_config,
     load_vision_tower,
     published_name,
+    resize,
     takes_any_size,
+    tokens_per_image,
 )
 
 # Looked for in this order; the first two are the ones that cannot hold code.
@@ -59,6 +64,7 @@ COMPUTED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids|vision_to
 # Where each part of the model is in the files: (how its names begin there, the part, how they begin here). The first
 # that fits counts. CLIP's names come with and without `vision_model.`, as transformers 4 and 5 have them.
 LLAVA_NAMES = (
+    ("model.image_newline", "image_newline", "weight"),
     ("model.mm_projector.", "projector", ""),
     ("model.vision_tower.vision_tower.vision_model.", "vision_tower", ""),
     ("model.vision_tower.vision_tower.", "vision_tower", ""),
@@ -66,12 +72,14 @@ LLAVA_NAMES = (
 )
 TRANSFORMERS_NAMES = (
     # As transformers 4 writes them, and 5 too unless told otherwise
+    ("image_newline", "image_newline", "weight"),
     ("multi_modal_projector.linear_1.", "projector", "0."),
     ("multi_modal_projector.linear_2.", "projector", "2."),
     ("vision_tower.vision_model.", "vision_tower", ""),
     ("vision_tower.", "vision_tower", ""),
     ("language_model.", "language_model", ""),
     # As transformers 5 has them in memory
+    ("model.image_newline", "image_newline", "weight"),
     ("model.multi_modal_projector.linear_1.", "projector", "0."),
     ("model.multi_modal_projector.linear_2.", "projector", "2."),
     ("model.vision_tower.vision_model.", "vision_tower", ""),
@@ -92,12 +100,15 @@ KNOWN_TOWERS = {
     (1024, 24, 14, 224, "quick_gelu"): "openai/clip-vit-large-patch14",
     (1152, 27, 14, 384, "gelu_pytorch_tanh"): "google/siglip-so400m-patch14-384",
 }
+# What its configuration has besides CLIP's.
+OF_LLAVA_NEXT = {"image_processor_type", "image_grid_pinpoints", "do_pad"}
+OPTIONAL_PARTS = ("vision_tower", "image_newline")
 IMAGE_TOKEN_FLAGS = ("mm_use_im_start_end", "mm_use_im_patch_token")
 # What two configurations of the same tower share.
 SHAPE_OF_A_TOWER = (
     *("model_type", "architecture", "hidden_size", "intermediate_size", "mlp_ratio"),
     *("num_hidden_layers", "num_attention_heads", "num_register_tokens"),
-    *("patch_size", "image_size", "hidden_act", "layer_norm_eps"),
+    *("patch_size", "hidden_act", "layer_norm_eps"),
 )
 
 
@@ -121,6 +132,8 @@ class Source:
         stored: part -> name in that part -> tensor, for the parts whose weights come from here; empty for a plain
             language model, which transformers reads by itself.
         trust_remote_code: whether code that the models bring is run; if not, ValueError where it would be needed.
+        merge_type, pinpoints: of images in tiles, as in LLaVA-1.6's configuration; a merge type None: images are whole.
+        resized_to: side of the pictures that the tower is made to take, pixels; None: those it was trained with.
     """
 
     name: str
@@ -134,6 +147,9 @@ class Source:
     select_feature: str
     stored: dict[str, dict[str, Stored]]
     trust_remote_code: bool = False
+    merge_type: str | None = None
+    pinpoints: list | str | None = None
+    resized_to: int | None = None
 
     def describe(self, pretrained_projector: str | None = None) -> str:
         """What a person should know before the run; `pretrained_projector` is the value of the flag of that name."""
@@ -145,6 +161,7 @@ class Source:
             f"{self.name} is a LLaVA model in the layout of {whose}: language model {self.language_config.model_type}, "
             f"projector {self.projector_type}, vision tower {tower}, its layer {self.select_layer}, "
             f"{self.select_feature}."
+            + (f" Images come in tiles ({self.merge_type})." if self.merge_type else "")
             + (f" Its projector gives way to the one in {pretrained_projector}." if pretrained_projector else "")
         )
 
@@ -154,15 +171,62 @@ class Source:
         processor = tower_image_processor(where, self.vision_config)
         if getattr(processor, "do_pad", None):
             processor.do_pad = False
-        return processor
+        return of_size(processor, self.resized_to) if self.resized_to else processor
 
     def image_size(self) -> int:
         """Side of the square picture that the tower takes, pixels."""
+        if self.resized_to:
+            return self.resized_to
         where = self.name if self.layout == "transformers" else self.vision_tower
         return tower_image_size(where, self.vision_config)
 
+    @property
+    def tiling(self) -> Tiling | None:
+        """How images are cut into tiles of the tower's size; None: they are whole."""
+        if self.merge_type is None:
+            return None
+        size = self.image_size()
+        tokens = tokens_per_image(self.vision_config, self.select_feature, size)
+        return choose_tiling(size, tokens, self.merge_type, self.pinpoints)
+
+    def choose_tiling(self, model_flags, data_flags, explicit: Iterable[str]) -> Tiling | None:
+        """The tiling of a run, from its flags and from a LLaVA model that has one; the flags are filled in.
+
+        Raises:
+            ValueError: the flags contradict each other or the model.
+        """
+        merge_type, aspect_ratio = model_flags.mm_patch_merge_type, data_flags.image_aspect_ratio
+        if self.merge_type:
+            for flag, given, fixed in (
+                ("image_aspect_ratio", aspect_ratio, "anyres"),
+                ("mm_patch_merge_type", merge_type, self.merge_type),
+            ):
+                if flag in explicit and given != fixed:
+                    raise ValueError(
+                        f"--{flag} {given} contradicts {self.name}, which was trained with {fixed}. Leave the flag out."
+                    )
+            aspect_ratio = "anyres"
+        elif aspect_ratio == "anyres":
+            if not has_layers(self.vision_config):
+                raise ValueError(
+                    f"--image_aspect_ratio anyres: no layout has a place for a model with the vision tower "
+                    f"{self.vision_config.architecture} and images in tiles. Use pad, at the tower's full resolution."
+                )
+            self.merge_type = merge_type or "spatial_unpad"
+        self.pinpoints = data_flags.image_grid_pinpoints or self.pinpoints
+        tiling = self.tiling
+        for flag, given in (("mm_patch_merge_type", merge_type), ("image_grid_pinpoints", self.pinpoints)):
+            if not tiling and given not in (None, "flat"):
+                raise ValueError(f"--{flag} {given} does nothing without --image_aspect_ratio anyres.")
+        data_flags.image_aspect_ratio = aspect_ratio
+        model_flags.mm_patch_merge_type = self.merge_type or "flat"
+        data_flags.image_grid_pinpoints = str([list(pair) for pair in tiling.pinpoints]) if tiling else None
+        return tiling
+
     def image_aspect_ratio(self) -> str:
-        """What the images were trained with: `pad` or `square`."""
+        """What the images were trained with: `pad`, `square` or `anyres`."""
+        if self.merge_type:
+            return "anyres"
         if self.layout == "llava":
             return self.config.get("image_aspect_ratio", "square")
         return "pad" if getattr(load_image_processor(self.name), "do_pad", None) else "square"
@@ -178,6 +242,15 @@ class Source:
         if "projector" in self.stored:
             projector.load_state_dict({name: stored.tensor for name, stored in self.stored["projector"].items()})
         return projector
+
+    def load_newline(self) -> ImageNewline | None:
+        """The newline with its weights, or with new ones; None where images are whole or their rows have no end."""
+        if self.tiling is None or not self.tiling.has_newline:
+            return None
+        newline = ImageNewline(_width(self.language_config))
+        if "image_newline" in self.stored:
+            newline.load_state_dict({name: stored.tensor for name, stored in self.stored["image_newline"].items()})
+        return newline
 
     def load_language_model(self, dtype: torch.dtype, attn_implementation: str | None, **options) -> nn.Module:
         """The language model; `options` go to `from_pretrained`. Under ZeRO-3 it is partitioned while it is read.
@@ -198,14 +271,22 @@ class Source:
         )
 
     def load_vision_tower(self, dtype: torch.dtype) -> VisionTower:
-        selected = self.select_layer, self.select_feature
         if "vision_tower" not in self.stored:
-            return load_vision_tower(self.vision_tower, *selected, dtype, self.trust_remote_code, self.image_size())
+            selected = self.select_layer, self.select_feature
+            return self.as_tower(load_vision_tower(self.vision_tower, *selected, dtype, self.trust_remote_code).model)
         # Every rank has the values: some versions of transformers do not send buffers to the others under ZeRO-3.
         tensors = {name: stored.tensor for name, stored in self.stored["vision_tower"].items()}
         model_class = MODEL_MAPPING[type(self.vision_config)]
         model = model_class.from_pretrained(None, config=self.vision_config, state_dict=tensors, dtype=dtype)
-        return VisionTower(model, *selected, self.image_size())
+        return self.as_tower(model)
+
+    def as_tower(self, model: nn.Module) -> VisionTower:
+        """The tower around transformers' model, of the size that is wanted."""
+        if self.resized_to:
+            resize(model, self.resized_to)
+        tower = VisionTower(model, self.select_layer, self.select_feature, self.image_size())
+        tower.is_resized = self.resized_to is not None
+        return tower
 
     def generation_config(self) -> GenerationConfig:
         if find_file(self.name, "generation_config.json"):
@@ -254,11 +335,13 @@ def open_source(model_flags, explicit: Iterable[str] = ()) -> Source:
             trust_remote_code=trusted,
         )
         _check_weights(source)
+        _resize(source, model_flags.image_size)
         return source
 
     source = (_read_llava if layout == "llava" else _read_transformers)(name, config, model_flags, set(explicit))
     _check_against_flags(source, model_flags, set(explicit))
     _check_weights(source)
+    _resize(source, model_flags.image_size)
     model_flags.vision_tower = source.vision_tower
     model_flags.mm_projector_type = source.projector_type
     model_flags.mm_vision_select_layer = source.select_layer
@@ -268,8 +351,8 @@ def open_source(model_flags, explicit: Iterable[str] = ()) -> Source:
     return source
 
 
-def map_parts(source: Source) -> tuple[VisionTower, nn.Module, nn.Module]:
-    """Tower, projector and language model of a LLaVA model, whose weights stay in their files.
+def map_parts(source: Source) -> tuple[VisionTower, nn.Module, nn.Module, ImageNewline | None]:
+    """Tower, projector, language model and newline of a LLaVA model, whose weights stay in their files.
 
     For writing another layout with hardly any memory: a tensor is read when it is written.
 
@@ -286,10 +369,10 @@ def map_parts(source: Source) -> tuple[VisionTower, nn.Module, nn.Module]:
     language_model.tie_weights()
     language_model.generation_config = source.generation_config()
     if "vision_tower" in source.stored:
-        tower = VisionTower(empty["vision_tower"], source.select_layer, source.select_feature, source.image_size())
+        tower = source.as_tower(empty["vision_tower"])
     else:
         tower = source.load_vision_tower(next(iter(source.stored["language_model"].values())).tensor.dtype)
-    return tower, empty["projector"], language_model
+    return tower, empty["projector"], language_model, empty.get("image_newline")
 
 
 # ------------------------------------------------------------------------------------------------------- the layouts
@@ -299,22 +382,17 @@ def layout_of(name: str, config: dict) -> str:
     """The layout that `config.json` speaks of."""
     model_type, architectures = config.get("model_type", ""), config.get("architectures") or []
     if "text_config" in config and "vision_config" in config:
-        if model_type not in ("llava", "fast_vlm"):
+        if model_type not in ("llava", "llava_next", "fast_vlm"):
             raise ValueError(
                 f"{name} is a model of type {model_type} ({', '.join(architectures)}). Of those with a vision tower "
-                f"inside only LLaVA-1.5's are known here (LlavaForConditionalGeneration, type llava), and FastVLM's "
-                f"(type fast_vlm)."
+                f"inside only LLaVA's are known here (LlavaForConditionalGeneration, type llava, and "
+                f"LlavaNextForConditionalGeneration, type llava_next), and FastVLM's (type fast_vlm)."
             )
         return "transformers"
     return "llava" if model_type.startswith("llava") or "mm_vision_tower" in config else "language_model"
 
 
 def _read_llava(name: str, config: dict, model_flags, explicit: set[str]) -> Source:
-    if config.get("mm_patch_merge_type", "flat") != "flat" or "anyres" in str(config.get("image_aspect_ratio")):
-        raise ValueError(
-            f"{name} is a model for images in several tiles (mm_patch_merge_type {config.get('mm_patch_merge_type')}, "
-            f"image_aspect_ratio {config.get('image_aspect_ratio')}), as LLaVA-1.6 is; known are LLaVA-1.5's."
-        )
     stored = _assign_parts(_open_weights(name, config), LLAVA_NAMES, name)
     tower = config.get("mm_vision_tower") or config.get("vision_tower")
     given = model_flags.vision_tower if "vision_tower" in explicit else None
@@ -327,9 +405,11 @@ def _read_llava(name: str, config: dict, model_flags, explicit: set[str]) -> Sou
             f"{name}: its config.json names the vision tower {tower}, which is not there. Give its place as "
             f"--vision_tower."
         )
-    vision_config = load_vision_config(tower, model_flags.trust_remote_code)
+    vision_config, resized_to = load_vision_config(tower, model_flags.trust_remote_code), config.get("mm_image_size")
     if "vision_tower" not in stored:
         stored |= _tower_inside(tower, vision_config)
+    elif resized_to and has_layers(vision_config):
+        vision_config.image_size = resized_to
     return Source(
         name,
         "llava",
@@ -342,7 +422,22 @@ def _read_llava(name: str, config: dict, model_flags, explicit: set[str]) -> Sou
         config.get("mm_vision_select_feature", "patch"),
         stored,
         model_flags.trust_remote_code,
+        *tiles_in(name, config),
+        resized_to,
     )
+
+
+def tiles_in(name: str, config: dict) -> tuple[str | None, list | str | None]:
+    """Merge type and pinpoints of a LLaVA configuration; None, None where images are whole. Raises ValueError."""
+    aspect_ratio, merge_type = str(config.get("image_aspect_ratio")), config.get("mm_patch_merge_type", "flat")
+    if aspect_ratio == "anyres" and merge_type in MERGE_TYPES:
+        return merge_type, config.get("image_grid_pinpoints")
+    if aspect_ratio.startswith("anyres") or merge_type != "flat":
+        raise ValueError(
+            f"{name}: its config.json has image_aspect_ratio {aspect_ratio} with mm_patch_merge_type {merge_type}; "
+            f"known are anyres with {', '.join(MERGE_TYPES)}, and others with flat."
+        )
+    return None, None
 
 
 def _language_config(name: str, config: dict) -> PreTrainedConfig:
@@ -364,7 +459,7 @@ def _language_config(name: str, config: dict) -> PreTrainedConfig:
 def _read_transformers(name: str, config: dict, model_flags, explicit: set[str]) -> Source:
     vision_config = load_vision_config(name)
     whole = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    strategies = _strategies(vision_config)
+    strategies, tiled = _strategies(vision_config), config["model_type"] == "llava_next"
     for key, value, known in (
         ("projector_hidden_act", whole.projector_hidden_act, ("gelu",)),
         ("multimodal_projector_bias", getattr(whole, "multimodal_projector_bias", True), (True,)),
@@ -380,8 +475,7 @@ def _read_transformers(name: str, config: dict, model_flags, explicit: set[str])
     language_config = whole.text_config
     language_config.tie_word_embeddings = whole.tie_word_embeddings  # transformers goes by the outer one
     tower = model_flags.vision_tower if "vision_tower" in explicit else None
-    if tower:
-        _check_same_tower(name, vision_config, tower)
+    resized = _check_same_tower(name, vision_config, tower) if tower else False
     keys = ("hidden_size", "num_hidden_layers", "patch_size", "image_size", "hidden_act")
     return Source(
         name,
@@ -394,6 +488,10 @@ def _read_transformers(name: str, config: dict, model_flags, explicit: set[str])
         whole.vision_feature_layer,
         strategies[whole.vision_feature_select_strategy],
         _assign_parts(_open_weights(name, config), TRANSFORMERS_NAMES, name),
+        merge_type="spatial_unpad" if tiled else None,
+        # Height comes first there, width in LLaVA's own.
+        pinpoints=[(width, height) for height, width in whole.image_grid_pinpoints] if tiled else None,
+        resized_to=vision_config.image_size if resized else None,
     )
 
 
@@ -415,7 +513,11 @@ def tower_image_processor(path: str, vision_config: PreTrainedConfig) -> BaseIma
     written = {} if FASTVITHD.fullmatch(path) else read_json(path, "config.json")
     apple = FASTVITHD.fullmatch(written.get("mm_vision_tower") or path)
     if not apple and (vision_config.model_type != "timm_wrapper" or find_file(path, "preprocessor_config.json")):
-        return load_image_processor(written.get("mm_vision_tower") or path)
+        processor = load_image_processor(written.get("mm_vision_tower") or path)
+        if not isinstance(processor, LlavaNextImageProcessorPil):
+            return processor
+        settings = processor.to_dict()  # CLIP's, and tiles
+        return CLIPImageProcessorPil(**{key: settings[key] for key in settings.keys() - OF_LLAVA_NEXT})
     # timm's settings are in config.json, and apple's in the tower's name: mean 0 and std 1.
     settings = written.get("pretrained_cfg") or {}
     size = int(apple[1]) if apple else settings["input_size"][-1]
@@ -450,7 +552,7 @@ def _tower_inside(path: str, vision_config: PreTrainedConfig) -> dict[str, dict[
         if "vision_tower" in parts or FASTVITHD.fullmatch(config["mm_vision_tower"]):
             return {"vision_tower": parts.get("vision_tower", {})}
         return _tower_inside(config["mm_vision_tower"], vision_config)
-    if config.get("model_type") in ("llava", "fast_vlm"):
+    if config.get("model_type") in ("llava", "llava_next", "fast_vlm"):
         return {"vision_tower": _assign_parts(_open_weights(path, config), TRANSFORMERS_NAMES, path)["vision_tower"]}
     if vision_config.model_type == "timm_wrapper":
         weights = _open_weights(path, {"model_type": vision_config.model_type, **config})
@@ -491,7 +593,18 @@ def _is_gone(tower: str) -> bool:
     return not Path(tower).exists() and (tower.startswith((".", "/", "~")) or tower.count("/") != 1)
 
 
-def _check_same_tower(name: str, vision_config: PreTrainedConfig, tower: str) -> None:
+def _resize(source: Source, image_size: int | None) -> None:
+    """Notes the value of `--image_size`, for when the tower is loaded."""
+    if image_size is None:
+        return
+    stride = source.vision_config.patch_size
+    if image_size % stride:
+        raise ValueError(f"--image_size {image_size} is no multiple of {stride}, the vision tower's patch size.")
+    source.resized_to = image_size
+
+
+def _check_same_tower(name: str, vision_config: PreTrainedConfig, tower: str) -> bool:
+    """Raises ValueError for another tower than the one inside; returns whether that has been resized since."""
     other = load_vision_config(tower)
     for key in SHAPE_OF_A_TOWER:
         theirs, ours = getattr(other, key, None), getattr(vision_config, key, None)
@@ -500,6 +613,7 @@ def _check_same_tower(name: str, vision_config: PreTrainedConfig, tower: str) ->
                 f"--vision_tower {tower} contradicts {name}: its {key} is {theirs}, that of the tower inside the model "
                 f"is {ours}. Leave the flag out."
             )
+    return has_layers(other) and other.image_size != vision_config.image_size
 
 
 # ------------------------------------------------------------------------------------------------- weights and files
@@ -561,7 +675,7 @@ def _map_file(file: Path) -> dict[str, Stored]:
 
 def _assign_parts(weights: dict[str, Stored], names: tuple, source: str) -> dict[str, dict[str, Stored]]:
     """The tensors of each part under the names they have there."""
-    parts: dict[str, dict[str, Stored]] = {"language_model": {}, "projector": {}, "vision_tower": {}}
+    parts: dict[str, dict[str, Stored]] = {part: {} for part in ("language_model", "projector", *OPTIONAL_PARTS)}
     for key, stored in weights.items():
         if COMPUTED.search(key):
             continue
@@ -573,20 +687,21 @@ def _assign_parts(weights: dict[str, Stored], names: tuple, source: str) -> dict
         if name in parts[part]:
             raise ValueError(f"{source} holds the {part}'s {name} twice, as {parts[part][name].key} and as {key}.")
         parts[part][name] = stored
-    if not parts["vision_tower"]:
-        del parts["vision_tower"]
-    return parts
+    return {part: tensors for part, tensors in parts.items() if tensors or part not in OPTIONAL_PARTS}
 
 
 def empty_parts(source: Source) -> dict[str, nn.Module]:
     """All parts without memory for their weights."""
-    return {part: _empty_part(source, part) for part in ("language_model", "projector", "vision_tower")}
+    newline = ["image_newline"] if source.tiling is not None and source.tiling.has_newline else []
+    return {part: _empty_part(source, part) for part in ("language_model", "projector", "vision_tower", *newline)}
 
 
 def _empty_part(source: Source, part: str) -> nn.Module:
     if part == "vision_tower":
         return empty_model(source.vision_config)
     with torch.device("meta"):
+        if part == "image_newline":
+            return ImageNewline(_width(source.language_config))
         if part == "projector":
             widths = source.vision_config.hidden_size, _width(source.language_config)
             return build_projector(source.projector_type, *widths)
@@ -596,13 +711,22 @@ def _empty_part(source: Source, part: str) -> nn.Module:
 
 def _check_weights(source: Source) -> None:
     """Raises ValueError, naming file, tensor and both shapes, unless each part has all of its tensors and no other."""
+    newline = source.stored.get("image_newline")
+    if newline and source.merge_type != "spatial_unpad":
+        raise ValueError(
+            f"{newline['weight'].file} also holds {newline['weight'].key}, but by config.json its images do not come "
+            f"in tiles with a newline (image_aspect_ratio anyres, mm_patch_merge_type spatial_unpad)."
+        )
+    if not newline and source.merge_type == "spatial_unpad":
+        raise ValueError(f"{source.name} lacks image_newline, which spatial_unpad needs. The model is not whole.")
     for part in source.stored:  # not a tower that is read from a place of its own, nor a plain language model
         module = _empty_part(source, part)
         expected = module.state_dict(keep_vars=True)
         if part == "vision_tower":
             source.stored[part] = _as_in_memory(source.stored[part], expected, source.vision_config)
         found = source.stored[part]
-        kind = source.projector_type if part == "projector" else module.config.model_type
+        kinds = {"projector": source.projector_type, "image_newline": source.merge_type}
+        kind = kinds.get(part) or module.config.model_type
         what = f"the {part.replace('_', ' ')} ({kind})"
         stored_twice = _tied_names(expected)
         if missing := sorted(expected.keys() - found.keys() - stored_twice):

@@ -6,6 +6,7 @@ gradients flow if and only if some parameter of it is trained. What a tower uses
 a copy without memory is run, and autograd says which parameters its features depend on.
 """
 
+import copy
 import re
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig
 
 from ..data.images import normalise
 from ..data.tokenization import foreign_code_refused, read_json
+from .projector import whole
 
 SELECT_FEATURES = ("patch", "cls_patch")
 
@@ -62,6 +64,7 @@ class VisionTower(nn.Module):
         tokens_per_image, hidden_size: shape of the features of one image.
         image_size: side of the square picture it takes, pixels.
         leading_tokens: what stands in front of the patches in its hidden states.
+        is_resized: whether its pictures have another size than its name, or the one it was read from, stands for.
         pixel_table: float32 [3, 256], what its image processor makes of bytes; None if it is given floats only.
     """
 
@@ -83,6 +86,7 @@ class VisionTower(nn.Module):
         self.tokens_per_image = tokens_per_image(model.config, select_feature, self.image_size)
         # No buffer: DeepSpeed and `.to(dtype)` would round it, and DDP would broadcast it before each forward.
         self.pixel_table: torch.Tensor | None = None
+        self.is_resized = False
 
     def train(self, mode: bool = True) -> "VisionTower":
         super().train(mode)
@@ -132,6 +136,32 @@ def _without_head(model: nn.Module) -> nn.Module:
         if hasattr(module, "use_head"):
             module.use_head = False
     return model
+
+
+def resize(model: nn.Module, image_size: int) -> None:
+    """Makes a tower for square pictures of another size: its position embeddings are interpolated once and for all.
+
+    transformers' own function does it, as in each forward with `interpolate_pos_encoding`, but always in fp32. A tower
+    without position embeddings stays as it is.
+    """
+    if not has_layers(model.config) or model.config.image_size == image_size:
+        return
+    name, old = next((n, module) for n, module in model.named_modules() if hasattr(module, "interpolate_pos_encoding"))
+    in_fp32 = type(old)(model.config)
+    model.config = copy.deepcopy(model.config)
+    model.config.image_size = image_size
+    new = type(old)(model.config)  # with places and buffers for the new number of patches
+    for path, parameter in old.named_parameters():
+        if "position_embedding" in path:
+            with whole(parameter), torch.no_grad():  # which ZeRO-3 may have divided
+                in_fp32.get_parameter(path).copy_(parameter)
+                like = new.get_parameter(path)
+                tokens = torch.empty(1, *like.shape[-2:])  # counted only
+                values = in_fp32.interpolate_pos_encoding(tokens, image_size, image_size).view_as(like)
+                parameter = nn.Parameter(values.to(parameter))
+        owner, _, last = path.rpartition(".")
+        setattr(new.get_submodule(owner), last, parameter)
+    model.set_submodule(name, new)
 
 
 def empty_model(config: PreTrainedConfig) -> nn.Module:

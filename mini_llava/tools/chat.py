@@ -18,10 +18,12 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, TextStreamer
 from transformers.utils import logging
 
+from ..data.anyres import Tiles
+from ..data.collator import image_tokens, join_images
 from ..data.images import BadImage
 from ..data.loader import open_pixels
 from ..data.templates import IMAGE_MARK, written_answer
-from ..data.tokenization import IMAGE_TOKEN_INDEX, BadRecord, tokenize_prompt
+from ..data.tokenization import IMAGE_TOKEN_INDEX, BadRecord, expand_images, tokenize_prompt
 from ..model.formats import generation_settings
 from ..training.checkpoint import CheckpointError
 from .saved_models import DTYPES, SavedModel, open_saved
@@ -39,6 +41,7 @@ class Conversation:
         self.dtype, self.size = dtype, self.model.vision_tower.image_size
         self.longest = saved.source.language_config.max_position_embeddings
         how = dict(processor=saved.source.image_processor(), aspect_ratio=saved.image_aspect_ratio(), size=self.size)
+        how["tiling"] = self.model.tiling
         self.to_pixels = functools.partial(open_pixels, **how)
         config = self.model.language_model.generation_config
         ends = generation_settings(config, self.tokenizer, self.template.stop).get("eos_token_id")
@@ -71,20 +74,22 @@ class Conversation:
         # The last answer is the one asked for: whatever stands there is left out of the prompt.
         spoken = [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate([*turns, ""])]
         record = {"conversations": spoken, "image": [f"picture {index}" for index in range(len(pixels))]}
-        ids = tokenize_prompt(record, self.template, self.tokenizer, self.model.vision_tower.tokens_per_image)
+        ids = tokenize_prompt(record, self.template, self.tokenizer)
+        ids = expand_images(ids, image_tokens(pixels, self.model.vision_tower.tokens_per_image))
         if len(ids) >= self.longest:
             raise BadRecord(f"the conversation has {len(ids)} tokens, and the model takes {self.longest}: /reset.")
         answer = self._generate(torch.from_numpy(ids.astype(np.int64))[None], pixels, stream)
         self.turns, self.pixels, self.pending = [*turns, answer], pixels, []
         return answer
 
-    def _generate(self, ids: torch.Tensor, pixels: list[torch.Tensor], stream: bool) -> str:
+    def _generate(self, ids: torch.Tensor, pixels: list[torch.Tensor | Tiles], stream: bool) -> str:
         is_image = ids == IMAGE_TOKEN_INDEX
-        images = torch.stack(pixels) if pixels else torch.zeros(1, 3, self.size, self.size)
+        images, feature_rows = join_images(pixels, self.size)
         embeddings = self.model.embed(
             ids.masked_fill(is_image, 0).to(self.device),
             images.to(self.device),
             is_image.flatten().nonzero().squeeze(-1).to(self.device),
+            None if feature_rows is None else feature_rows.to(self.device),
         ).to(self.dtype)
         settings = self.model.language_model.generation_config
         output = self.model.language_model.generate(

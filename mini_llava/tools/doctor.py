@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..arguments import PRESETS
-from ..data.images import ASPECT_RATIOS, BadImage, image_path, load_image, pad_to_square
+from ..arguments import KNOWN_VALUES, PRESETS
+from ..data.anyres import MERGE_TYPES, choose_tiling
+from ..data.images import BadImage, image_path, load_image, pad_to_square
 from ..data.loader import kind_of_fault, log_skipped
 from ..data.records import RecordStore, map_ranges, missing_image
 from ..data.sampler import GlobalBatchSampler, computed_tokens, deal
@@ -76,26 +77,23 @@ class Findings:
 # --- records ---------------------------------------------------------------------------------------------------------
 
 
-def examine_records(
-    store: RecordStore, to_sample: Callable[..., Sample], tokens_per_image: int, max_length: int, part: range
-) -> Findings:
+def examine_records(store: RecordStore, to_sample: Callable[..., Sample], max_length: int, part: range) -> Findings:
     """Reads and tokenizes some records as the trainer does, and looks whether their images are there."""
     found = Findings.empty(len(part))
     for place, index in enumerate(part):
         try:
-            record = store[index]
-            sample = to_sample(record, max_length=max_length)
+            record, folder = store[index], store.image_folder(index)
+            sample = whole = to_sample(record, max_length=sys.maxsize, folder=folder)
+            if len(whole.input_ids) > max_length:
+                sample = to_sample(record, max_length=max_length, folder=folder)
             if fault := missing_image(store, index, sample.images):
                 raise BadRecord(fault)
-        except BadRecord as error:
+        except (BadRecord, BadImage) as error:
             found.faults[index] = str(error)
             continue
-        # A cut sample may end before the limit, because an image is never cut in two.
-        cut = len(sample.input_ids) > max_length - tokens_per_image
-        whole = to_sample(record, max_length=sys.maxsize) if cut else sample
         found.length[place], found.whole_length[place] = len(sample.input_ids), len(whole.input_ids)
         found.has_image[place] = bool(sample.images)
-        found.content[place] = _content(store.image_folder(index), sample)
+        found.content[place] = _content(folder, sample)
         found.images[index] = sample.images
         found.warnings += [(index, sentence) for sentence in _remarks(record, sample, whole, max_length)]
     return found
@@ -273,7 +271,11 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
     tower.add_argument("--tokens_per_image", type=_positive, metavar="N", help="this number, without a tower (576)")
     add("--mm_vision_select_feature", default="patch", metavar="TEXT", help="patch or cls_patch [patch]")
     add("--model_max_length", type=_positive, metavar="N", help="longest sequence in tokens [2048]")
-    add("--image_aspect_ratio", choices=ASPECT_RATIOS, help="[stage 1: square, stage 2: pad]")
+    add("--image_size", type=_positive, metavar="N", help="of the tower's pictures, pixels [as it was trained]")
+    aspect_ratios = KNOWN_VALUES["image_aspect_ratio"]
+    add("--image_aspect_ratio", choices=aspect_ratios, help="[stage 1: square, stage 2: pad]")
+    add("--mm_patch_merge_type", choices=MERGE_TYPES, help="with anyres [spatial_unpad]")
+    add("--image_grid_pinpoints", metavar="TEXT", help="with anyres [LLaVA-1.6's]")
     add("--global_batch_size", type=_positive, metavar="N", help="for the padding figures [256, 128]")
     add("--per_device_train_batch_size", type=_positive, metavar="N", help="for the padding figures [32, 16]")
     add("--check_images", choices=("all", "exist"), default="all", help="open all of them, or only look for them [all]")
@@ -284,6 +286,12 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
     for name, value in vars(given).items():
         if value is None and name in PRESETS[given.stage]:
             setattr(given, name, PRESETS[given.stage][name])
+    if given.image_aspect_ratio != "anyres" and (given.mm_patch_merge_type or given.image_grid_pinpoints):
+        parser.error("--mm_patch_merge_type and --image_grid_pinpoints do nothing without --image_aspect_ratio anyres.")
+    if given.image_size and not given.vision_tower:
+        parser.error("--image_size says something about the --vision_tower, which is not given.")
+    if given.image_aspect_ratio == "anyres" and not given.vision_tower:
+        parser.error("--image_aspect_ratio anyres needs --vision_tower: its tiles are of the tower's size.")
     return given
 
 
@@ -293,20 +301,26 @@ def _positive(text: str) -> int:
     return value
 
 
+def _tokens_of_tower(given: argparse.Namespace) -> int | Callable[[str | None, str], int]:
+    """What `tokenize` takes as `tokens_per_image`."""
+    config = load_vision_config(given.vision_tower, given.trust_remote_code)
+    image_size = given.image_size or tower_image_size(given.vision_tower, config)
+    tokens = tokens_per_image(config, given.mm_vision_select_feature, image_size)
+    if given.image_aspect_ratio != "anyres":
+        return tokens
+    return choose_tiling(image_size, tokens, given.mm_patch_merge_type, given.image_grid_pinpoints).tokens
+
+
 def examine(given: argparse.Namespace) -> int:
     """Checks, prints, writes the list of bad records, and returns how many there are."""
     if os.path.exists(given.output) and any(os.path.samefile(given.output, path) for path in given.data_path):
         raise ValueError(f"--output {given.output} would overwrite the data.")
-    image_tokens = given.tokens_per_image
-    if given.vision_tower:
-        config = load_vision_config(given.vision_tower, given.trust_remote_code)
-        image_size = tower_image_size(given.vision_tower, config)
-        image_tokens = tokens_per_image(config, given.mm_vision_select_feature, image_size)
+    image_tokens = given.tokens_per_image or _tokens_of_tower(given)
     tokenizer = load_tokenizer(given.model_name_or_path, given.trust_remote_code)
     template = get_template(given.version, tokenizer)
     to_sample = functools.partial(tokenize, template=template, tokenizer=tokenizer, tokens_per_image=image_tokens)
     store = RecordStore(given.data_path, given.image_folder, given.exclude)
-    examine_part = functools.partial(examine_records, store, to_sample, image_tokens, given.model_max_length)
+    examine_part = functools.partial(examine_records, store, to_sample, given.model_max_length)
     found = Findings.join(list(map_ranges(examine_part, len(store), given.num_workers, "records")))
     if given.check_images == "all":
         open_images(store, found, given.image_aspect_ratio, given.num_workers)

@@ -36,9 +36,12 @@ def export(
     Raises:
         ValueError: the layout asked for has no place for the model.
     """
+    trained_with = saved.image_aspect_ratio()
+    if image_aspect_ratio != trained_with and "anyres" in (image_aspect_ratio, trained_with) and image_aspect_ratio:
+        raise ValueError(f"{saved.directory} was trained with --image_aspect_ratio {trained_with}: leave the flag out.")
     dtype = dtype or saved.stored_dtype()
     if saved.kind == WHOLE:
-        model = LlavaModel(*map_parts(saved.source))
+        model = LlavaModel(*map_parts(saved.source), saved.source.tiling)
         model.use_im_start_end, model.use_im_patch_token = saved.image_tokens()
     else:
         model = saved.load(dtype)
@@ -46,7 +49,7 @@ def export(
         model=model,
         projector_type=saved.source.projector_type,
         vision_tower_name=saved.source.vision_tower,
-        image_aspect_ratio=image_aspect_ratio or saved.image_aspect_ratio(),
+        image_aspect_ratio=image_aspect_ratio or trained_with,
         model_max_length=saved.model_max_length(),
         version=saved.version,
     )
@@ -72,7 +75,7 @@ def main(command_line: list[str] | None = None) -> None:
     add("--dtype", choices=DTYPES, help="of the weights [as stored]")
     add("--model_base", metavar="TEXT", help="what a LoRA directory, checkpoint or projector belongs to [as it says]")
     add("--version", metavar="TEXT", help="conversation template [as DIR says]")
-    add("--image_aspect_ratio", choices=KNOWN_VALUES["image_aspect_ratio"], help="pad or square [as DIR says]")
+    add("--image_aspect_ratio", choices=KNOWN_VALUES["image_aspect_ratio"], help="[as DIR says]")
     add("--vision_tower", metavar="TEXT", help="name of the tower, for LLaVA's layout, where DIR does not say it")
     add("--save_vision_tower", action="store_true", help="the tower's weights too, in LLaVA's layout")
     given = parser.parse_args(command_line)

@@ -18,7 +18,7 @@ from ..model.image_tokens import add_token_rows
 from ..model.llava import LlavaModel, load_llava
 from ..model.lora import ADAPTER_CONFIG, base_of, load_lora, merge_lora
 from ..model.projector import PROJECTOR_FILE
-from ..model.sources import IMAGE_TOKEN_FLAGS, WEIGHT_FILES, Source, layout_of, open_source
+from ..model.sources import IMAGE_TOKEN_FLAGS, WEIGHT_FILES, Source, layout_of, open_source, tiles_in
 from ..training.checkpoint import read_manifest, read_trained
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -77,7 +77,7 @@ class SavedModel:
         return self.source.language_config.dtype or torch.float32
 
     def image_aspect_ratio(self) -> str:
-        """What the images were trained with: `pad` or `square`."""
+        """What the images were trained with: `pad`, `square` or `anyres`."""
         if self.kind == WHOLE:
             return self.source.image_aspect_ratio()
         return self.config.get("image_aspect_ratio", "square")
@@ -122,6 +122,7 @@ def open_saved(
         raise ValueError(f"{directory} is a whole model: --model_base {base} has no part in it.")
     flags = ModelArguments(model_name_or_path=directory if own else base or _recorded_base(directory, kind, config))
     flags.vision_tower = vision_tower or (None if own else config.get("mm_vision_tower"))
+    flags.image_size = None if own else config.get("mm_image_size")
     explicit = {"vision_tower"} if vision_tower else set()
     if not own:
         for name in FIXED:
@@ -136,6 +137,8 @@ def open_saved(
             f"{directory} is a {kind} of {flags.model_name_or_path} with the vision tower {flags.vision_tower}. One of "
             f"them cannot be read: {error} Give their places as --model_base and --vision_tower."
         ) from error
+    if not own:
+        source.merge_type, source.pinpoints = tiles_in(directory, config)
 
     has_tokenizer = find_file(directory, "tokenizer_config.json") is not None
     tokenizer = load_tokenizer(directory if has_tokenizer else source.name)
@@ -162,7 +165,8 @@ def _kind(directory: str) -> str:
         return LORA
     if (Path(directory) / "manifest.json").is_file():
         trained = read_manifest(Path(directory))["parameters"]
-        return PROJECTOR if all(name.startswith(("projector.", "new_tokens.")) for name in trained) else STATE
+        with_projector = ("projector.", "new_tokens.", "image_newline.")
+        return PROJECTOR if all(name.startswith(with_projector) for name in trained) else STATE
     if any(find_file(directory, name) for name in WEIGHT_FILES):
         return WHOLE
     if find_file(directory, PROJECTOR_FILE) and find_file(directory, "config.json"):

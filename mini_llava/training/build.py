@@ -41,6 +41,7 @@ def build_model(
         model_flags.unfreeze_mm_vision_tower,
         training.lora_r if training.lora_enable else None,
         model_flags.mm_use_im_start_end,
+        image_newline=source.tiling is not None and source.tiling.has_newline,
     )
     model = load_llava(
         source,

@@ -15,15 +15,17 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ..data.anyres import Tiles
+from ..data.collator import image_tokens, join_images
 from ..data.records import RecordStore, missing_image
 from ..data.templates import Template, written_answer
-from ..data.tokenization import IMAGE_TOKEN_INDEX, BadRecord
+from ..data.tokenization import IMAGE_TOKEN_INDEX, BadRecord, expand_images
 from .distributed import sum_over_ranks, zero_stage
 
 
 @dataclass
 class Question:
-    """A prompt as `tokenize_prompt` gives it, its pictures (record, name), and the answer expected."""
+    """A prompt with one token for each picture, its pictures (record, name), and the answer expected."""
 
     input_ids: np.ndarray
     images: list[tuple[int, str]]
@@ -50,7 +52,7 @@ class HeldOut:
         model: nn.Module,
         store: RecordStore | None,
         to_prompt: Callable[[dict], np.ndarray],
-        load_pixels: Callable[[str, str], torch.Tensor],
+        load_pixels: Callable[[str, str], torch.Tensor | Tiles],
         tokenizer: PreTrainedTokenizerBase,
         template: Template,
         batch_size: int,
@@ -60,8 +62,8 @@ class HeldOut:
         """
         Args:
             store: the held-out records; None = none.
-            to_prompt: record to the ids up to the answer of its last question.
-            load_pixels: (image folder, image name) to uint8 [3, image_size, image_size].
+            to_prompt: record to the ids up to the answer of its last question, with one token for each image.
+            load_pixels: (image folder, image name) to what `collate` takes.
             max_samples: take so many of them, at random.
         """
         self.accelerator, self.model, self.store, self.load_pixels = accelerator, model, store, load_pixels
@@ -113,7 +115,7 @@ def exact_match(
     accelerator: Accelerator,
     model: nn.Module,
     questions: Sequence[Question],
-    load_pixels: Callable[[int, str], torch.Tensor],
+    load_pixels: Callable[[int, str], torch.Tensor | Tiles],
     tokenizer: PreTrainedTokenizerBase,
     template: Template,
     batch_size: int,
@@ -122,7 +124,7 @@ def exact_match(
 
     Args:
         model: the prepared `LlavaModel`.
-        load_pixels: (record, image name) to uint8 [3, image size, image size].
+        load_pixels: (record, image name) to what `collate` takes.
         template: which says what ends an answer.
     """
     llava = accelerator.unwrap_model(model)
@@ -139,7 +141,7 @@ def exact_match(
         eos_token_id=stop_ids or tokenizer.eos_token_id,
         pad_token_id=0,
     )
-    by_length = sorted(questions, key=lambda question: len(question.input_ids))
+    by_length = sorted(questions, key=lambda question: (len(question.images), len(question.input_ids)))
     right = 0
     # All ranks take the same number of batches, because under ZeRO-3 each forward is a collective; surplus ranks repeat
     # the first question and do not count it.
@@ -147,20 +149,22 @@ def exact_match(
         first = start + accelerator.process_index * batch_size
         counted = by_length[first : first + batch_size]
         batch = counted or by_length[:1]
-        ids = [torch.from_numpy(question.input_ids.astype(np.int64)) for question in batch]
+        images, ids = [], []
+        for question in batch:
+            images_of_question = [load_pixels(*image) for image in question.images]
+            tokens = image_tokens(images_of_question, llava.vision_tower.tokens_per_image)
+            ids.append(torch.from_numpy(expand_images(question.input_ids, tokens).astype(np.int64)))
+            images += images_of_question
         input_ids = pad_sequence(ids, batch_first=True, padding_side="left")
         mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left")
         is_image = input_ids == IMAGE_TOKEN_INDEX
-        pixels = [load_pixels(*image) for question in batch for image in question.images]
+        pixel_values, feature_rows = join_images(images, llava.vision_tower.image_size)
         with accelerator.autocast():
             embeddings = llava.embed(
                 input_ids.masked_fill(is_image, 0).to(accelerator.device),
-                (
-                    torch.stack(pixels)
-                    if pixels
-                    else torch.zeros(1, 3, llava.vision_tower.image_size, llava.vision_tower.image_size)
-                ).to(accelerator.device),
+                pixel_values.to(accelerator.device),
                 is_image.flatten().nonzero().squeeze(-1).to(accelerator.device),
+                None if feature_rows is None else feature_rows.to(accelerator.device),
             )
             output = llava.language_model.generate(
                 inputs_embeds=embeddings,

@@ -60,7 +60,6 @@ class FlopCounter:
         head = language_model.get_output_embeddings().weight
         text = language_model.config.get_text_config()
         self.language_model_parameters = sum(numel(parameter) for parameter in language_model.parameters())
-        self.tokens_per_image = tower.tokens_per_image
 
         self.per_logit = _flops(head, 4)
         self.per_token = sum(_flops(weight, 4) for weight in _matrices(language_model).values() if weight is not head)
@@ -78,7 +77,7 @@ class FlopCounter:
             lengths = batch["cu_seqlens"].diff().double()
         else:
             lengths = batch["attention_mask"].sum(dim=1).double()
-        images = batch["image_positions"].numel() / self.tokens_per_image
+        images = len(batch["pixel_values"]) if batch["image_positions"].numel() else 0  # or tiles of images
         logits = int((batch["targets"] >= 0).sum())
         return self._sum(lengths.sum().item(), lengths.square().sum().item(), logits, images)
 

@@ -83,7 +83,8 @@ class Planned:
         parts = empty_parts(self.source)
         source = self.source
         tower = VisionTower(parts["vision_tower"], source.select_layer, source.select_feature, source.image_size())
-        model = LlavaModel(tower, parts["projector"], parts["language_model"])
+        newline = parts.get("image_newline")
+        model = LlavaModel(tower, parts["projector"], parts["language_model"], newline, source.tiling)
         for name, part in model.named_children():
             part.to(self.layout.master_dtype if name in trained_in_full(plan) else self.layout.compute_dtype)
         if training.lora_enable:

@@ -132,7 +132,7 @@ def test_ten_thousand_mutated_records_are_trained_on_or_named(version, tokenizer
     """`measure` lets nothing but BadRecord pass; any other exception would end it. The doctor finds the same."""
     tokenizer = load_tokenizer(FIXTURES / f"tokenizer_{tokenizer}")
 
-    def to_sample(record, max_length=MAX_LENGTH):
+    def to_sample(record, folder, max_length=MAX_LENGTH):
         started = time.monotonic()
         sample = tokenize(record, TEMPLATES[version], tokenizer, TOKENS_PER_IMAGE, max_length)
         assert time.monotonic() - started < 5
@@ -146,7 +146,7 @@ def test_ten_thousand_mutated_records_are_trained_on_or_named(version, tokenizer
     accepted = len(lengths.length) - len(lengths.bad)
     assert accepted > (500 if version == "plain" else 2500), "mutations are too strong to test what is accepted"
     assert len(lengths.bad) > 2500, "mutations are too weak"
-    found = examine_records(store, to_sample, TOKENS_PER_IMAGE, MAX_LENGTH, range(len(store)))
+    found = examine_records(store, to_sample, MAX_LENGTH, range(len(store)))
     assert found.faults == lengths.bad and (found.length == lengths.length).all()
     for index, sentence in lengths.bad.items():
         shown = f"{store.describe(index)}: {sentence}"

@@ -26,7 +26,7 @@ def store(tmp_path) -> RecordStore:
     return RecordStore([str(tmp_path / "data.json")], [str(tmp_path)])
 
 
-def tokenize(record: dict) -> Sample:
+def tokenize(record: dict, folder: str) -> Sample:
     """As many tokens as the number in the id, plus two; all trained."""
     if "bad" in record:
         raise BadRecord("it has no answer.")

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -248,7 +249,7 @@ class Words:
     def __init__(self, log):
         self.log = log
 
-    def __call__(self, record):
+    def __call__(self, record, folder):
         with open(self.log, "a") as file:
             file.write("x\n")
         if "crash" in record:
@@ -355,9 +356,9 @@ def test_where_nothing_can_be_written_lengths_are_computed_all_the_same(cache_fo
 
 
 def measure_slowly(store, words, cache):
-    def slow(record):
+    def slow(record, folder):
         time.sleep(0.0005)
-        return words(record)
+        return words(record, folder)
 
     measure(store, slow, 1, cache, "key")
 
@@ -401,7 +402,8 @@ def test_the_key_follows_everything_that_decides_a_length():
 def test_real_records_are_measured_as_they_are_tokenized(tmp_path):
     store = RecordStore([str(FIXTURES / "data" / "records.json")], [str(FIXTURES / "data" / "images")])
     tokenizer, template = load_tokenizer(FIXTURES / "tokenizer_llama"), get_template("v1")
-    lengths = measure(store, lambda record: tokenize(record, template, tokenizer, 16, 384), 2, tmp_path, "key")
+    to_sample = partial(tokenize, template=template, tokenizer=tokenizer, tokens_per_image=16, max_length=384)
+    lengths = measure(store, to_sample, 2, tmp_path, "key")
     for index in range(len(store)):
         try:
             sample = tokenize(store[index], template, tokenizer, 16, 384)

@@ -21,7 +21,20 @@ TOLERANCE = dict(rtol=0, atol=1e-5)
 IMAGE_TOKENS, IMAGE_SIZE = 16, 56
 IMAGE_FOLDER = runs.FIXTURES / "data" / "images"
 WITH_IMAGE, WITHOUT = runs.RECORDS[runs.IMAGES[0]], runs.RECORDS[runs.TEXTS[0]]
-OF_BOTH_KINDS = pytest.mark.parametrize("record", [WITH_IMAGE, WITHOUT], ids=["image", "text only"])
+SEVERAL = {
+    "image": ["wide_rgb.png", "square_rgb.png", "tall_rgb.png"],
+    "conversations": [
+        {"from": "human", "value": "<image> and <image> or\n<image>"},
+        {"from": "gpt", "value": "The first."},
+    ],
+}
+KINDS = {"image": WITH_IMAGE, "text only": WITHOUT, "several images": SEVERAL}
+OF_ALL_KINDS = pytest.mark.parametrize("record", KINDS.values(), ids=KINDS)
+
+
+def images_of(record: dict) -> list[str]:
+    names = record.get("image", [])
+    return [names] if isinstance(names, str) else names
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +59,7 @@ def textual() -> dict:
 
 def trainer_inputs(ids: np.ndarray, record: dict) -> dict:
     """The micro-batch that training would make of these ids."""
-    names = [record["image"]] if "image" in record else []
+    names = images_of(record)
     processor = load_image_processor(str(runs.FIXTURES / "clip"))
     open_image = functools.partial(open_pixels, processor=processor, aspect_ratio="pad", size=IMAGE_SIZE)
     sample = Sample(ids, np.where(ids == IMAGE_TOKEN_INDEX, -100, ids), names)
@@ -67,7 +80,7 @@ def trainer_logits(model, batch: dict) -> torch.Tensor:
     return seen[0]
 
 
-@OF_BOTH_KINDS
+@OF_ALL_KINDS
 def test_transformers_gives_the_trainers_logits_for_the_trainers_ids(trained, record):
     model, saved, _ = trained
     ids = tokenize(record, max_length=512, **textual()).input_ids
@@ -75,7 +88,7 @@ def test_transformers_gives_the_trainers_logits_for_the_trainers_ids(trained, re
     expected = trainer_logits(model, batch)
 
     ids = torch.from_numpy(np.where(ids == IMAGE_TOKEN_INDEX, saved.config.image_token_id, ids).astype(np.int64))[None]
-    assert (ids == saved.config.image_token_id).sum() == (IMAGE_TOKENS if "image" in record else 0)
+    assert (ids == saved.config.image_token_id).sum() == IMAGE_TOKENS * len(images_of(record))
     pixels = {"pixel_values": float_values(model, batch)} if "image" in record else {}
     with torch.no_grad():
         found = saved(input_ids=ids, **pixels).logits
@@ -83,16 +96,15 @@ def test_transformers_gives_the_trainers_logits_for_the_trainers_ids(trained, re
     torch.testing.assert_close(found[..., : expected.shape[-1]], expected, **TOLERANCE)
 
 
-@OF_BOTH_KINDS
+@OF_ALL_KINDS
 def test_the_saved_processor_and_chat_template_lead_to_the_trainers_logits(trained, record):
     """From messages and an image file, as somebody asks who knows transformers only, up to the first answer."""
     model, saved, processor = trained
-    question = record["conversations"][0]["value"].replace("<image>", "").strip()
-    content = [{"type": "text", "text": question}]
-    images = None
-    if "image" in record:
-        content.insert(0, {"type": "image"})
-        images = load_image(str(IMAGE_FOLDER), record["image"])
+    question, content = record["conversations"][0]["value"], []
+    images = [load_image(str(IMAGE_FOLDER), name) for name in images_of(record)] or None
+    if isinstance(record.get("image"), str):  # whose mark moves to the front
+        content, question = [{"type": "image"}], question.replace("<image>", "").strip()
+    content.append({"type": "text", "text": question})
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = processor(text=text, images=images, return_tensors="pt")
 

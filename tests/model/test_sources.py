@@ -176,7 +176,7 @@ def test_weights_inside_count_and_not_those_of_the_towers_name(tmp_path):
 
 
 def test_exporting_reads_no_weight_before_it_is_written(published):
-    tower, projector, language_model = map_parts(open_here(published["transformers 4's"]))
+    tower, projector, language_model, _ = map_parts(open_here(published["transformers 4's"]))
     parameters = [*tower.parameters(), *projector.parameters(), *language_model.parameters()]
     assert {parameter.dtype for parameter in parameters} == {torch.float16}
     assert not any(parameter.is_meta for parameter in parameters)
@@ -393,7 +393,12 @@ def test_an_adapter_says_what_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"mm_patch_merge_type": "spatial_unpad"}, "images in several tiles"),
+        ({"mm_patch_merge_type": "spatial_unpad"}, "image_aspect_ratio pad with mm_patch_merge_type spatial_unpad"),
+        ({"image_aspect_ratio": "anyres_max_9"}, "known are anyres with flat, spatial, spatial_unpad"),
+        (
+            {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"},
+            "lacks image_newline",
+        ),
         ({"model_type": "llava_nonesuch"}, "name no language model"),
         ({"mm_vision_tower": None}, "names no mm_vision_tower"),
     ],
@@ -408,7 +413,8 @@ def test_llavas_models_that_are_not_known_are_refused_with_the_reason(tmp_path, 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"model_type": "llava_next"}, "only LLaVA-1.5's are known"),
+        ({"model_type": "llava_onevision"}, "only LLaVA's are known"),
+        ({"model_type": "llava_next", "image_grid_pinpoints": [[56, 112]]}, "lacks image_newline"),
         ({"projector_hidden_act": "relu"}, "projector_hidden_act 'relu'; known here: gelu"),
         ({"vision_feature_layer": [-2, -5]}, r"vision_feature_layer \[-2, -5\]"),
         ({"vision_config": {"model_type": "vit"}}, "is vit. Known are clip_vision_model"),

@@ -1,0 +1,187 @@
+"""Pictures of any resolution in tiles of the vision tower's size: LLaVA-1.6's `anyres`.
+
+Replaces `process_anyres_image` of LLaVA's `mm_utils.py` and the unpadding in its `llava_arch.py`, which counts and
+reshapes on the GPU. Here the size in a picture's header gives, on the CPU, how many tokens it takes and in which order
+its features come, so that the text can be tokenized and the batches dealt before a picture is opened.
+"""
+
+import ast
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .images import BadImage, image_size
+
+MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
+NEWLINE = -1  # in an order: the learned embedding that ends a row of features
+# LLaVA-1.6's resolutions, as columns and rows of tiles.
+LLAVA_1_6 = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+MOST_TILES = 64  # of one picture: far more than any model was trained with, and far less than would fill a GPU
+
+
+class Tiles(NamedTuple):
+    """An opened picture.
+
+    tiles: uint8 [tiles, 3, S, S], the whole picture first.
+    order: int64 [tokens]; for each of its placeholders the number of the feature that goes there, counted through
+        its tiles, or NEWLINE.
+    features: how many its tiles give.
+    """
+
+    tiles: torch.Tensor
+    order: np.ndarray
+    features: int
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How pictures are cut into tiles, and how the features of the tiles are put together again.
+
+    Attributes:
+        pinpoints: (width, height) of the pictures that tiles may make up, pixels; the best fitting one is taken.
+        merge_type: `flat`: the features of one tile behind those of another; `spatial`: row by row of the picture that
+            the tiles make up; `spatial_unpad`: without the padding, and with a newline at the end of each row.
+        tile_size: side of a tile, pixels.
+        grid: features on a side of a tile.
+    """
+
+    pinpoints: tuple[tuple[int, int], ...]
+    merge_type: str
+    tile_size: int
+    grid: int
+
+    def __post_init__(self):
+        if self.merge_type not in MERGE_TYPES:
+            raise ValueError(f"--mm_patch_merge_type {self.merge_type}: known values are {', '.join(MERGE_TYPES)}.")
+        for width, height in self.pinpoints:
+            if min(width, height) <= 0 or width % self.tile_size or height % self.tile_size:
+                raise ValueError(
+                    f"--image_grid_pinpoints: {width}x{height} is not made up of tiles of the vision tower's "
+                    f"{self.tile_size} pixels."
+                )
+            if (tiles := width * height // self.tile_size**2) > MOST_TILES:
+                raise ValueError(f"--image_grid_pinpoints: {width}x{height} are {tiles} tiles; at most {MOST_TILES}.")
+
+    @property
+    def has_newline(self) -> bool:
+        return self.merge_type == "spatial_unpad"
+
+    def tokens(self, folder: str | None, name: str) -> int:
+        """How many placeholders an image file takes; only its header is read. Raises BadImage."""
+        if folder is None:
+            raise BadImage(f"it has the image {name!r}, but no --image_folder is given.")
+        return len(self.order(image_size(folder, name)))
+
+    def resolution(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The pinpoint for a picture of (width, height): the one that keeps most of its pixels, then wastes fewest."""
+        width, height = size
+
+        def kept_and_wasted(pinpoint: tuple[int, int]) -> tuple[int, int]:
+            scale = min(pinpoint[0] / width, pinpoint[1] / height)
+            kept = min(int(width * scale) * int(height * scale), width * height)
+            return kept, kept - pinpoint[0] * pinpoint[1]
+
+        return max(self.pinpoints, key=kept_and_wasted)  # the first of equals
+
+    def open(self, image: Image.Image, resample: Image.Resampling) -> Tiles:
+        """The tiles of a picture, resized with the image processor's filter."""
+        pixels = np.stack([np.asarray(tile) for tile in self.cut(image, resample)]).transpose(0, 3, 1, 2)
+        tiles = torch.from_numpy(np.ascontiguousarray(pixels))
+        return Tiles(tiles, self.order(image.size), len(tiles) * self.grid**2)
+
+    def cut(self, image: Image.Image, resample: Image.Resampling) -> list[Image.Image]:
+        """The whole picture squeezed into one tile, then the tiles row by row, their padding black."""
+        side, (width, height) = self.tile_size, self.resolution(image.size)
+        scale_x, scale_y = width / image.width, height / image.height
+        if scale_x < scale_y:
+            inner = width, min(math.ceil(image.height * scale_x), height)
+        else:
+            inner = min(math.ceil(image.width * scale_y), width), height
+        canvas = Image.new("RGB", (width, height))
+        canvas.paste(image.resize(inner, resample), ((width - inner[0]) // 2, (height - inner[1]) // 2))
+        corners = [(x, y) for y in range(0, height, side) for x in range(0, width, side)]
+        return [image.resize((side, side), resample), *(canvas.crop((x, y, x + side, y + side)) for x, y in corners)]
+
+    def order(self, size: tuple[int, int]) -> np.ndarray:
+        """What `Tiles.order` says, for a picture of (width, height)."""
+        grid, (width, height) = self.grid, self.resolution(size)
+        columns, rows = width // self.tile_size, height // self.tile_size
+        of_whole = np.arange(grid**2)
+        numbers = np.arange(grid**2, (1 + rows * columns) * grid**2)
+        if self.merge_type == "flat":
+            return np.concatenate([of_whole, numbers])
+        picture = numbers.reshape(rows, columns, grid, grid).swapaxes(1, 2).reshape(rows * grid, columns * grid)
+        if self.merge_type == "spatial_unpad":
+            picture = self._unpadded(picture, size)
+            picture = np.concatenate([picture, np.full((len(picture), 1), NEWLINE)], axis=1)
+        return np.concatenate([of_whole, picture.reshape(-1)])
+
+    @staticmethod
+    def _unpadded(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """Without the rows or columns that show padding only, counted as transformers' `unpad_image` does."""
+        (height, width), (rows, columns) = (size[1], size[0]), picture.shape
+        if width / height > columns / rows:
+            padding = (rows - int(round(height * (columns / width), 7))) // 2
+            return picture[padding : rows - padding]
+        padding = (columns - int(round(width * (rows / height), 7))) // 2
+        return picture[:, padding : columns - padding]
+
+
+def choose_tiling(
+    tile_size: int, tokens_per_tile: int, merge_type: str | None = None, pinpoints: str | Sequence | None = None
+) -> Tiling:
+    """The tiling for a vision tower.
+
+    Args:
+        tokens_per_tile: features that the tower gives for a picture of `tile_size` pixels.
+        merge_type: None: LLaVA-1.6's.
+        pinpoints: pairs of width and height, or the text of such a list, as LLaVA's flag has it; None: LLaVA-1.6's, in
+            tiles of this tower.
+
+    Raises:
+        ValueError: the tower's features do not form a square, or a value makes no sense.
+    """
+    grid = math.isqrt(tokens_per_tile)
+    if grid**2 != tokens_per_tile:
+        raise ValueError(
+            f"--image_aspect_ratio anyres puts features in their place in the picture, but the vision tower gives "
+            f"{tokens_per_tile}, which is no square: leave out the class token by --mm_vision_select_feature patch."
+        )
+    if pinpoints is None:
+        pinpoints = [(columns * tile_size, rows * tile_size) for columns, rows in LLAVA_1_6]
+    return Tiling(read_pinpoints(pinpoints), merge_type or "spatial_unpad", tile_size, grid)
+
+
+def read_pinpoints(value: str | Sequence) -> tuple[tuple[int, int], ...]:
+    """`[(336, 672), (672, 336)]`, as text or as a list, to pairs of width and height. Raises ValueError."""
+    try:
+        pairs = ast.literal_eval(value) if isinstance(value, str) else value
+        pinpoints = tuple((width, height) for width, height in pairs)
+    except (ValueError, SyntaxError, TypeError):
+        pinpoints = ()
+    if not pinpoints or not all(isinstance(side, int) for pair in pinpoints for side in pair):
+        raise ValueError(
+            f"--image_grid_pinpoints {value}: expected a list of widths and heights in pixels, such as "
+            f'"[(336, 672), (672, 336), (672, 672)]".'
+        )
+    return pinpoints
+
+
+def join_tiles(pictures: Sequence[Tiles]) -> tuple[torch.Tensor, torch.Tensor]:
+    """All tiles of several pictures, and the row of their features, a newline's behind the last, for each placeholder.
+
+    Returns:
+        tiles: uint8 [all tiles, 3, S, S].
+        feature_rows: int64 [image tokens], see `LlavaModel.embed`.
+    """
+    first = np.cumsum([0, *(picture.features for picture in pictures)])
+    rows = [
+        np.where(picture.order == NEWLINE, first[-1], picture.order + start)
+        for picture, start in zip(pictures, first, strict=False)
+    ]
+    return torch.cat([picture.tiles for picture in pictures]), torch.from_numpy(np.concatenate(rows))

@@ -1,0 +1,274 @@
+"""Images in tiles: cut, counted and ordered as transformers' LlavaNext does it, and measured from headers alone."""
+
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextProcessor
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
+
+from mini_llava.data.anyres import NEWLINE, choose_tiling, join_tiles
+from mini_llava.data.images import FORMATS, image_size, load_image, normalisation_table, normalise
+from mini_llava.data.loader import RankSteps, open_pixels
+from mini_llava.data.records import RecordStore, measure, measurement_key
+from mini_llava.data.templates import get_template
+from mini_llava.data.tokenization import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
+    expand_images,
+    load_tokenizer,
+    tokenize,
+    tokenize_prompt,
+)
+from tests.launching import ROOT
+
+FIXTURES = ROOT / "tests" / "parity" / "fixtures"
+IMAGES = FIXTURES / "data" / "images"
+TILE, GRID = 56, 4
+TILING = choose_tiling(TILE, GRID**2)
+# Not symmetrical, so that width and height cannot be exchanged unseen.
+UNEVEN = choose_tiling(TILE, GRID**2, pinpoints=f"[({TILE}, {3 * TILE}), ({2 * TILE}, {TILE}), ({4 * TILE}, {TILE})]")
+TILINGS = pytest.mark.parametrize("tiling", [TILING, UNEVEN], ids=["LLaVA-1.6's", "uneven"])
+
+
+def sizes(count: int) -> list[tuple[int, int]]:
+    """Widths and heights: any, and those at which something changes."""
+    draw = np.random.default_rng(0)
+    any_sizes = [tuple(int(side) for side in draw.integers(2, 500, 2)) for _ in range(count)]
+    multiples = [(width, height) for width in (55, 56, 57, 112, 168, 336) for height in (55, 56, 57, 112, 168, 336)]
+    return [*any_sizes, *multiples, (1, 1), (1, 200), (200, 1), (400, 3), (3, 400)]
+
+
+def picture(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(width).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def clip_processor() -> CLIPImageProcessorPil:
+    return CLIPImageProcessorPil.from_pretrained(FIXTURES / "clip")
+
+
+def llava_next_processor(tiling) -> LlavaNextProcessor:
+    settings = clip_processor().to_dict()
+    del settings["image_processor_type"]
+    pinpoints = [[height, width] for width, height in tiling.pinpoints]
+    return LlavaNextProcessor(
+        LlavaNextImageProcessorPil(**settings, image_grid_pinpoints=pinpoints),
+        load_tokenizer(FIXTURES / "llm"),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+# --- as transformers -------------------------------------------------------------------------------------------------
+
+
+@TILINGS
+def test_an_image_takes_as_many_tokens_as_for_llava_next(tiling):
+    of_sizes = sizes(200)
+    processor = llava_next_processor(tiling)
+    expected = processor._get_num_multimodal_tokens(image_sizes=[(height, width) for width, height in of_sizes])
+    assert [len(tiling.order(size)) for size in of_sizes] == expected["num_image_tokens"]
+    assert len({tiling.resolution(size) for size in of_sizes}) == len(tiling.pinpoints), "every pinpoint should occur"
+
+
+@TILINGS
+def test_features_come_in_the_order_of_llava_next(tiling):
+    """Features that hold their own number go through transformers' own packing."""
+    vision = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=TILE, patch_size=14
+    )
+    text = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, pad_token_id=None
+    )
+    pinpoints = [[height, width] for width, height in tiling.pinpoints]
+    model = LlavaNextModel(
+        LlavaNextConfig(vision_config=vision, text_config=text, image_grid_pinpoints=pinpoints, image_token_index=7)
+    )
+    for width, height in sizes(30):
+        across, down = tiling.resolution((width, height))
+        tiles = 1 + (across // TILE) * (down // TILE)
+        numbers = torch.arange(tiles * GRID**2, dtype=torch.float32).view(tiles, GRID**2, 1)
+        [packed], _ = model.pack_image_features(
+            [numbers], [[height, width]], "default", image_newline=torch.tensor([float(NEWLINE)])
+        )
+        assert tiling.order((width, height)).tolist() == packed.flatten().long().tolist(), (width, height)
+
+
+@TILINGS
+def test_the_tiles_are_those_of_llava_next_to_the_bit(tiling):
+    processor, table = llava_next_processor(tiling).image_processor, normalisation_table(clip_processor())
+    for size in sizes(30):
+        image = picture(*size)
+        found = tiling.open(image, clip_processor().resample)
+        expected = processor(image, return_tensors="pt")["pixel_values"][0]
+        assert found.tiles.dtype == torch.uint8 and found.features == len(found.tiles) * GRID**2
+        assert torch.equal(normalise(found.tiles, table), expected), size
+
+
+@pytest.mark.parametrize("merge_type", ["flat", "spatial"])
+def test_flat_and_spatial_lay_out_all_features_as_llava_does(merge_type):
+    tiling = choose_tiling(TILE, GRID**2, merge_type)
+    for size in sizes(20):
+        columns, rows = (side // TILE for side in tiling.resolution(size))
+        numbers = torch.arange((1 + rows * columns) * GRID**2)
+        if merge_type == "spatial":  # row by row of the whole picture
+            of_tiles = numbers[GRID**2 :].view(rows, columns, GRID, GRID)
+            lines = [
+                of_tiles[row, column, line] for row in range(rows) for line in range(GRID) for column in range(columns)
+            ]
+            numbers = torch.cat([numbers[: GRID**2], *lines])
+        assert tiling.order(size).tolist() == numbers.tolist()
+
+
+def test_images_are_joined_behind_each_other_with_one_newline_for_all():
+    pictures = [TILING.open(picture(*size), Image.Resampling.BICUBIC) for size in ((50, 90), (30, 30), (300, 60))]
+    tiles, rows = join_tiles(pictures)
+    assert len(tiles) == sum(len(opened.tiles) for opened in pictures)
+    total = len(tiles) * GRID**2
+    start, features = 0, 0
+    for opened in pictures:
+        mine = rows[start : start + len(opened.order)].numpy()
+        assert ((mine == total) == (opened.order == NEWLINE)).all()
+        assert (mine[mine < total] == opened.order[opened.order != NEWLINE] + features).all()
+        start, features = start + len(opened.order), features + opened.features
+    assert start == len(rows) and rows.dtype == torch.int64
+
+
+# --- headers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [name for name in FORMATS if name not in ("PPM", "BMP")])
+def test_the_header_says_the_size_that_the_opened_image_has(kind, tmp_path):
+    for orientation in (1, 3, 6, 8):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        how = {} if kind in ("GIF", "JPEG2000") else {"exif": exif}  # which hold none
+        picture(50, 30).save(tmp_path / "image", format=kind, **how)
+        assert image_size(tmp_path, "image") == load_image(tmp_path, "image").size
+        assert (image_size(tmp_path, "image") == (30, 50)) == (orientation in (6, 8) and "exif" in how)
+
+
+# --- records ---------------------------------------------------------------------------------------------------------
+
+# 34 tokens, 16 for the whole and 18 for what the tiles show of it, and 16 + 20.
+SMALL, TALL = "square_rgb.png", "tall_rgb.png"
+
+
+def record(images: list[str], question: str, answer: str = "It is red.") -> dict:
+    return {"image": images, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+
+
+@pytest.fixture(scope="module")
+def textual():
+    return dict(template=get_template("v1"), tokenizer=load_tokenizer(FIXTURES / "llm"))
+
+
+def of_fixture(name: str) -> int:
+    return TILING.tokens(IMAGES, name)
+
+
+def test_each_image_of_a_record_has_its_own_number_of_tokens_in_its_own_place(textual):
+    to_sample = partial(tokenize, tokens_per_image=TILING.tokens, max_length=500, **textual)
+    names = [TALL, SMALL, "wide_rgb.png"]
+    assert len({of_fixture(name) for name in names}) == 3
+    sample = to_sample(record(names, "First <image> then <image><image> what?"), folder=IMAGES)
+    one_each = tokenize(
+        record(names, "First <image> then <image><image> what?"), tokens_per_image=1, max_length=500, **textual
+    )
+    places = np.flatnonzero(one_each.input_ids == IMAGE_TOKEN_INDEX)
+    expected = np.insert(
+        one_each.input_ids, np.repeat(places, [of_fixture(name) - 1 for name in names]), IMAGE_TOKEN_INDEX
+    )
+    assert sample.input_ids.tolist() == expected.tolist() and sample.images == names
+    assert (sample.labels != IGNORE_INDEX).sum() == (one_each.labels != IGNORE_INDEX).sum()
+
+
+def test_a_cut_keeps_whole_images_only(textual):
+    """Two images in a row are told apart although nothing stands between them."""
+    names = [SMALL, TALL, SMALL]
+    turns = [("human", "What?"), ("gpt", "Red."), ("human", "<image><image> And this?"), ("gpt", "Blue. " * 3)]
+    turns += [("human", "And <image>?"), ("gpt", "It is blue.")]
+    long = {"image": names, "conversations": [{"from": role, "value": text} for role, text in turns]}
+    to_sample = partial(tokenize, tokens_per_image=TILING.tokens, folder=IMAGES, **textual)
+    whole = to_sample(long, max_length=1000)
+    first_trained = int(np.argmax(whole.labels != IGNORE_INDEX))
+    kept = set()
+    for cut in range(first_trained + 1, len(whole.input_ids) + 1):
+        sample = to_sample(long, max_length=cut)
+        length = len(sample.input_ids)
+        assert length <= cut and sample.input_ids.tolist() == whole.input_ids[:length].tolist()
+        assert sample.images == names[: len(sample.images)]
+        assert (sample.input_ids == IMAGE_TOKEN_INDEX).sum() == sum(map(of_fixture, sample.images))
+        if length < cut:  # shorter than it might be, because of an image
+            assert whole.input_ids[length] == IMAGE_TOKEN_INDEX
+        kept.add(len(sample.images))
+    assert kept == {0, 1, 2, 3}
+
+
+def test_a_prompt_is_the_beginning_of_its_sample(textual):
+    asked = record([SMALL, TALL], "<image> or <image>?")
+    ids = expand_images(tokenize_prompt(asked, **textual), [of_fixture(SMALL), of_fixture(TALL)])
+    sample = tokenize(asked, tokens_per_image=TILING.tokens, max_length=500, folder=IMAGES, **textual)
+    assert ids.tolist() == sample.input_ids[: len(ids)].tolist()
+
+
+def test_lengths_are_measured_without_opening_an_image_and_images_put_in_place_later_are_found(
+    textual, tmp_path, monkeypatch
+):
+    images, cache = tmp_path / "images", tmp_path / "cache"
+    images.mkdir()
+    for name, size in (("a.png", (50, 90)), ("b.png", (300, 60))):
+        picture(*size).save(images / name)
+    (images / "torn.png").write_bytes((images / "a.png").read_bytes()[:20])
+    names = [["a.png"], ["b.png", "a.png"], [], ["torn.png"], ["gone.png"]]
+    records = [record(of_record, "<image>" * len(of_record) + "What?") for of_record in names]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    store = RecordStore([str(tmp_path / "data.json")], [str(images)])
+    to_sample = partial(tokenize, tokens_per_image=TILING.tokens, max_length=500, **textual)
+    key = measurement_key(textual["template"], textual["tokenizer"], TILING, 500)
+    assert key != measurement_key(textual["template"], textual["tokenizer"], UNEVEN, 500)
+
+    lengths = measure(store, to_sample, 1, cache, key)
+    assert lengths.length[:3].tolist() == [len(to_sample(store[index], folder=images).input_ids) for index in range(3)]
+    assert (
+        list(lengths.bad) == [3, 4] and not lengths.length[3:].any() and lengths.has_image.tolist() == [1, 1, 0, 1, 1]
+    )
+    assert "cannot be read" in lengths.bad[3] and "'gone.png' is not in the image folder" in lengths.bad[4]
+
+    picture(70, 70).save(images / "gone.png")
+    counted = []
+    again = measure(store, lambda *of, **more: counted.append(of) or to_sample(*of, **more), 1, cache, key)
+    assert list(again.bad) == [3] and again.length[4] == len(to_sample(store[4], folder=images).input_ids)
+    assert len(counted) == 2, "only what was unknown is looked at again"
+    assert "no --image_folder is given" in measure(RecordStore(store.data_path), to_sample, 1, None, key).bad[0]
+
+
+def test_an_image_that_is_replaced_while_it_is_read_is_a_bad_sample(textual, tmp_path):
+    (tmp_path / "data.json").write_text(json.dumps([record([SMALL], "<image>What?")]))
+    store = RecordStore([str(tmp_path / "data.json")], [str(IMAGES)])
+    to_sample = partial(tokenize, tokens_per_image=TILING.tokens, max_length=500, **textual)
+    how = dict(processor=clip_processor(), aspect_ratio="anyres", size=TILE, tiling=TILING)
+    steps = RankSteps(store, to_sample, lambda folder, name: open_pixels(folder, TALL, **how), TILE, True, "skip")
+    [(index, sentence)] = steps[[[0]]].skipped
+    assert index == 0 and "has another size than a moment ago" in sentence
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"pinpoints": "[(100, 56)]"}, "100x56 is not made up of tiles of the vision tower's 56 pixels"),
+        ({"pinpoints": "(1x1),...,(6x6)"}, r"expected a list of widths and heights"),
+        ({"pinpoints": "[]"}, r"expected a list of widths and heights"),
+        ({"pinpoints": [(56 * 65, 56)]}, "65 tiles; at most 64"),
+        ({"tokens_per_tile": 17}, "17, which is no square"),
+        ({"merge_type": "spatial_pad"}, "--mm_patch_merge_type spatial_pad: known values are flat, spatial"),
+    ],
+)
+def test_what_makes_no_tiling_is_refused_with_the_reason(given, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        choose_tiling(**{"tile_size": TILE, "tokens_per_tile": GRID**2} | given)

@@ -1,0 +1,239 @@
+"""A model whose images come in tiles: one loss however its batches are cut, and the same logits in transformers."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoProcessor, LlavaNextForConditionalGeneration
+
+from mini_llava.arguments import DataArguments, ModelArguments
+from mini_llava.data.anyres import choose_tiling, join_tiles
+from mini_llava.data.collator import collate
+from mini_llava.data.images import load_image_processor, normalisation_table
+from mini_llava.data.loader import open_pixels
+from mini_llava.data.templates import get_template, render
+from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, load_tokenizer, tokenize
+from mini_llava.model import formats
+from mini_llava.model.image_newline import ImageNewline
+from mini_llava.model.llava import LlavaModel, load_llava
+from mini_llava.model.projector import build_projector
+from mini_llava.model.sources import open_source
+from mini_llava.model.vision_tower import load_vision_tower
+from mini_llava.tools import chat, export
+from mini_llava.tools.saved_models import open_saved
+from mini_llava.training.flops import FlopCounter
+from tests.launching import ROOT
+from tests.model.tiny_towers import save_tower
+
+FIXTURES = ROOT / "tests" / "parity" / "fixtures"
+IMAGES = FIXTURES / "data" / "images"
+TILE, GRID = 56, 4
+# Uneven, so that width and height are not exchanged unseen.
+PINPOINTS = [(TILE, 2 * TILE), (3 * TILE, TILE), (2 * TILE, 2 * TILE)]
+WIDE, TALL, SQUARE = "wide_rgb.png", "tall_rgb.png", "square_rgb.png"
+
+
+def record(images: list[str], question: str, answer: str = "It is a red one.") -> dict:
+    return {"image": images, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+
+
+RECORDS = [
+    record([WIDE], "<image>\nWhat is it?"),
+    record([], "Name a colour."),
+    record([TALL, SQUARE], "Is <image> like <image>?", "No."),
+    record([SQUARE], "<image>\nAnd this?"),
+]
+
+
+def build(merge_type: str = "spatial_unpad") -> LlavaModel:
+    tower = load_vision_tower(str(FIXTURES / "clip"), -2, "patch", torch.float32)
+    language_model = AutoModelForCausalLM.from_pretrained(FIXTURES / "llm", dtype=torch.float32)
+    torch.manual_seed(0)
+    tiling = choose_tiling(TILE, GRID**2, merge_type, PINPOINTS)
+    newline = ImageNewline(64) if tiling.has_newline else None
+    model = LlavaModel(tower, build_projector("mlp2x_gelu", 32, 64), language_model, newline, tiling).eval()
+    model.vision_tower.pixel_table = normalisation_table(load_image_processor(FIXTURES / "clip"))
+    model.vision_tower.requires_grad_(False)
+    return model
+
+
+def textual() -> dict:
+    return dict(template=get_template("v1"), tokenizer=load_tokenizer(FIXTURES / "llm"))
+
+
+def prompt(question: str) -> str:
+    return "".join(piece for piece, _ in render(textual()["template"], [question], [], generation_prompt=True))
+
+
+def batch_of(model: LlavaModel, records: list[dict], packed: bool) -> dict:
+    """As training makes it."""
+    how = dict(processor=load_image_processor(FIXTURES / "clip"), aspect_ratio="anyres", size=TILE, tiling=model.tiling)
+    to_sample = partial(tokenize, tokens_per_image=model.tiling.tokens, max_length=500, folder=IMAGES, **textual())
+    samples = [to_sample(each) for each in records]
+    images = [open_pixels(IMAGES, name, **how) for sample in samples for name in sample.images]
+    return collate(samples, images, TILE, packed)
+
+
+def loss_and_gradients(model: LlavaModel, batches: list[dict]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = sum(model(**batch) for batch in batches)
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# --- the loss --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("merge_type", ["flat", "spatial", "spatial_unpad"])
+def test_packed_padded_and_one_by_one_give_the_same_loss_and_gradients(merge_type):
+    model = build(merge_type)
+    alone = [batch_of(model, [each], packed=False) for each in RECORDS]
+    loss, gradients = loss_and_gradients(model, alone)
+    assert ("image_newline.weight" in gradients) == (merge_type == "spatial_unpad")
+    for packed in (True, False):
+        found, found_gradients = loss_and_gradients(model, [batch_of(model, RECORDS, packed)])
+        # fp32 sums in another order, over losses of size 100 and gradients of size 1.
+        torch.testing.assert_close(found, loss, rtol=1e-6, atol=0)
+        assert found_gradients.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            scale = gradient.abs().max().item()
+            torch.testing.assert_close(found_gradients[name], gradient, rtol=0, atol=2e-5 * scale, msg=name)
+
+
+def test_without_images_the_gradient_of_the_newline_is_zero_and_not_absent():
+    model = build()
+    for records in ([RECORDS[1]], []):
+        _, gradients = loss_and_gradients(model, [batch_of(model, records, packed=True)])
+        assert not gradients["image_newline.weight"].any() and not gradients["projector.0.weight"].any()
+
+
+def test_a_tile_costs_what_an_image_costs():
+    model = build()
+    count = FlopCounter(model)
+    batch = batch_of(model, [RECORDS[0]], packed=True)
+    tiles = len(batch["pixel_values"])
+    assert tiles == 4 and len(batch["image_positions"]) != tiles * GRID**2
+    without = count(batch | {"image_positions": batch["image_positions"][:0]})
+    assert count(batch) - without == tiles * count.per_image
+
+
+# --- the files -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The trainer's model in transformers' layout and in LLaVA's, written from the model and from each other."""
+    folder, model = tmp_path_factory.mktemp("saved"), build()
+    for layout in ("transformers", "llava"):
+        formats.save_whole_model(
+            folder / layout,
+            textual()["tokenizer"],
+            load_image_processor(FIXTURES / "clip"),
+            textual()["template"],
+            layout,
+            False,
+            torch.float32,
+            model=model,
+            projector_type="mlp2x_gelu",
+            vision_tower_name=str(FIXTURES / "clip"),
+            image_aspect_ratio="anyres",
+            model_max_length=500,
+            version="v1",
+        )
+    to_llava = ["--export_format", "llava", "--vision_tower", str(FIXTURES / "clip")]
+    export.main([str(folder / "transformers"), str(folder / "llava from transformers"), *to_llava])
+    export.main([str(folder / "llava"), str(folder / "transformers from llava")])
+    return folder, model
+
+
+@pytest.mark.parametrize("layout", ["transformers", "llava", "llava from transformers", "transformers from llava"])
+def test_every_layout_brings_back_weights_and_tiles(saved, layout):
+    folder, model = saved
+    found = open_saved(str(folder / layout))
+    assert found.image_aspect_ratio() == "anyres" and found.source.tiling == model.tiling
+    loaded, expected = found.load(torch.float32).state_dict(), model.state_dict()
+    assert loaded.keys() == expected.keys()
+    for name, tensor in expected.items():  # transformers' layout has more rows, for <image>
+        assert torch.equal(loaded[name][: len(tensor)] if tensor.dim() else loaded[name], tensor), name
+
+
+@pytest.mark.parametrize("layout", ["transformers", "transformers from llava"])
+@pytest.mark.parametrize("asked", RECORDS, ids=["wide", "text only", "two images", "square"])
+def test_transformers_gives_the_trainers_ids_and_logits(saved, layout, asked):
+    """From a text and image files, as somebody asks who knows transformers only."""
+    folder, model = saved
+    whole, loading = LlavaNextForConditionalGeneration.from_pretrained(folder / layout, output_loading_info=True)
+    assert not any(loading.values()), loading
+    processor = AutoProcessor.from_pretrained(folder / layout)
+    images = [Image.open(IMAGES / name) for name in asked["image"]]
+    text = prompt(asked["conversations"][0]["value"])
+    inputs = processor(text=text, images=images or None, return_tensors="pt")
+
+    to_ids = partial(tokenize, tokens_per_image=model.tiling.tokens, max_length=500, folder=IMAGES, **textual())
+    ids = to_ids(asked).input_ids[: inputs["input_ids"].shape[1]]
+    replaced = np.where(ids == IMAGE_TOKEN_INDEX, whole.config.image_token_id, ids)
+    assert inputs["input_ids"][0].tolist() == replaced.tolist()
+    batch = batch_of(model, [asked], packed=False)
+    seen = []
+    hook = model.language_model.register_forward_hook(lambda *call: seen.append(call[-1].logits))
+    with torch.no_grad():
+        model(**{**batch, "logit_positions": torch.arange(len(ids)), "targets": batch["input_ids"][:, : len(ids)]})
+        found = whole.eval()(**inputs).logits
+    hook.remove()
+    assert seen[0].std() > 0.3
+    # The same kernels in fp32, logits up to 10.
+    torch.testing.assert_close(found[..., : seen[0].shape[-1]], seen[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "dinov2"])
+def test_transformers_gives_the_logits_of_other_towers(kind, tmp_path):
+    tower = save_tower(kind, tmp_path / "tower")
+    flags = ModelArguments(model_name_or_path=str(FIXTURES / "llm"), vision_tower=tower, image_size=42)
+    flags.mm_projector_type, flags.mm_vision_select_layer = "mlp2x_gelu", -2
+    source = open_source(flags)
+    source.choose_tiling(flags, DataArguments(image_aspect_ratio="anyres"), set())
+    model = load_llava(source, "sdpa", dict.fromkeys(("language_model", "vision_tower", "projector"), torch.float32))
+    described = {"projector_type": "mlp2x_gelu", "image_aspect_ratio": "anyres", "dtype": torch.float32}
+    save, processor = formats.save_transformers, source.image_processor()
+    save(tmp_path / "saved", model.eval(), textual()["tokenizer"], processor, **described)
+    whole, loading = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not any(loading.values()), loading
+    picture = Image.open(IMAGES / WIDE)
+    saved_processor = AutoProcessor.from_pretrained(tmp_path / "saved")
+    inputs = saved_processor(text="<image>\nWhat?", images=picture, return_tensors="pt")
+    ids, opened = inputs["input_ids"], model.tiling.open(picture, processor.resample)
+    places = (ids[0] == whole.config.image_token_id).nonzero().flatten()
+    with torch.no_grad():
+        embeddings = model.embed(ids.where(ids < 800, 0), opened.tiles, places, join_tiles([opened])[1])
+        expected = model.language_model(inputs_embeds=embeddings, use_cache=False).logits
+        found = whole.eval()(**inputs).logits[..., :800]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # the same kernels in fp32, logits up to 10
+
+
+@pytest.mark.parametrize("layout", ["transformers", "llava"])
+def test_the_chat_answers_as_transformers_does(saved, layout):
+    folder, _ = saved
+    conversation = chat.Conversation(open_saved(str(folder / layout)), torch.float32, "cpu", {"max_new_tokens": 8})
+    for name in (WIDE, SQUARE):
+        conversation.add_image(str(IMAGES / name))
+    answer = conversation.ask("Are <image> and <image> the same?")
+
+    whole = LlavaNextForConditionalGeneration.from_pretrained(folder / "transformers")
+    processor = AutoProcessor.from_pretrained(folder / "transformers")
+    text = prompt("Are <image> and <image> the same?")
+    images = [Image.open(IMAGES / name) for name in (WIDE, SQUARE)]
+    inputs = processor(text=text, images=images, return_tensors="pt")
+    output = whole.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
+    assert answer == processor.tokenizer.decode(output, skip_special_tokens=True).strip() and answer
+
+
+def test_layouts_that_cannot_express_it_say_so(saved, tmp_path, capsys):
+    folder, _ = saved
+    with pytest.raises(SystemExit, match="was trained with --image_aspect_ratio anyres: leave the flag out"):
+        export.main([str(folder / "llava"), str(tmp_path / "out"), "--image_aspect_ratio", "pad"])
+    model = build("spatial")
+    assert "spatial_unpad only, not spatial" in formats.why_not_transformers(
+        "mlp2x_gelu", model.language_model, model.vision_tower, model.tiling
+    )
