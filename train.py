@@ -78,7 +78,7 @@ def train(arguments: flags.Arguments) -> None:
         aspect_ratio=data_flags.image_aspect_ratio,
         size=image_size,
     )
-    store = RecordStore(data_flags.data_path, data_flags.image_folder, data_flags.exclude)
+    store = RecordStore(data_flags.data_path, data_flags.image_folder, data_flags.exclude, output_dir / "cache")
     key = measurement_key(template, tokenizer, image_tokens, data_flags.model_max_length)
     if training.dry_run:
         if rank == 0:
