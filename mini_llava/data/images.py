@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image, ImageOps
+from transformers import LlavaImageProcessorPil
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -143,8 +144,10 @@ def resize_and_crop(image: Image.Image, shape: tuple[int, int] | None, processor
 
 def resized_shape(size: tuple[int, int], processor: BaseImageProcessor) -> tuple[int, int] | None:
     """Width and height to which the processor resizes an image; None if it does so, or crops, in a way of its own."""
+    # That of saved LLaVA models pads before it resizes, if told to, and differs in nothing else.
+    usual = LlavaImageProcessorPil if isinstance(processor, LlavaImageProcessorPil) else PilBackend
     steps = ("preprocess", "process_image", "_preprocess", "resize", "center_crop")
-    if any(getattr(type(processor), step, None) is not getattr(PilBackend, step) for step in steps):
+    if any(getattr(type(processor), step, None) is not getattr(usual, step) for step in steps):
         return None
     wanted = dict(processor.size) if processor.do_resize and not processor.do_pad else {}
     if wanted.keys() == {"height", "width"}:

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import BitImageProcessorPil, CLIPImageProcessorPil, LlavaImageProcessorPil, SiglipImageProcessorPil
+from transformers import (
+    BitImageProcessorPil,
+    CLIPImageProcessorPil,
+    ConvNextImageProcessorPil,
+    LlavaImageProcessorPil,
+    SiglipImageProcessorPil,
+)
 
 from mini_llava.data.images import (
     BadImage,
@@ -228,7 +234,8 @@ PROCESSORS = {
     "Lanczos": SiglipImageProcessorPil(size={"height": 28, "width": 28}, resample=1),
     "nearest": SiglipImageProcessorPil(size={"height": 28, "width": 28}, resample=0),
     "no crop": CLIPImageProcessorPil(size={"height": 28, "width": 28}, do_center_crop=False),
-    "with steps of its own": LlavaImageProcessorPil(size={"shortest_edge": 28}, crop_size=28, do_pad=False),
+    "LLaVA": LlavaImageProcessorPil(size={"shortest_edge": 28}, crop_size=28, do_pad=False),
+    "with a way of its own to resize": ConvNextImageProcessorPil(size={"shortest_edge": 28}),
     "from -1 to 1 by its factor": CLIPImageProcessorPil(
         size={"shortest_edge": 28}, crop_size=28, rescale_factor=1 / 127.5, image_mean=[1.0] * 3, image_std=[1.0] * 3
     ),
