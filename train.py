@@ -85,7 +85,7 @@ def train(arguments: flags.Arguments) -> None:
         size=image_size,
         tiling=tiling,
     )
-    store = RecordStore(data_flags.data_path, data_flags.image_folder, data_flags.exclude)
+    store = RecordStore(data_flags.data_path, data_flags.image_folder, data_flags.exclude, output_dir / "cache")
     key = measurement_key(template, tokenizer, tiling or image_tokens, data_flags.model_max_length)
     if training.dry_run:
         if rank == 0:

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 import transformers
 from PIL import ExifTags, Image, ImageOps
+from transformers import LlavaImageProcessorPil
+from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .tokenization import shorten
@@ -63,7 +65,8 @@ def load_image(folder: str | os.PathLike, name: str) -> Image.Image:
     """
     path = image_path(folder, name)
     with _opened(path) as file:
-        image = ImageOps.exif_transpose(file).convert("RGB")
+        ImageOps.exif_transpose(file, in_place=True)
+        image = file.convert("RGB")
     _check_sides(path, image.size)
     # convert() keeps a palette's transparent colour as a note, for which transformers would paint the image on white.
     image.info = {}
@@ -115,15 +118,70 @@ def pixel_values(image: Image.Image, processor: BaseImageProcessor, aspect_ratio
     """
     if aspect_ratio not in ASPECT_RATIOS:
         raise ValueError(f"Unknown --image_aspect_ratio {aspect_ratio!r}. Known: {', '.join(ASPECT_RATIOS)}.")
-    if aspect_ratio == "pad":
-        image = pad_to_square(image, tuple(int(mean * 255) for mean in processor.image_mean))
-    values = processor(images=image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
-    if values.dtype != np.uint8:
+    padded = aspect_ratio == "pad" and image.width != image.height
+    shape = resized_shape((max(image.size), max(image.size)) if padded else image.size, processor)
+    if padded:
+        colour = tuple(int(mean * 255) for mean in processor.image_mean)
+        image = pad_to_square(image, colour, shape and shape[0], processor.resample)
+    pixels = resize_and_crop(image, shape, processor)
+    if pixels.dtype != np.uint8:
         raise ValueError(
-            f"The image processor {type(processor).__name__} gives {values.dtype} where bytes should be: it does more "
+            f"The image processor {type(processor).__name__} gives {pixels.dtype} where bytes should be: it does more "
             f"than resize, crop, rescale and normalise, which is all that can be done to images here."
         )
-    return torch.from_numpy(np.ascontiguousarray(values))
+    return torch.from_numpy(np.ascontiguousarray(pixels))
+
+
+def pad_to_square(
+    image: Image.Image, colour: tuple[int, int, int], width: int | None = None, resample: int | None = None
+) -> Image.Image:
+    """The image centred on a square of one colour.
+
+    width: to which the square will be resized by `resample`; an image wider than high may come back that narrow, but
+    not yet lower. Pillow resizes the width first and then the height, and what is of one colour comes out of the first
+    pass as it is: adding it behind that pass gives the same pixels for less work.
+    """
+    side = max(image.size)
+    if Image.MAX_IMAGE_PIXELS is not None and side**2 > 2 * Image.MAX_IMAGE_PIXELS:
+        raise BadImage(f"an image of {image.width}x{image.height} is too large to be padded to a square.")
+    if width and image.width > image.height:
+        image = image.resize((width, image.height), resample)
+    else:
+        width = side
+    square = Image.new("RGB", (width, side), colour)
+    square.paste(image, ((width - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def resize_and_crop(image: Image.Image, shape: tuple[int, int] | None, processor: BaseImageProcessor) -> np.ndarray:
+    """What the processor does to an RGB image before it makes floats of it, [3, H, W]. `shape`: see `resized_shape`.
+
+    transformers turns the image into an array, back, and into an array again, which takes nearly as long as resizing;
+    with a shape the same is asked of Pillow directly.
+    """
+    if shape is None:
+        return processor(images=image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
+    image = image.resize(shape, processor.resample)
+    if processor.do_center_crop:  # beyond the image's edges it is black, for Pillow as for transformers
+        width, height = processor.crop_size["width"], processor.crop_size["height"]
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def resized_shape(size: tuple[int, int], processor: BaseImageProcessor) -> tuple[int, int] | None:
+    """Width and height to which the processor resizes an image; None if it does so, or crops, in a way of its own."""
+    # That of saved LLaVA models pads before it resizes, if told to, and differs in nothing else.
+    usual = LlavaImageProcessorPil if isinstance(processor, LlavaImageProcessorPil) else PilBackend
+    steps = ("preprocess", "process_image", "_preprocess", "resize", "center_crop")
+    if any(getattr(type(processor), step, None) is not getattr(usual, step) for step in steps):
+        return None
+    wanted = dict(processor.size) if processor.do_resize and not processor.do_pad else {}
+    if wanted.keys() == {"height", "width"}:
+        return wanted["width"], wanted["height"]
+    if wanted.keys() == {"shortest_edge"}:
+        return tuple(int(wanted["shortest_edge"] * side / min(size)) for side in size)
+    return None
 
 
 def normalisation_table(processor: BaseImageProcessor) -> torch.Tensor:
@@ -142,17 +200,6 @@ def normalise(pixels: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     channel = torch.arange(3, dtype=torch.int32, device=pixels.device)[:, None, None]
     places = pixels.int() + 256 * channel
     return table.flatten().index_select(0, places.flatten()).view(pixels.shape)
-
-
-def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    if image.width == image.height:
-        return image
-    side = max(image.size)
-    if Image.MAX_IMAGE_PIXELS is not None and side**2 > 2 * Image.MAX_IMAGE_PIXELS:
-        raise BadImage(f"an image of {image.width}x{image.height} is too large to be padded to a square.")
-    square = Image.new("RGB", (side, side), colour)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
 
 
 def load_image_processor(path: str | os.PathLike) -> BaseImageProcessor:

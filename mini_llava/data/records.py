@@ -2,7 +2,7 @@
 
 Replaces LLaVA's `json.load` of the whole dataset, once per process, and its word-count lengths. Files stay on disk; a
 record costs sixteen bytes of offsets that forked loader workers share, and is read and parsed when it is asked for.
-Lengths are counted in tokens, by really tokenizing every record once, in parallel, and kept in a cache.
+Lengths are counted in tokens, by really tokenizing every record once, in parallel. Both are kept in a cache.
 """
 
 import contextlib
@@ -32,6 +32,7 @@ from .templates import Template
 from .tokenization import IGNORE_INDEX, BadRecord, Sample, shorten
 
 CHUNK_BYTES = 16 * 2**20
+INDEX_CACHED_FROM = 32 * 2**20  # bytes; a smaller file is indexed in less than a second
 _WHITESPACE = b" \t\r\n"
 _BLANKS = re.compile(r"[ \t\r\n]*")
 
@@ -80,6 +81,18 @@ class DataFile:
         for position in range(start, end, CHUNK_BYTES):
             yield self.read(position, min(position + CHUNK_BYTES, end))
 
+    def digest(self) -> str:
+        """A digest of the content."""
+        digest = hashlib.blake2b(digest_size=16)
+        for chunk in self.chunks(0):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+    def identity(self) -> str:
+        """Another one whenever the file is; without reading it, for nobody can set the time of its last change."""
+        status = os.fstat(self._descriptor)
+        return f"{os.path.realpath(self.path)} {self._stamp} {status.st_ino} {status.st_ctime_ns}"
+
     def _stamp_now(self) -> tuple[int, int]:
         status = os.fstat(self._descriptor)
         return status.st_size, status.st_mtime_ns
@@ -102,11 +115,18 @@ class RecordStore:
     data_path: files holding one JSON array (`[` is the first byte) or one JSON object per line (`{`).
     image_folder: one folder for each file, matched by position, or none at all for text-only data.
     exclude: files that the doctor or `log_skipped` wrote; the records they list are not in the store.
+    cache_folder: where the index of a large file is kept for the next time; None = nowhere.
     Raises FileNotFoundError, NotADirectoryError or ValueError: a sentence that names the file or folder, and for broken
     JSON the byte and line.
     """
 
-    def __init__(self, data_path: list[str], image_folder: list[str] | None = None, exclude: list[str] | None = None):
+    def __init__(
+        self,
+        data_path: list[str],
+        image_folder: list[str] | None = None,
+        exclude: list[str] | None = None,
+        cache_folder: str | os.PathLike | None = None,
+    ):
         image_folder = list(image_folder or [])
         if not data_path:
             raise ValueError("No training data: give at least one file as --data_path.")
@@ -127,10 +147,9 @@ class RecordStore:
         self.data_path = [str(path) for path in data_path]
         self._image_folder = [str(folder) for folder in image_folder]
         self._files = [DataFile(path) for path in self.data_path]
-        spans = [_spans(file) for file in self._files]
+        spans, self._digests = zip(*(_index(file, cache_folder) for file in self._files), strict=True)
         self._spans = np.concatenate(spans)
         self._first = np.cumsum([0, *map(len, spans)])
-        self._digests = None
         self._kept_before = np.zeros(0, np.int64)  # for each excluded record, how many kept ones are before it
         if not len(self):
             raise ValueError(f"No record in {', '.join(self.data_path)}.")
@@ -225,19 +244,42 @@ class RecordStore:
 
     def digests(self) -> list[str]:
         """A digest of the content of each file, in order."""
-        if self._digests is None:
-            self._digests = []
-            for file in self._files:
-                digest = hashlib.blake2b(digest_size=16)
-                for chunk in file.chunks(0):
-                    digest.update(chunk)
-                self._digests.append(digest.hexdigest())
+        known = zip(self._files, self._digests, strict=True)
+        self._digests = [digest or file.digest() for file, digest in known]
         return self._digests
 
     def digest(self) -> str:
         """A digest of the content of all files, in order, and of what is excluded; names and dates do not count."""
         parts = " ".join(self.digests()).encode() + self._kept_before.tobytes()
         return hashlib.blake2b(parts, digest_size=16).hexdigest()
+
+
+def _index(file: DataFile, cache_folder: str | os.PathLike | None) -> tuple[np.ndarray, str | None]:
+    """The spans of a file and, of a large one, its digest: out of the cache if this very file was indexed before."""
+    if cache_folder is None or file.size < INDEX_CACHED_FROM:
+        return _spans(file), None
+    name = hashlib.blake2b(file.identity().encode() + Path(__file__).read_bytes(), digest_size=16).hexdigest()
+    cache = Path(cache_folder) / f"index-{name}.npz"
+    try:
+        with np.load(cache, allow_pickle=False) as arrays:
+            return arrays["spans"], str(arrays["digest"])
+    except Exception:  # there is none, or it is damaged, which raises zipfile, zlib, KeyError, ValueError or OSError
+        spans, digest = _spans(file), file.digest()
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        _write_arrays(cache, spans=spans, digest=np.array(digest))
+    except OSError as error:
+        warnings.warn(f"The index is not cached: {cache_folder} cannot be written ({error}).", stacklevel=3)
+    return spans, digest
+
+
+def _write_arrays(file: Path, **arrays: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    descriptor, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+    with os.fdopen(descriptor, "wb") as target:
+        target.write(buffer.getbuffer())
+    os.replace(temporary, file)  # whole or absent
 
 
 def _spans(file: DataFile) -> np.ndarray:
@@ -494,19 +536,14 @@ class _Scan:
         return Lengths(self.length * usable, self.trained * usable, self.has_image, dict(sorted(bad.items())))
 
     def write(self, file: Path) -> None:
-        buffer = io.BytesIO()
         texts = json.dumps([list(found.items()) for found in (self.faults, self.missing, self.unopened)]).encode()
-        np.savez_compressed(
-            buffer,
+        _write_arrays(
+            file,
             length=self.length,
             trained=self.trained,
             has_image=self.has_image,
             texts=np.frombuffer(texts, dtype=np.uint8),
         )
-        descriptor, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-        with os.fdopen(descriptor, "wb") as target:
-            target.write(buffer.getbuffer())
-        os.replace(temporary, file)  # whole or absent
 
     @classmethod
     def read(cls, file: Path, count: int) -> "_Scan | None":

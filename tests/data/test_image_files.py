@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import BitImageProcessorPil, CLIPImageProcessorPil, SiglipImageProcessorPil
+from transformers import (
+    BitImageProcessorPil,
+    CLIPImageProcessorPil,
+    ConvNextImageProcessorPil,
+    LlavaImageProcessorPil,
+    SiglipImageProcessorPil,
+)
 
 from mini_llava.data.images import (
     BadImage,
@@ -15,6 +21,7 @@ from mini_llava.data.images import (
     load_image_processor,
     normalisation_table,
     normalise,
+    pad_to_square,
     pixel_values,
 )
 from mini_llava.model.vision_tower import load_vision_tower
@@ -223,21 +230,32 @@ PROCESSORS = {
     "bytes as they are": CLIPImageProcessorPil(
         size={"shortest_edge": 28}, crop_size=28, do_rescale=False, do_normalize=False
     ),
+    "bilinear": CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=28, resample=2),
+    "Lanczos": SiglipImageProcessorPil(size={"height": 28, "width": 28}, resample=1),
+    "nearest": SiglipImageProcessorPil(size={"height": 28, "width": 28}, resample=0),
+    "no crop": CLIPImageProcessorPil(size={"height": 28, "width": 28}, do_center_crop=False),
+    "LLaVA": LlavaImageProcessorPil(size={"shortest_edge": 28}, crop_size=28, do_pad=False),
+    "with a way of its own to resize": ConvNextImageProcessorPil(size={"shortest_edge": 28}),
     "from -1 to 1 by its factor": CLIPImageProcessorPil(
         size={"shortest_edge": 28}, crop_size=28, rescale_factor=1 / 127.5, image_mean=[1.0] * 3, image_std=[1.0] * 3
     ),
 }
 
 
+@pytest.mark.parametrize("aspect_ratio", ["square", "pad"])
 @pytest.mark.parametrize("name", PROCESSORS)
-def test_normalised_bytes_are_the_processors_floats_to_the_bit(name):
+def test_normalised_bytes_are_the_processors_floats_to_the_bit(name, aspect_ratio):
+    """Also where Pillow is asked directly, and where a wide image is padded between the two passes of resizing."""
     processor = PROCESSORS[name]
     table = normalisation_table(processor)
     assert table.shape == (3, 256) and table.dtype == torch.float32
-    for size in ((60, 40), (40, 60), (31, 31), (20, 20)):
+    for size in ((640, 480), (480, 640), (1001, 333), (31, 31), (20, 20), (33, 27), (19, 11), (300, 2), (3, 29)):
         image = noise("RGB", size)
-        pixels = pixel_values(image, processor, "square")
+        pixels = pixel_values(image, processor, aspect_ratio)
         assert pixels.dtype == torch.uint8 and pixels.shape == (3, 28, 28) and pixels.is_contiguous()
+        if aspect_ratio == "pad":
+            image = pad_to_square(image, tuple(int(mean * 255) for mean in processor.image_mean))
+            assert image.size == (max(size), max(size))
         expected = processor(images=image, return_tensors="pt")["pixel_values"].to(torch.float32)
         found = normalise(torch.stack([pixels, pixels]), table)
         assert found.equal(torch.cat([expected, expected]))

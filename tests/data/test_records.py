@@ -195,6 +195,68 @@ def test_the_digest_follows_the_content_and_not_the_name(tmp_path):
     assert one.digest() == same.digest() != other.digest()
 
 
+# --- the index of a large file ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def large(tmp_path):
+    """An array of 340 records with an old date, just large enough to be cached; and a folder for the cache."""
+    path = tmp_path / "large.json"
+    write(path, [{"id": index, "text": "a" * 100_000} for index in range(340)])
+    os.utime(path, (1, 1))
+    assert path.stat().st_size > records.INDEX_CACHED_FROM
+    return path, tmp_path / "output" / "cache"
+
+
+def bytes_read() -> int:
+    """By this process so far, from whatever files, page cache or not."""
+    return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
+
+
+def ids(store) -> list:
+    return [store[index]["id"] for index in range(len(store))]
+
+
+def test_a_large_file_is_read_once_and_never_again_for_its_index_and_its_digest(large):
+    path, cache = large
+    first = RecordStore([str(path)], cache_folder=cache)
+    expected = first.digest(), ids(first)
+    before = bytes_read()
+    second = RecordStore([str(path)], cache_folder=cache)
+    digest = second.digest()
+    assert bytes_read() - before < 1_000_000
+    assert (digest, ids(second)) == expected == (RecordStore([str(path)]).digest(), list(range(340)))
+
+
+def test_a_changed_file_is_indexed_again_even_if_size_and_date_are_the_same(large):
+    path, cache = large
+    before = RecordStore([str(path)], cache_folder=cache).digest()
+    content = path.read_text()
+    path.write_text(content.replace('{"id": 1,', '{"id": 7,'))
+    os.utime(path, (1, 1))
+    assert path.stat().st_size == len(content)
+    after = RecordStore([str(path)], cache_folder=cache)
+    assert after.digest() != before and after[1]["id"] == 7
+
+
+def test_a_damaged_index_and_a_folder_that_cannot_be_written_cost_time_alone(large):
+    path, cache = large
+    expected = RecordStore([str(path)], cache_folder=cache).digest()
+    (file,) = cache.iterdir()
+    content = file.read_bytes()
+    for damage in (b"", content[: len(content) // 2], content[:200] + b"\0" * 50 + content[250:]):
+        file.write_bytes(damage)
+        store = RecordStore([str(path)], cache_folder=cache)
+        assert store.digest() == expected and ids(store) == list(range(340))
+    with pytest.warns(UserWarning, match="The index is not cached: .* cannot be written"):
+        assert RecordStore([str(path)], cache_folder=file / "in a file").digest() == expected
+
+
+def test_a_small_file_leaves_no_cache_behind(tmp_path):
+    RecordStore([write(tmp_path / "a.json", [{"id": 1}])], cache_folder=tmp_path / "cache").digest()
+    assert not (tmp_path / "cache").exists()
+
+
 # --- files that change while they are read ---------------------------------------------------------------------------
 
 CHANGES = {
