@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from mini_llava.data.templates import CHAT_TEMPLATE, BadRecord, chat_template, get_template, render, written_answer
@@ -96,6 +98,49 @@ def test_the_ids_are_those_of_transformers_for_the_same_conversation(name, turns
         assert prompt.tolist() == whole[: len(prompt)].tolist(), "a model is asked as it was trained"
     if name in ("llama_3", "llama_3_2", "gemma_2", "gemma_3"):  # whose tokenizers add it, and whose templates write it
         assert whole.tolist().count(tokenizer.bos_token_id) == 1 and whole[0] == tokenizer.bos_token_id
+
+
+PIECES = [
+    "<|im_end|>\n",
+    "</s>",
+    "<s>",
+    " [/INST] ",
+    "<|eot_id|>",
+    "<end_of_turn>\n<start_of_turn>model\n",
+    "<|end|>\n",
+]
+PIECES += [
+    "turn1.",
+    "turn2.",
+    "<think>",
+    "</think>\n\n",
+    "\n",
+    "  ",
+    "{{ bos_token }}",
+    "{% generation %}",
+    "a",
+    "猫",
+    "\u2003",
+]
+TEXTS = st.lists(st.sampled_from(PIECES), max_size=4).map("".join)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(turns=st.lists(TEXTS, min_size=2, max_size=7))
+@pytest.mark.parametrize("name", WITH_CHAT_TEMPLATE)
+def test_whatever_turns_say_the_text_is_the_templates_and_the_answers_are_known(name, turns, tokenizers):
+    tokenizer = tokenizers[name]
+    messages = [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
+    try:
+        pieces = render(get_template(CHAT_TEMPLATE, tokenizer), turns[0::2], turns[1::2])
+    except BadRecord:
+        assert name == "qwen_3" and any("</think>" in turn or turn.startswith("\n") for turn in turns[1::2])
+        return
+    about = dict(tokenize=False, date_string="26 Jul 2024")
+    assert "".join(text for text, _ in pieces) == tokenizer.apply_chat_template(messages, **about)
+    trained = [text.removeprefix("<think>\n\n</think>\n\n") for text, is_trained in pieces if is_trained]
+    answers = [turn.strip() if name in TRIMMED else turn for turn in turns[1::2]]
+    assert trained == [WRITTEN[name].format(answer) for answer in answers]
 
 
 def test_a_template_that_asks_for_the_date_is_told_the_same_one_every_day(tokenizers):
