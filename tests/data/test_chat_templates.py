@@ -216,9 +216,12 @@ def test_a_templates_own_marks_say_what_is_trained(tokenizers):
     trained = [text for text, is_trained in render(template, ["Q1", "Q2"], ["A1", "A2"]) if is_trained]
     assert trained == ["A1<|im_end|>\n", "A2<|im_end|>\n"] and template.stop == ("<|im_end|>",)
 
-    some = body.replace("message.role == 'assistant'", "message.role == 'assistant' and loop.index0 < 2")
+    marked = "{% generation %}{{ message.content + '<|im_end|>\n' }}{% endgeneration %}"
+    unmarked = "{{ message.content + '<|im_end|>\n' }}"
+    some = body.replace(marked, "{% if loop.index0 < 2 %}" + marked + "{% else %}" + unmarked + "{% endif %}")
     template = get_template(CHAT_TEMPLATE, with_template(tokenizers["qwen_2"], jinja.replace(body, some)))
-    with pytest.raises(BadRecord, match=r"but not all of them|asks for an answer with"):
+    assert [text for text, is_trained in render(template, ["Q1"], ["A1"]) if is_trained] == ["A1<|im_end|>\n"]
+    with pytest.raises(BadRecord, match=r"marks answers by {% generation %}, but not all of them"):
         render(template, ["Q1", "Q2"], ["A1", "A2"])
 
 
