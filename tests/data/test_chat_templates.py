@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from mini_llava.data.templates import CHAT_TEMPLATE, BadRecord, chat_template, get_template, render, written_answer
@@ -98,6 +100,49 @@ def test_the_ids_are_those_of_transformers_for_the_same_conversation(name, turns
         assert whole.tolist().count(tokenizer.bos_token_id) == 1 and whole[0] == tokenizer.bos_token_id
 
 
+PIECES = [
+    "<|im_end|>\n",
+    "</s>",
+    "<s>",
+    " [/INST] ",
+    "<|eot_id|>",
+    "<end_of_turn>\n<start_of_turn>model\n",
+    "<|end|>\n",
+]
+PIECES += [
+    "turn1.",
+    "turn2.",
+    "<think>",
+    "</think>\n\n",
+    "\n",
+    "  ",
+    "{{ bos_token }}",
+    "{% generation %}",
+    "a",
+    "猫",
+    "\u2003",
+]
+TEXTS = st.lists(st.sampled_from(PIECES), max_size=4).map("".join)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(turns=st.lists(TEXTS, min_size=2, max_size=7))
+@pytest.mark.parametrize("name", WITH_CHAT_TEMPLATE)
+def test_whatever_turns_say_the_text_is_the_templates_and_the_answers_are_known(name, turns, tokenizers):
+    tokenizer = tokenizers[name]
+    messages = [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
+    try:
+        pieces = render(get_template(CHAT_TEMPLATE, tokenizer), turns[0::2], turns[1::2])
+    except BadRecord:
+        assert name == "qwen_3" and any("</think>" in turn or turn.startswith("\n") for turn in turns[1::2])
+        return
+    about = dict(tokenize=False, date_string="26 Jul 2024")
+    assert "".join(text for text, _ in pieces) == tokenizer.apply_chat_template(messages, **about)
+    trained = [text.removeprefix("<think>\n\n</think>\n\n") for text, is_trained in pieces if is_trained]
+    answers = [turn.strip() if name in TRIMMED else turn for turn in turns[1::2]]
+    assert trained == [WRITTEN[name].format(answer) for answer in answers]
+
+
 def test_a_template_that_asks_for_the_date_is_told_the_same_one_every_day(tokenizers):
     text = render(get_template(CHAT_TEMPLATE, tokenizers["llama_3_2"]), ["Hi"], ["Yes"])[0][0]
     assert "Today Date: 26 Jul 2024\n" in text
@@ -171,9 +216,12 @@ def test_a_templates_own_marks_say_what_is_trained(tokenizers):
     trained = [text for text, is_trained in render(template, ["Q1", "Q2"], ["A1", "A2"]) if is_trained]
     assert trained == ["A1<|im_end|>\n", "A2<|im_end|>\n"] and template.stop == ("<|im_end|>",)
 
-    some = body.replace("message.role == 'assistant'", "message.role == 'assistant' and loop.index0 < 2")
+    marked = "{% generation %}{{ message.content + '<|im_end|>\n' }}{% endgeneration %}"
+    unmarked = "{{ message.content + '<|im_end|>\n' }}"
+    some = body.replace(marked, "{% if loop.index0 < 2 %}" + marked + "{% else %}" + unmarked + "{% endif %}")
     template = get_template(CHAT_TEMPLATE, with_template(tokenizers["qwen_2"], jinja.replace(body, some)))
-    with pytest.raises(BadRecord, match=r"but not all of them|asks for an answer with"):
+    assert [text for text, is_trained in render(template, ["Q1"], ["A1"]) if is_trained] == ["A1<|im_end|>\n"]
+    with pytest.raises(BadRecord, match=r"marks answers by {% generation %}, but not all of them"):
         render(template, ["Q1", "Q2"], ["A1", "A2"])
 
 
