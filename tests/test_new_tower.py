@@ -23,7 +23,7 @@ from tests.model.tiny_towers import CROPPED, SHAPE
 DIFF = """\
 --- a/mini_llava/model/vision_tower.py
 +++ b/mini_llava/model/vision_tower.py
-@@ -47,4 +47,5 @@
+@@ -44,4 +44,5 @@
      "clip_vision_model": Kind(class_token=True, level="vision_model."),
 +    "mlcd_vision_model": Kind(class_token=True),
      "siglip_vision_model": Kind(class_token=False, level="vision_model."),

@@ -168,7 +168,7 @@ class Source:
     def image_processor(self) -> BaseImageProcessor:
         """The tower's image processor, which pads nothing: the trainer pads by `--image_aspect_ratio`."""
         where = self.name if self.layout == "transformers" else self.vision_tower
-        processor = tower_image_processor(where, self.vision_config)
+        processor = tower_image_processor(where)
         if getattr(processor, "do_pad", None):
             processor.do_pad = False
         return of_size(processor, self.resized_to) if self.resized_to else processor
@@ -504,16 +504,19 @@ def _strategies(vision_config: PreTrainedConfig) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------- the tower
 
 
-def tower_image_processor(path: str, vision_config: PreTrainedConfig) -> BaseImageProcessor:
+def tower_image_processor(path: str) -> BaseImageProcessor:
     """The image processor of a tower or model, folder or hub name.
 
     Raises:
         OSError, ValueError: there is none, or none that could be used.
     """
-    written = {} if FASTVITHD.fullmatch(path) else read_json(path, "config.json")
-    apple = FASTVITHD.fullmatch(written.get("mm_vision_tower") or path)
-    if not apple and (vision_config.model_type != "timm_wrapper" or find_file(path, "preprocessor_config.json")):
-        processor = load_image_processor(written.get("mm_vision_tower") or path)
+    apple = FASTVITHD.fullmatch(path)
+    written = {} if apple else read_json(path, "config.json")
+    if named := written.get("mm_vision_tower"):
+        return tower_image_processor(named)
+    of_its_own = "pretrained_cfg" not in written or find_file(path, "preprocessor_config.json")
+    if not apple and of_its_own:
+        processor = load_image_processor(path)
         if not isinstance(processor, LlavaNextImageProcessorPil):
             return processor
         settings = processor.to_dict()  # CLIP's, and tiles
@@ -533,7 +536,7 @@ def tower_image_size(path: str, vision_config: PreTrainedConfig) -> int:
     """Side of the square picture: the configuration's, or for a tower that takes any size the image processor's."""
     if not takes_any_size(vision_config):
         return vision_config.image_size
-    return output_size(tower_image_processor(path, vision_config))
+    return output_size(tower_image_processor(path))
 
 
 def _tower_inside(path: str, vision_config: PreTrainedConfig) -> dict[str, dict[str, Stored]]:

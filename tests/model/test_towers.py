@@ -167,7 +167,7 @@ def test_dinov2_takes_pictures_of_its_image_processors_size(tmp_path):
     model = llava(str(folder))
     tower = model.vision_tower
     assert tower.image_size == IMAGE_SIZE and tower.tokens_per_image == PATCHES and tower.model.config.image_size == 70
-    pixels = pixel_values(PICTURE, tower_image_processor(str(folder), tower.model.config), "square")[None]
+    pixels = pixel_values(PICTURE, tower_image_processor(str(folder)), "square")[None]
     assert tower(pixels).shape == (1, PATCHES, HIDDEN_SIZE)
     assert tower.unused_parameters() and FlopCounter(model).per_image > 0
 
@@ -206,7 +206,7 @@ def save(model: LlavaModel, tower: str, folder: Path, export_format: str = "tran
     return formats.save_whole_model(
         folder,
         load_tokenizer(FIXTURES / "tokenizer_llama_exact"),
-        tower_image_processor(tower, model.vision_tower.model.config),
+        tower_image_processor(tower),
         get_template("v1"),
         export_format,
         True,
@@ -257,7 +257,7 @@ def test_transformers_computes_the_logits_of_the_trained_parts(towers, kind, fea
     places = (ids[0] == whole.config.image_token_id).nonzero().flatten()
     assert len(places) == model.vision_tower.tokens_per_image
 
-    processor = tower_image_processor(towers[kind], model.vision_tower.model.config)
+    processor = tower_image_processor(towers[kind])
     pixels = normalise(pixel_values(PICTURE, processor, ratio)[None], normalisation_table(processor))
     torch.testing.assert_close(inputs["pixel_values"], pixels, rtol=0, atol=1e-6)
     with torch.no_grad():
