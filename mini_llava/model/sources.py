@@ -261,14 +261,17 @@ class Source:
         options |= {"dtype": dtype, "attn_implementation": attn_implementation}
         if self.layout == "language_model":
             with foreign_code_refused(self.name):
-                return _load_strictly(self.name, trust_remote_code=self.trust_remote_code, **options)
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(self.language_config)].from_pretrained(
-            None,
-            config=self.language_config,
-            state_dict=_of_this_rank(self.stored["language_model"]),
-            generation_config=self.generation_config(),
-            **options,
-        )
+                model = _load_strictly(self.name, trust_remote_code=self.trust_remote_code, **options)
+        else:
+            model = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.language_config)].from_pretrained(
+                None,
+                config=self.language_config,
+                state_dict=_of_this_rank(self.stored["language_model"]),
+                generation_config=self.generation_config(),
+                **options,
+            )
+        restore_rotary_frequencies(model)
+        return model
 
     def load_vision_tower(self, dtype: torch.dtype) -> VisionTower:
         if "vision_tower" not in self.stored:
@@ -789,6 +792,20 @@ def _load_strictly(name: str, **options) -> nn.Module:
         if keys := sorted(loading[kind]):
             raise ValueError(f"{name} {sentence} {list_some(keys)}: not the tensors of a {type(model).__name__}.")
     return model
+
+
+def restore_rotary_frequencies(model: nn.Module) -> None:
+    """Computes the frequencies of rotary embeddings again, in place, where they are not fp32.
+
+    Read under ZeRO-3, transformers before 5.23 leaves them in bf16, and positions in the thousands are off by several.
+    """
+    for module in model.modules():
+        rounded = [name for name, buffer in module.named_buffers(recurse=False) if name.endswith("inv_freq")]
+        rounded = [name for name in rounded if getattr(module, name).dtype != torch.float32]
+        if rounded:
+            exact = type(module)(model.config)
+            for name in rounded:
+                setattr(module, name, getattr(exact, name).to(getattr(module, name).device))
 
 
 def _width(config: PreTrainedConfig) -> int:

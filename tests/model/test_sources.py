@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, CLIPVisionModel
 
 from mini_llava.arguments import ModelArguments
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import load_tokenizer, tokenize
 from mini_llava.model.llava import LlavaModel, load_llava
-from mini_llava.model.sources import map_parts, open_source
+from mini_llava.model.sources import map_parts, open_source, restore_rotary_frequencies
 from mini_llava.tools import export
 from tests.published_layouts import CLIP, FIXTURES, edit_json, like_liuhaotian, like_llava_hf, llava_weights, write_json
 
@@ -438,3 +438,17 @@ def test_export_says_what_it_needs(published, tmp_path, capsys):
             export.main([str(word) for word in words])
         assert sentence in str(error.value)
     assert AutoConfig.from_pretrained(published["transformers 4's"]).image_token_id == 800
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3_text", "phi3"])
+def test_rotary_frequencies_that_were_rounded_while_a_model_was_read_are_exact_again(kind):
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, pad_token_id=0), dtype=torch.float32)
+    exact = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    frequencies = [name for name in exact if name.endswith("inv_freq")]
+    for name in frequencies:
+        module, _, last = name.rpartition(".")
+        setattr(model.get_submodule(module), last, exact[name].bfloat16())
+    assert frequencies and any(not torch.equal(buffer.float(), exact[name]) for name, buffer in model.named_buffers())
+    restore_rotary_frequencies(model)
+    assert all(torch.equal(buffer, exact[name]) for name, buffer in model.named_buffers())
