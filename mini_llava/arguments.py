@@ -72,8 +72,8 @@ class ModelArguments:
     """Train the vision tower too."""
 
     attn_implementation: str | None = None
-    """Attention: sdpa, flash_attention_2, flash_attention_4, varlen (torch's own for packed batches) or eager. Default:
-    the fastest that runs here. LLaVA's flash_attn flags are spelled this way in transformers."""
+    """Attention: sdpa, flash_attention_2, varlen (torch's own for packed batches) or eager. Default: the fastest that
+    runs here. LLaVA's flash_attn flags are spelled this way in transformers."""
 
     trust_remote_code: bool = False
     """Let a model's directory run the Python code that it brings. Without it such code is refused, unless transformers
@@ -370,7 +370,7 @@ KNOWN_VALUES = {
     "save_strategy": ("steps", "no"),
     "export_format": ("transformers", "llava"),
     "evaluation_strategy": ("no",),
-    "attn_implementation": ("sdpa", "flash_attention_2", "flash_attention_4", "varlen", "eager"),
+    "attn_implementation": ("sdpa", "flash_attention_2", "varlen", "eager"),
     "lazy_preprocess": (True,),
     "lora_bias": ("none", "all", "lora_only"),
     "bits": (4, 8, 16),

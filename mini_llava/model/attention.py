@@ -1,18 +1,17 @@
 """Attention for packed batches: which implementation runs here, and torch's variable-length kernel for transformers.
 
 A packed row holds several samples, and attention must never cross their bounds. These keep them apart:
-`flash_attention_4` and `flash_attention_2` where their packages are installed; `varlen`, registered here, on any recent
-GPU without a further package; `sdpa` everywhere else, for which transformers builds a block-diagonal mask from the
-restarting positions (a mask of L x L, so it is meant for CPUs and short rows).
+`flash_attention_2` where its package is installed; `varlen`, registered here, on any recent GPU without a further
+package; `sdpa` everywhere else, for which transformers builds a block-diagonal mask from the restarting positions (a
+mask of L x L, so it is meant for CPUs and short rows).
 """
 
 import inspect
 
 import torch
 from transformers import AttentionInterface
-from transformers.utils import is_flash_attn_2_available, is_flash_attn_4_available
+from transformers.utils import is_flash_attn_2_available
 
-HOPPER = 9  # major compute capability of the GPUs from which on FlashAttention 4 runs
 # Families whose packed logits were compared with the unpacked ones; others (OPT, MPT) ignore the bounds without a word.
 PACKABLE = (
     "gemma",
@@ -52,8 +51,6 @@ def choose_attention(
             return "eager" if model_type in CAPPED else "sdpa"
         if model_type in CAPPED:
             return "flash_attention_2" if is_flash_attn_2_available() else "eager"
-        if is_flash_attn_4_available() and torch.cuda.get_device_capability(device)[0] >= HOPPER:
-            return "flash_attention_4"
         return "flash_attention_2" if is_flash_attn_2_available() else "varlen"
     if requested in ("sdpa", "varlen") and model_type in CAPPED:
         raise ValueError(
@@ -62,9 +59,7 @@ def choose_attention(
         )
     if requested == "flash_attention_2" and not is_flash_attn_2_available():
         raise ValueError("--attn_implementation flash_attention_2: the package flash-attn is not installed.")
-    if requested == "flash_attention_4" and not is_flash_attn_4_available():
-        raise ValueError("--attn_implementation flash_attention_4: the package flash-attn-4 is not installed.")
-    if requested in ("flash_attention_2", "flash_attention_4", "varlen") and not on_gpu:
+    if requested in ("flash_attention_2", "varlen") and not on_gpu:
         raise ValueError(f"--attn_implementation {requested} needs a GPU and --bf16 True or --fp16 True.")
     if requested == "varlen" and not packing:
         raise ValueError("--attn_implementation varlen is for packed batches: use --packing True or sdpa.")
