@@ -24,7 +24,7 @@ from ..data.records import Lengths, RecordStore, measure_some
 from ..data.sampler import GlobalBatchSampler, deal
 from ..data.tokenization import Sample
 from ..model import lora
-from ..model.attention import choose_attention
+from ..model.attention import CAPPED, choose_attention
 from ..model.freeze import apply_plan, freeze_plan, trainable_table, trained_in_full
 from ..model.fused_kernels import FUSABLE, choose_fused_kernels
 from ..model.image_tokens import add_token_rows
@@ -104,9 +104,10 @@ class Planned:
         apply_plan(model, plan)
         # FlashAttention need not be installed here; it keeps for backward what PyTorch's does.
         half, packing = self.layout.precision != "no", self.arguments.data.packing
-        asked = (flags.attn_implementation or "").replace("flash_attention_2", "").replace("flash_attention_4", "")
-        attention = asked or ("varlen" if half and packing else "sdpa")
         family = self.source.language_config.model_type
+        attention = "eager" if family in CAPPED else "varlen" if half and packing else "sdpa"
+        if flags.attn_implementation not in (None, "flash_attention_2"):
+            attention = flags.attn_implementation
         choose_attention(attention, family, packing, torch.device("cuda"), half)  # may refuse
         model.language_model.config._attn_implementation = flags.attn_implementation or attention
         if self.share:
