@@ -1,6 +1,7 @@
 """Both stages on images in tiles and several images a record: on one process, under ZeRO-3, resumed, and asked."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 from mini_llava.data.records import RecordStore
 from mini_llava.data.tokenization import BadRecord
+from mini_llava.model.vision_tower import load_vision_tower
 from mini_llava.tools import doctor
 from mini_llava.tools.saved_models import PROJECTOR, STATE, WHOLE, open_saved
 from mini_llava.training.checkpoint import read_manifest
@@ -158,6 +160,17 @@ def test_a_tiled_model_trains_on_as_it_is_and_contradictions_are_refused(here):
         runs.train_here(plain)
     with pytest.raises(ValueError, match="trained on images in tiles: use --image_aspect_ratio anyres"):
         runs.train_here(runs.flags_of(2, here / "plain", {"max_steps": 1, "pretrain_mm_mlp_adapter": here / "stage1"}))
+
+
+def test_a_plan_knows_the_newline_and_the_resized_tower(folder, capsys):
+    runs.train_here(command_line(folder, 2, "planned", **RESIZED, dry_run=True, num_gpus=1, gpu_memory_gib=80))
+    printed = capsys.readouterr().out
+    assert re.search(r"image_newline +64 +64 +full", printed) and "It fits: " in printed
+    positions, width = 1 + (84 // 14) ** 2, 32
+    in_tower = next(line for line in printed.splitlines() if line.split()[:1] == ["vision_tower"])
+    whole = next(iter(load_vision_tower(str(runs.FIXTURES / "clip"), -2, "patch", torch.float32).children()))
+    before = sum(parameter.numel() for parameter in whole.parameters())
+    assert int(in_tower.split()[1].replace(",", "")) == before + (positions - 17) * width
 
 
 def test_questions_about_several_images_are_answered_before_and_after_training(folder, capsys):
