@@ -78,12 +78,28 @@ def image_size(folder: str | os.PathLike, name: str) -> tuple[int, int]:
     path = image_path(folder, name)
     with _opened(path) as file:
         size = file.size
-        # A TIFF's size is that of the upright picture already. Asked for EXIF data a PNG is read whole, for they may
-        # stand behind its pixels.
-        if file.format != "TIFF" and file.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS:
+        # Asked for its EXIF data Pillow decodes a whole PNG, for they may stand behind its pixels.
+        header_only = file.format == "PNG" and not _has_notes_behind_pixels(path)
+        exif = Image.Image.getexif(file) if header_only else file.getexif()
+        # A TIFF's size is that of the upright picture already.
+        if file.format != "TIFF" and exif.get(ExifTags.Base.Orientation) in SIDEWAYS:
             size = size[::-1]
     _check_sides(path, size)
     return size
+
+
+def _has_notes_behind_pixels(path: str) -> bool:
+    """Whether a PNG has EXIF data or texts after its pixels, as its list of chunks says."""
+    pixels_seen = False
+    with open(path, "rb") as file:
+        file.seek(8)
+        while len(header := file.read(8)) == 8:
+            length, kind = int.from_bytes(header[:4], "big"), header[4:]
+            pixels_seen = pixels_seen or kind == b"IDAT"
+            if pixels_seen and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+                return True
+            file.seek(length + 4, os.SEEK_CUR)
+    return False
 
 
 @contextmanager

@@ -153,6 +153,19 @@ def test_the_header_says_the_size_that_the_opened_image_has(kind, tmp_path):
         assert (image_size(tmp_path, "image") == (30, 50)) == (orientation in (6, 8) and "exif" in how)
 
 
+def test_a_png_may_say_behind_its_pixels_that_it_lies_on_its_side(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    picture(50, 30).save(tmp_path / "before.png", exif=exif)
+    content = (tmp_path / "before.png").read_bytes()
+    start = content.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+    iend = content.index(b"IEND") - 4
+    (tmp_path / "behind.png").write_bytes(content[:start] + content[end:iend] + content[start:end] + content[iend:])
+    for name in ("before.png", "behind.png"):
+        assert image_size(tmp_path, name) == load_image(tmp_path, name).size == (30, 50)
+
+
 # --- records ---------------------------------------------------------------------------------------------------------
 
 # 34 tokens, 16 for the whole and 18 for what the tiles show of it, and 16 + 20.
