@@ -698,7 +698,7 @@ def _assign_parts(weights: dict[str, Stored], names: tuple, source: str) -> dict
 
 def empty_parts(source: Source) -> dict[str, nn.Module]:
     """All parts without memory for their weights."""
-    newline = ["image_newline"] if source.tiling is not None and source.tiling.has_newline else []
+    newline = ("image_newline",) * bool(source.tiling and source.tiling.has_newline)
     return {part: _empty_part(source, part) for part in ("language_model", "projector", "vision_tower", *newline)}
 
 

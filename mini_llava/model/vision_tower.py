@@ -147,16 +147,18 @@ def resize(model: nn.Module, image_size: int) -> None:
     if not has_layers(model.config) or model.config.image_size == image_size:
         return
     name, old = next((n, module) for n, module in model.named_modules() if hasattr(module, "interpolate_pos_encoding"))
-    in_fp32 = type(old)(model.config)
-    model.config = copy.deepcopy(model.config)
-    model.config.image_size = image_size
-    new = type(old)(model.config)  # with places and buffers for the new number of patches
+    resized = copy.deepcopy(model.config)
+    resized.image_size = image_size
+    with torch.device("meta" if next(model.parameters()).is_meta else "cpu"):
+        # The new one with places and buffers for the new number of patches.
+        in_fp32, new = type(old)(model.config), type(old)(resized)
+    model.config = resized
     for path, parameter in old.named_parameters():
         if "position_embedding" in path:
             with whole(parameter), torch.no_grad():  # which ZeRO-3 may have divided
                 in_fp32.get_parameter(path).copy_(parameter)
                 like = new.get_parameter(path)
-                tokens = torch.empty(1, *like.shape[-2:])  # counted only
+                tokens = torch.empty(1, *like.shape[-2:], device=like.device)  # counted only
                 values = in_fp32.interpolate_pos_encoding(tokens, image_size, image_size).view_as(like)
                 parameter = nn.Parameter(values.to(parameter))
         owner, _, last = path.rpartition(".")

@@ -30,7 +30,6 @@ from ..model.fused_kernels import FUSABLE, choose_fused_kernels
 from ..model.image_tokens import add_token_rows
 from ..model.llava import LlavaModel
 from ..model.sources import Source, empty_parts
-from ..model.vision_tower import VisionTower
 from .distributed import choose_precision, complete_zero, launched_rank, zero_stage
 from .flops import PEAK_FLOPS, FlopCounter
 from .longest import Longest, longest_micro_batch, weight_of_logits
@@ -79,12 +78,11 @@ class Planned:
             flags.unfreeze_mm_vision_tower,
             training.lora_r if training.lora_enable else None,
             flags.mm_use_im_start_end,
+            image_newline=self.source.tiling is not None and self.source.tiling.has_newline,
         )
         parts = empty_parts(self.source)
-        source = self.source
-        tower = VisionTower(parts["vision_tower"], source.select_layer, source.select_feature, source.image_size())
-        newline = parts.get("image_newline")
-        model = LlavaModel(tower, parts["projector"], parts["language_model"], newline, source.tiling)
+        tower, newline = self.source.as_tower(parts["vision_tower"]), parts.get("image_newline")
+        model = LlavaModel(tower, parts["projector"], parts["language_model"], newline, self.source.tiling)
         for name, part in model.named_children():
             part.to(self.layout.master_dtype if name in trained_in_full(plan) else self.layout.compute_dtype)
         if training.lora_enable:
@@ -297,6 +295,7 @@ def plan_run(
     planned = Planned(arguments, source, tokenizer, new_tokens, layout, longest, share)
     model, plan = planned.model()
     rates = {"projector": training.mm_projector_lr, "vision_tower": training.mm_vision_tower_lr}
+    rates["image_newline"] = rates["projector"]
     groups = parameter_groups(model, training.learning_rate, training.weight_decay, rates)
 
     print(f"\n{layout}\n\n{trainable_table(model, groups, plan)}\n")
