@@ -49,8 +49,14 @@ def choose_attention(
             return None
         if not on_gpu:
             return "eager" if model_type in CAPPED else "sdpa"
+        if model_type in CAPPED and not is_flash_attn_2_available():
+            raise ValueError(
+                f"To pack samples for models of type {model_type!r} on a GPU takes the package flash-attn: torch's "
+                f"kernels cannot cap attention scores, and eager attention would hold those of a whole row. Install it "
+                f"or use --packing False."
+            )
         if model_type in CAPPED:
-            return "flash_attention_2" if is_flash_attn_2_available() else "eager"
+            return "flash_attention_2"
         return "flash_attention_2" if is_flash_attn_2_available() else "varlen"
     if requested in ("sdpa", "varlen") and model_type in CAPPED:
         raise ValueError(

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
+from transformers.utils import is_flash_attn_2_available
 
 from mini_llava.data.collator import collate
 from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Sample
@@ -119,6 +120,15 @@ def test_families_that_ignore_the_bounds_of_samples_are_refused():
     with pytest.raises(ValueError, match=r"models of type 'opt' .*use --packing False"):
         choose_attention(None, "opt", packing=True, device=torch.device("cpu"), half_precision=False)
     assert choose_attention(None, "opt", packing=False, device=torch.device("cpu"), half_precision=False) is None
+
+
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="flash-attn, which can cap attention scores, is installed")
+def test_gemma_2_is_packed_on_a_gpu_only_by_a_kernel_that_caps_scores():
+    gpu = dict(model_type="gemma2", device=torch.device("cuda"), half_precision=True)
+    with pytest.raises(ValueError, match=r"type 'gemma2' on a GPU takes the package flash-attn.*--packing False"):
+        choose_attention(None, packing=True, **gpu)
+    assert choose_attention(None, packing=False, **gpu) is None
+    assert choose_attention("eager", packing=True, **gpu) == "eager"
 
 
 def test_opt_does_ignore_them_and_is_right_when_padded():
