@@ -23,6 +23,7 @@ from ..model.freeze import numel
 from ..model.fused_kernels import make_mlps_keep_less
 from ..model.llava import LlavaModel
 from ..model.lora import linear_layers
+from ..model.vision_tower import has_layers
 
 GIB = 2**30
 # Outside of what PyTorch allocates: the CUDA context with the kernels that are loaded, and NCCL's buffers.
@@ -310,7 +311,7 @@ def keep_what_kernels_keep(model: LlavaModel, fused: bool) -> None:
     """Replaces attention, and if `fused` norms and MLPs, by functions that make and keep tensors of the same sizes."""
     asked = model.language_model.config._attn_implementation
     model.language_model.set_attn_implementation(f"weighed_{asked if asked in ('sdpa', 'eager') else 'varlen'}")
-    if hasattr(model.vision_tower.model, "set_attn_implementation"):
+    if has_layers(model.vision_tower.model.config):  # FastViTHD's few are PyTorch's own, which run as they are
         model.vision_tower.model.set_attn_implementation("weighed_varlen")
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):

@@ -100,14 +100,14 @@ class Planned:
         trains_rows = "new_tokens" in plan
         add_token_rows(model, self.tokenizer, self.new_tokens, *marks, None, trains_rows, self.layout.master_dtype)
         apply_plan(model, plan)
-        # FlashAttention need not be installed here; it keeps for backward what PyTorch's does.
-        half, packing = self.layout.precision != "no", self.arguments.data.packing
         family = self.source.language_config.model_type
-        attention = "eager" if family in CAPPED else "varlen" if half and packing else "sdpa"
-        if flags.attn_implementation not in (None, "flash_attention_2"):
-            attention = flags.attn_implementation
-        choose_attention(attention, family, packing, torch.device("cuda"), half)  # may refuse
-        model.language_model.config._attn_implementation = flags.attn_implementation or attention
+        half, packing = self.layout.precision != "no", self.arguments.data.packing
+        standard = "eager" if family in CAPPED else "varlen" if half and packing else "sdpa"
+        attention = flags.attn_implementation or standard
+        # FlashAttention need not be installed here; it keeps for backward what PyTorch's does.
+        to_check = "eager" if attention.startswith("flash") else attention
+        choose_attention(to_check, family, packing, torch.device("cuda"), half)  # it may refuse
+        model.language_model.config._attn_implementation = attention
         if self.share:
             model.gradient_checkpointing_enable(self.share)
         return model.train(), plan
