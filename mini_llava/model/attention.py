@@ -55,8 +55,6 @@ def choose_attention(
                 f"kernels cannot cap attention scores, and eager attention would hold those of a whole row. Install it "
                 f"or use --packing False."
             )
-        if model_type in CAPPED:
-            return "flash_attention_2"
         return "flash_attention_2" if is_flash_attn_2_available() else "varlen"
     if requested in ("sdpa", "varlen") and model_type in CAPPED:
         raise ValueError(
