@@ -15,12 +15,10 @@ import traceback
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
 from mini_llava import arguments as flags
 from mini_llava import demo
 from mini_llava.data.loader import (
-    RankStep,
     RankSteps,
     count_skipped,
     log_skipped,
@@ -29,7 +27,7 @@ from mini_llava.data.loader import (
     refuse_or_report,
 )
 from mini_llava.data.records import RecordStore, measure, measurement_key
-from mini_llava.data.sampler import GlobalBatchSampler, deal, samples_an_epoch
+from mini_llava.data.sampler import GlobalBatchSampler, deal
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import add_image_tokens, load_tokenizer, tokenize, tokenize_prompt
 from mini_llava.model import formats, lora
@@ -42,6 +40,7 @@ from mini_llava.training.evaluation import HeldOut
 from mini_llava.training.identity import run_identity
 from mini_llava.training.longest import longest_micro_batch, try_longest, weight_of_logits
 from mini_llava.training.meter import Meter, ProgressLine, append_json_line, loss_parts, prepare_reports
+from mini_llava.training.not_finite import stop_unless_fp16_overflow
 from mini_llava.training.optimizer import build_adamw, parameter_groups, set_learning_rates
 from mini_llava.training.preemption import EXIT_CODE, Preemption, ignore_signals, marker, write_marker
 from mini_llava.training.schedule import learning_rate_factor, warmup_steps
@@ -185,7 +184,7 @@ def train(arguments: flags.Arguments) -> None:
     saves = saves if training.save_strategy == "steps" else 0
     room = (saves, training.save_total_limit, whole_model)
     disk_note = output_folder.disk_note(accelerator, model, output_dir, *room)
-    mixture = mixture_note(store, data_flags.data_weights)
+    mixture = sampler.describe_mixture(store.source_names())
     for note in (batch_note, mixture, distributed.memory_note(accelerator, model), disk_note):
         if note:
             say(note)
@@ -332,38 +331,6 @@ def open_held_out(data_flags: flags.DataArguments) -> RecordStore | None:
     if data_flags.eval_data_path is None:
         return None
     return RecordStore([data_flags.eval_data_path], data_flags.eval_image_folder and [data_flags.eval_image_folder])
-
-
-def mixture_note(store: RecordStore, weights: list[float] | None) -> str | None:
-    """How many records of each data file an epoch has, if not each of them once."""
-    if weights is None:
-        return None
-    sources = zip(store.source_names(), store.source_sizes(), weights, strict=True)
-    parts = [f"{samples_an_epoch(size, weight):,} from the {size:,} of {name}" for name, size, weight in sources]
-    return f"Records of an epoch: {', '.join(parts)}."
-
-
-def stop_unless_fp16_overflow(
-    accelerator: Accelerator, meter: Meter, step: int, work: RankStep, store: RecordStore, output_dir: Path
-) -> None:
-    """Ends the run on all ranks, the optimizer's step not taken, with the records of the global batch.
-
-    In fp16 a gradient that overflows while the loss is finite is usual: the step is left out and the scale lowered.
-    """
-    loss = float(distributed.sum_over_ranks(accelerator, meter.loss))
-    if accelerator.mixed_precision == "fp16" and math.isfinite(loss):
-        return
-    records = [index for of_rank in distributed.gather_from_ranks(accelerator, work.records) for index in of_rank]
-    if not accelerator.is_main_process:
-        sys.exit(1)
-    what = "its gradient is not finite" if math.isfinite(loss) else f"its loss is {loss}"
-    file = output_dir / "not_finite.jsonl"
-    log_skipped(store, [(index, f"step {step}: {what}") for index in records], file)
-    shown = ", ".join(store.describe(index) for index in records[:20]) + (" ..." if len(records) > 20 else "")
-    raise SystemExit(
-        f"Step {step} was not taken: {what}. Nothing was saved since the last checkpoint. The records of its global "
-        f"batch are listed in {file}, a file for --exclude: {shown}"
-    )
 
 
 def main() -> None:

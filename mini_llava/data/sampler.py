@@ -189,6 +189,14 @@ class GlobalBatchSampler:
             epoch, position = divmod(step, self.steps_per_epoch)
             yield self.global_batches(epoch)[position]
 
+    def describe_mixture(self, names: Sequence[str]) -> str | None:
+        """How many samples of each source an epoch has, if not each of them once. `names`: of the sources."""
+        if self.weights is None:
+            return None
+        sources = zip(names, self.source_sizes, self.weights, strict=True)
+        parts = [f"{samples_an_epoch(size, weight):,} from the {size:,} of {name}" for name, size, weight in sources]
+        return f"Records of an epoch: {', '.join(parts)}."
+
     def state_dict(self) -> dict[str, int | bool | str | list]:
         """The cursor, and what the order is a function of (but for slots, which change no global batch)."""
         return {
