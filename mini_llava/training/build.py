@@ -18,6 +18,20 @@ from ..model.sources import Source
 from .distributed import master_dtype, parameter_dtypes, quantisation
 
 
+def plan_of(arguments: Arguments, source: Source) -> dict[str, str]:
+    """The freeze plan of a run: part -> "full", "frozen" or "LoRA r=..."."""
+    model_flags, training = arguments.model, arguments.training
+    return freeze_plan(
+        model_flags.tune_mm_mlp_adapter,
+        model_flags.freeze_mm_mlp_adapter,
+        model_flags.freeze_backbone,
+        model_flags.unfreeze_mm_vision_tower,
+        training.lora_r if training.lora_enable else None,
+        model_flags.mm_use_im_start_end,
+        image_newline=source.tiling is not None and source.tiling.has_newline,
+    )
+
+
 def build_model(
     arguments: Arguments,
     source: Source,
@@ -34,15 +48,7 @@ def build_model(
         ValueError: flags, model and projector do not fit together; the sentence names them.
     """
     model_flags, training = arguments.model, arguments.training
-    plan = freeze_plan(
-        model_flags.tune_mm_mlp_adapter,
-        model_flags.freeze_mm_mlp_adapter,
-        model_flags.freeze_backbone,
-        model_flags.unfreeze_mm_vision_tower,
-        training.lora_r if training.lora_enable else None,
-        model_flags.mm_use_im_start_end,
-        image_newline=source.tiling is not None and source.tiling.has_newline,
-    )
+    plan = plan_of(arguments, source)
     model = load_llava(
         source,
         choose_attention(

@@ -25,11 +25,12 @@ from ..data.sampler import GlobalBatchSampler, deal
 from ..data.tokenization import Sample
 from ..model import lora
 from ..model.attention import CAPPED, choose_attention
-from ..model.freeze import apply_plan, freeze_plan, trainable_table, trained_in_full
+from ..model.freeze import apply_plan, trainable_table, trained_in_full
 from ..model.fused_kernels import FUSABLE, choose_fused_kernels
 from ..model.image_tokens import add_token_rows
 from ..model.llava import LlavaModel
 from ..model.sources import Source, empty_parts
+from .build import plan_of
 from .distributed import choose_precision, complete_zero, launched_rank, zero_stage
 from .flops import PEAK_FLOPS, FlopCounter
 from .longest import Longest, longest_micro_batch, weight_of_logits
@@ -71,16 +72,7 @@ class Planned:
     def model(self) -> tuple[LlavaModel, dict[str, str]]:
         """What `build_model` builds, on the meta device, and its freeze plan."""
         flags, training = self.arguments.model, self.arguments.training
-        plan = freeze_plan(
-            flags.tune_mm_mlp_adapter,
-            flags.freeze_mm_mlp_adapter,
-            flags.freeze_backbone,
-            flags.unfreeze_mm_vision_tower,
-            training.lora_r if training.lora_enable else None,
-            flags.mm_use_im_start_end,
-            image_newline=self.source.tiling is not None and self.source.tiling.has_newline,
-        )
-        parts = empty_parts(self.source)
+        plan, parts = plan_of(self.arguments, self.source), empty_parts(self.source)
         tower, newline = self.source.as_tower(parts["vision_tower"]), parts.get("image_newline")
         model = LlavaModel(tower, parts["projector"], parts["language_model"], newline, self.source.tiling)
         for name, part in model.named_children():
@@ -315,7 +307,7 @@ def plan_run(
     )
     print(_time(model, lengths, epochs, layout, training))
     trained = trained_in_full(plan)
-    whole_model = bool(trained - {"projector", "new_tokens"}) and not training.lora_enable
+    whole_model = bool(trained - {"projector", "new_tokens", "image_newline"}) and not training.lora_enable
     saves = steps // training.save_steps if training.save_strategy == "steps" else 0
     sizes = (layout.compute_dtype.itemsize, output_dir, saves, training.save_total_limit, whole_model)
     needs, folder = disk_needs(model, *sizes), output_dir.resolve()

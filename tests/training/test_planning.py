@@ -15,7 +15,9 @@ from mini_llava import arguments as flags
 from mini_llava.training.planning import read_layout
 from tests import forked_runs
 from tests.end_to_end.runs import FIXTURES, flags_of
+from tests.families import FAMILIES, write_family
 from tests.launching import CONFIGS
+from tests.model.tiny_towers import save_tower
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +166,19 @@ def _with_two_gigabytes_more() -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + 2 * 2**30
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def test_capped_scores_another_tower_and_images_in_tiles_can_be_planned(tmp_path, capsys):
+    """Gemma 2 runs with eager attention; SigLIP has no class token; anyres adds a trained row and tiles."""
+    language_model = write_family(FAMILIES["gemma_2"], tmp_path / "gemma_2")
+    values = {
+        "model_name_or_path": language_model,
+        "vision_tower": save_tower("siglip", tmp_path / "siglip"),
+        "image_aspect_ratio": "anyres",
+        "unfreeze_mm_vision_tower": True,
+        "dry_run": True,
+    }
+    train.train(flags.parse_arguments(flags_of(2, tmp_path / "output", values)))
+    printed = capsys.readouterr().out
+    assert re.search(r"image_newline +32 +32 +full", printed), printed
+    assert "It fits: " in printed
