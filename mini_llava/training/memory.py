@@ -316,6 +316,8 @@ def keep_what_kernels_keep(model: LlavaModel, fused: bool) -> None:
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.forward = functools.partial(_layer_norm, module)
+        elif isinstance(module, nn.Dropout) and module.p > 0:
+            module.forward = functools.partial(_dropout, module)
     for module in model.language_model.modules() if fused else ():
         if "RMSNorm" in type(module).__name__:
             module.forward = functools.partial(_rms_norm, module)
@@ -395,6 +397,11 @@ def _rms_norm(module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 
 def _mlp(module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     return module.down_proj(_GatedProduct.apply(module.gate_proj(hidden), module.up_proj(hidden)))
+
+
+def _dropout(module: nn.Dropout, hidden: torch.Tensor) -> torch.Tensor:
+    """As on GPUs, with a byte of mask for a number; the CPU's keeps the mask in the numbers' dtype."""
+    return torch.native_dropout(hidden, module.p, module.training)[0]
 
 
 def _layer_norm(module: nn.LayerNorm, hidden: torch.Tensor) -> torch.Tensor:

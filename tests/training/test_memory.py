@@ -7,6 +7,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 from benchmarks.random_setup import CLIP_L_336, LANGUAGE_MODELS, VOCABULARY
 from mini_llava.model.freeze import apply_plan
 from mini_llava.model.llava import LlavaModel
+from mini_llava.model.lora import add_lora
 from mini_llava.model.projector import build_projector
 from mini_llava.model.vision_tower import VisionTower
 from mini_llava.training import memory
@@ -32,6 +33,8 @@ def model_of(plan: dict[str, str], layout: Layout, recomputed: float = 0.0, size
         model = LlavaModel(tower, projector, LlamaForCausalLM(config))
     for part, module in model.named_children():
         module.to(layout.master_dtype if plan[part] == "full" else layout.compute_dtype)
+    if plan is LORA:
+        add_lora(model.language_model, "base", r=128, alpha=256, dropout=0.05, bias="none", dtype=torch.float32, seed=0)
     apply_plan(model, plan)
     model.language_model.config._attn_implementation = "varlen"
     if recomputed:
@@ -42,12 +45,14 @@ def model_of(plan: dict[str, str], layout: Layout, recomputed: float = 0.0, size
 # `peak_memory_gib` of benchmarks/README.md, one H200 each: Llama 7B and CLIP-L/14-336, Liger's kernels, nothing
 # recomputed. The micro-batches are those that the flags of these rows give.
 ALONE = Layout(1, H200)
+LORA = STAGE_2 | {"language_model": "LoRA r=128"}
 SMALLER = dict(stage3_max_live_parameters=3e9, stage3_max_reuse_distance=3e9, stage3_param_persistence_threshold=1e6)
 MEASURED = {
     "stage 2, ZeRO-3 on two": (127.0, STAGE_2, zero(3, 2), Shape(1, 13_950, 16, 2_500)),
     "the same, fewer weights gathered": (119.8, STAGE_2, zero(3, 2, **SMALLER), Shape(1, 13_950, 16, 2_500)),
     "stage 2, one GPU": (131.8, STAGE_2, ALONE, Shape(1, 4_480, 5, 800)),
     "stage 1, one GPU": (67.9, STAGE_1, ALONE, Shape(1, 19_130, 32, 680)),
+    "LoRA, one GPU": (104.0, LORA, ALONE, Shape(1, 13_950, 16, 2_500)),
 }
 
 
