@@ -42,10 +42,8 @@ def floats_from_the_loader() -> None:
     train.open_pixels = float_pixels
 
 
-def float_pixels(
-    folder: str, name: str, processor: BaseImageProcessor, aspect_ratio: str, size: int | None = None
-) -> torch.Tensor:
-    """An image file to float32 [3, H, W], all of it by the processor. `size` is not looked at."""
+def float_pixels(folder: str, name: str, processor: BaseImageProcessor, aspect_ratio: str, **_) -> torch.Tensor:
+    """An image file to float32 [3, H, W], all of it by the processor; not in tiles."""
     image = load_image(folder, name)
     if aspect_ratio == "pad":
         image = pad_to_square(image, tuple(int(mean * 255) for mean in processor.image_mean))

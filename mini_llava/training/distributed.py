@@ -246,8 +246,9 @@ def memory_note(accelerator: Accelerator, model: nn.Module) -> str | None:
     frozen = sum(
         parameter.numel() * parameter.element_size() for parameter in parameters if not parameter.requires_grad
     )
+    # fp32 weights, gradients, DDP's copy of them in its buckets, and two moments.
     return (
-        f"DDP keeps all weights, gradients and moments on every GPU, {(16 * trained + frozen) / 2**30:.1f} GiB each "
+        f"DDP keeps all weights, gradients and moments on every GPU, {(20 * trained + frozen) / 2**30:.1f} GiB each "
         "before activations; --config_file accelerate_configs/zero3.yaml divides them among the GPUs."
     )
 
