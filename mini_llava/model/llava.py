@@ -129,7 +129,9 @@ class LlavaModel(nn.Module):
         Args:
             share: of the layers, spread evenly over the model: 0.5 is every other one.
         """
-        self.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        model = self.language_model  # transformers 5.23 gave the method another name and warns of the old one
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
         layers = [module for module in self.language_model.modules() if isinstance(module, GradientCheckpointingLayer)]
         for number, layer in enumerate(layers):
             layer.gradient_checkpointing = int((number + 1) * share) > int(number * share)
