@@ -797,7 +797,7 @@ def _load_strictly(name: str, **options) -> nn.Module:
 def restore_rotary_frequencies(model: nn.Module) -> None:
     """Computes the frequencies of rotary embeddings again, in place, where they are not fp32.
 
-    Read under ZeRO-3, transformers before 5.23 leaves them in bf16, and positions in the thousands are off by several.
+    Read under ZeRO-3, transformers 5.17 leaves them in bf16, whose rounding turns position 1,000 by up to two radians.
     """
     for module in model.modules():
         rounded = [name for name, buffer in module.named_buffers(recurse=False) if name.endswith("inv_freq")]
