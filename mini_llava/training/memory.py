@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 
 from ..data.collator import MicroBatch
 from ..model.freeze import numel
-from ..model.fused_kernels import make_mlps_keep_less
+from ..model.fused_kernels import forget_outputs_of_norms, make_mlps_keep_less
 from ..model.llava import LlavaModel
 from ..model.lora import linear_layers
 from ..model.vision_tower import has_layers
@@ -325,6 +325,7 @@ def keep_what_kernels_keep(model: LlavaModel, fused: bool) -> None:
             module.forward = functools.partial(_mlp, module)
     if fused:
         make_mlps_keep_less(model.language_model, _GatedProduct.apply)
+        forget_outputs_of_norms(model.language_model)
 
 
 class _Attention(torch.autograd.Function):
