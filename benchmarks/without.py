@@ -19,7 +19,7 @@ from mini_llava.data import loader
 from mini_llava.data.collator import MicroBatch
 from mini_llava.data.images import load_image, pad_to_square
 from mini_llava.data.tokenization import IGNORE_INDEX
-from mini_llava.model import fused_kernels
+from mini_llava.model import attention, fused_kernels
 from mini_llava.training import distributed
 
 
@@ -98,6 +98,16 @@ def kept_products() -> None:
     fused_kernels._DownOfProduct.apply = lambda product, gate, up, weight: F.linear(product(gate, up), weight)
 
 
+def kept_norms() -> None:
+    """The outputs of norms are kept for backward."""
+    fused_kernels.forget_outputs_of_norms = lambda *_: None
+
+
+def flash_attention_2() -> None:
+    """torch's own kernel, although FlashAttention 4 is installed."""
+    attention._has_flash_4 = lambda: False
+
+
 def pageable_memory() -> None:
     """Batches are copied to the device from ordinary memory, for which the host waits."""
     load = train.rank_step_loader
@@ -122,10 +132,15 @@ FUNCTIONS = {
     "gc_freeze": whole_collections,
     "fused_adamw": one_kernel_for_each_operation,
     "recomputed_products": kept_products,
+    "forgotten_norms": kept_norms,
+    "flash_attention_4": flash_attention_2,
     "pinned_memory": pageable_memory,
 }
 NAMES = (*FLAGS, *FUNCTIONS)
-WITH_A_GPU = ("fast_attention", "liger", "recomputed_products", "expandable_segments", "fused_adamw", "pinned_memory")
+WITH_A_GPU = (
+    *("fast_attention", "flash_attention_4", "liger", "recomputed_products", "forgotten_norms"),
+    *("expandable_segments", "fused_adamw", "pinned_memory"),
+)
 WITH_ZERO = ("layerwise_gathers", "zero_settings")
 
 

@@ -72,8 +72,9 @@ class ModelArguments:
     """Train the vision tower too."""
 
     attn_implementation: str | None = None
-    """Attention: sdpa, flash_attention_2, varlen (torch's own for packed batches) or eager. Default: the fastest that
-    runs here. LLaVA's flash_attn flags are spelled this way in transformers."""
+    """Attention: sdpa, flash_attention_2, varlen (for packed batches: FlashAttention 4 where flash-attn-4 is installed,
+    else torch's own) or eager. Default: the fastest that runs here. LLaVA's flash_attn flags are spelled this way in
+    transformers."""
 
     trust_remote_code: bool = False
     """Let a model's directory run the Python code that it brings. Without it such code is refused, unless transformers

@@ -1,9 +1,9 @@
 """Attention for packed batches: which implementation runs here, and torch's variable-length kernel for transformers.
 
 A packed row holds several samples, and attention must never cross their bounds. These keep them apart:
-`flash_attention_2` where its package is installed; `varlen`, registered here, on any recent GPU without a further
-package; `sdpa` everywhere else, for which transformers builds a block-diagonal mask from the restarting positions (a
-mask of L x L, so it is meant for CPUs and short rows).
+`flash_attention_2` where its package is installed; `varlen`, registered here, on any recent GPU, with FlashAttention 4
+where that is installed and torch's own kernel elsewhere; `sdpa` everywhere else, for which transformers builds a
+block-diagonal mask from the restarting positions (a mask of L x L, so it is meant for CPUs and short rows).
 """
 
 import functools

@@ -7,6 +7,7 @@ Liger's losses stay off: the model computes logits for trained positions only (s
 import functools
 import importlib.util
 import logging
+import os
 from collections.abc import Callable
 
 import torch
@@ -45,6 +46,9 @@ def use_fused_kernels(language_model: PreTrainedModel) -> None:
     """
     import liger_kernel.transformers as liger
 
+    if torch.version.cuda:  # where FlashAttention 4 is installed, it takes kernels that are compiled for every length
+        for operation in ("ROPE", "RMS_NORM", "SWIGLU"):
+            os.environ.setdefault(f"LIGER_KERNEL_IMPL_{operation}", "nvidia-triton")
     # It warns of every backend for other vendors' devices that is not installed.
     logging.getLogger("liger_kernel").setLevel(logging.ERROR)
     apply = getattr(liger, f"apply_liger_kernel_to_{language_model.config.model_type}")

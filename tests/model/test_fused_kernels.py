@@ -6,11 +6,19 @@ import importlib.util
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from mini_llava.model.attention import choose_attention
-from mini_llava.model.fused_kernels import FUSABLE, choose_fused_kernels, gated_mlp, use_fused_kernels
+from mini_llava.model.fused_kernels import (
+    FUSABLE,
+    choose_fused_kernels,
+    forget_outputs_of_norms,
+    gated_mlp,
+    use_fused_kernels,
+)
 from mini_llava.model.llava import token_losses
 
 on_gpu = pytest.mark.skipif(
@@ -91,6 +99,45 @@ def test_the_mlp_that_keeps_less_gives_the_same_result_and_gradients(autocast):
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
     assert kept[1] == 2 < kept[0]  # gate and up; not their product, nor silu(gate)
+
+
+@pytest.mark.parametrize("family", FUSABLE)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_norms_made_again_in_backward_give_the_same_loss_and_gradients(family, checkpointing):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        family, vocab_size=64, hidden_size=64, intermediate_size=172, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    kept = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="eager").train()
+    forgotten = copy.deepcopy(kept)
+    forget_outputs_of_norms(forgotten)
+    ids, results = torch.randint(0, 64, (2, 17)), []
+    for model in (kept, forgotten):
+        if checkpointing:
+            for layer in model.model.layers:
+                layer.gradient_checkpointing = True
+                layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+        for _ in range(2):  # gradients add up over micro-batches
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+        results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-15)
+    readers = 5 * config.num_hidden_layers
+    assert sum(isinstance(module.forward, functools.partial) for module in forgotten.modules()) == readers + 6
+
+
+def test_a_norm_is_kept_where_a_layer_that_reads_it_is_not_trained_or_has_an_adapter():
+    config = AutoConfig.for_model(
+        "llama", vocab_size=64, hidden_size=64, intermediate_size=172, num_hidden_layers=1, num_attention_heads=4
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["up_proj"]))
+    model.requires_grad_(True)
+    model.base_model.model.model.layers[0].self_attn.k_proj.requires_grad_(False)
+    forget_outputs_of_norms(model)
+    assert not any(isinstance(module.forward, functools.partial) for module in model.modules())
 
 
 def test_they_are_used_where_they_run_and_refused_elsewhere():
