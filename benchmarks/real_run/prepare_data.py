@@ -163,7 +163,13 @@ def questions(thing: Thing, image: str, kinds: tuple[str, ...], others: list[Thi
         yield about | {"conversations": conversation(rounds[kind])}
 
 
-def prepare(packages: Path, stamps: Path | None, output: Path, seed: int = 0) -> dict[str, int]:
+def prepare(
+    packages: Path,
+    stamps: Path | None,
+    output: Path,
+    trained_hands: dict[str, tuple[str, str]] = TRAINED_HANDS,
+    seed: int = 0,
+) -> dict[str, int]:
     """Writes output/images and the records beside it; returns how many records each file has.
 
     Raises FileNotFoundError if a package is missing.
@@ -181,7 +187,7 @@ def prepare(packages: Path, stamps: Path | None, output: Path, seed: int = 0) ->
         picture.save(output / "images" / hand / f"{name}.png")
         return f"{hand}/{name}.png"
 
-    for hand, (pattern, inside) in (TRAINED_HANDS | NEW_HAND).items():
+    for hand, (pattern, inside) in (trained_hands | NEW_HAND).items():
         for key, picture in read_pictures(the_file(packages, pattern), inside, things):
             thing = things[key]
             if hand in NEW_HAND and thing.category == NOT_FLUENTS:
@@ -190,7 +196,7 @@ def prepare(packages: Path, stamps: Path | None, output: Path, seed: int = 0) ->
             if key in unseen:
                 # Nobody can know the name of what was never shown; what category it is in can be seen.
                 files["new_things"] += questions(thing, image, ("category",), others, generator)
-            elif hand in TRAINED_HANDS:
+            elif hand in trained_hands:
                 drawn.add(key)
                 files["stage1"].append(caption_record(thing, image))
                 files["stage2"] += training_records(thing, image, others, generator)

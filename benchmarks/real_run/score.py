@@ -26,7 +26,6 @@ from mini_llava.tools.saved_models import DTYPES, open_saved
 
 FILES = {"new_hand": "another designer", "photographs": "photographs", "new_things": "things never shown"}
 LONGEST_ANSWER = 24  # tokens; the longest name has 19
-RESAMPLES = 10_000
 
 
 def exchange(questions: Sequence[dict], seed: int) -> list[str]:
@@ -100,12 +99,14 @@ def first_sentence(caption: str) -> str:
     return caption.split(". Keywords:")[0].removesuffix(".")
 
 
-def interval(values: Sequence[float], things: Sequence[str], seed: int = 0) -> tuple[float, float, float]:
+def interval(
+    values: Sequence[float], things: Sequence[str], seed: int = 0, resamples: int = 10_000
+) -> tuple[float, float, float]:
     """Mean and its 95 % interval, by resampling whole things with all that was asked about them."""
     names = {thing: index for index, thing in enumerate(dict.fromkeys(things))}
     place = [names[thing] for thing in things]
     sums, counts = np.bincount(place, values, len(names)), np.bincount(place, minlength=len(names))
-    drawn = np.random.default_rng(seed).multinomial(len(names), [1 / len(names)] * len(names), RESAMPLES)
+    drawn = np.random.default_rng(seed).multinomial(len(names), [1 / len(names)] * len(names), resamples)
     means = drawn @ sums / (drawn @ counts)
     low, high = np.quantile(means, (0.025, 0.975))
     return float(np.mean(values)), float(low), float(high)
