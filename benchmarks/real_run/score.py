@@ -1,0 +1,252 @@
+"""Asks trained models held-out questions with the right pictures and with other ones, and how sure the difference is.
+
+What a model still gets right with another question's picture it did not see. Intervals are bootstrapped over things,
+since several questions and drawings are about the same one. Beside the models stands the nearest neighbour among the
+training pictures by the tower's own features: what the tower alone knows.
+"""
+
+import argparse
+import json
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers.utils import logging
+
+from mini_llava.data.collator import image_tokens, join_images
+from mini_llava.data.templates import written_answer
+from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, expand_images, tokenize_prompt
+from mini_llava.tools.chat import Conversation
+from mini_llava.tools.saved_models import DTYPES, open_saved
+
+FILES = {"new_hand": "another designer", "photographs": "photographs", "new_things": "things never shown"}
+LONGEST_ANSWER = 24  # tokens; the longest name has 19
+
+
+def exchange(questions: Sequence[dict], seed: int) -> list[str]:
+    """For each question the picture of another thing, asked about in a question of the same kind."""
+    pictures = [""] * len(questions)
+    for kind in {question["kind"] for question in questions}:
+        order = [index for index, question in enumerate(questions) if question["kind"] == kind]
+        random.Random(seed).shuffle(order)
+        for place, index in enumerate(order):
+            others = (questions[other] for other in order[place + 1 :] + order[:place])
+            pictures[index] = next(q["image"] for q in others if q["thing"] != questions[index]["thing"])
+    return pictures
+
+
+def read_pixels(conversation: Conversation, folder: Path, images: Sequence[str]) -> dict[str, torch.Tensor]:
+    """All pictures as the tower takes them, uint8: 192 KiB each at 256 pixels."""
+    with ThreadPoolExecutor() as pool:
+        read = pool.map(lambda image: conversation.to_pixels(str(folder), image), images)
+        return dict(zip(images, read, strict=True))
+
+
+@torch.inference_mode()
+def ask(
+    conversation: Conversation,
+    questions: Sequence[dict],
+    pictures: Sequence[str],
+    pixels_of: Mapping[str, torch.Tensor],
+    batch_size: int,
+) -> list[str]:
+    """The greedy answers to the questions, each with the picture of that name."""
+    model, tokenizer, template = conversation.model, conversation.tokenizer, conversation.template
+    prompts = [tokenize_prompt(question, template, tokenizer) for question in questions]
+    answers = [""] * len(questions)
+    by_length = sorted(range(len(questions)), key=lambda index: len(prompts[index]))
+    for start in range(0, len(by_length), batch_size):
+        batch = by_length[start : start + batch_size]
+        pixels = [pixels_of[pictures[index]] for index in batch]
+        tokens = image_tokens(pixels, model.vision_tower.tokens_per_image)
+        # One picture a question.
+        ids = [
+            torch.from_numpy(expand_images(prompts[index], [count]).astype(np.int64))
+            for index, count in zip(batch, tokens, strict=True)
+        ]
+        input_ids = pad_sequence(ids, batch_first=True, padding_side="left")
+        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left")
+        is_image = input_ids == IMAGE_TOKEN_INDEX
+        images, feature_rows = join_images(pixels, conversation.size)
+        embeddings = model.embed(
+            input_ids.masked_fill(is_image, 0).to(conversation.device),
+            images.to(conversation.device),
+            is_image.flatten().nonzero().squeeze(-1).to(conversation.device),
+            None if feature_rows is None else feature_rows.to(conversation.device),
+        ).to(conversation.dtype)
+        output = model.language_model.generate(
+            inputs_embeds=embeddings, attention_mask=mask.to(conversation.device), max_new_tokens=LONGEST_ANSWER
+        )
+        for index, text in zip(batch, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
+            answers[index] = written_answer(template, text)
+    return answers
+
+
+def is_right(question: dict, answer: str, is_caption: bool) -> bool:
+    """Whether the answer is the expected one but for case and a full stop; of a caption, its first sentence."""
+    if is_caption:
+        answer = first_sentence(answer)
+    return answer.strip().rstrip(".").lower() == question["conversations"][1]["value"].strip().rstrip(".").lower()
+
+
+def first_sentence(caption: str) -> str:
+    """The name in a caption of prepare_data.py; names have dots of their own (U.S. Virgin Islands)."""
+    return caption.split(". Keywords:")[0].removesuffix(".")
+
+
+def interval(
+    values: Sequence[float], things: Sequence[str], seed: int = 0, resamples: int = 10_000
+) -> tuple[float, float, float]:
+    """Mean and its 95 % interval, by resampling whole things with all that was asked about them."""
+    names = {thing: index for index, thing in enumerate(dict.fromkeys(things))}
+    place = [names[thing] for thing in things]
+    sums, counts = np.bincount(place, values, len(names)), np.bincount(place, minlength=len(names))
+    drawn = np.random.default_rng(seed).multinomial(len(names), [1 / len(names)] * len(names), resamples)
+    means = drawn @ sums / (drawn @ counts)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(np.mean(values)), float(low), float(high)
+
+
+@torch.inference_mode()
+def nearest(
+    conversation: Conversation, shown: Sequence[str], asked: Sequence[str], pixels_of: Mapping[str, torch.Tensor]
+) -> list[str]:
+    """For each picture asked about, the training picture nearest to it by the mean of the tower's features."""
+    tower = conversation.model.vision_tower
+
+    def features(names: Sequence[str]) -> torch.Tensor:
+        parts = []
+        for start in range(0, len(names), 128):
+            images, _ = join_images([pixels_of[name] for name in names[start : start + 128]], conversation.size)
+            parts.append(tower(images.to(conversation.device)).float().mean(1))
+        return torch.nn.functional.normalize(torch.cat(parts), dim=-1)
+
+    return [shown[index] for index in (features(asked) @ features(shown).T).argmax(1).tolist()]
+
+
+def table_of(scores: list[dict]) -> str:
+    """One row for each model, file and kind of question, as Markdown."""
+    lines = [
+        "| model | held out | question | n | right picture | another picture | difference, 95 % interval | commonest |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in scores:
+        mean, low, high = (f"{100 * value:.1f}" for value in row["difference"])
+        lines.append(
+            f"| {row['model']} | {FILES[row['file']]} | {row['kind']} | {row['n']:,} | {row['right']:.1%} | "
+            f"{row['exchanged']:.1%} | {mean} [{low}, {high}] | {row['commonest']:.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("models", metavar="NAME=DIR[:VERSION]", nargs="+", help="what train.py wrote, and the template to ask it with")
+    add("--data", type=Path, required=True, help="folder that prepare_data.py wrote")
+    add("--output", type=Path, required=True, help="JSON file for the scores and all answers")
+    add("--max_things", type=int, help="ask about so many things of each file [all]")
+    add("--every_neighbour", type=int, default=1, help="look for neighbours among each so-manieth picture [1]")
+    add("--batch_size", type=int, default=256)
+    add("--samples", type=int, default=12, help="answers to print of each file [12]")
+    add("--dtype", choices=DTYPES, help="[bfloat16 on a GPU, float32 on a CPU]")
+    given = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = DTYPES[given.dtype or ("float32" if device == "cpu" else "bfloat16")]
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+    asked = {file: json.loads((given.data / f"{file}.json").read_text(encoding="utf-8")) for file in FILES}
+    if given.max_things:
+        for file, questions in asked.items():
+            things = sorted({question["thing"] for question in questions})
+            kept = set(random.Random(0).sample(things, min(given.max_things, len(things))))
+            asked[file] = [question for question in questions if question["thing"] in kept]
+
+    # The captions of stage 1: what the neighbours among the training pictures are called.
+    shown = json.loads((given.data / "stage1.json").read_text(encoding="utf-8"))[:: given.every_neighbour]
+    names = {record["image"]: first_sentence(record["conversations"][1]["value"]) for record in shown}
+
+    scores, answers, pixels_of = [], {file: {} for file in FILES}, {}
+    for model in given.models:
+        name, _, place = model.partition("=")
+        directory, _, version = place.partition(":")
+        conversation = Conversation(
+            open_saved(directory, version=version or None), dtype, device, {"max_new_tokens": LONGEST_ANSWER}
+        )
+        if not pixels_of:  # all models have the same tower, and so the same pixels
+            images = {question["image"] for questions in asked.values() for question in questions} | names.keys()
+            pixels_of = read_pixels(conversation, given.data / "images", sorted(images))
+        is_caption = conversation.template.captions_only
+        for file, questions in asked.items():
+            if is_caption:  # which has no question: the name is what it should begin with
+                questions = [question for question in questions if question["kind"] == "name"]
+            if not questions:
+                continue
+            written = [
+                ask(conversation, questions, pictures, pixels_of, given.batch_size)
+                for pictures in ([question["image"] for question in questions], exchange(questions, seed=0))
+            ]
+            answers[file][name] = {q["id"]: both for q, both in zip(questions, zip(*written, strict=True), strict=True)}
+            scores += score(name, file, questions, written, is_caption)
+        print(f"{name}: {directory} has answered.", flush=True)
+
+    for file in ("new_hand", "photographs"):
+        questions = [question for question in asked[file] if question["kind"] == "name"]
+        written = [
+            [names[image] for image in nearest(conversation, list(names), pictures, pixels_of)]
+            for pictures in ([question["image"] for question in questions], exchange(questions, seed=0))
+        ]
+        scores += score("nearest training picture", file, questions, written, False)
+
+    given.output.write_text(json.dumps({"scores": scores, "answers": answers}, ensure_ascii=False, indent=1))
+    print(table_of(scores) + "\n\n" + samples_of(asked, answers, given.samples))
+
+
+def score(
+    model: str, file: str, questions: Sequence[dict], written: Sequence[Sequence[str]], is_caption: bool
+) -> list[dict]:
+    """One row for each kind of question. `written`: the answers with the right pictures and with others."""
+    rows = []
+    for kind in dict.fromkeys(question["kind"] for question in questions):
+        places = [index for index, question in enumerate(questions) if question["kind"] == kind]
+        right, exchanged = (
+            np.array([is_right(questions[index], texts[index], is_caption) for index in places], dtype=float)
+            for texts in written
+        )
+        things = [questions[index]["thing"] for index in places]
+        expected = Counter(questions[index]["conversations"][1]["value"] for index in places)
+        rows.append(
+            dict(
+                model=model,
+                file=file,
+                kind=kind,
+                n=len(places),
+                right=right.mean(),
+                exchanged=exchanged.mean(),
+                difference=interval(right - exchanged, things),
+                commonest=expected.most_common(1)[0][1] / len(places),
+            )
+        )
+    return rows
+
+
+def samples_of(asked: dict[str, list[dict]], answers: dict[str, dict], count: int) -> str:
+    """Answers of all models to the same questions, drawn at random and not chosen, as Markdown."""
+    models = list(dict.fromkeys(model for of_file in answers.values() for model in of_file))
+    lines = ["| picture | question | expected | " + " | ".join(models) + " |", "|---" * (3 + len(models)) + "|"]
+    for file, questions in asked.items():
+        for question in random.Random(1).sample(questions, min(count, len(questions))):
+            texts = (answers[file].get(model, {}).get(question["id"], ("-",))[0] for model in models)
+            cells = (question["image"], question["kind"], question["conversations"][1]["value"], *texts)
+            lines.append("| " + " | ".join(cell.replace("\n", " ").replace("|", "/") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

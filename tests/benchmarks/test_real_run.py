@@ -1,0 +1,147 @@
+"""The real run's records and scores, on packages of a few made-up pictures; nothing is fetched."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.real_run import prepare_data, prepare_models, score
+from mini_llava.data.templates import get_template
+from mini_llava.data.tokenization import load_tokenizer, tokenize
+from mini_llava.demo import LANGUAGE_MODEL
+
+HANDS = {name: prepare_data.TRAINED_HANDS[name] for name in ("noto", "emojione")}  # OpenMoji's needs an SVG renderer
+INSIDE = {"noto": "img/google/64/{}.png", "emojione": "assets/png_128x128/{}.png", "fluent": "assets/{}.webp"}
+PACKAGES = {
+    "noto": "emoji-datasource-google-0.tgz",
+    "emojione": "emojione-2.0.tgz",
+    "fluent": "lobehub-fluent-emoji-3d-0.tgz",
+}
+
+
+def write_package(path, files: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w:gz") as packed:
+        for name, data in files.items():
+            member = tarfile.TarInfo(f"package/{name}")
+            member.size = len(data)
+            packed.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Folder of the records, made from 40 things of 4 categories, drawn by 3 designers, and two stamps."""
+    folder = tmp_path_factory.mktemp("real_run")
+    (folder / "packages").mkdir()
+    groups = (3, 4, 7, 9)
+    entries = [
+        {"hexcode": f"1F{400 + n}-FE0F", "label": f"thing {n}", "group": groups[n % 4], "tags": ["a", f"word {n}"]}
+        for n in range(40)
+    ]
+    entries.append({"hexcode": "1F3FB", "label": "light skin tone", "group": 2})
+    write_package(folder / "packages" / "emojibase-data-0.tgz", {"en/data.json": json.dumps(entries).encode()})
+    for hand, name in PACKAGES.items():
+        files = {}
+        for n in range(40):
+            file = io.BytesIO()
+            Image.new("RGBA", (64, 64), (6 * n, 0, 0, 128)).save(file, "WEBP" if hand == "fluent" else "PNG")
+            files[INSIDE[hand].format(f"1f{400 + n}-fe0f")] = file.getvalue()
+        write_package(folder / "packages" / name, files | {"README.md": b"no picture"})
+    for place in ("animals", "animals/cartoon"):
+        (folder / "stamps" / place).mkdir(parents=True)
+        for n in range(40):
+            Image.new("RGB", (300, 150), "blue").save(folder / "stamps" / place / f"{n}.png")
+            (folder / "stamps" / place / f"{n}.txt").write_text(f"A Thing {n}.\nfr.utf8=Une chose.\n", encoding="utf-8")
+    counts = prepare_data.prepare(folder / "packages", folder / "stamps", folder / "data", HANDS)
+    records = {name: json.loads((folder / "data" / f"{name}.json").read_text(encoding="utf-8")) for name in counts}
+    return folder / "data", records
+
+
+def test_what_is_held_out_is_in_no_training_record(made):
+    _, records = made
+    trained = records["stage1"] + records["stage2"]
+    held_out = [question for name in score.FILES for question in records[name]]
+    assert not {r["image"] for r in trained} & {q["image"] for q in held_out}
+    assert {r["image"].split("/")[0] for r in trained} == set(HANDS)
+    unseen = {q["thing"] for q in records["new_things"]}
+    assert len(unseen) == 4 and not unseen & {r["image"].split("/")[1].removesuffix(".png") for r in trained}
+    # Of the 36 others; Fluent's flags are Noto's drawings.
+    flags = {q["thing"] for name in score.FILES for q in records[name] if q["conversations"][1]["value"] == "flags"}
+    assert not {f"fluent/{key}.png" for key in flags} & {q["image"] for q in held_out}
+    assert {q["image"].split("/")[0] for q in records["new_hand"]} == {"fluent"}
+    assert all("cartoon" not in q["image"] for q in records["photographs"]) and len(records["photographs"]) == 3 * 36
+
+
+def test_every_record_is_one_that_the_trainer_takes(made):
+    folder, records = made
+    tokenizer = load_tokenizer(LANGUAGE_MODEL)
+    for name, of_file in records.items():
+        template = get_template("plain" if name == "stage1" else "v1", tokenizer)
+        for record in of_file:
+            picture = Image.open(folder / "images" / record["image"])
+            assert picture.mode == "RGB" and picture.width == picture.height <= prepare_data.SIDE
+            sample = tokenize(record, template=template, tokenizer=tokenizer, tokens_per_image=4, max_length=512)
+            assert (sample.labels >= 0).any()
+    yes_or_no = [
+        turns[1]["value"] for r in records["stage2"] if (turns := r["conversations"])[1]["value"] in ("yes", "no")
+    ]
+    assert 0.3 < yes_or_no.count("yes") / len(yes_or_no) < 0.7
+
+
+def test_exchanged_pictures_show_other_things_and_only_the_right_answer_counts(made):
+    questions = made[1]["new_hand"] + made[1]["new_things"]
+    thing_of = {question["image"]: question["thing"] for question in questions}
+    exchanged = score.exchange(questions, seed=0)
+    assert all(thing_of[image] != question["thing"] for question, image in zip(questions, exchanged, strict=True))
+
+    question = next(question for question in questions if question["kind"] == "name")
+    name = question["conversations"][1]["value"]
+    assert score.is_right(question, name.upper() + ".", False) and not score.is_right(question, f"a {name}", False)
+    assert score.is_right(question, f"{name}. Keywords: {name}, and more", True)
+    rows = score.score("model", "new_hand", [question], [[name], ["other"]], False)
+    assert (rows[0]["right"], rows[0]["exchanged"], rows[0]["difference"]) == (1, 0, (1, 1, 1))
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says_also_if_questions_about_a_thing_agree():
+    generator = np.random.default_rng(0)
+    things = [str(thing) for thing in range(60) for _ in range(4)]
+    covered, widths = [], []
+    for seed in range(100):
+        values = np.repeat(generator.random(60) < 0.3, 4).astype(float)  # all four questions right, or none
+        _, low, high = score.interval(values, things, seed, resamples=400)
+        covered.append(low <= 0.3 <= high)
+        widths.append(high - low)
+    # 95 are expected; three standard deviations are 7, and a bootstrap over 60 things is a little narrow.
+    assert sum(covered) >= 87
+    assert np.mean(widths) == pytest.approx(
+        2 * 1.96 * (0.3 * 0.7 / 60) ** 0.5, rel=0.05
+    )  # 60 things, not 240 questions
+
+
+def test_the_towers_weights_get_timms_names():
+    widened = {f"_blocks.{number}._expand_conv.weight": None for number in range(1, sum(prepare_models.BLOCKS))}
+    for there, timms in (
+        ("_conv_stem.weight", "conv_stem.weight"),
+        ("_bn1.running_var", "bn2.running_var"),
+        ("_blocks.0._depthwise_conv.weight", "blocks.0.0.conv_dw.weight"),
+        ("_blocks.0._bn2.bias", "blocks.0.0.bn2.bias"),
+        ("_blocks.1._bn2.bias", "blocks.1.0.bn3.bias"),
+        ("_blocks.4._bn0.weight", "blocks.2.0.bn1.weight"),
+        ("_blocks.20._project_conv.weight", "blocks.6.0.conv_pwl.weight"),
+    ):
+        assert prepare_models.timm_name(there, widened) == timms
+
+
+def test_a_missing_package_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has 0 files emojibase-data-\*.tgz, and one is needed: README.md"):
+        prepare_data.prepare(tmp_path, None, tmp_path / "data")
+
+
+def test_samples_are_drawn_and_not_chosen(made):
+    asked = {"new_hand": made[1]["new_hand"]}
+    answers = {"new_hand": {"model": {question["id"]: ("a|b", "") for question in asked["new_hand"]}}}
+    table = score.samples_of(asked, answers, 3).splitlines()
+    assert len(table) == 5 and all(line.count("|") == 5 and "a/b" in line for line in table[2:])
+    assert table == score.samples_of(asked, answers, 3).splitlines()
