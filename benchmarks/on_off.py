@@ -47,6 +47,7 @@ def measure(own: argparse.Namespace, name: str, flags_of_train: list[str]) -> No
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", own.config_file]
     command = [*launcher, "--num_processes", own.num_processes, ROOT / "benchmarks" / "throughput.py"]
     command += ["--setup", own.setup, "--name", name, "--table", own.table]
+    command += ["--output_dir", own.setup / f"output-{own.table.stem}"]  # two tables may be filled at once
     command += ["--steps", own.steps, "--warmup_steps", own.warmup_steps, *flags_of_train]
     if name != EVERYTHING:
         command += ["--without", name]

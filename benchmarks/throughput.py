@@ -197,6 +197,7 @@ def row(name: str, steps: list[dict], devices: int) -> dict:
 def print_table(file: Path) -> None:
     """The rows of `--table` as Markdown."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = [values for values in rows if "failed" not in values]  # on_off.py's
     print("\n| " + " | ".join(COLUMNS.values()) + " |\n|" + "---|" * len(COLUMNS))
     for values in rows:
         print("| " + " | ".join(str(values[key]) for key in COLUMNS) + " |")
