@@ -2,16 +2,25 @@
 
 import io
 import json
+import re
+import shlex
+import string
 import tarfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks.real_run import prepare_data, prepare_models, score
+from mini_llava import arguments as flags
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import load_tokenizer, tokenize
 from mini_llava.demo import LANGUAGE_MODEL
+from mini_llava.tools.chat import Conversation
+from mini_llava.tools.saved_models import open_saved
+from tests.end_to_end import runs
+from tests.launching import ROOT
 
 HANDS = {name: prepare_data.TRAINED_HANDS[name] for name in ("noto", "emojione")}  # OpenMoji's needs an SVG renderer
 INSIDE = {"noto": "img/google/64/{}.png", "emojione": "assets/png_128x128/{}.png", "fluent": "assets/{}.webp"}
@@ -145,3 +154,32 @@ def test_samples_are_drawn_and_not_chosen(made):
     table = score.samples_of(asked, answers, 3).splitlines()
     assert len(table) == 5 and all(line.count("|") == 5 and "a/b" in line for line in table[2:])
     assert table == score.samples_of(asked, answers, 3).splitlines()
+
+
+def test_the_page_has_commands_that_the_trainer_takes():
+    page = (ROOT / "benchmarks" / "real_run" / "README.md").read_text(encoding="utf-8")
+    script = page.split("```bash\n")[1].split("```")[0].replace("\\\n", " ")
+    variables = {name: " ".join(value.split()) for name, value in re.findall(r'^(\w+)="(.*?)"$', script, re.M | re.S)}
+    commands = [string.Template(line).substitute(variables) for line in re.findall(r"^python train.py.*", script, re.M)]
+    stages = [flags.parse_arguments(shlex.split(command)[2:]).stage for command in commands]
+    assert stages == [1, 1, 2]
+
+
+def test_many_questions_at_once_get_the_answers_that_one_gets(made, tmp_path):
+    folder, records = made
+    runs.train_here(runs.flags_of(1, tmp_path / "stage1", {"max_steps": 1, "save_strategy": "no"}))
+    conversation = Conversation(
+        open_saved(str(tmp_path / "stage1"), version="v1"),
+        torch.float32,
+        "cpu",
+        {"max_new_tokens": score.LONGEST_ANSWER},
+    )
+    questions = records["new_hand"][:21:3]
+    pictures = [question["image"] for question in questions]
+    pixels_of = score.read_pixels(conversation, folder / "images", pictures)
+    at_once = score.ask(conversation, questions, pictures, pixels_of, batch_size=4)
+    for question, answer in zip(questions, at_once, strict=True):
+        conversation.reset()
+        conversation.add_image(str(folder / "images" / question["image"]))
+        assert conversation.ask(question["conversations"][0]["value"]) == answer
+    assert score.nearest(conversation, pictures, pictures[::-1], pixels_of) == pictures[::-1]
