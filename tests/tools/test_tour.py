@@ -35,18 +35,19 @@ def norms(text: str) -> dict[str, list[float]]:
 @pytest.mark.parametrize("stage", [1, 2])
 def test_its_loss_and_gradient_are_those_of_a_training_step_on_the_same_records(stage, printed, tmp_path):
     order = tmp_path / "order.json"
-    order.write_text("[[3, 4]]")
+    order.write_text("[[0, 3]]")
     common = {"learning_rate": 1e-3, "packing": True}
     step = {"sample_order": order, "max_steps": 1, "global_batch_size": 2, "save_strategy": "no"}
     runs.train_here(runs.flags_of(stage, tmp_path / "run", common | step))
     [entry] = runs.log(tmp_path / "run")
 
-    text = printed("--records", 3, 4, *runs.flags_of(stage, tmp_path / "tour", common))
+    text = printed("--records", 0, 3, *runs.flags_of(stage, tmp_path / "tour", common))
     assert float(re.search(r"^  loss ([\d.]+) = ", text, re.MULTILINE)[1]) == pytest.approx(entry["loss"], abs=1e-4)
     parts = norms(text)
     of_the_step = sum(value**2 for value, _ in parts.values()) ** 0.5
     assert of_the_step == pytest.approx(entry["gradient_norm"], abs=2e-4)  # four digits of two parts
-    assert parts["projector"][0] == pytest.approx(parts["projector"][1], abs=2e-4) > 0
+    assert parts["projector"][0] > 0
+    assert parts["projector"][0] == pytest.approx(parts["projector"][1], abs=2e-4)
     assert parts["vision_tower"] == [0, 0]
     assert [value > 0 for value in parts["language_model"]] == [stage == 2, stage == 1]
     assert not (tmp_path / "tour").exists()
@@ -59,7 +60,8 @@ def test_it_shows_adapters_images_in_tiles_and_padded_rows(printed, tmp_path):
     assert "attention_mask   bool [2, " in text and "feature_rows     int64 [" in text
     parts = norms(text)
     assert parts["language_model"][0] > 0 == parts["language_model"][1]  # adapters, which stage 1 does not train
-    assert parts["image_newline"][0] == pytest.approx(parts["image_newline"][1], rel=0.01) > 0
+    assert parts["image_newline"][0] > 0
+    assert parts["image_newline"][0] == pytest.approx(parts["image_newline"][1], rel=0.01)  # bf16, masters or not
 
 
 def test_a_record_that_is_not_there_or_cannot_be_trained_on_is_a_sentence(capsys, tmp_path):
