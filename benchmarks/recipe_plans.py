@@ -30,7 +30,12 @@ GPU_MEMORY_GIB = {"A100": 79, "H200": 139}
 
 
 class Plan(NamedTuple):
-    """A recipe and what it is run on. `expected_mfu`: of the GPU's peak."""
+    """A recipe and what it is run on.
+
+    expected_mfu: of the GPU's peak.
+    recomputed: whether layers are, all of them; `--gradient_checkpointing`.
+    tokens: `--max_tokens_per_micro_batch`, if given.
+    """
 
     recipe: str
     stage: int
@@ -38,48 +43,23 @@ class Plan(NamedTuple):
     gpus: int
     gpu: str
     expected_mfu: float
-    flags: str
+    recomputed: bool
+    tokens: int | None = None
 
 
-NOT_RECOMPUTED = "--gradient_checkpointing False"
-# On H200s were measured (benchmarks/README.md): stage 1 58 %, stage 2 52 %, LoRA 38 %, all with nothing recomputed.
-# Recomputing all layers adds a third to the work, which does not count: 52 % become 40 %. A100s are assumed to do as
-# well as H200s.
+# Measured on H200s (benchmarks/README.md), nothing recomputed: stage 1 58 %, stage 2 52 %, LoRA 38 %. Recomputing all
+# layers adds work that does not count: a third in stage 2, a half in stage 1. A100s are assumed to do as well.
 PLANS = (
-    Plan("llava-1.5-7b-pretrain", 1, "zero2", 8, "A100", 0.55, NOT_RECOMPUTED),
-    Plan("llava-1.5-7b-pretrain", 1, "zero2", 8, "H200", 0.55, NOT_RECOMPUTED),
-    Plan("llava-1.5-7b-finetune", 2, "zero3", 8, "A100", 0.40, ""),
-    Plan("llava-1.5-7b-finetune", 2, "zero3", 8, "H200", 0.52, f"{NOT_RECOMPUTED} --max_tokens_per_micro_batch 14000"),
-    Plan("llava-1.5-13b-pretrain", 1, "zero2", 8, "A100", 0.40, ""),
-    Plan("llava-1.5-13b-finetune", 2, "zero3", 8, "A100", 0.40, ""),
-    Plan("llava-1.5-13b-finetune", 2, "zero3", 8, "H200", 0.52, f"{NOT_RECOMPUTED} --max_tokens_per_micro_batch 9000"),
-    Plan(
-        "llava-1.5-7b-finetune-lora",
-        2,
-        "single_gpu",
-        1,
-        "A100",
-        0.38,
-        f"{NOT_RECOMPUTED} --max_tokens_per_micro_batch 9000",
-    ),
-    Plan(
-        "llava-1.5-7b-finetune-lora",
-        2,
-        "single_gpu",
-        1,
-        "H200",
-        0.38,
-        f"{NOT_RECOMPUTED} --max_tokens_per_micro_batch 14000",
-    ),
-    Plan(
-        "llava-1.5-13b-finetune-lora",
-        2,
-        "single_gpu",
-        1,
-        "H200",
-        0.38,
-        f"{NOT_RECOMPUTED} --max_tokens_per_micro_batch 9000",
-    ),
+    Plan("llava-1.5-7b-pretrain", 1, "zero2", 8, "A100", 0.58, recomputed=False),
+    Plan("llava-1.5-7b-finetune", 2, "zero3", 8, "A100", 0.39, recomputed=True),
+    Plan("llava-1.5-7b-finetune-lora", 2, "single_gpu", 1, "A100", 0.38, recomputed=False, tokens=9000),
+    Plan("llava-1.5-13b-pretrain", 1, "zero2", 8, "A100", 0.39, recomputed=True),
+    Plan("llava-1.5-13b-finetune", 2, "zero3", 8, "A100", 0.39, recomputed=True),
+    Plan("llava-1.5-7b-pretrain", 1, "zero2", 8, "H200", 0.58, recomputed=False),
+    Plan("llava-1.5-7b-finetune", 2, "zero3", 8, "H200", 0.52, recomputed=False, tokens=14000),
+    Plan("llava-1.5-7b-finetune-lora", 2, "single_gpu", 1, "H200", 0.38, recomputed=False, tokens=14000),
+    Plan("llava-1.5-13b-finetune", 2, "zero3", 8, "H200", 0.52, recomputed=False, tokens=9000),
+    Plan("llava-1.5-13b-finetune-lora", 2, "single_gpu", 1, "H200", 0.38, recomputed=False, tokens=9000),
 )
 
 
@@ -117,7 +97,8 @@ def row(plan: Plan, directory: Path) -> str:
         *("--num_train_epochs", EPOCHS[plan.stage], "--output_dir", directory / "out", "--use_liger_kernel", True),
         *("--accelerate_config", ROOT / "accelerate_configs" / f"{plan.config}.yaml", "--num_gpus", plan.gpus),
         *("--gpu_name", plan.gpu, "--gpu_memory_gib", GPU_MEMORY_GIB[plan.gpu], "--expected_mfu", plan.expected_mfu),
-        *plan.flags.split(),
+        *("--gradient_checkpointing", plan.recomputed),
+        *(("--max_tokens_per_micro_batch", plan.tokens) if plan.tokens else ()),
     ]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -132,9 +113,11 @@ def row(plan: Plan, directory: Path) -> str:
         f"`{plan.recipe}`",
         f"{plan.gpus} {plan.gpu}",
         plan.config,
-        f"`{plan.flags}`" if plan.flags else "",
-        f"{float(needed):.0f}" if fits else f"{float(needed):.0f}: does not fit",
-        f"{hours} ({plan.expected_mfu:.0%})",
+        "all" if plan.recomputed else "none",
+        f"{plan.tokens:,}" if plan.tokens else "",
+        f"{float(needed):.0f}" + ("" if fits else ", does not fit"),
+        f"{plan.expected_mfu:.0%}",
+        hours,
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -145,7 +128,7 @@ def main() -> None:
     parser.add_argument("--only", type=int, help="the first so many rows")
     arguments = parser.parse_args()
     make_configurations(arguments.directory)
-    print("| recipe | GPUs | config | flags | GiB each | time (expected MFU) |\n|---|---|---|---|---|---|")
+    print("| recipe | GPUs | config | recomputed | tokens | GiB each | MFU | time |\n" + "|---" * 8 + "|")
     for plan in PLANS[: arguments.only]:
         print(row(plan, arguments.directory), flush=True)
 

@@ -84,15 +84,15 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
     # --- One record --------------------------------------------------------------------------------------------------
     index = records[0]
     record, folder = store[index], store.image_folder(index)
-    step("1. A record of the data file, as LLaVA writes it", RecordStore.__getitem__)
+    step(1, RecordStore.__getitem__, "a record of the data file, as LLaVA writes it")
     print(f"  {store.describe(index)}\n  {json.dumps(record, ensure_ascii=False)}")
 
-    step(f"2. The template {template.name} makes a text of it, in pieces that are trained (>) or not", render)
+    step(2, render, f"the text that the template {template.name} makes of it, in pieces that are trained (>) or not")
     questions, answers, _ = read_conversation(record, template)
     for text, trained in render(template, questions, answers):
         print(f"  {'>' if trained else ' '} {text!r}")
 
-    step("3. Ids and labels. An image has a place for each of its tokens; a label of -100 is not trained", tokenize)
+    step(3, tokenize, "ids, with a place for each token of an image, and labels, -100 where nothing is trained")
     sample: Sample = to_sample(record, folder=folder)
     show("input_ids", torch.from_numpy(sample.input_ids))
     show("labels", torch.from_numpy(sample.labels))
@@ -103,7 +103,7 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
     )
 
     for name in sample.images[:1]:
-        step(f"4. Its image: {data_flags.image_aspect_ratio}, resized, kept as bytes", open_pixels)
+        step(4, open_pixels, f"its image, {data_flags.image_aspect_ratio}, resized and kept as bytes")
         image = load_image(folder, name)
         print(f"  {name}: {Path(image_path(folder, name)).stat().st_size:,} bytes, {image.width}x{image.height} pixels")
         pixels = to_pixels(folder, name)
@@ -111,7 +111,7 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
 
     # --- A micro-batch -----------------------------------------------------------------------------------------------
     how = "behind each other, told apart by cu_seqlens" if data_flags.packing else "padded to the longest"
-    step(f"5. A micro-batch of records {', '.join(map(str, records))}, {how}", collate)
+    step(5, collate, f"a micro-batch of records {', '.join(map(str, records))}, {how}")
     work = RankSteps(store, to_sample, to_pixels, image_size, data_flags.packing)[[records]]
     if work.fault is not None:
         raise work.fault
@@ -133,19 +133,19 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
     batch = distributed.to_device(batch, accelerator.device)
     loss, losses = forward_and_backward(model, accelerator, batch, work.trained_tokens[0])
 
-    step("6. The bytes become floats on the device, and the vision tower makes features of them", VisionTower.forward)
+    step(6, VisionTower.forward, "the bytes become floats, on the device, and the tower makes features of them")
     if batch["pixel_values"].dtype == torch.uint8:
         show("pixel_values", normalise(batch["pixel_values"], model.vision_tower.pixel_table))
     show("features", seen["features"])
-    step("7. The projector makes them as wide as the embeddings of words", build_projector)
+    step(7, build_projector, "the projector, which makes them as wide as the embeddings of words")
     show("projected", seen["projected"])
-    step("8. They take their places among the embeddings", LlavaModel.embed)
+    step(8, LlavaModel.embed, "they take their places among the embeddings")
     show("words", seen["words"])
     show("inputs_embeds", seen["inputs"])
-    step("9. The language model computes logits where a token is to be predicted", LlavaModel.forward)
+    step(9, LlavaModel.forward, "the language model computes logits where a token is to be predicted")
     show("logits", seen["logits"])
 
-    step("10. The loss of each trained token; their sum over the trained tokens is the loss", token_losses)
+    step(10, token_losses, "what each trained token costs; their sum, divided by their number, is the loss")
     show("losses", losses)
     print("  to predict        loss  chance  likeliest")
     rows = (batch["targets"].flatten(), losses.flatten(), seen["logits"].flatten(0, 1).argmax(-1))
@@ -156,7 +156,7 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
     print(f"  loss {loss:.4f} = {losses.sum():.4f} / {work.trained_tokens[0]} tokens")
 
     # --- The gradients -----------------------------------------------------------------------------------------------
-    step("11. Backward: the norm of the gradient by part, as the run trains it and as the other stage does", apply_plan)
+    step(11, apply_plan, "which parts get gradients in backward, here their norms, in this stage and in the other")
     norms = {f"stage {arguments.stage}": gradient_norms(model)}
     frozen = {"vision_tower"} if plan["language_model"] == "frozen" else {"vision_tower", "language_model"}
     model.zero_grad(set_to_none=True)
@@ -190,9 +190,9 @@ def gradient_norms(model: LlavaModel) -> dict[str, float | None]:
     return norms
 
 
-def step(title: str, function: Callable) -> None:
-    file = function.__module__.replace(".", "/") + ".py"
-    print(f"\n{title}\n  [{function.__qualname__} in {file}]")
+def step(number: int, function: Callable, sentence: str) -> None:
+    file = function.__module__.removeprefix("mini_llava.").replace(".", "/")
+    print(f"\n{number}. {function.__qualname__} ({file}.py): {sentence}")
 
 
 def show(name: str, tensor: torch.Tensor) -> None:
