@@ -73,7 +73,7 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
         first = next((number for number in range(len(store)) if "image" in store[number]), 0)
         records = [number for number in (first, first + 1) if number < len(store)]
     if wrong := [number for number in records if not 0 <= number < len(store)]:
-        raise ValueError(f"--records {wrong[0]}: the data have {len(store):,} records, counted from 0.")
+        raise ValueError(f"--record {wrong[0]}: the data have {len(store):,} records, counted from 0.")
     precision = distributed.choose_precision(training.bf16, training.fp16, arguments.explicit)
     accelerator = distributed.build_accelerator(precision, 1.0, "none", Path(training.output_dir))
     torch.manual_seed(training.seed)
@@ -213,13 +213,13 @@ def main(command_line: list[str] | None = None) -> int:
         description="What happens to records from JSON to gradients. All other flags are train.py's (its --help).",
         allow_abbrev=False,
     )
-    parser.add_argument("--records", type=int, nargs="+", metavar="N", help="which, from 0 [two]")
+    parser.add_argument("--record", type=int, nargs="+", metavar="N", help="which, counted from 0 [two]")
     given, words = parser.parse_known_args(command_line)
-    if "--stage" not in words:
+    if not any(word == "--stage" or word.startswith("--stage=") for word in words):
         words = ["--stage", "2", *words]
     try:
         # The demo pads its rows on the CPU; packed they show more. A --packing among the words wins, being later.
-        tour(flags.parse_arguments(["--packing", "True", *words]), given.records)
+        tour(flags.parse_arguments(["--packing", "True", *words]), given.record)
     except (ValueError, OSError) as error:
         print(f"tour: error: {error}", file=sys.stderr)
         return 2

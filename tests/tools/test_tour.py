@@ -41,7 +41,7 @@ def test_its_loss_and_gradient_are_those_of_a_training_step_on_the_same_records(
     runs.train_here(runs.flags_of(stage, tmp_path / "run", common | step))
     [entry] = runs.log(tmp_path / "run")
 
-    text = printed("--records", 0, 3, *runs.flags_of(stage, tmp_path / "tour", common))
+    text = printed("--record", 0, 3, *runs.flags_of(stage, tmp_path / "tour", common))
     assert float(re.search(r"^  loss ([\d.]+) = ", text, re.MULTILINE)[1]) == pytest.approx(entry["loss"], abs=1e-4)
     parts = norms(text)
     of_the_step = sum(value**2 for value, _ in parts.values()) ** 0.5
@@ -69,8 +69,8 @@ def test_a_record_that_is_not_there_or_cannot_be_trained_on_is_a_sentence(capsys
     records[1]["conversations"] = records[1]["conversations"][:1]
     (tmp_path / "some.json").write_text(json.dumps(records[:2]))
     common = ["--data_path", tmp_path / "some.json"]
-    for number, sentence in ((2, "--records 2: the data have 2 records"), (1, "no question has an answer")):
-        words = [*runs.flags_of(2, tmp_path, {}), *common, "--records", number]
+    for number, sentence in ((2, "--record 2: the data have 2 records"), (1, "no question has an answer")):
+        words = [*runs.flags_of(2, tmp_path, {}), *common, "--record", number]
         AcceleratorState._reset_state(reset_partial_state=True)
         assert tour.main(list(map(str, words))) == 2
         assert sentence in capsys.readouterr().err
