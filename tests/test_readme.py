@@ -36,7 +36,7 @@ NOT_RUN = ("vllm serve", "python -m sglang.launch_server", "python -m lmms_eval"
 CI = {
     "python3 -m venv .venv": "python3 -m venv",
     "source .venv/bin/activate": "/bin/activate",
-    "pip install -r requirements.txt": "python -m pip install --quiet --disable-pip-version-check -r requirements.txt",
+    "pip install -r requirements.txt": "-r requirements.txt",
     "python -m pytest": "python -m pytest",
 }
 
@@ -200,6 +200,11 @@ def test_the_map_has_every_file_and_every_file_is_there():
     top = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
     for folder in {path.split("/")[0] + "/" for path in top.splitlines() if "/" in path} - {".ci/", "mini_llava/"}:
         assert folder in named, folder
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "benchmarks").glob("*.py")))
+def test_a_benchmark_is_named_where_benchmarks_are_explained(file):
+    assert file in README + BENCHMARKS
 
 
 def test_the_files_that_stand_for_llavas_are_there():
