@@ -111,22 +111,8 @@ def read_by_train(words: list[str]) -> None:
     flags.parse_arguments(["--stage", stages[-1], *words])
 
 
-@pytest.mark.parametrize("command", all_commands(), ids=lambda command: command[:60].replace("\n", " "))
-def test_a_command_is_run_or_read_by_its_program(command, users_folder, monkeypatch):
-    if command.startswith("#!"):
-        assert command in README.split("\n## Several machines\n")[1].split("\n## ")[0]  # see RUN
-        return
-    if command in CI:
-        assert CI[command] in (ROOT / ".ci" / "run").read_text()
-        return
-    if command.startswith(NOT_RUN):
-        [after] = [
-            text
-            for block, text in re.findall(r"^```bash\n(.*?)^```\n\n(.*?)\n\n", README, re.S | re.M)
-            if command in block
-        ]
-        assert "not run" in after
-        return
+def check_flags(command: str, monkeypatch) -> None:
+    """Fails unless every program in a command takes the flags that it is given."""
     words = shlex.split(command)
     while "=" in words[0]:
         words.pop(0)  # a variable
@@ -153,6 +139,41 @@ def test_a_command_is_run_or_read_by_its_program(command, users_folder, monkeypa
             return
         words = ["--config", "my_run.yaml", *words]  # for models and data, which such programs bring themselves
     read_by_train(words)
+
+
+@pytest.mark.parametrize("command", all_commands(), ids=lambda command: command[:60].replace("\n", " "))
+def test_a_command_is_run_or_read_by_its_program(command, users_folder, monkeypatch):
+    if command.startswith("#!"):
+        assert command in README.split("\n## Several machines\n")[1].split("\n## ")[0]  # see RUN
+        return
+    if command in CI:
+        assert CI[command] in (ROOT / ".ci" / "run").read_text()
+        return
+    if command.startswith(NOT_RUN):
+        [after] = [
+            text
+            for block, text in re.findall(r"^```bash\n(.*?)^```\n\n(.*?)\n\n", README, re.S | re.M)
+            if command in block
+        ]
+        assert "not run" in after
+        return
+    check_flags(command, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "make everything",
+        "python -m mini_llava.tools.chat outputs/demo-merged --no_such_flag",
+        "python -m mini_llava.tools.doctor --data_path data.json",
+        "accelerate launch --config_file accelerate_configs/no_such.yaml train.py --stage 2",
+        "accelerate launch train.py --stage 2 --config my_run.yaml --no_such_flag 1",
+        "python benchmarks/throughput.py --setup /tmp/bench --stage 2 --no_such_flag 1",
+    ],
+)
+def test_a_command_that_is_wrong_or_unknown_does_not_pass(command, users_folder, monkeypatch):
+    with pytest.raises((AssertionError, SystemExit)):
+        check_flags(command, monkeypatch)
 
 
 @pytest.mark.parametrize("section", RUN)
