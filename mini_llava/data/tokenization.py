@@ -86,7 +86,7 @@ def tokenize(
     Raises BadRecord for anything that is not a conversation, for image marks that do not match the images, and if no
     trained token is left.
     """
-    questions, answers, images = _conversation(record, template)
+    questions, answers, images = read_conversation(record, template)
     if not answers:
         raise BadRecord("no question has an answer, so there is nothing to train on.")
     if isinstance(tokens_per_image, int):
@@ -118,7 +118,7 @@ def tokenize_prompt(
     beginning of the answer (a ChatML role ends with a newline; an answer that begins with one may share a token).
     With one token for each image `expand_images` gives them theirs, once the images are known. Raises BadRecord.
     """
-    questions, answers, images = _conversation(record, template)
+    questions, answers, images = read_conversation(record, template)
     pieces = render(template, questions, answers[: len(questions) - 1], generation_prompt=True)
     return _encode(pieces, tokenizer, [tokens_per_image] * len(images))[0]
 
@@ -130,7 +130,7 @@ def expand_images(input_ids: np.ndarray, image_tokens: Sequence[int]) -> np.ndar
     return np.repeat(input_ids, copies)
 
 
-def _conversation(record: dict, template: Template) -> tuple[list[str], list[str], list[str]]:
+def read_conversation(record: dict, template: Template) -> tuple[list[str], list[str], list[str]]:
     """Check a record and return its questions, its answers (maybe one fewer) and its image names.
 
     As in LLaVA a conversation that begins with the assistant loses that turn. Image marks are counted and written the
@@ -218,7 +218,7 @@ def _image_first(text: str) -> str:
 
 def check_record(record: dict) -> None:
     """Raises BadRecord if the record cannot be trained on with any template, whatever its images and its length."""
-    _, answers, _ = _conversation(record, get_template("v1"))
+    _, answers, _ = read_conversation(record, get_template("v1"))
     if not answers:
         raise BadRecord("no question has an answer, so there is nothing to train on.")
 

@@ -1,0 +1,230 @@
+"""What happens to a record, from its JSON to the gradients: `python -m mini_llava.tools.tour`, with train.py's flags.
+
+Without flags the records are the embedded demo's. Every tensor shown is made by the function named beside it, the one
+that `train.py` calls; what is inside the model is seen by hooks on a forward pass of it. Nothing is written but the
+demo's data, and no weight is changed.
+"""
+
+import argparse
+import functools
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .. import arguments as flags
+from .. import demo
+from ..data.collator import collate
+from ..data.images import image_path, load_image, normalise
+from ..data.loader import RankSteps, open_pixels
+from ..data.records import RecordStore
+from ..data.templates import get_template, render
+from ..data.tokenization import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
+    Sample,
+    add_image_tokens,
+    load_tokenizer,
+    read_conversation,
+    tokenize,
+)
+from ..model.freeze import apply_plan
+from ..model.llava import LlavaModel, token_losses
+from ..model.projector import build_projector
+from ..model.sources import open_source
+from ..model.vision_tower import VisionTower, tokens_per_image
+from ..training import distributed
+from ..training.build import build_model
+
+
+def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
+    """Prints all steps for the records of these numbers, or for the first one with an image and the one behind it.
+
+    Raises:
+        ValueError: as `train.py` does, with sentences.
+    """
+    # --- As train.py sets up -----------------------------------------------------------------------------------------
+    model_flags, data_flags, training = arguments.model, arguments.data, arguments.training
+    if arguments.is_demo:
+        print(demo.prepare_run(model_flags))
+    source = open_source(model_flags, arguments.explicit)
+    tiling = source.choose_tiling(model_flags, data_flags, arguments.explicit)
+    tokenizer = load_tokenizer(source.name, model_flags.trust_remote_code)
+    known_tokens = len(tokenizer)
+    marks = model_flags.mm_use_im_start_end, model_flags.mm_use_im_patch_token
+    template = add_image_tokens(tokenizer, get_template(model_flags.version, tokenizer), *marks)
+    image_size, processor = source.image_size(), source.image_processor()
+    image_tokens = tokens_per_image(source.vision_config, source.select_feature, image_size)
+    to_sample = functools.partial(
+        tokenize,
+        template=template,
+        tokenizer=tokenizer,
+        tokens_per_image=tiling.tokens if tiling else image_tokens,
+        max_length=data_flags.model_max_length,
+    )
+    to_pixels = functools.partial(
+        open_pixels, processor=processor, aspect_ratio=data_flags.image_aspect_ratio, size=image_size, tiling=tiling
+    )
+    store = RecordStore(data_flags.data_path, data_flags.image_folder, data_flags.exclude)
+    if records is None:
+        first = next((number for number in range(len(store)) if "image" in store[number]), 0)
+        records = [number for number in (first, first + 1) if number < len(store)]
+    if wrong := [number for number in records if not 0 <= number < len(store)]:
+        raise ValueError(f"--record {wrong[0]}: the data have {len(store):,} records, counted from 0.")
+    precision = distributed.choose_precision(training.bf16, training.fp16, arguments.explicit)
+    accelerator = distributed.build_accelerator(precision, 1.0, "none", Path(training.output_dir))
+    torch.manual_seed(training.seed)
+    model, plan = build_model(arguments, source, tokenizer, len(tokenizer) - known_tokens, accelerator)
+    model.to(accelerator.device).train()
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=False)
+
+    # --- One record --------------------------------------------------------------------------------------------------
+    index = records[0]
+    record, folder = store[index], store.image_folder(index)
+    step(1, RecordStore.__getitem__, "a record of the data file, as LLaVA writes it")
+    print(f"  {store.describe(index)}\n  {json.dumps(record, ensure_ascii=False)}")
+
+    step(2, render, f"the text that the template {template.name} makes of it, in pieces that are trained (>) or not")
+    questions, answers, _ = read_conversation(record, template)
+    for text, trained in render(template, questions, answers):
+        print(f"  {'>' if trained else ' '} {text!r}")
+
+    step(3, tokenize, "ids, with a place for each token of an image, and labels, -100 where nothing is trained")
+    sample: Sample = to_sample(record, folder=folder)
+    show("input_ids", torch.from_numpy(sample.input_ids))
+    show("labels", torch.from_numpy(sample.labels))
+    trained = sample.labels != IGNORE_INDEX
+    print(
+        f"  {len(trained)} tokens, {(sample.input_ids == IMAGE_TOKEN_INDEX).sum()} of them of images, "
+        f"{trained.sum()} trained: {decode(sample.labels[trained])!r}"
+    )
+
+    for name in sample.images[:1]:
+        step(4, open_pixels, f"its image, {data_flags.image_aspect_ratio}, resized and kept as bytes")
+        image = load_image(folder, name)
+        print(f"  {name}: {Path(image_path(folder, name)).stat().st_size:,} bytes, {image.width}x{image.height} pixels")
+        pixels = to_pixels(folder, name)
+        show("pixels", pixels.tiles if tiling else pixels)
+
+    # --- A micro-batch -----------------------------------------------------------------------------------------------
+    how = "behind each other, told apart by cu_seqlens" if data_flags.packing else "padded to the longest"
+    step(5, collate, f"a micro-batch of records {', '.join(map(str, records))}, {how}")
+    work = RankSteps(store, to_sample, to_pixels, image_size, data_flags.packing)[[records]]
+    if work.fault is not None:
+        raise work.fault
+    [batch] = work.micro_batches
+    for name, value in batch.items():
+        if value is not None:
+            show(name, value) if torch.is_tensor(value) else print(f"  {name:16} {value}")
+
+    # --- The model ---------------------------------------------------------------------------------------------------
+    seen = {}
+    inside = {"features": model.vision_tower, "projected": model.projector}
+    inside["words"] = model.language_model.get_input_embeddings()
+    for name, module in inside.items():
+        module.register_forward_hook(lambda _module, _given, made, name=name: seen.update({name: made}))
+    model.language_model.register_forward_hook(
+        lambda _module, _given, given, made: seen.update(inputs=given["inputs_embeds"], logits=made.logits),
+        with_kwargs=True,
+    )
+    batch = distributed.to_device(batch, accelerator.device)
+    loss, losses = forward_and_backward(model, accelerator, batch, work.trained_tokens[0])
+
+    step(6, VisionTower.forward, "the bytes become floats, on the device, and the tower makes features of them")
+    if batch["pixel_values"].dtype == torch.uint8:
+        show("pixel_values", normalise(batch["pixel_values"], model.vision_tower.pixel_table))
+    show("features", seen["features"])
+    step(7, build_projector, "the projector, which makes them as wide as the embeddings of words")
+    show("projected", seen["projected"])
+    step(8, LlavaModel.embed, "they take their places among the embeddings")
+    show("words", seen["words"])
+    show("inputs_embeds", seen["inputs"])
+    step(9, LlavaModel.forward, "the language model computes logits where a token is to be predicted")
+    show("logits", seen["logits"])
+
+    step(10, token_losses, "what each trained token costs; their sum, divided by their number, is the loss")
+    show("losses", losses)
+    print("  to predict        loss  chance  likeliest")
+    rows = (batch["targets"].flatten(), losses.flatten(), seen["logits"].flatten(0, 1).argmax(-1))
+    of_trained = batch["targets"].flatten() != IGNORE_INDEX
+    for target, lost, best in list(zip(*(row[of_trained].tolist() for row in rows), strict=True))[:8]:
+        token, likeliest = (repr(tokenizer.convert_ids_to_tokens(number)) for number in (target, best))
+        print(f"  {token:14} {lost + 0.0:7.3f} {math.exp(-lost):7.1%}  {likeliest}")
+    print(f"  loss {loss:.4f} = {losses.sum():.4f} / {work.trained_tokens[0]} tokens")
+
+    # --- The gradients -----------------------------------------------------------------------------------------------
+    step(11, apply_plan, "which parts get gradients in backward, here their norms, in this stage and in the other")
+    norms = {f"stage {arguments.stage}": gradient_norms(model)}
+    frozen = {"vision_tower"} if plan["language_model"] == "frozen" else {"vision_tower", "language_model"}
+    model.zero_grad(set_to_none=True)
+    apply_plan(model, {part: "frozen" if part in frozen else "full" for part, _ in model.named_children()})
+    forward_and_backward(model, accelerator, batch, work.trained_tokens[0])
+    norms[f"stage {3 - arguments.stage}"] = gradient_norms(model)
+    print(f"  {'part':16}" + "".join(f"{name:>14}" for name in norms))
+    for part, _ in model.named_children():
+        values = (by_part[part] for by_part in norms.values())
+        print(f"  {part:16}" + "".join(f"{'none' if value is None else f'{value:.4f}':>14}" for value in values))
+    print("  A frozen language model passes the loss on: the projector's gradient is the same in both stages.")
+
+
+def forward_and_backward(
+    model: LlavaModel, accelerator, batch: dict, trained_tokens: int
+) -> tuple[float, torch.Tensor]:
+    """The loss and the token losses, fp32 [B, K]; gradients as in a step whose global batch is this micro-batch."""
+    with accelerator.autocast():
+        losses = model(**batch, reduction="none")
+    loss = losses.sum() / trained_tokens
+    loss.backward()
+    return loss.item(), losses.detach()
+
+
+def gradient_norms(model: LlavaModel) -> dict[str, float | None]:
+    """Of each part of the model; None where it has no gradient."""
+    norms = {}
+    for part, module in model.named_children():
+        gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+        norms[part] = float(torch.nn.utils.get_total_norm(gradients)) if gradients else None
+    return norms
+
+
+def step(number: int, function: Callable, sentence: str) -> None:
+    file = function.__module__.removeprefix("mini_llava.").replace(".", "/")
+    print(f"\n{number}. {function.__qualname__} ({file}.py): {sentence}")
+
+
+def show(name: str, tensor: torch.Tensor) -> None:
+    """Name, kind, shape and range of a tensor, and its first values."""
+    tensor = tensor.detach().cpu()
+    numbers = tensor.flatten()[:6].tolist()
+    values = " ".join(f"{number:.3g}" if tensor.is_floating_point() else f"{number:d}" for number in numbers)
+    kind = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    span = f"{tensor.min().item():.4g} to {tensor.max().item():.4g}" if tensor.numel() else "empty"
+    more = " ..." if tensor.numel() > len(numbers) else ""
+    print(f"  {name:16} {kind:26} {span:18} {values}{more}")
+
+
+def main(command_line: list[str] | None = None) -> int:
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal need not know every character
+    parser = argparse.ArgumentParser(
+        prog="python -m mini_llava.tools.tour",
+        description="What happens to records from JSON to gradients. All other flags are train.py's (its --help).",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--record", type=int, nargs="+", metavar="N", help="which, counted from 0 [two]")
+    given, words = parser.parse_known_args(command_line)
+    if not any(word == "--stage" or word.startswith("--stage=") for word in words):
+        words = ["--stage", "2", *words]
+    try:
+        # The demo pads its rows on the CPU; packed they show more. A --packing among the words wins, being later.
+        tour(flags.parse_arguments(["--packing", "True", *words]), given.record)
+    except (ValueError, OSError) as error:
+        print(f"tour: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""README's table of hours and memory is what `benchmarks/recipe_plans.py` computes."""
+
+import re
+
+import pytest
+
+from benchmarks import recipe_plans
+from tests.launching import ROOT
+
+
+def in_readme() -> list[list[str]]:
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("\n| recipe | ")[1].split("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def test_readme_has_a_row_for_every_plan():
+    planned = [(f"`{plan.recipe}`", f"{plan.gpus} {plan.gpu}", plan.config) for plan in recipe_plans.PLANS]
+    assert [tuple(row[:3]) for row in in_readme()] == planned
+
+
+@pytest.mark.slow
+def test_a_row_is_what_the_plan_comes_to(tmp_path, monkeypatch):
+    """Of fewer records, which have about the same lengths."""
+    monkeypatch.setattr(recipe_plans, "EPOCHS", {stage: epochs * 10 for stage, epochs in recipe_plans.EPOCHS.items()})
+    monkeypatch.setattr(recipe_plans, "RECORDS", recipe_plans.RECORDS // 10)
+    recipe_plans.make_configurations(tmp_path)
+    number = next(n for n, plan in enumerate(recipe_plans.PLANS) if plan[:2] == ("llava-1.5-7b-finetune", 2))
+    row = [cell.strip() for cell in recipe_plans.row(recipe_plans.PLANS[number], tmp_path).strip("|").split("|")]
+    readmes = in_readme()[number]
+    assert row[:5] == readmes[:5]
+    for cell in (5, 7):  # GiB, hours
+        mine, theirs = (float(re.match(r"[\d.]+", values[cell])[0]) for values in (row, readmes))
+        assert mine == pytest.approx(theirs, rel=0.1)

@@ -1,0 +1,256 @@
+"""What README says is so: its commands run or are read by the program they start, and its files and messages exist.
+
+A command is run by the test or by the CI that is named here, or its flags are read by the real parser, or it is in
+the short list of those that README itself says were not run. One that is none of these is a failure.
+"""
+
+import argparse
+import ast
+import importlib
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser
+
+from mini_llava import arguments as flags
+from tests.launching import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BENCHMARKS = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+
+# Sections whose commands are run, and by what.
+RUN = {
+    "Two commands": "tests/test_readme.py::test_the_two_commands_train_both_stages",
+    "A record on its way to the gradient": "tests/tools/test_tour.py::test_readme_shows_what_it_prints",
+    "Start from, end in, talk to it": "tests/test_demo.py::"
+    "test_the_readmes_commands_make_models_that_answer_held_out_questions",
+    "Several machines": "tests/end_to_end/test_two_machines.py::commands",
+}
+NOT_RUN = ("vllm serve", "python -m sglang.launch_server", "python -m lmms_eval")
+CI = {
+    "python3 -m venv .venv": "python3 -m venv",
+    "source .venv/bin/activate": "/bin/activate",
+    "pip install -r requirements.txt": "-r requirements.txt",
+    "python -m pytest": "python -m pytest",
+}
+
+
+def blocks(text: str, language: str = "bash") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def commands(block: str) -> list[str]:
+    """One a command, without line breaks and comments; a script stays as it is."""
+    if block.startswith("#!"):
+        return [block]
+    lines = re.sub(r" +#.*$", "", block, flags=re.MULTILINE).replace("\\\n", " ").splitlines()
+    return [" ".join(part.split()) for line in lines for part in line.split(" && ") if part.strip()]
+
+
+def all_commands() -> list[str]:
+    """Of README and benchmarks/README.md, in blocks and in lines, and of the heads of the recipes."""
+    found = [command for text in (README, BENCHMARKS) for block in blocks(text) for command in commands(block)]
+    inline = re.findall(r"`((?:python|accelerate launch|torchrun) [^`]+)`", README + BENCHMARKS)
+    found += [" ".join(command.split()) for command in inline if "..." not in command]
+    for file in (ROOT / "mini_llava" / "recipes").glob("*.yaml"):
+        head = file.read_text(encoding="utf-8").replace(" \\\n#", "")
+        found += [" ".join(command.split()) for command in re.findall(r"^# (accelerate launch .*)", head, re.MULTILINE)]
+    return list(dict.fromkeys(found))
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def users_folder(tmp_path, monkeypatch) -> Path:
+    """As README's reader has it: the repository, and a file of settings."""
+    for name in ("mini_llava", "accelerate_configs", "benchmarks", "train.py", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    settings = "model_name_or_path: a/b\nvision_tower: a/c\ndata_path: [data.json]\nimage_folder: [images]\n"
+    (tmp_path / "my_run.yaml").write_text(settings)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+class Parsed(Exception):
+    """A program's parser has taken its command line; the rest are flags that it leaves to train.py."""
+
+
+def read_by_its_program(module: str, words: list[str], monkeypatch) -> list[str]:
+    """Runs a program's `main` until its parser has read the command line; returns the words it knows nothing of."""
+    original = argparse.ArgumentParser.parse_known_args
+
+    def parse(self, args=None, namespace=None):
+        given, unknown = original(self, args, namespace)
+        if inspect.currentframe().f_back.f_code.co_name == "parse_args":
+            assert not unknown, f"{module} does not know {unknown}"
+        of_train = [word for name in ("ours", "trainers") for word in shlex.split(getattr(given, name, ""))]
+        raise Parsed([*unknown, *of_train])
+
+    main = importlib.import_module(module).main
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
+        patch.setattr(sys, "argv", [module, *words])
+        try:
+            if not words and "ArgumentParser" not in inspect.getsource(main):
+                return []  # it takes none
+            main()
+        except Parsed as parsed:
+            return parsed.args[0]
+    raise AssertionError(f"{module} did not read its command line")
+
+
+def read_by_train(words: list[str]) -> None:
+    stages = [words[n + 1] for n, word in enumerate(words) if word == "--stage"] or ["2"]
+    flags.parse_arguments(["--stage", stages[-1], *words])
+
+
+def check_flags(command: str, monkeypatch) -> None:
+    """Fails unless every program in a command takes the flags that it is given."""
+    words = shlex.split(command)
+    while "=" in words[0]:
+        words.pop(0)  # a variable
+    if words[:2] == ["accelerate", "launch"]:
+        given = launch_command_parser().parse_args(words[2:])
+        assert given.config_file is None or Path(given.config_file).is_file()
+        script, words = given.training_script, given.training_script_args
+    elif words[0] == "torchrun":
+        given = get_args_parser().parse_args(words[1:])
+        script, words = given.training_script, given.training_script_args
+    elif words[:2] == ["python", "-m"]:
+        script, words = words[2], words[3:]
+    else:
+        assert words[0] == "python", f"{command}: neither run nor read by a parser; add it to this file"
+        script, words = words[1], words[2:]
+    if words == ["--help"]:
+        with pytest.raises(SystemExit, match="0"):
+            read_by_train(words)
+        return
+    if script != "train.py":
+        module = script.removesuffix(".py").replace("/", ".")
+        words = read_by_its_program(module, words, monkeypatch)
+        if not words:
+            return
+        words = ["--config", "my_run.yaml", *words]  # for models and data, which such programs bring themselves
+    read_by_train(words)
+
+
+@pytest.mark.parametrize("command", all_commands(), ids=lambda command: command[:60].replace("\n", " "))
+def test_a_command_is_run_or_read_by_its_program(command, users_folder, monkeypatch):
+    if command.startswith("#!"):
+        assert command in README.split("\n## Several machines\n")[1].split("\n## ")[0]  # see RUN
+        return
+    if command in CI:
+        assert CI[command] in (ROOT / ".ci" / "run").read_text()
+        return
+    if command.startswith(NOT_RUN):
+        [after] = [
+            text
+            for block, text in re.findall(r"^```bash\n(.*?)^```\n\n(.*?)\n\n", README, re.S | re.M)
+            if command in block
+        ]
+        assert "not run" in after
+        return
+    check_flags(command, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "make everything",
+        "python -m mini_llava.tools.chat outputs/demo-merged --no_such_flag",
+        "python -m mini_llava.tools.doctor --data_path data.json",
+        "accelerate launch --config_file accelerate_configs/no_such.yaml train.py --stage 2",
+        "accelerate launch train.py --stage 2 --config my_run.yaml --no_such_flag 1",
+        "python benchmarks/throughput.py --setup /tmp/bench --stage 2 --no_such_flag 1",
+    ],
+)
+def test_a_command_that_is_wrong_or_unknown_does_not_pass(command, users_folder, monkeypatch):
+    with pytest.raises((AssertionError, SystemExit)):
+        check_flags(command, monkeypatch)
+
+
+@pytest.mark.parametrize("section", RUN)
+def test_what_is_said_to_run_a_sections_commands_is_there(section):
+    assert blocks(README.split(f"\n## {section}\n")[1].split("\n## ")[0])
+    file, function = RUN[section].split("::")
+    assert f"\ndef {function}(" in (ROOT / file).read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_two_commands_train_both_stages(users_folder):
+    """As they stand, but in this environment, with fewer steps and fewer questions."""
+    command = blocks(README.split("\n## Two commands\n")[1])[0]
+    command = command.split("requirements.txt && ")[1].strip()
+    assert command.count("accelerate launch train.py --stage") == 2
+    shorter = re.sub(r"(--stage \d)", r"\1 --max_steps 2 --eval_max_samples 4", command)
+    shorter = shorter.replace("accelerate launch", f"{sys.executable} -m accelerate.commands.launch")
+    run = subprocess.run(shorter, shell=True, cwd=users_folder, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "The projector comes from stage 1: outputs/demo-stage1/mm_projector.bin." in run.stdout
+    assert (users_folder / "outputs" / "demo-stage2" / "model.safetensors").is_file()
+
+
+# --- files and messages ----------------------------------------------------------------------------------------------
+
+
+def rows(head: str) -> list[list[str]]:
+    """The cells of the table with this first cell."""
+    table = re.search(rf"^\| {head} \|.*?\n\n", README, re.DOTALL | re.MULTILINE)[0]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()[2:] if line]
+
+
+def test_the_map_has_every_file_and_every_file_is_there():
+    named = set()
+    for first, _ in rows("file"):
+        paths = [path.strip("`") for path in first.split(", ")]
+        folder = Path(paths[0]).parent
+        named |= {paths[0], *(str(folder / path) for path in paths[1:])}
+    assert not [path for path in named if not (ROOT / path).exists()]
+    folders = [path for path in named if path.endswith("/") and path != "mini_llava/"]
+    modules = [
+        str(path.relative_to(ROOT)) for path in (ROOT / "mini_llava").rglob("*.py") if path.name != "__init__.py"
+    ]
+    assert not [path for path in modules if path not in named and not path.startswith(tuple(folders))]
+    top = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
+    for folder in {path.split("/")[0] + "/" for path in top.splitlines() if "/" in path} - {".ci/", "mini_llava/"}:
+        assert folder in named, folder
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "benchmarks").glob("*.py")))
+def test_a_benchmark_is_named_where_benchmarks_are_explained(file):
+    assert file in README + BENCHMARKS
+
+
+def test_the_files_that_stand_for_llavas_are_there():
+    for _, ours in rows("LLaVA"):
+        for path in re.findall(r"`([\w./]+(?:\.py|/))`", ours):
+            assert (ROOT / path).exists() or (ROOT / "mini_llava" / path).exists(), path
+
+
+def sentences() -> list[str]:
+    """Every text in the code of train.py and mini_llava/, with … for what is put in."""
+    found = []
+    for file in [ROOT / "train.py", *(ROOT / "mini_llava").rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+@pytest.fixture(scope="module")
+def texts() -> str:
+    return "\n".join(sentences())
+
+
+@pytest.mark.parametrize("message", [cells[0].strip("`") for cells in rows("message")])
+def test_a_message_that_readme_explains_is_one_that_the_program_writes(message, texts):
+    assert message in texts or f"{message}." in texts
