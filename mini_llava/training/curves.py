@@ -31,9 +31,11 @@ def draw_curves(log: Path, file: Path) -> None:
         ("held-out", [name for name in shares if name not in held_out_losses][:PARTS_AT_MOST]),
     ]
     panels = [(title, series) for title, series in panels if series]
-    figure = Figure(figsize=(6 * min(2, len(panels)), 3.6 * -(-len(panels) // 2)), dpi=110, layout="constrained")
-    axes = figure.subplots(-(-len(panels) // 2), min(2, len(panels)), squeeze=False).flatten()
-    for axis, (title, series) in zip(axes, panels, strict=False):
+    columns = 2 if len(panels) == 4 else len(panels)
+    rows = len(panels) // columns
+    figure = Figure(figsize=(5.2 * columns, 3.6 * rows), dpi=110, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis, (title, series) in zip(axes, panels, strict=True):
         for name in series:
             steps, values = _series(entries, name)
             if name == "loss":
@@ -43,16 +45,14 @@ def draw_curves(log: Path, file: Path) -> None:
                 axis.plot(steps, smoothed(values), linewidth=1, label=f"{name}, smoothed")
             else:
                 axis.plot(steps, values, linewidth=1.2, marker="o" if name.startswith("eval/") else None, label=name)
-        if title == "norms" and all(value > 0 for name in series for value in _series(entries, name)[1]):
-            axis.set_yscale("log")
+        if title == "norms" and all(max(_series(entries, name)[1]) > 0 for name in series):
+            axis.set_yscale("log", nonpositive="mask")  # the first update is zero where the rate rises from zero
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("step", fontsize=9)
         axis.grid(color="#e6e6e6", linewidth=0.6)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(fontsize=8, frameon=False)
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
     temporary = file.with_name(f".{file.name}.incomplete")
     figure.savefig(temporary, format="png")
     temporary.replace(file)

@@ -376,20 +376,32 @@ def start_trackers(accelerator: Accelerator, values: dict, resumed_at: int | Non
         _warn_once(f"{names} could not be started; log.jsonl has the same values", f"{type(error).__name__}: {error}")
 
 
-# TensorBoard and its like make a page of the names with the same beginning. In log.jsonl names are short.
+# TensorBoard makes a page of the names with the same beginning and opens the first two, which are then held-out values
+# and losses. In log.jsonl names are short.
 PAGES = {
     "norms": ("gradient_norm", "update_norm", "parameter_norm"),
     "speed": (
         *("tokens_per_second", "computed_tokens_per_second", "samples_per_second", "seconds_per_step", "mfu", "mfu_6n"),
-        *("data_wait", "padding", "peak_memory_gib", "save_seconds"),
+        *("data_wait", "padding", "peak_memory_gib", "save_seconds", "epoch"),
     ),
 }
-_PAGE_OF = {name: f"{page}/{name}" for page, names in PAGES.items() for name in names}
+
+
+def name_on_page(name: str) -> str:
+    """The name that trackers know a value of log.jsonl by: `speed/mfu`, `rates/projector`, `loss/image_samples`."""
+    for page, names in PAGES.items():
+        if name in names:
+            return f"{page}/{name}"
+    if name.startswith("learning_rate"):
+        return f"rates/{name.removeprefix('learning_rate/')}"
+    if name.startswith("loss_by_modality/"):
+        return f"loss/{name.removeprefix('loss_by_modality/')}_samples"
+    return name
 
 
 def log(accelerator: Accelerator, values: dict[str, float], step: int) -> None:
     """Gives the values of a step to the trackers, sorted into pages."""
-    values = {_PAGE_OF.get(name, name): value for name, value in values.items()}
+    values = {name_on_page(name): value for name, value in values.items()}
     for tracker in accelerator.trackers:
         with never_fatal(f"{tracker.name} lacks entries, which log.jsonl has"):
             tracker.log(values, step=step)

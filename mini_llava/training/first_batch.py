@@ -1,4 +1,4 @@
-"""A picture of the first batch for TensorBoard: pixels as the tower gets them, masked tokens grey, trained ones green.
+"""Pictures of the first batch for TensorBoard: pixels as the tower gets them, masked tokens grey, trained ones green.
 
 Most that goes wrong with data shows here at a glance: a wrong template, a picture cut in half, answers not trained.
 """
@@ -23,16 +23,16 @@ from ..data.tokenization import IGNORE_INDEX, BadRecord
 from .distributed import never_fatal
 
 SAMPLES = 8
-WIDTH, PICTURE, MARGIN, LINE, MOST_LINES = 1100, 200, 14, 20, 14  # pixels, and lines of text a sample
-INK = {MASKED: "#8a8a8a", TRAINED: "#0b5d1e", IMAGE: "#2357a5"}
-PAPER = {TRAINED: "#d9f2dd", IMAGE: "#e1ebf8"}
+WIDTH, PICTURE, MARGIN, LINE, MOST_LINES = 720, 180, 12, 22, 16  # pixels, and lines of text a sample
+INK = {MASKED: "#858585", TRAINED: "#0b5d1e", IMAGE: "#2357a5"}
+PAPER = {TRAINED: "#d3f0d8", IMAGE: "#e1ebf8"}
 
 
 @dataclass
 class Shown:
     """A sample as it is drawn: what stands above it, its pictures uint8 [3, H, W], its text."""
 
-    title: str
+    title: list[str]
     pictures: list[torch.Tensor]
     text: list[Span]
 
@@ -44,7 +44,7 @@ def show(
     tokenizer: PreTrainedTokenizerBase,
     step: int,
 ) -> None:
-    """Gives TensorBoard, if it is in use, a picture of some samples of the first global batch; never ends the run.
+    """Gives TensorBoard, if it is in use, pictures of some samples of the first global batch; never ends the run.
 
     dealt: the global batches to come, dealt over ranks and micro-batches.
     """
@@ -54,9 +54,10 @@ def show(
     with never_fatal("there is no picture of the first batch"):
         batch = [index for micro_batch in next(dealt, []) for of_rank in micro_batch for index in of_rank]
         every = max(1, len(batch) // SAMPLES)  # they are sorted by length: some of all lengths
-        samples = [shown for index in batch[::every][:SAMPLES] if (shown := _sample(rank_steps, index, tokenizer))]
-        if samples:
-            trackers[0].writer.add_image("first batch", np.asarray(draw(samples)), step, dataformats="HWC")
+        for number, index in enumerate(batch[::every][:SAMPLES], start=1):
+            if sample := _sample(rank_steps, index, tokenizer):
+                name, pixels = f"samples/first_batch_{number}", np.asarray(draw(sample))
+                trackers[0].writer.add_image(name, pixels, step, dataformats="HWC")
 
 
 def _sample(rank_steps: RankSteps, index: int, tokenizer: PreTrainedTokenizerBase) -> Shown | None:
@@ -69,46 +70,31 @@ def _sample(rank_steps: RankSteps, index: int, tokenizer: PreTrainedTokenizerBas
         return None
     pictures = [tile for image in opened for tile in (image.tiles if isinstance(image, Tiles) else [image])]
     trained = int((sample.labels != IGNORE_INDEX).sum())
-    title = f"{store.describe(index)}: {len(sample.input_ids):,} tokens, {trained:,} trained"
+    title = [store.describe(index), f"{len(sample.input_ids):,} tokens, {trained:,} trained"]
     return Shown(title, pictures, spans(sample, tokenizer))
 
 
-def draw(samples: Sequence[Shown]) -> Image.Image:
-    """The samples below each other, RGB, `WIDTH` pixels wide."""
+def draw(sample: Shown) -> Image.Image:
+    """The sample, RGB, `WIDTH` pixels wide: its title, below it its pictures beside its text."""
     font, bold = _font("DejaVuSans"), _font("DejaVuSans-Bold")
-    rows = [_draw_sample(sample, font, bold) for sample in samples]
-    image = Image.new("RGB", (WIDTH, sum(row.height for row in rows)), "white")
-    top = 0
-    for row in rows:
-        image.paste(row, (0, top))
-        top += row.height
-    return image
-
-
-def _font(name: str) -> ImageFont.FreeTypeFont:
-    import matplotlib  # brings fonts for Greek, Cyrillic and signs; Pillow's own knows Latin letters only
-
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf", 14)
-
-
-def _draw_sample(sample: Shown, font: ImageFont.FreeTypeFont, bold: ImageFont.FreeTypeFont) -> Image.Image:
-    left = MARGIN + (PICTURE + MARGIN if sample.pictures else 0)
+    left, top = MARGIN + (PICTURE + MARGIN if sample.pictures else 0), MARGIN
+    title = [line for words in sample.title for line in _lines([Span(MASKED, words, 0)], bold, WIDTH - 2 * MARGIN)]
     lines = list(_lines(sample.text, font, WIDTH - left - MARGIN))
     if len(lines) > MOST_LINES:
         lines[MOST_LINES - 1 :] = [[(MASKED, f"… {len(lines) - MOST_LINES + 1} more lines")]]
+    below_title = top + len(title) * LINE + 6
     height = max(len(lines) * LINE, PICTURE if sample.pictures else 0)
-    image = Image.new("RGB", (WIDTH, MARGIN + LINE + 6 + height + MARGIN), "white")
+    image = Image.new("RGB", (WIDTH, below_title + height + MARGIN), "white")
     canvas = ImageDraw.Draw(image)
-    canvas.line((0, 0, WIDTH, 0), fill="#cccccc")
-    canvas.text((MARGIN, MARGIN), sample.title, fill="black", font=bold)
-    top = MARGIN + LINE + 6
+    for number, line in enumerate(title):
+        canvas.text((MARGIN, top + number * LINE), "".join(text for _, text in line), fill="black", font=bold)
     columns = math.ceil(math.sqrt(len(sample.pictures)))
     for number, picture in enumerate(sample.pictures):
         side = PICTURE // columns
         small = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((side - 2, side - 2))
-        image.paste(small, (MARGIN + number % columns * side, top + number // columns * side))
+        image.paste(small, (MARGIN + number % columns * side, below_title + number // columns * side))
     for number, line in enumerate(lines):
-        x, y = left, top + number * LINE
+        x, y = left, below_title + number * LINE
         for kind, text in line:
             width = font.getlength(text)
             if kind in PAPER:
@@ -116,6 +102,12 @@ def _draw_sample(sample: Shown, font: ImageFont.FreeTypeFont, bold: ImageFont.Fr
             canvas.text((x, y), text, fill=INK[kind], font=font)
             x += width
     return image
+
+
+def _font(name: str) -> ImageFont.FreeTypeFont:
+    import matplotlib  # brings fonts for Greek, Cyrillic and signs; Pillow's own knows Latin letters only
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf", 16)
 
 
 def _lines(text: Sequence[Span], font: ImageFont.FreeTypeFont, width: int) -> Iterator[list[tuple[str, str]]]:
@@ -128,6 +120,8 @@ def _lines(text: Sequence[Span], font: ImageFont.FreeTypeFont, width: int) -> It
             if line and used + size > width:
                 yield line
                 line, used = [], 0.0
+                if word.isspace() and not newline:
+                    continue
             line.append((span.kind, "↵" if newline else word))
             used += size
             if newline:

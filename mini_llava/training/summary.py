@@ -58,13 +58,15 @@ def summarise(entries: Sequence[dict], logging_steps: int, pauses: dict[str, flo
             if name.endswith("_seconds"):  # `save_seconds` and the like: the clock of training stood still
                 name = name.removesuffix("_seconds")
                 seconds[name] = seconds.get(name, 0.0) + value
+    # One step may have had samples of one modality only: a tenth of the run says more.
+    ending = [entry["loss"] for entry in steps[-max(1, len(steps) // 10) :]]
     values = {
         "steps": last,
         "samples": round(samples),
         "tokens": round(tokens),
         "seconds": seconds,
-        "first_loss": steps[0]["loss"],
         "last_loss": steps[-1]["loss"],
+        "mean_loss_at_the_end": sum(ending) / len(ending),
     }
     if best := best_held_out(entries):
         values["best_held_out"] = best
@@ -101,7 +103,8 @@ def describe(values: dict) -> str:
     lines = [
         "",
         f"{values['steps']:,} steps, {values['samples']:,} samples, {values['tokens']:,} tokens in {took}.",
-        f"Loss {values['first_loss']:.4f} at the first entry of the log, {values['last_loss']:.4f} at the last.",
+        f"Loss {values['last_loss']:.4f} in the last entry of the log, {values['mean_loss_at_the_end']:.4f} on average "
+        "over its last tenth.",
     ]
     for name, best in values.get("best_held_out", {}).items():
         lines.append(f"Best {name} {best['value']:.4g} at step {best['step']:,}.")
