@@ -40,7 +40,7 @@ from mini_llava.training.evaluation import HeldOut
 from mini_llava.training.identity import run_identity
 from mini_llava.training.longest import longest_micro_batch, try_longest, weight_of_logits
 from mini_llava.training.meter import Meter, ProgressLine, append_json_line, loss_parts, prepare_reports
-from mini_llava.training.norms import step_norms
+from mini_llava.training.norms import norms_are_due, step_norms
 from mini_llava.training.not_finite import stop_unless_fp16_overflow
 from mini_llava.training.optimizer import build_adamw, learning_rates, parameter_groups, set_learning_rates
 from mini_llava.training.preemption import EXIT_CODE, Preemption, ignore_signals, marker, write_marker
@@ -280,7 +280,9 @@ def train(arguments: flags.Arguments) -> None:
         if saving or sampler.step % training.logging_steps == 0 or sampler.step == total_steps:
             values = meter.read()  # here the host waits for the device
             values |= {"learning_rate": training.learning_rate * factor, "gradient_norm": float(gradient_norm)}
-            values |= learning_rates(optimizer) | (step_norms(accelerator, model, optimizer) if finite else {})
+            values |= learning_rates(optimizer)
+            if finite and norms_are_due(sampler.step, total_steps):
+                values |= step_norms(accelerator, model, optimizer)
             values["epoch"] = sampler.step / sampler.steps_per_epoch
             distributed.log(accelerator, values, sampler.step)
             progress.update(sampler.step, values)

@@ -22,13 +22,13 @@ def draw_curves(log: Path, file: Path) -> None:
     begin_with = lambda prefix: [name for name in names if name.startswith(prefix)]  # noqa: E731
     losses, rates, held_out = begin_with("loss"), begin_with("learning_rate/"), begin_with("eval/")
     held_out_losses = [name for name in held_out if "loss" in name]
-    shares = [name for name in held_out if 0 <= min(_series(entries, name)[1]) <= max(_series(entries, name)[1]) <= 1]
+    scores = [name for name in held_out if "loss" not in name and name != "eval/seconds"]
 
     panels = [
         ("loss", losses[: PARTS_AT_MOST + 1] + held_out_losses[:PARTS_AT_MOST]),
         ("learning rate", rates or begin_with("learning_rate")),
         ("norms", begin_with("gradient_norm") + begin_with("update_norm")),
-        ("held-out", [name for name in shares if name not in held_out_losses][:PARTS_AT_MOST]),
+        ("held-out questions", scores[:PARTS_AT_MOST]),
     ]
     panels = [(title, series) for title, series in panels if series]
     columns = 2 if len(panels) == 4 else len(panels)

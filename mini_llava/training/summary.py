@@ -15,6 +15,10 @@ from .curves import draw_curves
 from .distributed import never_fatal
 
 LOOKED_THROUGH = 1000  # records, for a picture to talk about
+BESIDE_TRAINING = {
+    "eval/seconds": "evaluation",
+    "save_seconds": "saving",
+}  # in the log: the clock of training stood still
 
 
 def write_summary(output_dir: Path, logging_steps: int, pauses: dict[str, float], store: RecordStore) -> str:
@@ -54,10 +58,9 @@ def summarise(entries: Sequence[dict], logging_steps: int, pauses: dict[str, flo
         tokens += entry["tokens_per_second"] * took
         last = entry["step"]
     for entry in [*entries, pauses]:
-        for name, value in entry.items():
-            if name.endswith("_seconds"):  # `save_seconds` and the like: the clock of training stood still
-                name = name.removesuffix("_seconds")
-                seconds[name] = seconds.get(name, 0.0) + value
+        for name, what in BESIDE_TRAINING.items():
+            if name in entry:
+                seconds[what] = seconds.get(what, 0.0) + entry[name]
     # One step may have had samples of one modality only: a tenth of the run says more.
     ending = [entry["loss"] for entry in steps[-max(1, len(steps) // 10) :]]
     values = {
@@ -74,12 +77,12 @@ def summarise(entries: Sequence[dict], logging_steps: int, pauses: dict[str, flo
 
 
 def best_held_out(entries: Sequence[dict]) -> dict[str, dict]:
-    """Of every `eval/` value the best, and its step: the least of a loss, the most of anything else."""
+    """Of every `eval/` value the best, and its step: the least of a loss, the most of a score."""
     best: dict[str, dict] = {}
     for entry in entries:
         for name, value in entry.items():
-            if not name.startswith("eval/"):
-                continue
+            if not name.startswith("eval/") or name in BESIDE_TRAINING or name.endswith("_shuffled"):
+                continue  # a score with the images shuffled is there to be compared with, not to be high
             sign = -1 if "loss" in name else 1
             if name not in best or sign * value > sign * best[name]["value"]:
                 best[name] = {"value": value, "step": entry["step"]}

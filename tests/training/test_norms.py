@@ -5,7 +5,7 @@ import torch
 from accelerate import Accelerator
 
 from mini_llava.training import norms
-from mini_llava.training.norms import step_norms
+from mini_llava.training.norms import norms_are_due, step_norms
 from mini_llava.training.optimizer import build_adamw, learning_rates, parameter_groups
 from tests.training.tiny_llava import micro_batch, tiny_llava
 
@@ -36,3 +36,10 @@ def test_the_log_has_one_rate_for_each_part():
     assert len(groups) == 4, "both parts have weights with decay and norms or biases without"
     rates = learning_rates(build_adamw(groups, (0.9, 0.99), 1e-8, fused=False))
     assert rates == {"learning_rate/projector": 3e-2, "learning_rate/language_model": 1e-2}
+
+
+def test_long_runs_have_some_five_hundred_points_and_short_ones_all():
+    points = {
+        total: sum(norms_are_due(step, total) for step in range(1, total + 1)) for total in (1, 36, 5198, 100_000)
+    }
+    assert points == {1: 1, 36: 36, 5198: 519, 100_000: 500}
