@@ -44,7 +44,7 @@ def draw_curves(log: Path, file: Path) -> None:
             elif name.startswith("loss"):
                 axis.plot(steps, smoothed(values), linewidth=1, label=f"{name}, smoothed")
             else:
-                axis.plot(steps, values, linewidth=1.2, marker="o" if name.startswith("eval/") else None, label=name)
+                axis.plot(steps, values, linewidth=1.2, marker="." if name.startswith("eval/") else None, label=name)
         if title == "norms" and all(max(_series(entries, name)[1]) > 0 for name in series):
             axis.set_yscale("log", nonpositive="mask")  # the first update is zero where the rate rises from zero
         axis.set_title(title, fontsize=11)
@@ -59,8 +59,8 @@ def draw_curves(log: Path, file: Path) -> None:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """An exponential average over about a twentieth of the values, without a pull towards zero at the beginning."""
-    keep = 1 - 1 / max(1.0, len(values) / 20)
+    """An exponential average over about a fiftieth of the values, without a pull towards zero at the beginning."""
+    keep = 1 - 1 / max(1.0, len(values) / 50)
     total = weight = 0.0
     averages = []
     for value in values:

@@ -4,13 +4,16 @@ All figures come from log.jsonl, so that those of a run that was resumed count i
 twice.
 """
 
+import contextlib
 import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..data.images import BadImage, image_path
 from ..data.json_lines import read_lines
 from ..data.records import RecordStore
+from ..data.tokenization import BadRecord
 from .curves import draw_curves
 from .distributed import never_fatal
 
@@ -93,10 +96,11 @@ def talk_command(output_dir: Path, store: RecordStore) -> str:
     """The command that talks to the result, with a picture of the training data if there is one nearby."""
     command = ["python", "-m", "mini_llava.tools.chat", str(output_dir)]
     for index in range(min(len(store), LOOKED_THROUGH)):
-        names = store[index].get("image")
-        if names and (folder := store.image_folder(index)):
-            command += ["--image", str(Path(folder) / (names if isinstance(names, str) else names[0]))]
-            break
+        with contextlib.suppress(BadRecord, BadImage):  # such records may have been skipped
+            names, folder = store[index].get("image"), store.image_folder(index)
+            name = names[0] if isinstance(names, list) and names else names
+            if folder and isinstance(name, str) and image_path(folder, name):
+                return shlex.join([*command, "--image", str(Path(folder) / name)])
     return shlex.join(command)
 
 

@@ -13,7 +13,7 @@ from mini_llava.data.records import RecordStore
 from mini_llava.training.curves import draw_curves, smoothed
 from mini_llava.training.distributed import name_on_page
 from mini_llava.training.first_batch import INK, PAPER, WIDTH
-from mini_llava.training.summary import duration, summarise, write_summary
+from mini_llava.training.summary import duration, summarise, talk_command, write_summary
 from tests.end_to_end.runs import FIXTURES, flags_of, train_here
 
 
@@ -75,6 +75,15 @@ def test_a_run_without_a_log_ends_with_warnings(tmp_path):
         assert write_summary(tmp_path, 1, {}, RecordStore([str(tmp_path / "data.json")])) == ""
     assert ["curves.png" in str(each.message) for each in caught] == [True, False]
     assert "summary.json is not there; the run goes on (ValueError: log.jsonl has no entry" in str(caught[1].message)
+
+
+def test_the_command_that_talks_has_a_picture_that_is_there(tmp_path):
+    records = [{"image": "gone.png"}, 3, {"image": ["a b.png", "gone.png"]}, {"image": "c.png"}]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    for name in ("a b.png", "c.png"):
+        (tmp_path / name).touch()
+    store = RecordStore([str(tmp_path / "data.json")], [str(tmp_path)])
+    assert talk_command(tmp_path / "out", store).endswith(f"{tmp_path}/out --image '{tmp_path}/a b.png'")
 
 
 def test_trackers_group_values_into_pages():
