@@ -13,7 +13,8 @@ PARTS_AT_MOST = 6  # more lines in one panel cannot be told apart
 
 def draw_curves(log: Path, file: Path) -> None:
     """Draws the entries of a log.jsonl as a PNG. Raises ValueError if there is none, ImportError without matplotlib."""
-    from matplotlib.figure import Figure  # takes a second, at the end of a run; this way it needs no screen
+    from matplotlib.colors import TABLEAU_COLORS  # takes a second, at the end of a run
+    from matplotlib.figure import Figure  # without pyplot it needs no screen
 
     entries = list(read_lines(log))
     if not any("loss" in entry for entry in entries):
@@ -36,6 +37,8 @@ def draw_curves(log: Path, file: Path) -> None:
     figure = Figure(figsize=(5.2 * columns, 3.6 * rows), dpi=110, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, (title, series) in zip(axes, panels, strict=True):
+        if title == "loss":
+            axis.set_prop_cycle(color=list(TABLEAU_COLORS)[1:])  # the first, blue, is the whole loss
         for name in series:
             steps, values = _series(entries, name)
             if name == "loss":
