@@ -34,16 +34,18 @@ from mini_llava.model import formats, lora
 from mini_llava.model.freeze import trainable_table, trained_in_full
 from mini_llava.model.sources import open_source
 from mini_llava.model.vision_tower import tokens_per_image
-from mini_llava.training import checkpoint, distributed, liveness, output_folder, planning
+from mini_llava.training import checkpoint, distributed, first_batch, liveness, output_folder, planning
 from mini_llava.training.build import build_model
 from mini_llava.training.evaluation import HeldOut
 from mini_llava.training.identity import run_identity
 from mini_llava.training.longest import longest_micro_batch, try_longest, weight_of_logits
 from mini_llava.training.meter import Meter, ProgressLine, append_json_line, loss_parts, prepare_reports
+from mini_llava.training.norms import norms_are_due, step_norms
 from mini_llava.training.not_finite import stop_unless_fp16_overflow
-from mini_llava.training.optimizer import build_adamw, parameter_groups, set_learning_rates
+from mini_llava.training.optimizer import build_adamw, learning_rates, parameter_groups, set_learning_rates
 from mini_llava.training.preemption import EXIT_CODE, Preemption, ignore_signals, marker, write_marker
 from mini_llava.training.schedule import learning_rate_factor, warmup_steps
+from mini_llava.training.summary import write_summary
 
 
 def train(arguments: flags.Arguments) -> None:
@@ -203,10 +205,11 @@ def train(arguments: flags.Arguments) -> None:
         if not resume_from:
             with distributed.never_fatal(f"{output_dir}/skipped.jsonl lacks entries"):
                 log_skipped(store, lengths.bad.items(), output_dir / "skipped.jsonl")
-    distributed.start_trackers(accelerator, arguments.as_dict(), sampler.step if resume_from else None)
+    distributed.start_trackers(accelerator, arguments.as_dict(), sampler.step if resume_from else None, table)
 
     # --- The longest micro-batch once, before anything takes time: if memory does not suffice, it shows here ---------
     rank_steps = RankSteps(store, to_sample, to_pixels, image_size, data_flags.packing, data_flags.on_bad_sample)
+    first_batch.show(accelerator, rank_steps, dealt_batches(), tokenizer, sampler.step + 1)
     if training.longest_batch_first and sampler.step < total_steps:
         recomputed = training.gradient_checkpointing * training.gradient_checkpointing_share
         logits_weigh = weight_of_logits(source.language_config, recomputed)
@@ -277,6 +280,9 @@ def train(arguments: flags.Arguments) -> None:
         if saving or sampler.step % training.logging_steps == 0 or sampler.step == total_steps:
             values = meter.read()  # here the host waits for the device
             values |= {"learning_rate": training.learning_rate * factor, "gradient_norm": float(gradient_norm)}
+            values |= learning_rates(optimizer)
+            if finite and norms_are_due(sampler.step, total_steps):
+                values |= step_norms(accelerator, model, optimizer)
             values["epoch"] = sampler.step / sampler.steps_per_epoch
             distributed.log(accelerator, values, sampler.step)
             progress.update(sampler.step, values)
@@ -324,6 +330,8 @@ def train(arguments: flags.Arguments) -> None:
         for line in count_skipped(output_dir / "skipped.jsonl"):
             say(f"skipped: {line}")
     held_out.report("after training", say)
+    if accelerator.is_main_process:
+        say(write_summary(output_dir, training.logging_steps, meter.pauses, store))
     distributed.end_training(accelerator, model)
 
 

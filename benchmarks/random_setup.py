@@ -67,6 +67,13 @@ def make_models(directory: Path, shape: str, layers: int | None = None) -> None:
     ).save_pretrained(directory / "language_model")
 
 
+def draw_conversation(random: np.random.Generator) -> tuple[bool, int]:
+    """Whether a record of stage 2 has an image, and how many tokens its text."""
+    if random.random() < 0.06:
+        return False, min(2048, int(random.lognormal(6.6, 0.7)))
+    return True, int(np.clip(random.lognormal(5.3, 0.6), 40, 1400))
+
+
 def make_records(directory: Path, count: int, pictures: int = PICTURES, zipf: float = 0.0) -> None:
     """Writes `stage1.json` (captions of about 20 tokens), `stage2.json` and the pictures they share.
 
@@ -95,10 +102,8 @@ def make_records(directory: Path, count: int, pictures: int = PICTURES, zipf: fl
         image = {"image": f"{number % pictures}.jpg"}
         caption = {"from": "gpt", "value": text(int(random.integers(12, 29)))}
         captions.append(image | {"conversations": [{"from": "human", "value": "<image>"}, caption]})
-        if random.random() < 0.06:
-            image, tokens = {}, min(2048, int(random.lognormal(6.6, 0.7)))
-        else:
-            tokens = int(np.clip(random.lognormal(5.3, 0.6), 40, 1400))
+        has_image, tokens = draw_conversation(random)
+        image = image if has_image else {}
         rounds = max(1, tokens // 60)
         said = (tokens - TEMPLATE_TOKENS - TEMPLATE_TOKENS_A_ROUND * rounds) // (2 * rounds)
         turns = [{"from": role, "value": text(said)} for _ in range(rounds) for role in ("human", "gpt")]

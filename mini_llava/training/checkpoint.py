@@ -88,6 +88,15 @@ def held_pieces(accelerator: Accelerator, model: nn.Module, optimizer: torch.opt
             yield Piece(names[id(parameter)], start, {"master": mapping.hp_fragment} | moments)
 
 
+def own_range(accelerator: Accelerator, piece: Piece) -> tuple[int, int]:
+    """Begin and end of the part of a held piece that is this rank's to write: an equal share if all ranks hold it."""
+    if is_deepspeed(accelerator):
+        return 0, piece.numel
+    share = -(-piece.numel // accelerator.num_processes)
+    rank = accelerator.process_index
+    return min(rank * share, piece.numel), min((rank + 1) * share, piece.numel)
+
+
 def _zero3_view(zero, parameter: nn.Parameter, kind: str) -> torch.Tensor:
     # The public `safe_get_local_*` return copies when the optimizer is offloaded; a view can be written to as well.
     key = None if kind == "master" else kind
@@ -242,8 +251,7 @@ def save_or_warn(accelerator: Accelerator, model: nn.Module, optimizer, output_d
 
 def _write_pieces(accelerator: Accelerator, model: nn.Module, optimizer, directory: Path) -> dict[str, dict]:
     """This rank's files; returns their names, sizes and checksums."""
-    rank, world = accelerator.process_index, accelerator.num_processes
-    replicated = not is_deepspeed(accelerator)
+    rank = accelerator.process_index
     digests: dict[str, dict] = {}
     pending = {f"rng|{device}|0": state for device, state in _rng_states().items()}
 
@@ -253,10 +261,7 @@ def _write_pieces(accelerator: Accelerator, model: nn.Module, optimizer, directo
         pending.clear()
 
     for piece in held_pieces(accelerator, model, optimizer):
-        start, stop = 0, piece.numel
-        if replicated:  # every rank holds everything: each writes an equal share
-            share = -(-piece.numel // world)
-            start, stop = min(rank * share, piece.numel), min((rank + 1) * share, piece.numel)
+        start, stop = own_range(accelerator, piece)
         if start == stop:
             continue
         for kind, tensor in piece.tensors.items():

@@ -98,10 +98,11 @@ class Meter:
         """Mean loss, rates of all ranks, and how well the device was used, since the last read.
 
         A collective: all ranks must call it. `tokens_per_second` counts real tokens, `computed_tokens_per_second`
-        padding too. On GPUs whose peak is known `mfu` is the share of it that went into arithmetic the step could not
-        do without (see `FlopCounter`), and `mfu_6n` the usual approximation, 6 x parameters of the language model x
-        real tokens. `data_wait` (a share of the time) and `peak_memory_gib` are those of the worst rank. The loss of a
-        part (see `loss_parts`) is the mean over its trained tokens; a part without any is left out.
+        padding too; `padding` is its share. On GPUs whose peak is known `mfu` is the share of it that went into
+        arithmetic the step could not do without (see `FlopCounter`), and `mfu_6n` the usual approximation, 6 x
+        parameters of the language model x real tokens. `data_wait` (a share of the time) and `peak_memory_gib` are
+        those of the worst rank. The loss of a part (see `loss_parts`) is the mean over its trained tokens; a part
+        without any is left out.
         """
         on_gpu = self.accelerator.device.type == "cuda"
         memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
@@ -120,6 +121,7 @@ class Meter:
             "loss": loss / self.steps,
             "tokens_per_second": tokens / seconds,
             "computed_tokens_per_second": computed_tokens / seconds,
+            "padding": 1 - tokens / max(computed_tokens, 1),
             "samples_per_second": samples / seconds,
             "seconds_per_step": seconds / self.steps,
             "data_wait": max(places[:ranks]) / seconds,

@@ -73,3 +73,8 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
     steps inside it."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The rate that each part of the model has now, by its name in the log; both groups of a part have the same."""
+    return {f"learning_rate/{group['name'].removesuffix('_no_decay')}": group["lr"] for group in optimizer.param_groups}

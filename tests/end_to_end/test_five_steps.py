@@ -49,7 +49,12 @@ def test_two_processes_save_the_weights_of_one(one_process, two_processes, start
 def test_two_processes_have_the_losses_norms_and_rates_of_one(one_process, two_processes, backend, run):
     found, expected = runs.log(two_processes(backend, run)), runs.log(one_process(run))
     assert len(found) == 5
-    for key, allowed in (("loss", 2e-6), ("gradient_norm", 1e-5), ("learning_rate", 0)):
+    rates = {"learning_rate": 0, "learning_rate/projector": 0}
+    norms = {"gradient_norm": 1e-5, "parameter_norm": 1e-6, "update_norm": 1e-5}
+    if backend == "zero3_offload":  # the moments lie in the CPU's memory: they are not read for a log
+        assert not any("update_norm" in line or "parameter_norm" in line for line in found)
+        norms = {"gradient_norm": 1e-5}
+    for key, allowed in {"loss": 2e-6, **rates, **norms}.items():
         assert [line[key] for line in found] == pytest.approx([line[key] for line in expected], rel=allowed, abs=0)
 
 

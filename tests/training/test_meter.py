@@ -38,6 +38,7 @@ def test_loss_is_the_mean_over_steps_of_the_sum_over_micro_batches(clock):
         loss=0.875,
         tokens_per_second=15.0,
         computed_tokens_per_second=15.0,
+        padding=0.0,
         samples_per_second=2.0,
         seconds_per_step=2.0,
         data_wait=0.0,
@@ -108,6 +109,7 @@ def test_padding_is_computed_but_not_counted_as_tokens(clock):
     clock[0] += 2
     values = meter.read()
     assert (values["tokens_per_second"], values["computed_tokens_per_second"]) == (5.0, 8.0)
+    assert values["padding"] == 1 - 10 / 16
 
 
 def test_there_is_no_mfu_where_no_peak_is_known(clock):

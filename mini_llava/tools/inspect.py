@@ -1,0 +1,134 @@
+"""Shows samples as they will be trained on: `python -m mini_llava.tools.inspect --stage 2 --config my_run.yaml`.
+
+Takes the flags of train.py, so that the same command line shows what it will train; without any, the embedded demo's.
+Trained tokens are coloured, placeholders of images folded. LLaVA has nothing like it: what it masks is known only to
+those who print its tensors. Everything shown comes from the functions that the trainer itself calls.
+"""
+
+import argparse
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from .. import arguments as flags
+from .. import demo
+from ..data.images import BadImage
+from ..data.records import RecordStore, missing_image
+from ..data.spans import IMAGE, TRAINED, spans
+from ..data.templates import get_template
+from ..data.tokenization import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
+    BadRecord,
+    Sample,
+    add_image_tokens,
+    load_tokenizer,
+    tokenize,
+)
+from ..model.sources import open_source
+from ..model.vision_tower import tokens_per_image
+
+COLOURS = {TRAINED: ("\033[1;32m", "\033[0m"), IMAGE: ("\033[36m", "\033[0m")}
+MARKS = {TRAINED: ("[[", "]]")}
+CONTROLS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+
+
+def open_data(arguments: flags.Arguments) -> tuple[RecordStore, Callable[..., Sample], PreTrainedTokenizerBase]:
+    """The records of a run, what makes a sample of one (record and `folder`, that of its images), and the tokenizer.
+
+    Reads configurations and the tokenizer, no weight. Raises ValueError and OSError as train.py does.
+    """
+    model_flags, data_flags = arguments.model, arguments.data
+    source = open_source(model_flags, arguments.explicit)
+    tiling = source.choose_tiling(model_flags, data_flags, arguments.explicit)
+    tokenizer = load_tokenizer(source.name, model_flags.trust_remote_code)
+    template = get_template(model_flags.version, tokenizer)
+    marks = model_flags.mm_use_im_start_end, model_flags.mm_use_im_patch_token
+    image_tokens = tokens_per_image(source.vision_config, source.select_feature, source.image_size())
+    to_sample = functools.partial(
+        tokenize,
+        template=add_image_tokens(tokenizer, template, *marks),
+        tokenizer=tokenizer,
+        tokens_per_image=tiling.tokens if tiling else image_tokens,
+        max_length=data_flags.model_max_length,
+    )
+    store = RecordStore(data_flags.data_path, data_flags.image_folder, data_flags.exclude)
+    return store, to_sample, tokenizer
+
+
+def show(
+    store: RecordStore,
+    index: int,
+    to_sample: Callable[..., Sample],
+    tokenizer: PreTrainedTokenizerBase,
+    marks: dict[str, tuple[str, str]],
+) -> str:
+    """One record as text: where it is, how long it is, its images, and its tokens between the marks of their kinds."""
+    head = f"{store.describe(index)}: "
+    folder = store.image_folder(index)
+    try:
+        sample = to_sample(store[index], folder=folder)
+        if fault := missing_image(store, index, sample.images):
+            raise BadRecord(fault)
+    except (BadRecord, BadImage) as error:
+        return f"{head}cannot be trained on: {error}"
+    of_images = int((sample.input_ids == IMAGE_TOKEN_INDEX).sum())
+    trained = int((sample.labels != IGNORE_INDEX).sum())
+    lines = [f"{head}{len(sample.input_ids):,} tokens, {of_images:,} of images, {trained:,} trained"]
+    lines += [f"image: {os.path.join(folder, name)}" for name in sample.images]
+    text = []
+    for span in spans(sample, tokenizer):
+        begin, end = marks.get(span.kind, ("", ""))
+        words = CONTROLS.sub(lambda found: repr(found[0])[1:-1], span.text)  # data must not steer the terminal
+        words = words.replace("\n", "↵\n") if span.kind == TRAINED else words  # a newline is learned like a word
+        # What is coloured ends with the line in some terminals and pagers: it begins anew on the next.
+        text.append(begin + (words.replace("\n", f"{end}\n{begin}") if marks is COLOURS else words) + end)
+    return "\n".join([*lines, "".join(text)])
+
+
+def parse_arguments(command_line: Sequence[str] | None) -> tuple[argparse.Namespace, flags.Arguments]:
+    """The flags that say what to show, and all others, which are train.py's."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mini_llava.tools.inspect",
+        description=__doc__.split("\n\n")[0] + " All other flags are those of train.py.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--samples", type=int, default=3, metavar="N", help="show the first N records [3]")
+    parser.add_argument("--record", type=int, nargs="+", metavar="N", help="show these, counted from 0, instead")
+    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="[auto: in a terminal]")
+    given, of_train = parser.parse_known_args(command_line)
+    if not any(text == "--stage" or text.startswith("--stage=") for text in of_train):
+        of_train = ["--stage", "2", *of_train]
+    return given, flags.parse_arguments(of_train)
+
+
+def main(command_line: Sequence[str] | None = None) -> int:
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal need not know every character
+    given, arguments = parse_arguments(command_line)
+    in_colour = (
+        sys.stdout.isatty() and "NO_COLOR" not in os.environ if given.color == "auto" else given.color == "always"
+    )
+    marks = COLOURS if in_colour else MARKS
+    try:
+        if arguments.is_demo:
+            demo.prepare_run(arguments.model)
+        store, to_sample, tokenizer = open_data(arguments)
+        chosen = given.record or range(min(given.samples, len(store)))
+        if wrong := [index for index in chosen if not 0 <= index < len(store)]:
+            raise ValueError(f"--record {wrong[0]}: there are {len(store):,} records, counted from 0.")
+        begin, end = marks[TRAINED]
+        print(f"{len(store):,} records, template {arguments.model.version}; trained tokens look {begin}like this{end}.")
+        for index in chosen:
+            print(f"\n{show(store, index, to_sample, tokenizer, marks)}")
+    except (ValueError, OSError) as error:
+        print(f"inspect: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

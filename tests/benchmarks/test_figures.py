@@ -1,0 +1,23 @@
+"""The figures of the README show what the trainer's own functions do."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import figures
+
+
+def test_packing_computes_real_tokens_only_and_every_layout_less_than_the_one_before():
+    lengths, has_image = figures.conversations(1280)
+    assert 0.9 < np.mean(has_image) < 0.97 and max(lengths) <= 2048
+    shares = figures.real_shares(lengths, has_image)
+    assert shares["in_order"] < shares["padded"] < shares["packed"] == 1
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_each_figure_is_drawn(name, tmp_path, monkeypatch):
+    monkeypatch.setitem(figures.LANGUAGE_MODELS, "7b", figures.LANGUAGE_MODELS["tiny"] | {"num_hidden_layers": 1})
+    monkeypatch.setattr(figures, "CLIP_L_336", {**figures.CLIP_L_336, "num_hidden_layers": 2})
+    figures.FIGURES[name](tmp_path / name)
+    pixels = np.asarray(Image.open(tmp_path / name).convert("L"))
+    assert pixels.shape[1] == 1100 and 0.01 < (pixels < 200).mean() < 0.9
