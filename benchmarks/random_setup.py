@@ -125,11 +125,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--shape", choices=LANGUAGE_MODELS, default="7b")
+    parser.add_argument("--layers", type=int, help="of the language model, default the shape's")
     parser.add_argument("--records", type=int, default=2560)
     arguments = parser.parse_args()
     arguments.directory.mkdir(parents=True, exist_ok=True)
     make_records(arguments.directory, arguments.records)
-    make_models(arguments.directory, arguments.shape)
+    make_models(arguments.directory, arguments.shape, arguments.layers)
 
 
 if __name__ == "__main__":

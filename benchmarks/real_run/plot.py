@@ -15,29 +15,34 @@ RIGHT, OTHER = "#1f77b4", "#bbbbbb"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--stages", type=Path, nargs=2, required=True, help="output directories of stage 1 and 2")
-    parser.add_argument("--scores", type=Path, required=True, help="what score.py wrote")
+    parser.add_argument("--scores", type=Path, help="what score.py wrote; without it the losses alone")
     parser.add_argument("--output", type=Path, required=True, help="PNG file")
     given = parser.parse_args()
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), width_ratios=(1, 1, 1.3))
+    widths = (1, 1, 1.3) if given.scores else (1, 1)
+    figure, axes = plt.subplots(1, len(widths), figsize=(3.9 * sum(widths), 3.8), width_ratios=widths)
     for axis, directory, name in zip(axes, given.stages, ("Stage 1: captions", "Stage 2: questions"), strict=False):
         entries = [json.loads(line) for line in (directory / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         entries = [entry for entry in entries if "loss" in entry]
         axis.plot([entry["step"] for entry in entries], [entry["loss"] for entry in entries], linewidth=0.8)
         axis.set(title=name, xlabel="step", ylabel="loss per trained token", ylim=(0, None))
 
-    rows = json.loads(given.scores.read_text(encoding="utf-8"))["scores"]
-    rows = [row for row in rows if row["file"] == "new_hand" and row["kind"] == "name"]
-    places = range(len(rows))
-    axes[2].bar([p - 0.2 for p in places], [100 * r["right"] for r in rows], 0.4, color=RIGHT, label="right picture")
-    axes[2].bar([p + 0.2 for p in places], [100 * r["exchanged"] for r in rows], 0.4, color=OTHER, label="another")
-    axes[2].set_xticks(list(places), [row["model"].replace(" training", "\ntraining") for row in rows])
-    axes[2].set(title="A new designer's drawings named", ylabel="exactly right, %")
-    axes[2].legend()
+    if given.scores:
+        draw_scores(axes[2], json.loads(given.scores.read_text(encoding="utf-8"))["scores"])
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(given.output, dpi=110)
+
+
+def draw_scores(axis: plt.Axes, rows: list[dict]) -> None:
+    rows = [row for row in rows if row["file"] == "new_hand" and row["kind"] == "name"]
+    places = range(len(rows))
+    axis.bar([p - 0.2 for p in places], [100 * r["right"] for r in rows], 0.4, color=RIGHT, label="right picture")
+    axis.bar([p + 0.2 for p in places], [100 * r["exchanged"] for r in rows], 0.4, color=OTHER, label="another")
+    axis.set_xticks(list(places), [row["model"].replace(" training", "\ntraining") for row in rows])
+    axis.set(title="A new designer's drawings named", ylabel="exactly right, %")
+    axis.legend()
 
 
 if __name__ == "__main__":
