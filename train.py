@@ -36,7 +36,7 @@ from mini_llava.model.sources import open_source
 from mini_llava.model.vision_tower import tokens_per_image
 from mini_llava.training import checkpoint, distributed, first_batch, liveness, output_folder, planning
 from mini_llava.training.build import build_model
-from mini_llava.training.evaluation import HeldOut
+from mini_llava.training.evaluation import HeldOut, read_held_out
 from mini_llava.training.identity import run_identity
 from mini_llava.training.longest import longest_micro_batch, try_longest, weight_of_logits
 from mini_llava.training.meter import Meter, ProgressLine, append_json_line, loss_parts, prepare_reports
@@ -95,6 +95,9 @@ def train(arguments: flags.Arguments) -> None:
     lengths = measure(store, to_sample, max(1, data_flags.dataloader_num_workers), output_dir / "cache", key)
     for line in refuse_or_report(store, lengths.bad, data_flags.on_bad_sample):
         say(f"skipped: {line}")
+    to_eval_sample = functools.partial(to_sample, template=eval_template)
+    to_prompt = functools.partial(tokenize_prompt, **{**textual, "template": eval_template})
+    questions = read_held_out(data_flags, training.seed, to_eval_sample, to_prompt, to_pixels, image_size)
 
     # --- Processes, precision, seed ----------------------------------------------------------------------------------
     precision = distributed.choose_precision(training.bf16, training.fp16, arguments.explicit)
@@ -216,20 +219,9 @@ def train(arguments: flags.Arguments) -> None:
         longest = longest_micro_batch(dealt_batches(), lengths, layout, logits_weigh)
         planning.remember(arguments, source, tokenizer, len(tokenizer) - known_tokens, accelerator, longest)
         say(try_longest(accelerator, model, optimizer, rank_steps, longest))
-    held_out = HeldOut(
-        accelerator,
-        model,
-        open_held_out(data_flags),
-        functools.partial(tokenize_prompt, **{**textual, "template": eval_template}),
-        to_pixels,
-        tokenizer,
-        eval_template,
-        training.per_device_eval_batch_size,
-        data_flags.eval_max_samples,
-        training.seed,
-    )
-    if sampler.step == 0:
-        held_out.report("before training", say)
+    held_out = HeldOut(arguments, accelerator, model, questions, tokenizer, eval_template, total_steps)
+    if held_out.is_due(sampler.step):  # before step 1, and where a kill came between a save and its evaluation
+        held_out.evaluate(sampler.step, say)
 
     # --- The loop ----------------------------------------------------------------------------------------------------
     loader = rank_step_loader(
@@ -277,7 +269,8 @@ def train(arguments: flags.Arguments) -> None:
 
         stopping = bool(stop)
         saving = stopping or (training.save_strategy == "steps" and sampler.step % training.save_steps == 0)
-        if saving or sampler.step % training.logging_steps == 0 or sampler.step == total_steps:
+        evaluating = held_out.is_due(sampler.step)
+        if saving or evaluating or sampler.step % training.logging_steps == 0 or sampler.step == total_steps:
             values = meter.read()  # here the host waits for the device
             values |= {"learning_rate": training.learning_rate * factor, "gradient_norm": float(gradient_norm)}
             values |= learning_rates(optimizer)
@@ -285,7 +278,7 @@ def train(arguments: flags.Arguments) -> None:
                 values |= step_norms(accelerator, model, optimizer)
             values["epoch"] = sampler.step / sampler.steps_per_epoch
             distributed.log(accelerator, values, sampler.step)
-            progress.update(sampler.step, values)
+            progress.update(sampler.step, values, held_out.in_a_word())
             if rank == 0:
                 append_json_line(output_dir / "log.jsonl", {"step": sampler.step, **values})
         if saving:
@@ -304,6 +297,9 @@ def train(arguments: flags.Arguments) -> None:
             meter.pause_ends(save_seconds=saved.seconds)
         if stopping:
             break
+        if evaluating:
+            held_out.evaluate(sampler.step, progress.say)
+            meter.pause_ends()
     progress.close()
     preemption.restore()
     if stopping:
@@ -329,16 +325,10 @@ def train(arguments: flags.Arguments) -> None:
     with distributed.never_fatal(f"{output_dir}/skipped.jsonl cannot be counted"):
         for line in count_skipped(output_dir / "skipped.jsonl"):
             say(f"skipped: {line}")
-    held_out.report("after training", say)
+    held_out.evaluate(total_steps, say)
     if accelerator.is_main_process:
         say(write_summary(output_dir, training.logging_steps, meter.pauses, store))
     distributed.end_training(accelerator, model)
-
-
-def open_held_out(data_flags: flags.DataArguments) -> RecordStore | None:
-    if data_flags.eval_data_path is None:
-        return None
-    return RecordStore([data_flags.eval_data_path], data_flags.eval_image_folder and [data_flags.eval_image_folder])
 
 
 def main() -> None:

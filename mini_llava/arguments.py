@@ -140,17 +140,22 @@ class DataArguments:
     sample_order: str | None = None
     """JSON file with the recorded order of a run, a list of global batches of record indices, to replay."""
 
-    eval_data_path: str | None = None
-    """Held-out records; answers are generated for their last question and compared with the one given."""
+    eval_data_path: list[str] | None = None
+    """Held-out records, one or more files: their loss, and answers that are generated for their last question and
+    compared with the one given. A record with the key "metric": "choice" is right if it has the same letter. Done
+    before and after training, and in between as eval_steps says."""
 
-    eval_image_folder: str | None = None
-    """Image folder of eval_data_path."""
+    eval_image_folder: list[str] | None = None
+    """Image folder of each file of eval_data_path, in the same order."""
 
     eval_version: str | None = None
     """Template the held-out questions are asked with; default the one trained with."""
 
     eval_max_samples: int | None = None
     """Take this many of the held-out records, at random; default all."""
+
+    eval_samples_shown: int = 8
+    """Held-out questions, the same each time, that TensorBoard and eval_samples.jsonl show with the model's answer."""
 
     lazy_preprocess: bool = True
     """Accepted as True only: records are always read and tokenized when they are needed, as in LLaVA."""
@@ -289,14 +294,17 @@ class TrainingArguments:
     resume_ignore: list[str] | None = field(default=None, metadata={"metavar": "NAME"})
     """What may differ from the run that wrote the checkpoint: names of flags, and the words data and model."""
 
+    eval_steps: int = 0
+    """Steps between two evaluations on eval_data_path; 0: only before the first step and after the last one."""
+
     evaluation_strategy: str = "no"
-    """Accepted as "no" only: held-out answers are scored at the start and at the end, see eval_data_path."""
+    """steps evaluates every eval_steps steps, as eval_steps alone does; no is what LLaVA's scripts say."""
 
     report_to: str = "tensorboard"
     """tensorboard, wandb or another tracker that accelerate knows, or none."""
 
     per_device_eval_batch_size: int = 16
-    """Questions answered at once in evaluation."""
+    """Held-out records that a device takes at once, for their loss and for their answers."""
 
     longest_batch_first: bool = True
     """Before step 1 run the longest micro-batch once, forward and backward, so that a run that needs too much memory
@@ -370,7 +378,7 @@ KNOWN_VALUES = {
     "lr_scheduler_type": ("cosine", "linear", "constant", "constant_with_warmup"),
     "save_strategy": ("steps", "no"),
     "export_format": ("transformers", "llava"),
-    "evaluation_strategy": ("no",),
+    "evaluation_strategy": ("no", "steps"),
     "attn_implementation": ("sdpa", "flash_attention_2", "varlen", "eager"),
     "lazy_preprocess": (True,),
     "lora_bias": ("none", "all", "lora_only"),
@@ -402,8 +410,8 @@ DECIDES_NOTHING = {
     # a bad record ends the run or is left out, so that a run it has ended can go on without it
     "on_bad_sample",
     # evaluation draws from generators of its own
-    *("eval_data_path", "eval_image_folder", "eval_version", "eval_max_samples", "evaluation_strategy"),
-    "per_device_eval_batch_size",
+    *("eval_data_path", "eval_image_folder", "eval_version", "eval_max_samples", "eval_samples_shown"),
+    *("eval_steps", "evaluation_strategy", "per_device_eval_batch_size"),
     # trying and planning
     *("longest_batch_first", "dry_run", "accelerate_config", "num_gpus", "gpu_memory_gib", "gpu_name", "expected_mfu"),
     # whose code may run does not say what it computes: the model is compared
@@ -574,9 +582,21 @@ def _check(arguments: Arguments) -> None:
             raise ValueError("--sample_order says which records come when; --data_weights contradicts it.")
         if set(data.data_weights) == {1.0}:
             data.data_weights = None  # the same order as without, and the same run when it is resumed
-    for name in ("eval_image_folder", "eval_max_samples", "eval_version"):
-        if values[name] is not None and data.eval_data_path is None:
+    for name in ("eval_image_folder", "eval_max_samples", "eval_version", "eval_samples_shown", "eval_steps"):
+        if values[name] != defaults[name] and data.eval_data_path is None:
             raise ValueError(f"--{name} needs --eval_data_path.")
+    for name in ("eval_samples_shown", "eval_steps"):
+        if values[name] < 0:
+            raise ValueError(f"--{name} must not be negative, found {values[name]}.")
+    if training.evaluation_strategy == "steps" and training.eval_steps == 0:
+        raise ValueError("--evaluation_strategy steps needs --eval_steps.")
+    if training.eval_steps > 0:
+        if training.evaluation_strategy == "no" and "evaluation_strategy" in arguments.explicit:
+            raise ValueError(
+                f"--eval_steps {training.eval_steps} evaluates while the model trains, --evaluation_strategy no does "
+                "not: leave one of them out."
+            )
+        training.evaluation_strategy = "steps"
 
 
 def choose_batch(arguments: Arguments, devices: int) -> tuple[int, int, str | None]:

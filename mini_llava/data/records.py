@@ -116,6 +116,7 @@ class RecordStore:
     image_folder: one folder for each file, matched by position, or none at all for text-only data.
     exclude: files that the doctor or `log_skipped` wrote; the records they list are not in the store.
     cache_folder: where the index of a large file is kept for the next time; None = nowhere.
+    flag_prefix: `eval_` for held-out records, whose flags errors then name.
     Raises FileNotFoundError, NotADirectoryError or ValueError: a sentence that names the file or folder, and for broken
     JSON the byte and line.
     """
@@ -126,21 +127,23 @@ class RecordStore:
         image_folder: list[str] | None = None,
         exclude: list[str] | None = None,
         cache_folder: str | os.PathLike | None = None,
+        flag_prefix: str = "",
     ):
         image_folder = list(image_folder or [])
+        data_flag, self.folder_flag = f"--{flag_prefix}data_path", f"--{flag_prefix}image_folder"
         if not data_path:
-            raise ValueError("No training data: give at least one file as --data_path.")
+            raise ValueError(f"No training data: give at least one file as {data_flag}.")
         if image_folder and len(image_folder) != len(data_path):
             raise ValueError(
-                f"--data_path lists {len(data_path)} files and --image_folder {len(image_folder)} folders; they are "
-                f"matched by position, so give one folder for each file."
+                f"{data_flag} lists {len(data_path)} files and {self.folder_flag} {len(image_folder)} folders; they "
+                f"are matched by position, so give one folder for each file."
             )
         for folder in image_folder:
             if not os.path.isdir(folder):
-                raise NotADirectoryError(f"The image folder {folder} (--image_folder) does not exist.")
+                raise NotADirectoryError(f"The image folder {folder} ({self.folder_flag}) does not exist.")
         for path in data_path:
             if not os.path.isfile(path):
-                raise FileNotFoundError(f"The data file {path} (--data_path) does not exist.")
+                raise FileNotFoundError(f"The data file {path} ({data_flag}) does not exist.")
         for path in exclude or []:
             if not os.path.isfile(path):
                 raise FileNotFoundError(f"The list {path} (--exclude) does not exist.")
@@ -629,7 +632,7 @@ def missing_image(store: RecordStore, index: int, names: list[str]) -> str | Non
     """Why the images of a record cannot be opened, as far as their paths tell; None if nothing speaks against it."""
     folder = store.image_folder(index)
     if names and folder is None:
-        return f"it has the image {names[0]!r}, but no --image_folder is given."
+        return f"it has the image {names[0]!r}, but no {store.folder_flag} is given."
     try:
         for name in names:
             image_path(folder, name)

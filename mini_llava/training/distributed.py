@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.tracking import get_available_trackers
@@ -405,6 +406,16 @@ def log(accelerator: Accelerator, values: dict[str, float], step: int) -> None:
     for tracker in accelerator.trackers:
         with never_fatal(f"{tracker.name} lacks entries, which log.jsonl has"):
             tracker.log(values, step=step)
+
+
+def show(accelerator: Accelerator, name: str, picture: np.ndarray, text: str, step: int) -> None:
+    """Gives TensorBoard a picture, uint8 [H, W, 3], and a text in Markdown; the other trackers do not get them."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard" and accelerator.is_main_process:
+            with never_fatal("tensorboard lacks pictures or texts"):
+                tracker.writer.add_image(name, picture, step, dataformats="HWC")
+                tracker.writer.add_text(name, text, step)
+                tracker.writer.flush()
 
 
 def end_training(accelerator: Accelerator, model: nn.Module) -> None:

@@ -1,12 +1,15 @@
-"""Held-out questions answered by greedy generation and compared with the expected answers.
+"""Held-out records while a model trains: their loss, and their last questions answered by greedy generation.
 
 LLaVA has no evaluation in its training; its loss says little about whether the answers are right. The same questions
-can be asked with the pictures shuffled: what a model still gets right then, it did not see.
+can be asked with the pictures shuffled: what a model still gets right then, it did not see. Nothing here changes a
+number of the training: no weight, no generator of random numbers, no order.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,21 +18,101 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ..arguments import Arguments, DataArguments
 from ..data.anyres import Tiles
-from ..data.collator import image_tokens, join_images
+from ..data.collator import image_tokens, join_images, sample_of_targets
+from ..data.images import BadImage
+from ..data.json_lines import append_lines, read_lines
+from ..data.loader import RankSteps, loss_group, rank_step_loader
 from ..data.records import RecordStore, missing_image
-from ..data.templates import Template, written_answer
-from ..data.tokenization import IMAGE_TOKEN_INDEX, BadRecord, expand_images
-from .distributed import sum_over_ranks, zero_stage
+from ..data.sampler import deal
+from ..data.templates import IMAGE_MARK, Template, written_answer
+from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, BadRecord, Sample, expand_images
+from .distributed import gather_from_ranks, log, never_fatal, show, sum_over_ranks, to_device, zero_stage
+from .meter import append_json_line, loss_parts
+from .preemption import ignore_signals
+from .scoring import CHOICE, EXACT_MATCH, is_right, metric_of
+from .shown_answers import ShownAnswer, as_picture, as_table
+
+# An answer longer than the longest expected one is wrong in any case; a choice may be put into a sentence.
+LONGER_THAN_EXPECTED = {EXACT_MATCH: 4, CHOICE: 32}  # tokens
+IN_WORDS = {EXACT_MATCH: "answered exactly", CHOICE: "chosen right"}
 
 
 @dataclass
 class Question:
-    """A prompt with one token for each picture, its pictures (record, name), and the answer expected."""
+    """A held-out record, ready to be asked.
 
+    index: in the store of held-out records.
+    input_ids: the prompt up to the answer, int32 [L], with one token for each picture.
+    images: (record, name) of its pictures.
+    text, answer: the last question and what is expected.
+    metric: how an answer is scored, see `scoring.py`.
+    tokens: of the whole record as it is trained on, pictures included.
+    """
+
+    index: int
     input_ids: np.ndarray
     images: list[tuple[int, str]]
+    text: str
     answer: str
+    metric: str
+    tokens: int
+
+
+def read_held_out(
+    data_flags: DataArguments,
+    seed: int,
+    to_sample: Callable[..., Sample],
+    to_prompt: Callable[[dict], np.ndarray],
+    load_pixels: Callable[[str, str], torch.Tensor | Tiles],
+    image_size: int,
+) -> tuple[RankSteps, list[Question]] | None:
+    """Reads and checks the records of `--eval_data_path`; None without the flag.
+
+    They become micro-batches by the very code that the training's records go through.
+
+    Args:
+        to_sample: record and `folder`, that of its images, to `Sample`.
+        to_prompt: record to the ids up to the answer of its last question, with one token for each image.
+        load_pixels: (image folder, image name) to what `collate` takes.
+
+    Raises BadRecord with all records that cannot be asked: leaving some out would make another score of it.
+    """
+    if data_flags.eval_data_path is None:
+        return None
+    store = RecordStore(data_flags.eval_data_path, data_flags.eval_image_folder, flag_prefix="eval_")
+    chosen = range(len(store))
+    if data_flags.eval_max_samples and data_flags.eval_max_samples < len(store):
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(len(store), generator=generator)[: data_flags.eval_max_samples].tolist()
+    questions, faults = [], []
+    for index in chosen:
+        try:
+            record = store[index]
+            sample = to_sample(record, folder=store.image_folder(index))
+            prompt = to_prompt(record)
+            names = record.get("image", [])
+            names = [names] if isinstance(names, str) else names
+            if fault := missing_image(store, index, names):
+                raise BadRecord(fault)
+            *_, question, answer = record["conversations"]
+            if answer["from"] != "gpt":
+                raise BadRecord("its last question has no answer to compare with.")
+            text = question["value"].replace(IMAGE_MARK, "").strip()
+            images = [(index, name) for name in names]
+            known = (answer["value"], metric_of(record), len(sample.input_ids))
+            questions.append(Question(index, prompt, images, text, *known))
+        except (BadRecord, BadImage) as error:
+            faults.append(f"{store.describe(index)}: {error}")
+    if len(faults) == 1:
+        raise BadRecord(f"--eval_data_path: {faults[0]}")
+    if faults:
+        shown = "\n".join(faults[:20]) + (f"\n... and {len(faults) - 20} more" if len(faults) > 20 else "")
+        raise BadRecord(
+            f"--eval_data_path: {len(faults)} of {len(chosen)} records cannot be asked; mend them:\n{shown}"
+        )
+    return RankSteps(store, to_sample, load_pixels, image_size, data_flags.packing, on_bad_sample="skip"), questions
 
 
 def shuffle_images(questions: Sequence[Question], seed: int) -> list[Question]:
@@ -44,114 +127,187 @@ def shuffle_images(questions: Sequence[Question], seed: int) -> list[Question]:
 
 
 class HeldOut:
-    """The questions of `--eval_data_path`, asked before and after training; without the flag it does nothing."""
+    """Evaluates before and after training and every `--eval_steps` steps; without `--eval_data_path` it does nothing.
+
+    history: on rank 0 what `log.jsonl` has of every evaluation, `step` and `eval/...`, those before a resume included.
+    """
 
     def __init__(
         self,
+        arguments: Arguments,
         accelerator: Accelerator,
         model: nn.Module,
-        store: RecordStore | None,
-        to_prompt: Callable[[dict], np.ndarray],
-        load_pixels: Callable[[str, str], torch.Tensor | Tiles],
+        held_out: tuple[RankSteps, list[Question]] | None,
         tokenizer: PreTrainedTokenizerBase,
         template: Template,
-        batch_size: int,
-        max_samples: int | None,
-        seed: int,
+        total_steps: int,
     ):
         """
         Args:
-            store: the held-out records; None = none.
-            to_prompt: record to the ids up to the answer of its last question, with one token for each image.
-            load_pixels: (image folder, image name) to what `collate` takes.
-            max_samples: take so many of them, at random.
+            model: the prepared `LlavaModel`.
+            held_out: what `read_held_out` gave.
+            template: which says what ends an answer.
         """
-        self.accelerator, self.model, self.store, self.load_pixels = accelerator, model, store, load_pixels
-        self.tokenizer, self.template, self.batch_size, self.seed = tokenizer, template, batch_size, seed
-        self.questions: list[Question] = []
-        if store is None:
-            return
-        chosen = range(len(store))
-        if max_samples and max_samples < len(store):
-            generator = torch.Generator().manual_seed(seed)
-            chosen = torch.randperm(len(store), generator=generator)[:max_samples].tolist()
-        for index in chosen:
-            try:
-                record = store[index]
-                input_ids = to_prompt(record)
-                names = record.get("image", [])
-                names = [names] if isinstance(names, str) else names
-                if fault := missing_image(store, index, names):
-                    raise BadRecord(fault)
-                if record["conversations"][-1]["from"] != "gpt":
-                    raise BadRecord("its last question has no answer to compare with.")
-            except BadRecord as error:
-                raise BadRecord(f"--eval_data_path: {store.describe(index)}: {error}") from None
-            images = [(index, name) for name in names]
-            self.questions.append(Question(input_ids, images, record["conversations"][-1]["value"]))
-
-    def report(self, moment: str, say: Callable[[str], None]) -> None:
-        """Says the exact match, also with the pictures exchanged between the questions. All ranks must call it."""
+        self.data_flags, self.training = arguments.data, arguments.training
+        self.accelerator, self.model, self.tokenizer, self.template = accelerator, model, tokenizer, template
+        self.total_steps, self.output_dir = total_steps, Path(arguments.training.output_dir)
+        self.rank_steps, self.questions = held_out or (None, [])
+        self.history: list[dict] = []
         if not self.questions:
             return
-        ask = functools.partial(
-            exact_match,
-            self.accelerator,
-            self.model,
-            load_pixels=lambda index, name: self.load_pixels(self.store.image_folder(index), name),
-            tokenizer=self.tokenizer,
-            template=self.template,
-            batch_size=self.batch_size,
+        self.store = self.rank_steps.store
+        sources = [self.store.source(question.index) for question in self.questions]
+        with_image = [bool(question.images) for question in self.questions]
+        self.parts = loss_parts(self.store.source_names(), with_image)
+        self.groups = np.array([loss_group(*pair) for pair in zip(sources, with_image, strict=True)])
+        shown = min(self.data_flags.eval_samples_shown, len(self.questions))
+        self.shown = np.linspace(0, len(self.questions) - 1, shown).astype(int).tolist()
+        if accelerator.is_main_process:
+            entries = read_lines(self.output_dir / "log.jsonl")
+            self.history = [entry for entry in entries if "eval/loss" in entry]
+        self.evaluated = set(gather_from_ranks(accelerator, [entry["step"] for entry in self.history])[0])
+
+    def is_due(self, step: int) -> bool:
+        """Whether an evaluation belongs after this step, though not after the last one, and has not been made.
+
+        So a resumed run does not repeat the one before training, and makes the one that a kill took from it.
+        """
+        if not self.questions or step >= self.total_steps or step in self.evaluated:
+            return False
+        steps = self.training.eval_steps
+        return step == 0 or (steps > 0 and step % steps == 0)
+
+    def evaluate(self, step: int, say: Callable[[str], None]) -> None:
+        """Measures, writes `log.jsonl` and `eval_samples.jsonl`, feeds the trackers. All ranks must call it.
+
+        Raises BadRecord or BadImage for a picture that cannot be opened, and ValueError where memory does not suffice.
+        """
+        if not self.questions:
+            return
+        started = time.perf_counter()
+        blind = None
+        try:
+            with self._evaluation_mode():
+                losses, trained = self._losses()
+                answers = self._answers(self.questions)
+                # Twice the time, so only where a run is judged.
+                if step in (0, self.total_steps) and any(question.images for question in self.questions):
+                    blind = self._answers(shuffle_images(self.questions, self.training.seed))
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"Memory has run out while held-out questions were answered, "
+                f"{self.training.per_device_eval_batch_size} at once: lower --per_device_eval_batch_size."
+            ) from error
+        values = self._values(losses, trained, answers, blind) | {"eval/seconds": time.perf_counter() - started}
+        self.evaluated.add(step)
+        if not self.accelerator.is_main_process:
+            return
+        self.history.append({"step": step, **values})
+        append_json_line(self.output_dir / "log.jsonl", self.history[-1])
+        log(self.accelerator, values, step)
+        self._show(step, losses / trained, answers)
+        say(self._in_a_sentence(self.history[-1]))
+
+    @property
+    def best(self) -> dict | None:
+        """The entry of `history` with the most questions answered right, of equals that with the lowest loss."""
+        return max(self.history, key=lambda entry: (self.share_right(entry), -entry["eval/loss"]), default=None)
+
+    def share_right(self, entry: dict) -> float:
+        """The share of all questions that an evaluation found answered right, each by its own metric."""
+        counts = self._counts()
+        return sum(count * entry.get(f"eval/{metric}", 0.0) for metric, count in counts.items()) / sum(counts.values())
+
+    def in_a_word(self) -> str:
+        """The newest evaluation for the progress line; empty before there is one."""
+        if not self.history:
+            return ""
+        return f"held out {self.history[-1]['eval/loss']:.4f} {self.share_right(self.history[-1]):.0%}"
+
+    def _counts(self) -> dict[str, int]:
+        metrics = [question.metric for question in self.questions]
+        return {metric: metrics.count(metric) for metric in (EXACT_MATCH, CHOICE) if metric in metrics}
+
+    @contextmanager
+    def _evaluation_mode(self) -> Iterator[None]:
+        """No dropout, no gradients, and every generator of random numbers as it was."""
+        was_training, device = self.model.training, self.accelerator.device
+        self.model.eval()
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                yield
+        finally:
+            self.model.train(was_training)
+
+    def _losses(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of each question's record the sum of its token losses and the number of its trained tokens, fp64 [n].
+
+        Under ZeRO-3 each forward is a collective: all ranks have as many micro-batches, some of them empty.
+        """
+        ranks, rank, device = self.accelerator.num_processes, self.accelerator.process_index, self.accelerator.device
+        lengths = [question.tokens for question in self.questions]
+        by_length = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+        size, layout = (
+            self.training.per_device_eval_batch_size * ranks,
+            "packed" if self.rank_steps.packed else "padded",
         )
-        right, without_looking = ask(self.questions), ask(shuffle_images(self.questions, self.seed))
-        say(
-            f"{len(self.questions):,} held-out questions {moment}: {right:.1%} answered exactly, "
-            f"{without_looking:.1%} with the images shuffled."
+        mine = []  # for each step the places of the questions in each micro-batch of this rank
+        for start in range(0, len(by_length), size):
+            batch = by_length[start : start + size]
+            dealt = deal(batch, lengths, ranks, 1, layout, self.data_flags.max_tokens_per_micro_batch)
+            mine.append([of_ranks[rank] for of_ranks in dealt])
+        loader = rank_step_loader(
+            self.rank_steps,
+            ([[self.questions[place].index for place in places] for places in step] for step in mine),
+            self.data_flags.dataloader_num_workers,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=ignore_signals,
         )
+        sums = torch.zeros(2, len(lengths), dtype=torch.float64, device=device)
+        for step, work in zip(mine, loader, strict=True):
+            for index, reason in work.skipped:
+                raise BadRecord(f"--eval_data_path: {self.store.describe(index)}: {reason}")
+            for places, batch in zip(step, work.micro_batches, strict=True):
+                losses = self.model(**to_device(batch, device), reduction="none")
+                if places:
+                    owners = torch.tensor(places)[sample_of_targets(batch)].flatten().to(device)
+                    trained = (batch["targets"] != IGNORE_INDEX).flatten().to(device)
+                    sums[0].index_add_(0, owners, losses.flatten().double())
+                    sums[1].index_add_(0, owners, trained.double())
+        losses, trained = sum_over_ranks(self.accelerator, sums).cpu().numpy()
+        return losses, trained
 
+    def _answers(self, questions: Sequence[Question]) -> list[str]:
+        """The greedy answer to each question, up to its end marker, on every rank. All ranks must call it."""
+        llava = self.accelerator.unwrap_model(self.model)
+        attention = llava.language_model.config._attn_implementation
+        if attention == "varlen":  # for packed rows without a cache only
+            llava.language_model.set_attn_implementation("sdpa")
+        stop = [text for text in self.template.stop if text in self.tokenizer.get_vocab()]
+        stop_ids = self.tokenizer.convert_tokens_to_ids(stop) or self.tokenizer.eos_token_id
+        batch_size, rank = self.training.per_device_eval_batch_size, self.accelerator.process_index
+        by_length = sorted(
+            range(len(questions)), key=lambda place: (len(questions[place].images), len(questions[place].input_ids))
+        )
+        answers: dict[int, str] = {}
+        # All ranks take the same number of batches, because under ZeRO-3 each forward is a collective; surplus ranks
+        # repeat the first question, which does not count.
+        for start in range(0, len(by_length), batch_size * self.accelerator.num_processes):
+            first = start + rank * batch_size
+            places = by_length[first : first + batch_size]
+            batch = [questions[place] for place in places or by_length[:1]]
+            answers |= zip(places, self._generate(llava, batch, stop_ids), strict=False)
+        if attention == "varlen":
+            llava.language_model.set_attn_implementation(attention)
+        of_all = {
+            place: text for of_rank in gather_from_ranks(self.accelerator, answers) for place, text in of_rank.items()
+        }
+        return [of_all[place] for place in range(len(questions))]
 
-@torch.no_grad()
-def exact_match(
-    accelerator: Accelerator,
-    model: nn.Module,
-    questions: Sequence[Question],
-    load_pixels: Callable[[int, str], torch.Tensor | Tiles],
-    tokenizer: PreTrainedTokenizerBase,
-    template: Template,
-    batch_size: int,
-) -> float:
-    """Share of the questions whose greedy answer, up to its end marker, is the expected text. All ranks must call it.
-
-    Args:
-        model: the prepared `LlavaModel`.
-        load_pixels: (record, image name) to what `collate` takes.
-        template: which says what ends an answer.
-    """
-    llava = accelerator.unwrap_model(model)
-    was_training, attention = model.training, llava.language_model.config._attn_implementation
-    model.eval()
-    if attention == "varlen":  # for packed rows without a cache only
-        llava.language_model.set_attn_implementation("sdpa")
-    stop_ids = [tokenizer.convert_tokens_to_ids(text) for text in template.stop if text in tokenizer.get_vocab()]
-    expected = [tokenizer(template.answer_lead + q.answer, add_special_tokens=False).input_ids for q in questions]
-    settings = GenerationConfig(
-        do_sample=False,
-        # An answer longer than the longest expected one is wrong in any case.
-        max_new_tokens=4 + max(map(len, expected)),
-        eos_token_id=stop_ids or tokenizer.eos_token_id,
-        pad_token_id=0,
-    )
-    by_length = sorted(questions, key=lambda question: (len(question.images), len(question.input_ids)))
-    right = 0
-    # All ranks take the same number of batches, because under ZeRO-3 each forward is a collective; surplus ranks repeat
-    # the first question and do not count it.
-    for start in range(0, len(by_length), batch_size * accelerator.num_processes):
-        first = start + accelerator.process_index * batch_size
-        counted = by_length[first : first + batch_size]
-        batch = counted or by_length[:1]
+    def _generate(self, llava: nn.Module, batch: Sequence[Question], stop_ids: int | list[int]) -> list[str]:
         images, ids = [], []
         for question in batch:
-            images_of_question = [load_pixels(*image) for image in question.images]
+            images_of_question = [self._pixels(index, name) for index, name in question.images]
             tokens = image_tokens(images_of_question, llava.vision_tower.tokens_per_image)
             ids.append(torch.from_numpy(expand_images(question.input_ids, tokens).astype(np.int64)))
             images += images_of_question
@@ -159,23 +315,76 @@ def exact_match(
         mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left")
         is_image = input_ids == IMAGE_TOKEN_INDEX
         pixel_values, feature_rows = join_images(images, llava.vision_tower.image_size)
-        with accelerator.autocast():
+        device = self.accelerator.device
+        settings = GenerationConfig(
+            do_sample=False, max_new_tokens=max(map(self._most_tokens, batch)), eos_token_id=stop_ids, pad_token_id=0
+        )
+        with self.accelerator.autocast():
             embeddings = llava.embed(
-                input_ids.masked_fill(is_image, 0).to(accelerator.device),
-                pixel_values.to(accelerator.device),
-                is_image.flatten().nonzero().squeeze(-1).to(accelerator.device),
-                None if feature_rows is None else feature_rows.to(accelerator.device),
+                input_ids.masked_fill(is_image, 0).to(device),
+                pixel_values.to(device),
+                is_image.flatten().nonzero().squeeze(-1).to(device),
+                None if feature_rows is None else feature_rows.to(device),
             )
             output = llava.language_model.generate(
                 inputs_embeds=embeddings,
-                attention_mask=mask.to(accelerator.device),
+                attention_mask=mask.to(device),
                 generation_config=settings,
-                synced_gpus=zero_stage(accelerator) == 3,
+                synced_gpus=zero_stage(self.accelerator) == 3,
             )
-        texts = tokenizer.batch_decode(output, skip_special_tokens=False)
-        answers = [written_answer(template, text) for text in texts]
-        right += sum(answer == q.answer.strip() for answer, q in zip(answers, counted, strict=False))
-    if attention == "varlen":
-        llava.language_model.set_attn_implementation(attention)
-    model.train(was_training)
-    return sum_over_ranks(accelerator, float(right)).item() / len(questions)
+        texts = self.tokenizer.batch_decode(output, skip_special_tokens=False)
+        return [written_answer(self.template, text) for text in texts]
+
+    def _pixels(self, index: int, name: str) -> torch.Tensor | Tiles:
+        try:
+            return self.rank_steps.load_pixels(self.store.image_folder(index), name)
+        except BadImage as error:
+            raise BadImage(f"--eval_data_path: {self.store.describe(index)}: {error}") from None
+
+    def _most_tokens(self, question: Question) -> int:
+        expected = self.tokenizer(self.template.answer_lead + question.answer, add_special_tokens=False).input_ids
+        return len(expected) + LONGER_THAN_EXPECTED[question.metric]
+
+    def _values(
+        self, losses: np.ndarray, trained: np.ndarray, answers: Sequence[str], blind: Sequence[str] | None
+    ) -> dict[str, float]:
+        """What the log has of an evaluation. A loss is the mean over trained tokens, as it is in training."""
+        values = {"eval/loss": losses.sum() / trained.sum()}
+        for name, groups in self.parts.items():
+            if (chosen := np.isin(self.groups, groups)).any():
+                values[f"eval/{name}"] = losses[chosen].sum() / trained[chosen].sum()
+        for metric in self._counts():
+            for suffix, given in (("", answers), ("_shuffled", blind)):
+                if given is not None:
+                    asked = zip(self.questions, given, strict=True)
+                    right = [is_right(metric, answer, q.answer) for q, answer in asked if q.metric == metric]
+                    values[f"eval/{metric}{suffix}"] = np.mean(right)
+        return {name: float(value) for name, value in values.items()}
+
+    def _show(self, step: int, losses: np.ndarray, answers: Sequence[str]) -> None:
+        shown = []
+        for place in self.shown:
+            question, answer = self.questions[place], answers[place]
+            pictures = [(self.store.image_folder(index), name) for index, name in question.images]
+            right = is_right(question.metric, answer, question.answer)
+            of_record = (self.store.describe(question.index), pictures, question.text, question.answer)
+            shown.append(ShownAnswer(*of_record, answer, right, float(losses[place])))
+        if not shown:
+            return
+        file = self.output_dir / "eval_samples.jsonl"
+        with never_fatal(f"{file} lacks entries"):
+            append_lines(file, [sample.as_entry(step) for sample in shown])
+        with never_fatal("The trackers lack held-out answers, which eval_samples.jsonl has"):
+            show(self.accelerator, "eval/answers", as_picture(shown), as_table(shown), step)
+
+    def _in_a_sentence(self, entry: dict) -> str:
+        step, counts = entry["step"], self._counts()
+        moment = {0: "before training", self.total_steps: "after training"}.get(step, f"after step {step}")
+        parts = []
+        for metric, count in counts.items():
+            of = f" of {count:,}" if len(counts) > 1 else ""
+            parts.append(f"{entry[f'eval/{metric}']:.1%}{of} {IN_WORDS[metric]}")
+            if f"eval/{metric}_shuffled" in entry:
+                parts.append(f"{entry[f'eval/{metric}_shuffled']:.1%} with the images shuffled")
+        loss = f"loss {entry['eval/loss']:.4f}, {entry['eval/seconds']:.1f} s"
+        return f"{len(self.questions):,} held-out questions {moment}: {', '.join(parts)}. ({loss})"

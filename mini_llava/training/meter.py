@@ -158,7 +158,8 @@ class ProgressLine:
             bar_format="{percentage:3.0f}% step {n_fmt}/{total_fmt}{postfix} [{elapsed}, {remaining} left]",
         )
 
-    def update(self, step: int, values: dict[str, float]) -> None:
+    def update(self, step: int, values: dict[str, float], evaluation: str = "") -> None:
+        """evaluation: the newest one in a word."""
         parts = [
             f"loss {values['loss']:.4f} lr {values['learning_rate']:.2e} grad {values['gradient_norm']:.3f}",
             f"{values['tokens_per_second']:,.0f} tokens/s {values['samples_per_second']:,.1f} samples/s",
@@ -169,6 +170,8 @@ class ProgressLine:
             parts.append(f"{values['peak_memory_gib']:.0f} GiB")
         if values["data_wait"] > 0.02:
             parts.append(f"waits for data {values['data_wait']:.0%}")
+        if evaluation:
+            parts.append(evaluation)
         self.bar.set_postfix_str(" ".join(parts), refresh=False)
         self.bar.update(step - self.bar.n)
 
@@ -188,21 +191,27 @@ def append_json_line(file: Path, values: dict) -> None:
 
 
 def prepare_reports(output_dir: Path, resumed_at: int | None) -> str | None:
-    """Empties `log.jsonl` and `skipped.jsonl`, or makes them end where a resumed run goes on; tells what that undoes.
+    """Empties the reports in JSON lines, or makes them end where a resumed run goes on; tells what that undoes.
 
     Entries beyond the checkpoint's step are of work that was lost, and what a kill has torn is no entry.
     """
-    log, skipped = output_dir / "log.jsonl", output_dir / "skipped.jsonl"
+    log, samples, skipped = (output_dir / f"{name}.jsonl" for name in ("log", "eval_samples", "skipped"))
     if resumed_at is None:
-        for file in (log, skipped):
+        for file in (log, samples, skipped):
             with never_fatal(f"{file} holds entries of an earlier run"):
                 file.unlink(missing_ok=True)
         return None
     with never_fatal(f"{skipped} has a torn line"):
         cut_after(skipped)
     last = None
+
+    def is_kept(entry: dict) -> bool:
+        return entry.get("step", 0) <= resumed_at
+
+    with never_fatal(f"{samples} holds entries of steps that are done again"):
+        cut_after(samples, is_kept)
     with never_fatal(f"{log} holds entries of steps that are done again"):
-        last = cut_after(log, lambda entry: entry.get("step", 0) <= resumed_at)
+        last = cut_after(log, is_kept)
     if last is None or last.get("step", 0) <= resumed_at:
         return None
     return f"The run had come to step {last['step']}: {last['step'] - resumed_at} of its steps are done again."

@@ -1,0 +1,46 @@
+"""Whether the answer to a held-out question is right: by exact match, or by the letter that it chooses.
+
+A record says how under its key `metric`; without one its answer has to match exactly. Choices are read as LLaVA's
+`llava/eval/eval_science_qa.py` reads them, so that a figure here is one of those that were published for ScienceQA.
+"""
+
+import re
+
+from ..data.tokenization import BadRecord, shorten
+
+EXACT_MATCH, CHOICE = "exact_match", "choice"
+_LETTERS = "ABCDE"  # of ScienceQA's questions, which have five options at most
+
+
+def metric_of(record: dict) -> str:
+    """How the answer to a record's last question is scored.
+
+    Raises BadRecord for a metric that is not known, and where a choice is asked for but the record's own answer names
+    no letter, so that nothing would be right.
+    """
+    metric = record.get("metric", EXACT_MATCH)
+    if metric not in (EXACT_MATCH, CHOICE):
+        raise BadRecord(f"its 'metric' is {shorten(metric)}; known are {EXACT_MATCH!r} (the default) and {CHOICE!r}.")
+    answer = record["conversations"][-1]["value"]
+    if metric == CHOICE and chosen_letter(answer) is None:
+        raise BadRecord(
+            f"its 'metric' is {CHOICE!r}, but its answer {shorten(answer)} names no letter; expected 'B', 'B. text' or "
+            "'... The answer is B.'"
+        )
+    return metric
+
+
+def is_right(metric: str, answer: str, expected: str) -> bool:
+    """Blanks around an answer do not count. An answer that names no letter, or several, is no choice and wrong."""
+    if metric == CHOICE:
+        return chosen_letter(answer) == chosen_letter(expected)
+    return answer.strip() == expected.strip()
+
+
+def chosen_letter(answer: str) -> str | None:
+    """The letter of an answer that is nothing but a letter, begins with `B. `, or says once `The answer is B.`"""
+    answer = answer.strip()
+    if answer[:1] and answer[0] in _LETTERS and (len(answer) == 1 or answer[1:3] == ". "):
+        return answer[0]
+    said = re.findall(r"The answer is ([A-Z]).", answer)  # any character may follow, but one has to, as in LLaVA
+    return said[0] if len(said) == 1 else None

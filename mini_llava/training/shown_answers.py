@@ -1,0 +1,82 @@
+"""Some held-out questions with what the model answers, as lines of JSON, as a table and as a picture for TensorBoard.
+
+A loss does not tell what a model says. The same few questions at every evaluation show how its answers change; LLaVA's
+training has nothing of the kind.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ..data.images import load_image
+
+WIDTH, ROW, PICTURE, MARGIN = 1000, 176, 160, 8  # pixels
+MOST_PICTURES = 3  # of one question
+LETTER, LINE = 7.5, 19  # width of an average letter and distance of two lines, pixels
+BLACK, GREY, GREEN, RED = "#111111", "#777777", "#0a7d28", "#b81414"
+
+
+@dataclass
+class ShownAnswer:
+    """One question of one evaluation. pictures: (image folder, image name); loss: mean over the record's tokens."""
+
+    record: str
+    pictures: list[tuple[str, str]]
+    question: str
+    expected: str
+    answer: str
+    is_right: bool
+    loss: float
+
+    def as_entry(self, step: int) -> dict:
+        """Its line in `eval_samples.jsonl`."""
+        return {
+            "step": step,
+            "record": self.record,
+            "images": [name for _, name in self.pictures],
+            "question": self.question,
+            "expected": self.expected,
+            "answer": self.answer,
+            "right": self.is_right,
+            "loss": self.loss,
+        }
+
+
+def as_table(shown: Sequence[ShownAnswer]) -> str:
+    """A table in Markdown, which TensorBoard shows; it has the characters that the picture's font lacks."""
+    rows = ["| record | question | expected | answer | | loss |", "|---|---|---|---|---|---|"]
+    for sample in shown:
+        cells = [sample.record, sample.question, sample.expected, sample.answer]
+        # Markup in an answer is to be read, and a line break would end the row.
+        cells = [cell.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|") for cell in cells]
+        cells = ["<br>".join(cell.splitlines()) for cell in cells]
+        rows.append(f"| {' | '.join(cells)} | {'right' if sample.is_right else 'wrong'} | {sample.loss:.4f} |")
+    return "\n".join(rows)
+
+
+def as_picture(shown: Sequence[ShownAnswer]) -> np.ndarray:
+    """uint8 [H, W, 3]: a row for each question, its pictures on the left and the texts beside them."""
+    canvas = Image.new("RGB", (WIDTH, ROW * len(shown)), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
+    for number, sample in enumerate(shown):
+        left, top = MARGIN, number * ROW + MARGIN
+        for folder, name in sample.pictures[:MOST_PICTURES]:
+            picture = load_image(folder, name)
+            picture.thumbnail((PICTURE, PICTURE))
+            canvas.paste(picture, (left, top))
+            left += picture.width + MARGIN
+        columns = int((WIDTH - left) / LETTER)
+        texts = (
+            (sample.question, 3, BLACK),
+            (f"expected: {sample.expected}", 2, GREY),
+            (f"answer: {sample.answer}", 2, GREEN if sample.is_right else RED),
+            (f"loss {sample.loss:.4f}", 1, GREY),
+        )
+        for text, lines, colour in texts:
+            for line in textwrap.wrap(text, columns, max_lines=lines, placeholder=" ...") or [""]:
+                draw.text((left, top), line, colour, font)
+                top += LINE
+    return np.array(canvas)
