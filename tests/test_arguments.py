@@ -14,6 +14,7 @@ from tests.forked_runs import ROOT, start
 FIXTURES = ROOT / "tests" / "parity" / "fixtures"
 MODEL = ["--model_name_or_path", "lmsys/vicuna-7b-v1.5", "--vision_tower", "openai/clip-vit-large-patch14-336"]
 DATA = ["--data_path", "captions.json", "--image_folder", "images"]
+HELD_OUT = ["--eval_data_path", "held_out.json"]
 
 # The flags of LLaVA's scripts/v1_5/pretrain.sh and finetune.sh. `--deepspeed` stands before the training script's own
 # flags there and is what `accelerate launch --config_file` replaces.
@@ -213,7 +214,12 @@ def test_every_field_has_a_text_and_help_shows_all_of_them(capsys):
         (["--learning_rate", "fast"], "argument --learning_rate: invalid float value: 'fast'"),
         (["--image_aspect_ratio", "any"], "--image_aspect_ratio any: known values are square, pad, anyres."),
         (["--lr_scheduler_type", "cosin"], "known values are cosine, linear, constant, constant_with_warmup."),
-        (["--evaluation_strategy", "steps"], "--evaluation_strategy steps: known values are no."),
+        (["--evaluation_strategy", "epoch"], "--evaluation_strategy epoch: known values are no, steps."),
+        (["--evaluation_strategy", "steps"], "--evaluation_strategy steps needs --eval_steps."),
+        ([*HELD_OUT, "--eval_steps", "5", "--evaluation_strategy", "no"], "--evaluation_strategy no does not: leave"),
+        ([*HELD_OUT, "--eval_steps", "-1"], "--eval_steps must not be negative, found -1."),
+        (["--eval_steps", "5"], "--eval_steps needs --eval_data_path."),
+        (["--eval_samples_shown", "5"], "--eval_samples_shown needs --eval_data_path."),
         (["--save_steps", "0"], "--save_steps must be positive, not 0."),
         (["--gradient_checkpointing_share", "0"], "--gradient_checkpointing_share 0.0: give a share of the layers"),
         (["--gradient_checkpointing", "False", "--gradient_checkpointing_share", "0.5"], "says nothing with"),

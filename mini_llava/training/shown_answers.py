@@ -4,18 +4,19 @@ A loss does not tell what a model says. The same few questions at every evaluati
 training has nothing of the kind.
 """
 
+import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ..data.images import load_image
 
-WIDTH, ROW, PICTURE, MARGIN = 1000, 176, 160, 8  # pixels
-MOST_PICTURES = 3  # of one question
-LETTER, LINE = 7.5, 19  # width of an average letter and distance of two lines, pixels
+COLUMNS, WIDTH, HEIGHT, PICTURE, MARGIN = 2, 500, 156, 140, 8  # questions in a row; pixels
+MOST_PICTURES = 2  # of one question
+LETTER, LINE = 7.5, 18  # width of an average letter and distance of two lines, pixels
 BLACK, GREY, GREEN, RED = "#111111", "#777777", "#0a7d28", "#b81414"
 
 
@@ -58,17 +59,16 @@ def as_table(shown: Sequence[ShownAnswer]) -> str:
 
 
 def as_picture(shown: Sequence[ShownAnswer]) -> np.ndarray:
-    """uint8 [H, W, 3]: a row for each question, its pictures on the left and the texts beside them."""
-    canvas = Image.new("RGB", (WIDTH, ROW * len(shown)), "white")
+    """uint8 [H, W, 3]: a cell for each question, its pictures on the left and the texts beside them."""
+    canvas = Image.new("RGB", (COLUMNS * WIDTH, HEIGHT * math.ceil(len(shown) / COLUMNS)), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
     for number, sample in enumerate(shown):
-        left, top = MARGIN, number * ROW + MARGIN
+        left, top = number % COLUMNS * WIDTH + MARGIN, number // COLUMNS * HEIGHT + MARGIN
+        right = left + WIDTH - MARGIN
         for folder, name in sample.pictures[:MOST_PICTURES]:
-            picture = load_image(folder, name)
-            picture.thumbnail((PICTURE, PICTURE))
+            picture = ImageOps.contain(load_image(folder, name), (PICTURE, PICTURE))
             canvas.paste(picture, (left, top))
             left += picture.width + MARGIN
-        columns = int((WIDTH - left) / LETTER)
         texts = (
             (sample.question, 3, BLACK),
             (f"expected: {sample.expected}", 2, GREY),
@@ -76,7 +76,8 @@ def as_picture(shown: Sequence[ShownAnswer]) -> np.ndarray:
             (f"loss {sample.loss:.4f}", 1, GREY),
         )
         for text, lines, colour in texts:
-            for line in textwrap.wrap(text, columns, max_lines=lines, placeholder=" ...") or [""]:
+            wrapped = textwrap.wrap(text, int((right - left) / LETTER), max_lines=lines, placeholder=" ...")
+            for line in wrapped or [""]:
                 draw.text((left, top), line, colour, font)
                 top += LINE
     return np.array(canvas)

@@ -36,7 +36,8 @@ def flags_of(stage: int, output_dir: Path, values: dict) -> list[str]:
     """A command line of `train.py`."""
     data_path = FIXTURES / "data" / f"train_stage{stage}.json"
     values = {"stage": stage, "data_path": data_path, **MODEL_AND_DATA, **values, "output_dir": output_dir}
-    return [text for name, value in values.items() for text in (f"--{name}", str(value))]
+    lists = {name: value if isinstance(value, list) else [value] for name, value in values.items()}
+    return [str(text) for name, value in lists.items() for text in (f"--{name}", *value)]
 
 
 # --- one optimizer step, whose gradient is kept ----------------------------------------------------------------------
@@ -124,12 +125,13 @@ RUNS = {f"gradients, {name}": (2, values) for name, values in CUTS.items()} | {
 RUNS |= {"stage 2, LoRA": (2, FIVE_STEPS | LORA)}
 # All others try the longest micro-batch before step 1.
 RUNS |= {"untried stage 2, clipped": (2, FIVE_STEPS | CHANGES["clipped"] | {"longest_batch_first": False})}
+# Evaluated after every step, on so few records that one rank has none of the last batch.
+RUNS |= {"evaluated stage 2, clipped": (2, FIVE_STEPS | CHANGES["clipped"] | {"eval_steps": 1})}
 ON_TWO_PROCESSES = {
     "ddp": [
         *(f"gradients, {cut}" for cut in ("2 slots, padded", "4 slots, padded", "4 slots, packed")),
         *(f"stage {stage}, {clipping}" for stage in (1, 2) for clipping in ("clipped", "not clipped")),
-        "stage 2, LoRA",
-        "untried stage 2, clipped",
+        *("stage 2, LoRA", "untried stage 2, clipped", "evaluated stage 2, clipped"),
     ],
     "zero2": [
         *("gradients, 4 slots, padded", "gradients, 2 slots, packed"),
@@ -139,11 +141,38 @@ ON_TWO_PROCESSES = {
         *(f"gradients, {cut}" for cut in ("2 slots, padded", "4 slots, packed")),
         *(f"stage {stage}, {clipping}" for stage in (1, 2) for clipping in ("clipped", "not clipped")),
         "stage 1, bf16",
-        "stage 2, LoRA",
-        "untried stage 2, clipped",
+        *("stage 2, LoRA", "untried stage 2, clipped", "evaluated stage 2, clipped"),
     ],
     "zero3_offload": ["stage 2, clipped", "untried stage 2, clipped"],
 }
+# Two files: questions with and without a picture whose answer is a word, and others whose answer is a letter.
+HELD_OUT = {
+    "words": [
+        {**{key: RECORDS[index][key] for key in ("id", "image") if key in RECORDS[index]}, "conversations": turns}
+        for index in (*IMAGES[:3], *TEXTS[:2])
+        for turns in [[RECORDS[index]["conversations"][0], {"from": "gpt", "value": "seven"}]]
+    ],
+    "letters": [
+        {
+            "id": f"letter {number}",
+            "image": RECORDS[IMAGES[number]]["image"],
+            "metric": "choice",
+            "conversations": [{"from": "human", "value": "<image>\nA or B?"}, {"from": "gpt", "value": "B"}],
+        }
+        for number in range(2)
+    ],
+}
+
+
+def held_out_flags(folder: Path) -> dict:
+    """Writes both files of held-out records; the flags that name them."""
+    for name, records in HELD_OUT.items():
+        (folder / f"{name}.json").write_text(json.dumps(records))
+    paths = [folder / f"{name}.json" for name in HELD_OUT]
+    folders = [FIXTURES / "data" / "images"] * len(paths)
+    return {"eval_data_path": paths, "eval_image_folder": folders, "per_device_eval_batch_size": 2}
+
+
 DESCRIPTIONS = {
     "ddp": "DDP",
     "zero2": "DeepSpeed ZeRO-2",
@@ -158,6 +187,8 @@ def command_line(name: str, folder: Path) -> list[str]:
         order = folder / "global_batches.json"
         order.write_text(json.dumps(list(GLOBAL_BATCHES.values())))
         values = values | {"sample_order": order, "max_steps": len(GLOBAL_BATCHES)}
+    if name.startswith("evaluated"):
+        values = values | held_out_flags(folder)
     return flags_of(stage, folder / name, values)
 
 

@@ -1,0 +1,208 @@
+"""Evaluation while a model trains: what it finds, where that is shown, and that no bit of the training notices."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mini_llava.data.tokenization import BadRecord
+from tests.end_to_end import runs
+
+SHOWN = [*runs.HELD_OUT["words"], *runs.HELD_OUT["letters"]]
+WITH_DROPOUT = runs.FIVE_STEPS | runs.LORA | {"lora_dropout": 0.2}
+
+
+def evaluations(run) -> dict[int, dict]:
+    return {entry["step"]: entry for entry in runs.log(run) if "eval/loss" in entry}
+
+
+def samples(run) -> list[dict]:
+    return [json.loads(line) for line in (run / "eval_samples.jsonl").read_text().splitlines()]
+
+
+def bits(run) -> list[tuple[int, str, str]]:
+    return [(e["step"], e["loss"].hex(), e["gradient_norm"].hex()) for e in runs.log(run) if "loss" in e]
+
+
+def are_equal_to_the_last_bit(evaluated, plain) -> None:
+    assert sorted(evaluations(evaluated)) == list(range(6)) and not evaluations(plain)
+    assert len(bits(plain)) == 5 and bits(evaluated) == bits(plain)
+    weights, expected = runs.saved_weights(evaluated), runs.saved_weights(plain)
+    assert weights.keys() == expected.keys()
+    assert [name for name, weight in weights.items() if not torch.equal(weight, expected[name])] == []
+
+
+@pytest.fixture(scope="module")
+def with_dropout(tmp_path_factory):
+    """Two LoRA runs with dropout; the second is evaluated after every step, saved after three, and all is shown."""
+    folder = tmp_path_factory.mktemp("dropout")
+    looked_at = {"eval_steps": 1, "eval_samples_shown": 7, "report_to": "tensorboard"} | runs.held_out_flags(folder)
+    saved = {"save_strategy": "steps", "save_steps": 3}
+    flags = {"plain": {}, "evaluated": looked_at | saved}
+    lines = {name: runs.flags_of(2, folder / name, WITH_DROPOUT | values) for name, values in flags.items()}
+    for line in lines.values():
+        runs.train_here(line)
+    return folder, lines["evaluated"]
+
+
+def test_evaluation_changes_no_bit_of_a_training_with_dropout(with_dropout):
+    folder, _ = with_dropout
+    are_equal_to_the_last_bit(folder / "evaluated", folder / "plain")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["ddp", "zero3"])
+def test_evaluation_changes_no_bit_of_a_training_on_two_processes(two_processes, backend):
+    plain = two_processes(backend, "stage 2, clipped")
+    are_equal_to_the_last_bit(two_processes(backend, "evaluated stage 2, clipped"), plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["ddp", "zero3"])
+def test_two_processes_find_what_one_finds(one_process, two_processes, backend):
+    one, two = (run("evaluated stage 2, clipped") for run in (one_process, lambda name: two_processes(backend, name)))
+    before, expected = evaluations(two)[0], evaluations(one)[0]
+    assert before.keys() == expected.keys() >= {"eval/loss/words", "eval/exact_match", "eval/choice_shuffled"}
+    for name in before.keys() - {"eval/seconds"}:
+        assert before[name] == pytest.approx(expected[name], rel=1e-6), name  # fp32 sums in another order
+    shown = zip(samples(two), samples(one), strict=True)
+    assert [ours["answer"] for ours, _ in shown if ours["step"] == 0] == [
+        sample["answer"] for sample in samples(one) if sample["step"] == 0
+    ]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_held_out_loss_of_the_training_records_is_the_loss_of_the_step_that_trains_on_them(tmp_path, packing):
+    """The last batch of evaluation is smaller than the others, and answers differ in length: only tokens count alike."""
+    records = [record | {"conversations": record["conversations"][:2]} for record in runs.RECORDS[:11]]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    both = {"data_path": tmp_path / "data.json", "eval_data_path": tmp_path / "data.json", "packing": packing}
+    both |= {"eval_image_folder": runs.MODEL_AND_DATA["image_folder"], "per_device_eval_batch_size": 3}
+    values = {"max_steps": 1, "global_batch_size": 11, "per_device_train_batch_size": 11, "save_strategy": "no"}
+    runs.train_here(runs.flags_of(2, tmp_path / "run", values | both))
+    before, step, _ = runs.log(tmp_path / "run")
+    for name in ("loss", "loss_by_modality/text", "loss_by_modality/image"):
+        assert before[f"eval/{name}"] == pytest.approx(step[name], rel=1e-6)  # fp32 sums in another order
+    assert before["eval/loss"] != pytest.approx(sum(s["loss"] for s in samples(tmp_path / "run")[:8]) / 8, rel=1e-3)
+
+
+def test_images_are_shuffled_before_and_after_training_alone(with_dropout):
+    found = evaluations(with_dropout[0] / "evaluated")
+    shuffled = {"eval/exact_match_shuffled", "eval/choice_shuffled"}
+    assert {step for step, entry in found.items() if shuffled <= entry.keys()} == {0, 5}
+    assert {step for step, entry in found.items() if shuffled & entry.keys()} == {0, 5}
+    assert found[5]["eval/loss"] < found[0]["eval/loss"], "it learns to answer"
+
+
+def test_the_same_questions_are_shown_at_every_evaluation_with_what_is_expected_and_written(with_dropout):
+    shown = samples(with_dropout[0] / "evaluated")
+    assert [sample["step"] for sample in shown] == [step for step in range(6) for _ in SHOWN]
+    for number, sample in enumerate(shown):
+        record = SHOWN[number % len(SHOWN)]
+        question, answer = (turn["value"] for turn in record["conversations"])
+        assert f"(id {record['id']})" in sample["record"]
+        assert sample["images"] == [record["image"]] * ("image" in record)
+        assert (sample["question"], sample["expected"]) == (question.removeprefix("<image>\n"), answer)
+        assert sample["right"] is (sample["answer"] == answer) and sample["loss"] > 0
+
+
+def test_tensorboard_has_the_scores_the_pictures_and_the_answers_of_every_evaluation(with_dropout):
+    events = EventAccumulator(str(with_dropout[0] / "evaluated" / "runs")).Reload()
+    found = evaluations(with_dropout[0] / "evaluated")
+    for name in ("eval/loss", "eval/loss/letters", "eval/loss_by_modality/image", "eval/choice", "eval/seconds"):
+        logged = [(event.step, event.value) for event in events.Scalars(name)]
+        assert logged == [(step, pytest.approx(entry[name], rel=1e-6)) for step, entry in found.items()]
+    pictures = events.Images("eval/answers")
+    assert [picture.step for picture in pictures] == list(range(6))
+    assert len({picture.encoded_image_string for picture in pictures}) == 6, "the losses in it differ"
+    texts = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("eval/answers/text_summary")]
+    assert len(texts) == 6 and all(text.count("A or B? | B |") == 2 for text in texts)
+
+
+def test_the_time_of_an_evaluation_is_logged_and_is_not_the_trainings(with_dropout):
+    folder, _ = with_dropout
+    seconds = sum(entry["eval/seconds"] for entry in evaluations(folder / "evaluated").values())
+    steps = [entry["seconds_per_step"] for entry in runs.log(folder / "evaluated") if "loss" in entry]
+    first, last = (
+        sorted((folder / "evaluated" / "runs").iterdir())[0].stat(),
+        (folder / "evaluated" / "log.jsonl").stat(),
+    )
+    assert seconds > 0 and len(steps) == 5
+    assert sum(steps) + seconds < 3600 and first.st_size and last.st_size
+
+
+def test_a_resumed_run_keeps_the_evaluations_and_makes_up_for_one_that_a_kill_took(with_dropout):
+    folder, command_line = with_dropout
+    whole, resumed = folder / "evaluated", folder / "resumed"
+    shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
+    for name in ("log.jsonl", "eval_samples.jsonl"):  # killed after the checkpoint, before it was evaluated
+        lines = (whole / name).read_text().splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["step"] < 3 or '"step": 3, "loss"' in line]
+        (resumed / name).write_text("".join(kept))
+    assert max(evaluations(resumed)) == 2
+    again = [str(resumed) if text == str(whole) else text for text in command_line]
+    runs.train_here([*again, "--resume_from_checkpoint", "latest"])
+    clocks = {"eval/seconds"}
+    assert [{k: v for k, v in e.items() if k not in clocks} for e in evaluations(resumed).values()] == [
+        {k: v for k, v in e.items() if k not in clocks} for e in evaluations(whole).values()
+    ]
+    assert samples(resumed) == samples(whole) and bits(resumed) == bits(whole)
+
+
+def test_the_person_at_the_terminal_sees_each_evaluation_and_the_newest_beside_the_loss(tmp_path, capsys):
+    values = runs.FIVE_STEPS | {"max_steps": 2, "eval_steps": 1} | runs.held_out_flags(tmp_path)
+    runs.train_here(runs.flags_of(1, tmp_path / "run", values | {"eval_version": "v1"}))
+    out, err = capsys.readouterr()
+    for moment in ("before training", "after step 1", "after training"):
+        assert out.count(f"7 held-out questions {moment}: ") == 1
+    assert out.count("% of 5 answered exactly, ") == 3 and out.count("% of 2 chosen right") == 3
+    first = evaluations(tmp_path / "run")[0]["eval/loss"]
+    assert f"held out {first:.4f} 0%" in err
+
+
+def bad(record: dict, **changes) -> dict:
+    return record | changes
+
+
+WORD, LETTER = runs.HELD_OUT["words"][0], runs.HELD_OUT["letters"][0]
+UNANSWERED = bad(WORD, conversations=WORD["conversations"][:1])
+
+
+@pytest.mark.parametrize(
+    "records, sentence",
+    [
+        ([WORD, bad(WORD, metric="f1")], r"bad\.json, record 1 \(id s2_\d+\): its 'metric' is 'f1'; known are"),
+        ([bad(LETTER, conversations=WORD["conversations"])], r"record 0 \(id letter 0\): .* names no letter"),
+        ([bad(WORD, image="gone.png"), bad(WORD, metric=1)], r"2 of 2 records cannot be asked; mend them:\n.*\n.*"),
+        ([UNANSWERED], r"record 0 \(id s2_\d+\): no question has an answer"),
+        ([bad(WORD, conversations=WORD["conversations"] + WORD["conversations"][:1])], "marks for 1 image"),
+    ],
+)
+def test_held_out_records_that_cannot_be_asked_end_the_run_before_the_model_is_read(records, sentence, tmp_path):
+    (tmp_path / "bad.json").write_text(json.dumps(records))
+    held_out = {"eval_data_path": tmp_path / "bad.json", "eval_image_folder": runs.MODEL_AND_DATA["image_folder"]}
+    with pytest.raises(BadRecord, match=f"^--eval_data_path: .*{sentence}"):
+        runs.train_here(runs.flags_of(2, tmp_path / "run", held_out))
+    assert not list((tmp_path / "run").glob("*.jsonl"))
+
+
+def test_a_held_out_picture_that_turns_out_torn_is_named_before_step_1(tmp_path):
+    image = runs.MODEL_AND_DATA["image_folder"] / WORD["image"]
+    (tmp_path / "torn.png").write_bytes(image.read_bytes()[:200])
+    (tmp_path / "bad.json").write_text(json.dumps([bad(WORD, image="torn.png")]))
+    held_out = {"eval_data_path": tmp_path / "bad.json", "eval_image_folder": tmp_path, "save_strategy": "no"}
+    with pytest.raises(BadRecord, match=r"^--eval_data_path: .*bad\.json, record 0 .*: the image '.*torn\.png' cannot"):
+        runs.train_here(runs.flags_of(2, tmp_path / "run", held_out | {"max_steps": 1}))
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_errors_about_held_out_files_name_their_own_flags(tmp_path):
+    for values, sentence in (
+        ({"eval_data_path": tmp_path / "none.json"}, r"none\.json \(--eval_data_path\) does not exist"),
+        ({"eval_image_folder": tmp_path / "none"}, r"none \(--eval_image_folder\) does not exist"),
+        ({"eval_image_folder": [tmp_path, tmp_path, tmp_path]}, "--eval_data_path lists 2 files and --eval_image_fol"),
+    ):
+        with pytest.raises((ValueError, OSError), match=sentence):
+            runs.train_here(runs.flags_of(2, tmp_path / "run", runs.held_out_flags(tmp_path) | values))
