@@ -219,7 +219,7 @@ def train(arguments: flags.Arguments) -> None:
         longest = longest_micro_batch(dealt_batches(), lengths, layout, logits_weigh)
         planning.remember(arguments, source, tokenizer, len(tokenizer) - known_tokens, accelerator, longest)
         say(try_longest(accelerator, model, optimizer, rank_steps, longest))
-    held_out = HeldOut(arguments, accelerator, model, questions, tokenizer, eval_template, total_steps)
+    held_out = HeldOut(arguments, accelerator, model, optimizer, questions, tokenizer, eval_template, total_steps)
     if held_out.is_due(sampler.step):  # before step 1, and where a kill came between a save and its evaluation
         held_out.evaluate(sampler.step, say)
 

@@ -122,17 +122,20 @@ def test_an_arguments_file_that_cannot_be_written_ends_the_run_before_the_first_
 
 
 def log_of(file, *lines) -> None:
-    append_lines(file, [{"step": step, "loss": 1 / step} for step in lines])
+    append_lines(file, [{"step": step, "loss": 0.5} for step in lines])
 
 
 @pytest.mark.parametrize("torn", ["", '{"step": 13, "lo'])
 def test_the_log_of_a_resumed_run_ends_at_its_checkpoint_and_says_what_is_done_again(torn, tmp_path):
     log_of(tmp_path / "log.jsonl", *range(1, 13))
-    with open(tmp_path / "log.jsonl", "a") as file:
-        file.write(torn)
+    log_of(tmp_path / "eval_samples.jsonl", 0, 0, 8, 8, 12, 12)
+    for name in ("log.jsonl", "eval_samples.jsonl"):
+        with open(tmp_path / name, "a") as file:
+            file.write(torn)
     assert prepare_reports(tmp_path, 8) == "The run had come to step 12: 4 of its steps are done again."
     log_of(tmp_path / "log.jsonl", 9)
     assert steps(tmp_path / "log.jsonl") == list(range(1, 10))
+    assert steps(tmp_path / "eval_samples.jsonl") == [0, 0, 8, 8]
     assert prepare_reports(tmp_path, 9) is None and steps(tmp_path / "log.jsonl") == list(range(1, 10))
 
 
@@ -147,7 +150,8 @@ def test_a_torn_last_line_is_cut_off_even_if_no_step_is_done_again(tmp_path):
 
 def test_a_run_from_the_start_begins_with_empty_reports(tmp_path):
     log_of(tmp_path / "log.jsonl", 1, 2)
-    (tmp_path / "skipped.jsonl").touch()
+    for name in ("skipped.jsonl", "eval_samples.jsonl"):
+        (tmp_path / name).touch()
     assert prepare_reports(tmp_path, None) is None
     assert list(tmp_path.iterdir()) == []
 

@@ -1,0 +1,100 @@
+"""What `HeldOut` tells about the evaluations that were made, and what it does when one cannot be made."""
+
+import functools
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from mini_llava import arguments as flags
+from mini_llava.data.templates import get_template
+from mini_llava.data.tokenization import load_tokenizer, tokenize, tokenize_prompt
+from mini_llava.training.evaluation import HeldOut, read_held_out
+from mini_llava.training.shown_answers import ShownAnswer, as_picture, as_table
+from tests.end_to_end import runs
+from tests.training.tiny_llava import IMAGE_SIZE, TOKENS_PER_IMAGE, tiny_llava
+
+PICTURES = runs.MODEL_AND_DATA["image_folder"]
+
+
+@pytest.fixture
+def make(tmp_path):
+    """`make(**flags)`: the evaluation of a tiny model on five questions and two choices, 20 steps in all."""
+    textual = dict(template=get_template("v1"), tokenizer=load_tokenizer(runs.FIXTURES / "llm"))
+    to_sample = functools.partial(tokenize, tokens_per_image=TOKENS_PER_IMAGE, max_length=512, **textual)
+    to_prompt = functools.partial(tokenize_prompt, **textual)
+
+    def blank(folder: str, name: str) -> torch.Tensor:
+        return torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE)
+
+    def make(**values) -> HeldOut:
+        values = runs.held_out_flags(tmp_path) | {"eval_steps": 4} | values
+        arguments = flags.parse_arguments(runs.flags_of(2, tmp_path, values))
+        held_out = read_held_out(arguments.data, 42, to_sample, to_prompt, blank, IMAGE_SIZE)
+        accelerator, model = Accelerator(cpu=True), tiny_llava()
+        prepared = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+        return HeldOut(arguments, accelerator, *prepared, held_out, textual["tokenizer"], textual["template"], 20)
+
+    return make
+
+
+def write_log(tmp_path, *entries: tuple[int, float, float, float]) -> None:
+    names = ("step", "eval/loss", "eval/exact_match", "eval/choice")
+    lines = [json.dumps(dict(zip(names, entry, strict=True))) for entry in entries]
+    lines.insert(1, json.dumps({"step": 1, "loss": 0.1}))
+    (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_the_best_evaluation_has_most_questions_right_and_then_the_lowest_loss(make, tmp_path):
+    write_log(
+        tmp_path, (0, 3.0, 0.0, 0.5), (4, 1.0, 0.2, 0.0), (8, 2.0, 0.4, 1.0), (12, 1.5, 0.8, 0.0), (16, 1.0, 0.0, 1.0)
+    )
+    held_out = make()
+    # Right were 1, 1, 4, 4 and 2 of the seven: two in five are choices.
+    assert [round(7 * held_out.share_right(entry)) for entry in held_out.history] == [1, 1, 4, 4, 2]
+    assert held_out.best["step"] == 12
+    assert held_out.in_a_word() == "held out 1.0000 29%"
+
+
+def test_without_an_evaluation_there_is_no_best_one(make):
+    held_out = make()
+    assert held_out.history == [] and held_out.best is None and held_out.in_a_word() == ""
+
+
+def due(held_out: HeldOut) -> list[int]:
+    return [step for step in range(21) if held_out.is_due(step)]
+
+
+def test_an_evaluation_is_due_before_training_and_every_eval_steps_steps_but_once(make, tmp_path):
+    assert due(make()) == [0, 4, 8, 12, 16], "the last one is made after the result is saved"
+    assert due(make(eval_steps=0)) == [0]
+    write_log(tmp_path, (0, 3.0, 0.0, 0.5), (4, 1.0, 0.2, 0.0))
+    assert due(make()) == [8, 12, 16], "the log of a resumed run has the others"
+
+
+def test_memory_that_runs_out_is_said_with_the_flag_that_helps_and_the_model_trains_on(make):
+    held_out = make()
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    held_out.model.vision_tower.register_forward_hook(fail)
+    with pytest.raises(
+        ValueError, match=r"while held-out questions were answered, 2 at once: lower --per_device_eval_b"
+    ):
+        held_out.evaluate(4, print)
+    assert held_out.model.training and not held_out.evaluated
+
+
+def test_every_kind_of_answer_is_drawn_and_stays_a_row_of_the_table():
+    long, odd = "which of them is it, " * 40, "a | b\n<b>你好</b> & c"
+    shown = [
+        ShownAnswer("a.json, record 1", [(PICTURES, "wide_rgb.png")] * 4, long, long, odd, True, 0.5),
+        ShownAnswer("a.json, record 2", [], "2 + 2?", "4", "", False, 7.25),
+        ShownAnswer("a.json, record 3", [(PICTURES, "square_rgb.png")], odd, "", "no", False, float("nan")),
+    ]
+    assert as_picture(shown).shape == (312, 1000, 3)
+    head, rule, *rows = as_table(shown).splitlines()
+    assert len(rows) == 3 and {row.replace("\\|", "").count("|") for row in (head, rule, *rows)} == {7}
+    assert "<b>" not in "".join(rows) and "你好" in rows[0]
