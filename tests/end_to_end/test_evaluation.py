@@ -150,15 +150,24 @@ def test_a_resumed_run_keeps_the_evaluations_and_makes_up_for_one_that_a_kill_to
     assert samples(resumed) == samples(whole) and bits(resumed) == bits(whole)
 
 
-def test_the_person_at_the_terminal_sees_each_evaluation_and_the_newest_beside_the_loss(tmp_path, capsys):
-    values = runs.FIVE_STEPS | {"max_steps": 2, "eval_steps": 1} | runs.held_out_flags(tmp_path)
-    runs.train_here(runs.flags_of(1, tmp_path / "run", values | {"eval_version": "v1"}))
+def test_who_knows_the_answers_by_heart_gets_all_of_them_right_and_is_seen_to(tmp_path, capsys):
+    held_out = runs.held_out_flags(tmp_path)
+    learnt = {"data_path": held_out["eval_data_path"], "image_folder": held_out["eval_image_folder"]}
+    values = {"max_steps": 40, "eval_steps": 20, "learning_rate": 1e-2, "warmup_ratio": 0, "save_strategy": "no"}
+    values |= {"global_batch_size": 7, "per_device_train_batch_size": 7, "group_by_modality_length": False}
+    runs.train_here(runs.flags_of(2, tmp_path / "run", values | held_out | learnt))
+    before, between, after = evaluations(tmp_path / "run").values()
+    assert before["eval/exact_match"] == before["eval/choice"] == 0
+    assert after["eval/exact_match"] == after["eval/choice"] == 1 and after["eval/loss"] < 0.1
+    assert [sample["right"] for sample in samples(tmp_path / "run")][-7:] == [True] * 7
     out, err = capsys.readouterr()
-    for moment in ("before training", "after step 1", "after training"):
+    for moment in ("before training", "after step 20", "after training"):
         assert out.count(f"7 held-out questions {moment}: ") == 1
-    assert out.count("% of 5 answered exactly, ") == 3 and out.count("% of 2 chosen right") == 3
-    first = evaluations(tmp_path / "run")[0]["eval/loss"]
-    assert f"held out {first:.4f} 0%" in err
+    assert (
+        "after training: 100.0% of 5 answered exactly, 100.0% with the images shuffled, 100.0% of 2 chosen right" in out
+    )
+    # The progress line has the newest one.
+    assert f"held out {before['eval/loss']:.4f} 0%" in err and f"held out {between['eval/loss']:.4f}" in err
 
 
 WORD, LETTER = runs.HELD_OUT["words"][0], runs.HELD_OUT["letters"][0]
