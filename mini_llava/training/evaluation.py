@@ -394,4 +394,7 @@ class HeldOut:
             if f"eval/{metric}_shuffled" in entry:
                 parts.append(f"{entry[f'eval/{metric}_shuffled']:.1%} with the images shuffled")
         loss = f"loss {entry['eval/loss']:.4f}, {entry['eval/seconds']:.1f} s"
-        return f"{len(self.questions):,} held-out questions {moment}: {', '.join(parts)}. ({loss})"
+        sentence = f"{len(self.questions):,} held-out questions {moment}: {', '.join(parts)}. ({loss})"
+        if step == self.total_steps and self.best["step"] != step:
+            sentence += f" It was best after step {self.best['step']}: {self.share_right(self.best):.1%} right."
+        return sentence

@@ -155,6 +155,7 @@ def test_who_knows_the_answers_by_heart_gets_all_of_them_right_and_is_seen_to(tm
     learnt = {"data_path": held_out["eval_data_path"], "image_folder": held_out["eval_image_folder"]}
     values = {"max_steps": 40, "eval_steps": 20, "learning_rate": 1e-2, "warmup_ratio": 0, "save_strategy": "no"}
     values |= {"global_batch_size": 7, "per_device_train_batch_size": 7, "group_by_modality_length": False}
+    values |= {"dataloader_num_workers": 1}
     runs.train_here(runs.flags_of(2, tmp_path / "run", values | held_out | learnt))
     before, between, after = evaluations(tmp_path / "run").values()
     assert before["eval/exact_match"] == before["eval/choice"] == 0
