@@ -217,8 +217,9 @@ class HeldOut:
 
     @property
     def best(self) -> dict | None:
-        """The entry of `history` with the most questions answered right, of equals that with the lowest loss."""
-        return max(self.history, key=lambda entry: (self.share_right(entry), -entry["eval/loss"]), default=None)
+        """The entry of `history` with the most questions right, of equals that with the lowest loss, or the newest."""
+        rank = lambda entry: (self.share_right(entry), -entry["eval/loss"])  # noqa: E731
+        return max(reversed(self.history), key=rank, default=None)
 
     def share_right(self, entry: dict) -> float:
         """The share of all questions that an evaluation found answered right, each by its own metric."""
@@ -385,8 +386,7 @@ class HeldOut:
             show(self.accelerator, "eval/answers", as_picture(shown), as_table(shown), step)
 
     def _in_a_sentence(self, entry: dict) -> str:
-        step, counts = entry["step"], self._counts()
-        moment = {0: "before training", self.total_steps: "after training"}.get(step, f"after step {step}")
+        counts = self._counts()
         parts = []
         for metric, count in counts.items():
             of = f" of {count:,}" if len(counts) > 1 else ""
@@ -394,7 +394,11 @@ class HeldOut:
             if f"eval/{metric}_shuffled" in entry:
                 parts.append(f"{entry[f'eval/{metric}_shuffled']:.1%} with the images shuffled")
         loss = f"loss {entry['eval/loss']:.4f}, {entry['eval/seconds']:.1f} s"
+        moment = self._moment(entry["step"])
         sentence = f"{len(self.questions):,} held-out questions {moment}: {', '.join(parts)}. ({loss})"
-        if step == self.total_steps and self.best["step"] != step:
-            sentence += f" It was best after step {self.best['step']}: {self.share_right(self.best):.1%} right."
+        if entry["step"] == self.total_steps and self.best is not entry:
+            sentence += f" It was best {self._moment(self.best['step'])}: {self.share_right(self.best):.1%} right."
         return sentence
+
+    def _moment(self, step: int) -> str:
+        return {0: "before training", self.total_steps: "after training"}.get(step, f"after step {step:,}")

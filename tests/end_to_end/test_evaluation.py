@@ -167,6 +167,7 @@ def test_who_knows_the_answers_by_heart_gets_all_of_them_right_and_is_seen_to(tm
     assert (
         "after training: 100.0% of 5 answered exactly, 100.0% with the images shuffled, 100.0% of 2 chosen right" in out
     )
+    assert "It was best" not in out
     # The progress line has the newest one.
     assert f"held out {before['eval/loss']:.4f} 0%" in err and f"held out {between['eval/loss']:.4f}" in err
 

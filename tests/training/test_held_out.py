@@ -54,6 +54,9 @@ def test_the_best_evaluation_has_most_questions_right_and_then_the_lowest_loss(m
     # Right were 1, 1, 4, 4 and 2 of the seven: two in five are choices.
     assert [round(7 * held_out.share_right(entry)) for entry in held_out.history] == [1, 1, 4, 4, 2]
     assert held_out.best["step"] == 12
+    held_out.history.append(held_out.best | {"step": 20})
+    assert held_out.best["step"] == 20, "no earlier model is better"
+    held_out.history.pop()
     assert held_out.in_a_word() == "held out 1.0000 29%"
 
 
