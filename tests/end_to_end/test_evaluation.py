@@ -172,6 +172,15 @@ def test_who_knows_the_answers_by_heart_gets_all_of_them_right_and_is_seen_to(tm
     assert f"held out {before['eval/loss']:.4f} 0%" in err and f"held out {between['eval/loss']:.4f}" in err
 
 
+def test_a_training_that_spoils_the_model_is_told_when_it_was_best(tmp_path, capsys):
+    values = {"max_steps": 2, "learning_rate": 1, "warmup_ratio": 0, "save_strategy": "no", "eval_samples_shown": 0}
+    runs.train_here(runs.flags_of(2, tmp_path / "run", values | runs.held_out_flags(tmp_path)))
+    before, after = evaluations(tmp_path / "run").values()
+    assert after["eval/loss"] > before["eval/loss"]
+    assert "It was best before training: 0.0% right." in capsys.readouterr().out
+    assert not (tmp_path / "run" / "eval_samples.jsonl").exists()
+
+
 WORD, LETTER = runs.HELD_OUT["words"][0], runs.HELD_OUT["letters"][0]
 UNANSWERED = dict(WORD, conversations=WORD["conversations"][:1])
 
