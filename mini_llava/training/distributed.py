@@ -409,13 +409,12 @@ def log(accelerator: Accelerator, values: dict[str, float], step: int) -> None:
 
 
 def show(accelerator: Accelerator, name: str, picture: np.ndarray, text: str, step: int) -> None:
-    """Gives TensorBoard a picture, uint8 [H, W, 3], and a text in Markdown; the other trackers do not get them."""
+    """Gives TensorBoard a picture, uint8 [H, W, 3], and a text in Markdown; the other trackers do not get them. May raise."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard" and accelerator.is_main_process:
-            with never_fatal("tensorboard lacks pictures or texts"):
-                tracker.writer.add_image(name, picture, step, dataformats="HWC")
-                tracker.writer.add_text(name, text, step)
-                tracker.writer.flush()
+            tracker.writer.add_image(name, picture, step, dataformats="HWC")
+            tracker.writer.add_text(name, text, step)
+            tracker.writer.flush()
 
 
 def end_training(accelerator: Accelerator, model: nn.Module) -> None:

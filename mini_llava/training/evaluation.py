@@ -6,6 +6,7 @@ number of the training: no weight, no generator of random numbers, no order.
 """
 
 import time
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -255,10 +256,8 @@ class HeldOut:
         ranks, rank, device = self.accelerator.num_processes, self.accelerator.process_index, self.accelerator.device
         lengths = [question.tokens for question in self.questions]
         by_length = sorted(range(len(lengths)), key=lambda place: -lengths[place])
-        size, layout = (
-            self.training.per_device_eval_batch_size * ranks,
-            "packed" if self.rank_steps.packed else "padded",
-        )
+        size = self.training.per_device_eval_batch_size * ranks
+        layout = "packed" if self.rank_steps.packed else "padded"
         mine = []  # for each step the places of the questions in each micro-batch of this rank
         for start in range(0, len(by_length), size):
             batch = by_length[start : start + size]
@@ -307,9 +306,7 @@ class HeldOut:
             answers |= zip(places, self._generate(llava, batch, stop_ids), strict=False)
         if attention == "varlen":
             llava.language_model.set_attn_implementation(attention)
-        of_all = {
-            place: text for of_rank in gather_from_ranks(self.accelerator, answers) for place, text in of_rank.items()
-        }
+        of_all = ChainMap(*gather_from_ranks(self.accelerator, answers))
         return [of_all[place] for place in range(len(questions))]
 
     def _generate(self, llava: nn.Module, batch: Sequence[Question], stop_ids: int | list[int]) -> list[str]:
@@ -382,8 +379,9 @@ class HeldOut:
         file = self.output_dir / "eval_samples.jsonl"
         with never_fatal(f"{file} lacks entries"):
             append_lines(file, [sample.as_entry(step) for sample in shown])
-        with never_fatal("The trackers lack held-out answers, which eval_samples.jsonl has"):
-            show(self.accelerator, "eval/answers", as_picture(shown), as_table(shown), step)
+        if self.accelerator.trackers:
+            with never_fatal("TensorBoard lacks held-out answers, which eval_samples.jsonl has"):
+                show(self.accelerator, "eval/answers", as_picture(shown), as_table(shown), step)
 
     def _in_a_sentence(self, entry: dict) -> str:
         counts = self._counts()
