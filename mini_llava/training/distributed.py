@@ -409,7 +409,7 @@ def log(accelerator: Accelerator, values: dict[str, float], step: int) -> None:
 
 
 def show(accelerator: Accelerator, name: str, picture: np.ndarray, text: str, step: int) -> None:
-    """Gives TensorBoard a picture, uint8 [H, W, 3], and a text in Markdown; the other trackers do not get them. May raise."""
+    """Gives TensorBoard alone a picture, uint8 [H, W, 3], and a text in Markdown. Raises whatever its writer raises."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard" and accelerator.is_main_process:
             tracker.writer.add_image(name, picture, step, dataformats="HWC")
