@@ -66,7 +66,8 @@ def load_image(folder: str | os.PathLike, name: str) -> Image.Image:
     path = image_path(folder, name)
     with _opened(path) as file:
         ImageOps.exif_transpose(file, in_place=True)
-        image = file.convert("RGB")
+        file.load()
+        image = file if file.mode == "RGB" else file.convert("RGB")  # which would copy what is RGB already
     _check_sides(path, image.size)
     # convert() keeps a palette's transparent colour as a note, for which transformers would paint the image on white.
     image.info = {}
@@ -181,7 +182,8 @@ def resize_and_crop(image: Image.Image, shape: tuple[int, int] | None, processor
     if processor.do_center_crop:  # beyond the image's edges it is black, for Pillow as for transformers
         width, height = processor.crop_size["width"], processor.crop_size["height"]
         left, top = (image.width - width) // 2, (image.height - height) // 2
-        image = image.crop((left, top, left + width, top + height))
+        if image.size != (width, height):
+            image = image.crop((left, top, left + width, top + height))
     return np.asarray(image).transpose(2, 0, 1)
 
 
