@@ -7,8 +7,6 @@ language model. They differ in their presets only (`mini_llava/arguments.py`).
 
 import functools
 import gc
-import json
-import math
 import sys
 import time
 import traceback
@@ -27,7 +25,6 @@ from mini_llava.data.loader import (
     refuse_or_report,
 )
 from mini_llava.data.records import RecordStore, measure, measurement_key
-from mini_llava.data.sampler import GlobalBatchSampler, deal
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import add_image_tokens, load_tokenizer, tokenize, tokenize_prompt
 from mini_llava.model import formats, lora
@@ -38,17 +35,19 @@ from mini_llava.training import checkpoint, distributed, first_batch, liveness, 
 from mini_llava.training.build import build_model
 from mini_llava.training.evaluation import HeldOut, read_held_out
 from mini_llava.training.identity import run_identity
-from mini_llava.training.longest import longest_micro_batch, try_longest, weight_of_logits
+from mini_llava.training.longest import try_longest
 from mini_llava.training.meter import Meter, ProgressLine, append_json_line, loss_parts, prepare_reports
 from mini_llava.training.norms import norms_are_due, step_norms
 from mini_llava.training.not_finite import stop_unless_fp16_overflow
 from mini_llava.training.optimizer import build_adamw, learning_rates, parameter_groups, set_learning_rates
+from mini_llava.training.order import choose_order
 from mini_llava.training.preemption import EXIT_CODE, Preemption, ignore_signals, marker, write_marker
 from mini_llava.training.schedule import learning_rate_factor, warmup_steps
 from mini_llava.training.summary import write_summary
 
 
-def train(arguments: flags.Arguments) -> None:
+def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> None:
+    """Trains as the flags say. `advice` comes to know what to change if memory runs out."""
     model_flags, data_flags, training = arguments.model, arguments.data, arguments.training
     output_dir = Path(training.output_dir)
     rank, world_size = distributed.launched_rank()
@@ -69,6 +68,7 @@ def train(arguments: flags.Arguments) -> None:
     eval_template = get_template(data_flags.eval_version or model_flags.version, tokenizer)
     marks, known_tokens = (model_flags.mm_use_im_start_end, model_flags.mm_use_im_patch_token), len(tokenizer)
     template, eval_template = (add_image_tokens(tokenizer, each, *marks) for each in (template, eval_template))
+    new_tokens = len(tokenizer) - known_tokens
     image_processor = source.image_processor()
     image_size = source.image_size()
     image_tokens = tokens_per_image(source.vision_config, source.select_feature, image_size)
@@ -90,7 +90,7 @@ def train(arguments: flags.Arguments) -> None:
     key = measurement_key(template, tokenizer, tiling or image_tokens, data_flags.model_max_length)
     if training.dry_run:
         if rank == 0:
-            planning.plan_run(arguments, source, tokenizer, len(tokenizer) - known_tokens, store, to_sample, key)
+            planning.plan_run(arguments, source, tokenizer, new_tokens, store, to_sample, key)
         return
     lengths = measure(store, to_sample, max(1, data_flags.dataloader_num_workers), output_dir / "cache", key)
     for line in refuse_or_report(store, lengths.bad, data_flags.on_bad_sample):
@@ -108,7 +108,7 @@ def train(arguments: flags.Arguments) -> None:
     torch.manual_seed(training.seed)  # the same on every rank, because new weights must be equal
 
     # --- Model, what of it is trained, optimizer ---------------------------------------------------------------------
-    model, plan = build_model(arguments, source, tokenizer, len(tokenizer) - known_tokens, accelerator)
+    model, plan = build_model(arguments, source, tokenizer, new_tokens, accelerator)
     trained = trained_in_full(plan)
     rates = {"projector": training.mm_projector_lr, "vision_tower": training.mm_vision_tower_lr}
     rates["image_newline"] = rates["projector"]
@@ -124,30 +124,8 @@ def train(arguments: flags.Arguments) -> None:
     model.train()
 
     # --- Order: the global batches, and this rank's micro-batches of each --------------------------------------------
-    global_batch_size, micro_batches, batch_note = flags.choose_batch(arguments, world_size)
-    sampler = GlobalBatchSampler(
-        lengths.length.clip(min=1),  # bad records have none; they keep their place and are left out of their batch
-        lengths.has_image,
-        global_batch_size,
-        slots=world_size * micro_batches,
-        seed=training.seed,
-        group_by_modality_length=data_flags.group_by_modality_length,
-        recorded=json.loads(Path(data_flags.sample_order).read_text()) if data_flags.sample_order else None,
-        source_sizes=store.source_sizes(),
-        weights=data_flags.data_weights,
-    )
-    total_steps = training.max_steps
-    if total_steps <= 0:
-        total_steps = math.ceil(training.num_train_epochs * sampler.steps_per_epoch)
-    layout = "packed" if data_flags.packing else "padded"
-    if training.loss_normalization == "micro_batch":
-        layout = "in_order"  # LLaVA's own micro-batches, on which its loss depends
-
-    def dealt_batches():
-        for batch in sampler.batches(total_steps):
-            good = [index for index in batch if index not in lengths.bad]
-            max_tokens = data_flags.max_tokens_per_micro_batch
-            yield deal(good, lengths.length, world_size, micro_batches, layout, max_tokens)
+    order = choose_order(arguments, store, lengths, world_size)
+    sampler, total_steps = order.sampler, order.total_steps
 
     # --- Resume ------------------------------------------------------------------------------------------------------
     torch.manual_seed((training.seed << 16) + rank)  # from here on each rank has dropout masks of its own
@@ -161,7 +139,7 @@ def train(arguments: flags.Arguments) -> None:
         tokenizer,
         image_processor,
         total_steps,
-        slots=world_size * micro_batches,
+        slots=sampler.slots,
     )
     resume_from = checkpoint.find_checkpoint(accelerator, output_dir, training.resume_from_checkpoint, say)
     if resume_from:
@@ -190,12 +168,12 @@ def train(arguments: flags.Arguments) -> None:
     room = (saves, training.save_total_limit, whole_model)
     disk_note = output_folder.disk_note(accelerator, model, output_dir, *room)
     mixture = sampler.describe_mixture(store.source_names())
-    for note in (batch_note, mixture, distributed.memory_note(accelerator, model), disk_note):
+    for note in (order.note, mixture, distributed.memory_note(accelerator, model), disk_note):
         if note:
             say(note)
     say(
         f"{len(store):,} records, {int(lengths.has_image.sum()):,} with images, {int(lengths.length.sum()):,} tokens; "
-        f"{total_steps:,} steps of {global_batch_size} samples, {layout}."
+        f"{total_steps:,} steps of {sampler.global_batch_size} samples, {order.layout}."
         + (f" Resumed from {resume_from} at step {sampler.step}." if resume_from else "")
     )
     if accelerator.is_main_process:
@@ -212,13 +190,14 @@ def train(arguments: flags.Arguments) -> None:
 
     # --- The longest micro-batch once, before anything takes time: if memory does not suffice, it shows here ---------
     rank_steps = RankSteps(store, to_sample, to_pixels, image_size, data_flags.packing, data_flags.on_bad_sample)
-    first_batch.show(accelerator, rank_steps, dealt_batches(), tokenizer, sampler.step + 1)
+    first_batch.show(accelerator, rank_steps, order.dealt_batches(), tokenizer, sampler.step + 1)
     if training.longest_batch_first and sampler.step < total_steps:
-        recomputed = training.gradient_checkpointing * training.gradient_checkpointing_share
-        logits_weigh = weight_of_logits(source.language_config, recomputed)
-        longest = longest_micro_batch(dealt_batches(), lengths, layout, logits_weigh)
-        planning.remember(arguments, source, tokenizer, len(tokenizer) - known_tokens, accelerator, longest)
-        say(try_longest(accelerator, model, optimizer, rank_steps, longest))
+        devices = planning.running_layout(accelerator)
+        dealt = order.dealt_batches()
+        planned = planning.planned_run(arguments, source, tokenizer, new_tokens, devices, lengths, order.layout, dealt)
+        if advice is not None:
+            advice.planned = planned
+        say(try_longest(accelerator, model, optimizer, rank_steps, planned.longest))
     held_out = HeldOut(arguments, accelerator, model, optimizer, questions, tokenizer, eval_template, total_steps)
     if held_out.is_due(sampler.step):  # before step 1, and where a kill came between a save and its evaluation
         held_out.evaluate(sampler.step, say)
@@ -226,7 +205,7 @@ def train(arguments: flags.Arguments) -> None:
     # --- The loop ----------------------------------------------------------------------------------------------------
     loader = rank_step_loader(
         rank_steps,
-        ([of_ranks[rank] for of_ranks in dealt] for dealt in dealt_batches()),
+        ([of_ranks[rank] for of_ranks in dealt] for dealt in order.dealt_batches()),
         data_flags.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
         worker_init_fn=ignore_signals,
@@ -333,9 +312,9 @@ def train(arguments: flags.Arguments) -> None:
 
 def main() -> None:
     """The program: what the person at the terminal can mend ends it with a sentence, a bug with its traceback."""
-    arguments = flags.parse_arguments()
+    arguments, advice = flags.parse_arguments(), planning.Advice()
     try:
-        train(arguments)
+        train(arguments, advice)
     except KeyboardInterrupt:
         sys.exit("train.py: interrupted; --resume_from_checkpoint latest goes on from the last checkpoint.")
     except (ValueError, ImportError, OSError, checkpoint.CheckpointError) as error:
@@ -348,7 +327,7 @@ def main() -> None:
             time.sleep(5)  # mostly rank 0 has said the same by then, and the launcher has ended this process
         sys.exit(f"train.py: error{f' on rank {rank}' if rank else ''}: {error}")
     except RuntimeError as error:
-        if sentence := planning.out_of_memory(error):
+        if sentence := advice.if_memory_has_run_out(error):
             sys.exit(f"train.py: error on rank {distributed.launched_rank()[0]}: {sentence}")
         liveness.wait_for_the_sentence()
         raise

@@ -5,12 +5,10 @@ for eight cards of 80 GB. Where memory does not suffice, in the plan or in a run
 named.
 """
 
-import functools
 import json
-import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,9 +17,8 @@ import yaml
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from ..arguments import Arguments, TrainingArguments, choose_batch
+from ..arguments import Arguments, TrainingArguments
 from ..data.records import Lengths, RecordStore, measure_some
-from ..data.sampler import GlobalBatchSampler, deal
 from ..data.tokenization import Sample
 from ..model import lora
 from ..model.attention import CAPPED, choose_attention
@@ -36,6 +33,7 @@ from .flops import PEAK_FLOPS, FlopCounter
 from .longest import Longest, longest_micro_batch, weight_of_logits
 from .memory import GIB, Estimate, Layout, estimate, lasting_parts
 from .optimizer import parameter_groups
+from .order import choose_order
 from .output_folder import disk_needs
 
 MEASURED_AT_MOST = 2000  # records, where the lengths of all are not in the cache
@@ -161,8 +159,20 @@ def _zero3(layout: Layout, gpus: int, offload: bool) -> Layout:
     return replace(layout, gpus=gpus, zero_stage=3, zero=zero)
 
 
-def _share(training: TrainingArguments) -> float:
-    return training.gradient_checkpointing * training.gradient_checkpointing_share
+def planned_run(
+    arguments: Arguments,
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    new_tokens: int,
+    devices: Layout,
+    lengths: Lengths,
+    layout: str,
+    dealt_batches: Iterable[list[list[list[int]]]],
+) -> Planned:
+    """A run on these devices. `new_tokens`: see `build_model`; the last three: see `longest_micro_batch`."""
+    share = arguments.training.gradient_checkpointing * arguments.training.gradient_checkpointing_share
+    longest = longest_micro_batch(dealt_batches, lengths, layout, weight_of_logits(source.language_config, share))
+    return Planned(arguments, source, tokenizer, new_tokens, devices, longest, share)
 
 
 # --- what it is to run on --------------------------------------------------------------------------------------------
@@ -247,57 +257,29 @@ def plan_run(
     Raises:
         ValueError: it cannot fit; the sentence names the first change that makes it fit.
     """
-    training, data_flags = arguments.training, arguments.data
+    training = arguments.training
     output_dir = Path(training.output_dir)
     layout = read_layout(training, arguments.explicit)
     lengths, measured = measure_some(store, to_sample, output_dir / "cache", key, MEASURED_AT_MOST)
-    batch_size, micro_batches, note = choose_batch(arguments, layout.gpus)
-    sampler = GlobalBatchSampler(
-        lengths.length.clip(min=1),
-        lengths.has_image,
-        batch_size,
-        slots=layout.gpus * micro_batches,
-        seed=training.seed,
-        group_by_modality_length=data_flags.group_by_modality_length,
-        recorded=json.loads(Path(data_flags.sample_order).read_text()) if data_flags.sample_order else None,
-        source_sizes=store.source_sizes(),
-        weights=data_flags.data_weights,
-    )
-    steps = training.max_steps
-    if steps <= 0:
-        steps = math.ceil(training.num_train_epochs * sampler.steps_per_epoch)
-    way = "packed" if data_flags.packing else "padded"
-    if training.loss_normalization == "micro_batch":
-        way = "in_order"
-    cut = functools.partial(
-        deal,
-        lengths=lengths.length.tolist(),
-        ranks=layout.gpus,
-        micro_batches=micro_batches,
-        layout=way,
-        max_tokens=data_flags.max_tokens_per_micro_batch,
-    )
+    order = choose_order(arguments, store, lengths, layout.gpus)
+    sampler, steps = order.sampler, order.total_steps
     # One epoch: in the others the same samples meet others, which hardly makes a micro-batch longer.
-    dealt = [
-        cut([index for index in batch if index not in lengths.bad])
-        for batch in sampler.batches(min(steps, sampler.steps_per_epoch))
-    ]
-    share = _share(training)
-    longest = longest_micro_batch(dealt, lengths, way, weight_of_logits(source.language_config, share))
-    planned = Planned(arguments, source, tokenizer, new_tokens, layout, longest, share)
+    dealt = list(order.dealt_batches(min(steps, sampler.steps_per_epoch)))
+    planned = planned_run(arguments, source, tokenizer, new_tokens, layout, lengths, order.layout, dealt)
+    longest = planned.longest
     model, plan = planned.model()
     rates = {"projector": training.mm_projector_lr, "vision_tower": training.mm_vision_tower_lr}
     rates["image_newline"] = rates["projector"]
     groups = parameter_groups(model, training.learning_rate, training.weight_decay, rates)
 
     print(f"\n{layout}\n\n{trainable_table(model, groups, plan)}\n")
-    if note:
-        print(note)
+    if order.note:
+        print(order.note)
     counts = [len(micro_batches) for micro_batches in dealt]
     print(
-        f"Global batch: {batch_size} samples on {layout.gpus} GPU{'s' * (layout.gpus > 1)}, on each in "
-        f"{sum(counts) / len(counts):.1f} micro-batches a step (at most {max(counts)}), {way}. Longest micro-batch: "
-        f"{longest.shape.tokens:,} tokens, {longest.shape.images} images."
+        f"Global batch: {sampler.global_batch_size} samples on {layout.gpus} GPU{'s' * (layout.gpus > 1)}, on each in "
+        f"{sum(counts) / len(counts):.1f} micro-batches a step (at most {max(counts)}), {order.layout}. "
+        f"Longest micro-batch: {longest.shape.tokens:,} tokens, {longest.shape.images} images."
     )
     guessed = "" if measured == len(store) else f" (as {measured:,} of them say)"
     epochs = steps / sampler.steps_per_epoch
@@ -357,36 +339,30 @@ def _advice(planned: Planned, limit: float) -> str:
 
 # --- a run that has run out ------------------------------------------------------------------------------------------
 
-_this_run: Planned | None = None  # a process has one
 
+@dataclass
+class Advice:
+    """What to change when a run has no memory left.
 
-def remember(
-    arguments: Arguments,
-    source: Source,
-    tokenizer: PreTrainedTokenizerBase,
-    new_tokens: int,
-    accelerator: Accelerator,
-    longest: Longest,
-) -> None:
-    """Keeps what `out_of_memory` has to know of this run."""
-    global _this_run
-    share = _share(arguments.training)
-    _this_run = Planned(arguments, source, tokenizer, new_tokens, running_layout(accelerator), longest, share)
+    Attributes:
+        planned: the run, once its longest micro-batch is known.
+    """
 
+    planned: Planned | None = None
 
-def out_of_memory(error: RuntimeError) -> str | None:
-    """A sentence with the first change that makes it fit, if memory has run out; None for any other error."""
-    first_line = str(error).splitlines()[0] if str(error) else ""
-    marks = ("DefaultCPUAllocator: ", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    if not isinstance(error, torch.OutOfMemoryError) and not any(mark in str(error) for mark in marks):
-        return None
-    said = f"Memory has run out ({first_line.split('. ')[0]})."
-    if _this_run is None:
-        return f"{said} It was not the training: look what else is in memory; --dry_run shows what the run needs."
-    # The estimate says it would fit, or it would have been refused; so it is wrong, or others use the memory too.
-    limit = 0.9 * min(_this_run.estimate().needed, _this_run.layout.gpu_memory)
-    tokens = _this_run.longest.shape.tokens
-    return (
-        f"{said} The longest micro-batch has {tokens:,} tokens. {_advice(_this_run, limit)} The same flags with "
-        "--dry_run True show what needs how much."
-    )
+    def if_memory_has_run_out(self, error: RuntimeError) -> str | None:
+        """A sentence with the first change that makes it fit; None for any other error."""
+        first_line = str(error).splitlines()[0] if str(error) else ""
+        marks = ("DefaultCPUAllocator: ", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+        if not isinstance(error, torch.OutOfMemoryError) and not any(mark in str(error) for mark in marks):
+            return None
+        said = f"Memory has run out ({first_line.split('. ')[0]})."
+        if self.planned is None:
+            return f"{said} It was not the training: look what else is in memory; --dry_run shows what the run needs."
+        # The estimate says it would fit, or it would have been refused; so it is wrong, or others use the memory too.
+        limit = 0.9 * min(self.planned.estimate().needed, self.planned.layout.gpu_memory)
+        tokens = self.planned.longest.shape.tokens
+        return (
+            f"{said} The longest micro-batch has {tokens:,} tokens. {_advice(self.planned, limit)} The same flags with "
+            "--dry_run True show what needs how much."
+        )

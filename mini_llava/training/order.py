@@ -1,0 +1,69 @@
+"""What a run trains on, step by step: the global batches, and how each is dealt to ranks and micro-batches.
+
+LLaVA's Trainer leaves this to a sampler, a batch size and accelerate's sharding of the loader. `train.py` follows this
+order, and `--dry_run` plans with it, for as many devices as it is asked about.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..arguments import Arguments, choose_batch
+from ..data.records import Lengths, RecordStore
+from ..data.sampler import GlobalBatchSampler, deal
+
+
+@dataclass
+class Order:
+    """
+    Attributes:
+        sampler: the global batches, and the cursor over them.
+        total_steps: where the run ends.
+        layout: `packed`, `padded` or `in_order`, see `deal`.
+        ranks, micro_batches: among which a global batch is dealt.
+        max_tokens: see `deal`.
+        bad: the records that are left out of their global batch.
+        note: a sentence if the size of the global batch is not the preset's.
+    """
+
+    sampler: GlobalBatchSampler
+    total_steps: int
+    layout: str
+    ranks: int
+    micro_batches: int
+    max_tokens: int | None
+    bad: dict[int, str]
+    note: str | None
+
+    def dealt_batches(self, until: int | None = None) -> Iterator[list[list[list[int]]]]:
+        """`[micro-batch][rank] -> records` of each step from the cursor to `until`, or to the end of the run."""
+        for batch in self.sampler.batches(self.total_steps if until is None else until):
+            good = [index for index in batch if index not in self.bad]
+            yield deal(good, self.sampler.lengths, self.ranks, self.micro_batches, self.layout, self.max_tokens)
+
+
+def choose_order(arguments: Arguments, store: RecordStore, lengths: Lengths, ranks: int) -> Order:
+    """The order that the flags ask for, on so many ranks. Raises ValueError where they contradict each other."""
+    training, data_flags = arguments.training, arguments.data
+    global_batch_size, micro_batches, note = choose_batch(arguments, ranks)
+    sampler = GlobalBatchSampler(
+        lengths.length.clip(min=1),  # bad records have none; they keep their place and are left out of their batch
+        lengths.has_image,
+        global_batch_size,
+        slots=ranks * micro_batches,
+        seed=training.seed,
+        group_by_modality_length=data_flags.group_by_modality_length,
+        recorded=json.loads(Path(data_flags.sample_order).read_text()) if data_flags.sample_order else None,
+        source_sizes=store.source_sizes(),
+        weights=data_flags.data_weights,
+    )
+    total_steps = training.max_steps
+    if total_steps <= 0:
+        total_steps = math.ceil(training.num_train_epochs * sampler.steps_per_epoch)
+    layout = "packed" if data_flags.packing else "padded"
+    if training.loss_normalization == "micro_batch":
+        layout = "in_order"  # LLaVA's own micro-batches, on which its loss depends
+    max_tokens = data_flags.max_tokens_per_micro_batch
+    return Order(sampler, total_steps, layout, ranks, micro_batches, max_tokens, lengths.bad, note)
