@@ -92,7 +92,8 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         if rank == 0:
             planning.plan_run(arguments, source, tokenizer, new_tokens, store, to_sample, key)
         return
-    lengths = measure(store, to_sample, max(1, data_flags.dataloader_num_workers), output_dir / "cache", key)
+    workers = max(1, data_flags.dataloader_num_workers)
+    lengths = measure(store, to_sample, workers, output_dir / "cache", key, tiling)
     for line in refuse_or_report(store, lengths.bad, data_flags.on_bad_sample):
         say(f"skipped: {line}")
     to_eval_sample = functools.partial(to_sample, template=eval_template)

@@ -77,6 +77,11 @@ class Tiling:
             raise BadImage(f"it has the image {name!r}, but no --image_folder is given.")
         return len(self.order(image_size(folder, name)))
 
+    def tiles(self, folder: str, name: str) -> int:
+        """How many tiles an image file gives, the whole picture among them; only its header is read."""
+        width, height = self.resolution(image_size(folder, name))
+        return 1 + width * height // self.tile_size**2
+
     def resolution(self, size: tuple[int, int]) -> tuple[int, int]:
         """The pinpoint for a picture of (width, height): the one that keeps most of its pixels, then wastes fewest."""
         width, height = size

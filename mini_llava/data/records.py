@@ -414,14 +414,19 @@ class Lengths:
 
     length: int32 [n], tokens after truncation, an image counting all its positions; 0 for a bad record.
     trained: int32 [n], trained tokens; 0 for a bad record.
-    has_image: bool [n].
+    pictures: int32 [n], what the vision tower is given: images, or all their tiles.
     bad: index -> one sentence, for the records that cannot be trained on.
     """
 
     length: np.ndarray
     trained: np.ndarray
-    has_image: np.ndarray
+    pictures: np.ndarray
     bad: dict[int, str]
+
+    @property
+    def has_image(self) -> np.ndarray:
+        """bool [n]."""
+        return self.pictures > 0
 
 
 def measurement_key(
@@ -442,6 +447,7 @@ def measure(
     num_workers: int,
     cache_folder: str | os.PathLike | None,
     key: str,
+    tiling: Tiling | None = None,
 ) -> Lengths:
     """Tokenize every record once and return its length, in `num_workers` forked processes.
 
@@ -453,30 +459,32 @@ def measure(
     Args:
         tokenize_function: record and `folder`, that of its images, to `Sample`; may raise BadImage where it looks at
             them.
+        tiling: how images are cut, if they are.
     """
+    look_at = functools.partial(_scan_part, store, tokenize_function, tiling)
     if cache_folder is None:
-        return _scan(store, tokenize_function, num_workers).lengths(store, tokenize_function)
+        return _scan(look_at, len(store), num_workers).lengths(store, look_at)
     file = _cache_file(store, cache_folder, key)
     if scan := _Scan.read(file, len(store)):
-        return scan.lengths(store, tokenize_function)
+        return scan.lengths(store, look_at)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{file}.lock")
         lock.acquire()
     except (OSError, NotImplementedError) as error:  # a read-only folder, or a file system without locks
         warnings.warn(f"Lengths are not cached: {cache_folder} cannot be written ({error}).", stacklevel=2)
-        return _scan(store, tokenize_function, num_workers).lengths(store, tokenize_function)
+        return _scan(look_at, len(store), num_workers).lengths(store, look_at)
     try:
         scan = _Scan.read(file, len(store))
         if scan is None:
-            scan = _scan(store, tokenize_function, num_workers)
+            scan = _scan(look_at, len(store), num_workers)
             try:
                 scan.write(file)
             except OSError as error:
                 warnings.warn(f"Lengths are not cached: {file} cannot be written ({error}).", stacklevel=2)
     finally:
         lock.release()
-    return scan.lengths(store, tokenize_function)
+    return scan.lengths(store, look_at)
 
 
 def measure_some(
@@ -485,25 +493,27 @@ def measure_some(
     cache_folder: str | os.PathLike,
     key: str,
     most: int,
+    tiling: Tiling | None = None,
 ) -> tuple[Lengths, int]:
     """For a plan: what `measure` has cached, or what `most` of the records say about all; and how many were measured.
 
     A record that was not measured stands with the length of one that was; images are not looked for.
     """
     if scan := _Scan.read(_cache_file(store, cache_folder, key), len(store)):
-        return scan.lengths(store, tokenize_function), len(store)
+        return scan.lengths(store, functools.partial(_scan_part, store, tokenize_function, tiling)), len(store)
     chosen = np.linspace(0, len(store) - 1, min(most, len(store))).astype(int)
-    length, trained, has_image = [], [], []
+    length, trained, pictures = [], [], []
     for index in chosen.tolist():
         with contextlib.suppress(BadRecord, BadImage):
-            sample = tokenize_function(store[index], folder=store.image_folder(index))
+            folder = store.image_folder(index)
+            sample = tokenize_function(store[index], folder=folder)
             length.append(len(sample.input_ids))
             trained.append(np.count_nonzero(sample.labels != IGNORE_INDEX))
-            has_image.append(bool(sample.images))
+            pictures.append(_pictures(sample, folder, tiling))
     if not length:
         raise BadRecord(f"None of {len(chosen)} records can be trained on; mini_llava.tools.doctor says why.")
     some = np.arange(len(store)) % len(length)
-    arrays = (np.asarray(length, np.int32), np.asarray(trained, np.int32), np.asarray(has_image, bool))
+    arrays = (np.asarray(values, np.int32) for values in (length, trained, pictures))
     return Lengths(*(array[some] for array in arrays), bad={}), len(length)
 
 
@@ -512,41 +522,40 @@ def _cache_file(store: RecordStore, cache_folder: str | os.PathLike, key: str) -
     return Path(cache_folder) / f"lengths-{name}.npz"
 
 
+_MEASURED = ("length", "trained", "pictures")
+
+
 @dataclass
 class _Scan:
     """The part of a measurement that depends on records and code alone, and so may be cached."""
 
     length: np.ndarray
     trained: np.ndarray
-    has_image: np.ndarray
+    pictures: np.ndarray
     faults: dict[int, str]
     missing: dict[int, list[str]]
     """Images that were not there. Put them in place and the next run finds them."""
     unopened: dict[int, str]
     """Records whose lengths are unknown, because the size of an image cannot be read. They too are tried again."""
 
-    def lengths(self, store: RecordStore, tokenize_function: Callable[..., Sample]) -> Lengths:
+    def lengths(self, store: RecordStore, look_at: Callable[[range], "_Scan"]) -> Lengths:
         bad = dict(self.faults)
         for index in self.unopened:
-            again = _scan_part(store, tokenize_function, range(index, index + 1))
-            self.length[index], self.trained[index] = again.length[0], again.trained[0]
+            again = look_at(range(index, index + 1))
+            for name in _MEASURED:
+                getattr(self, name)[index] = getattr(again, name)[0]
             bad |= again.faults | again.unopened
         for index, names in self.missing.items():
             if sentence := missing_image(store, index, names):
                 bad[index] = sentence
         usable = np.ones(len(self.length), dtype=bool)
         usable[list(bad)] = False
-        return Lengths(self.length * usable, self.trained * usable, self.has_image, dict(sorted(bad.items())))
+        return Lengths(self.length * usable, self.trained * usable, self.pictures, dict(sorted(bad.items())))
 
     def write(self, file: Path) -> None:
         texts = json.dumps([list(found.items()) for found in (self.faults, self.missing, self.unopened)]).encode()
-        _write_arrays(
-            file,
-            length=self.length,
-            trained=self.trained,
-            has_image=self.has_image,
-            texts=np.frombuffer(texts, dtype=np.uint8),
-        )
+        measured = {name: getattr(self, name) for name in _MEASURED}
+        _write_arrays(file, **measured, texts=np.frombuffer(texts, dtype=np.uint8))
 
     @classmethod
     def read(cls, file: Path, count: int) -> "_Scan | None":
@@ -554,7 +563,7 @@ class _Scan:
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 faults, missing, unopened = json.loads(arrays["texts"].tobytes())
-                measured = (arrays[name] for name in ("length", "trained", "has_image"))
+                measured = (arrays[name] for name in _MEASURED)
                 scan = cls(*measured, dict(faults), dict(missing), dict(unopened))
         except Exception:  # a damaged archive raises zipfile, zlib, KeyError, ValueError or OSError
             return None
@@ -594,27 +603,30 @@ def _do_work(part: range) -> object:
     return _work(part)
 
 
-def _scan(store: RecordStore, tokenize_function: Callable[..., Sample], num_workers: int) -> _Scan:
-    scan_part = functools.partial(_scan_part, store, tokenize_function)
-    parts = list(map_ranges(scan_part, len(store), num_workers, "measuring records"))
+def _scan(look_at: Callable[[range], _Scan], count: int, num_workers: int) -> _Scan:
+    parts = list(map_ranges(look_at, count, num_workers, "measuring records"))
     return _Scan(
-        *(np.concatenate([getattr(part, name) for part in parts]) for name in ("length", "trained", "has_image")),
+        *(np.concatenate([getattr(part, name) for part in parts]) for name in _MEASURED),
         faults={index: sentence for part in parts for index, sentence in part.faults.items()},
         missing={index: names for part in parts for index, names in part.missing.items()},
         unopened={index: sentence for part in parts for index, sentence in part.unopened.items()},
     )
 
 
-def _scan_part(store: RecordStore, tokenize_function: Callable[..., Sample], part: range) -> _Scan:
-    scan = _Scan(np.zeros(len(part), np.int32), np.zeros(len(part), np.int32), np.zeros(len(part), bool), {}, {}, {})
+def _scan_part(
+    store: RecordStore, tokenize_function: Callable[..., Sample], tiling: Tiling | None, part: range
+) -> _Scan:
+    scan = _Scan(*(np.zeros(len(part), np.int32) for _ in _MEASURED), {}, {}, {})
     for place, index in enumerate(part):
         try:
-            sample = tokenize_function(store[index], folder=store.image_folder(index))
+            folder = store.image_folder(index)
+            sample = tokenize_function(store[index], folder=folder)
+            scan.pictures[place] = _pictures(sample, folder, tiling)
         except BadRecord as error:
             scan.faults[index] = str(error)
             continue
         except BadImage as error:
-            scan.unopened[index], scan.has_image[place] = str(error), True
+            scan.unopened[index], scan.pictures[place] = str(error), 1  # or more
             continue
         except DataFileError:
             raise
@@ -622,10 +634,14 @@ def _scan_part(store: RecordStore, tokenize_function: Callable[..., Sample], par
             raise RuntimeError(f"{store.describe(index)} could not be tokenized: {error!r}") from error
         scan.length[place] = len(sample.input_ids)
         scan.trained[place] = np.count_nonzero(sample.labels != IGNORE_INDEX)
-        scan.has_image[place] = bool(sample.images)
         if missing_image(store, index, sample.images):
             scan.missing[index] = sample.images
     return scan
+
+
+def _pictures(sample: Sample, folder: str | None, tiling: Tiling | None) -> int:
+    """How many the vision tower gets of a sample."""
+    return sum(tiling.tiles(folder, name) for name in sample.images) if tiling else len(sample.images)
 
 
 def missing_image(store: RecordStore, index: int, names: list[str]) -> str | None:

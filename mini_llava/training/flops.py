@@ -82,9 +82,9 @@ class FlopCounter:
         return self._sum(lengths.sum().item(), lengths.square().sum().item(), logits, images)
 
     def of_lengths(self, lengths: Lengths) -> float:
-        """Operations for all records once, an image in each that has any."""
+        """Operations for all records once."""
         length = lengths.length.astype(float)
-        return self._sum(length.sum(), (length**2).sum(), lengths.trained.sum(), lengths.has_image.sum())
+        return self._sum(length.sum(), (length**2).sum(), lengths.trained.sum(), lengths.pictures.sum())
 
     def _sum(self, tokens: float, squared_lengths: float, logits: float, images: float) -> float:
         return (

@@ -72,7 +72,7 @@ def longest_micro_batch(
         rows, columns, logits = 1, max(1, tokens), int(trained.sum())
     else:  # a column has logits if it is trained in some row: after the shortest prompt at the earliest
         rows, logits = max(1, len(longest)), columns - int((lengths.length[longest] - trained).min(initial=columns))
-    shape = Shape(rows, columns, max(1, int(lengths.has_image[longest].sum())), max(1, logits), layout == "packed")
+    shape = Shape(rows, columns, max(1, int(lengths.pictures[longest].sum())), max(1, logits), layout == "packed")
     return Longest(longest, shape, several, max(length))
 
 

@@ -72,7 +72,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a micro-batch: all that its memory depends on. `columns` are those of its rows, one row when packed."""
+    """Of a micro-batch: all that its memory depends on.
+
+    `columns` are those of its rows, one row when packed; `images` are what the tower gets, all tiles of them.
+    """
 
     rows: int
     columns: int
@@ -92,13 +95,6 @@ class Shape:
         else:
             scaled = replace(self, rows=max(1, round(self.rows * share)))
         return replace(scaled, images=max(1, round(self.images * share)))
-
-
-def shape_of(batch: MicroBatch, tokens_per_image: int) -> Shape:
-    """The shape of a micro-batch that `collate` made."""
-    rows, columns = batch["input_ids"].shape
-    images = -(-batch["image_positions"].numel() // tokens_per_image)
-    return Shape(rows, columns, max(1, images), batch["targets"].shape[1], batch["cu_seqlens"] is not None)
 
 
 @dataclass
@@ -291,6 +287,7 @@ def _logits_begin(scale: Scale, head: nn.Module, inputs: tuple[torch.Tensor]) ->
 def _empty_batch(model: LlavaModel, shape: Shape) -> MicroBatch:
     tower, rows = model.vision_tower, (shape.rows, shape.columns)
     whole_numbers = functools.partial(torch.empty, dtype=torch.int64)
+    image_tokens = min(shape.images * tower.tokens_per_image, shape.tokens)
     return {
         "input_ids": whole_numbers(rows),
         "position_ids": whole_numbers(rows),
@@ -298,7 +295,8 @@ def _empty_batch(model: LlavaModel, shape: Shape) -> MicroBatch:
         "cu_seqlens": torch.empty(2, dtype=torch.int32) if shape.packed else None,
         "max_seqlen": shape.columns,
         "pixel_values": torch.empty(shape.images, 3, tower.image_size, tower.image_size, dtype=torch.uint8),
-        "image_positions": whole_numbers(min(shape.images * tower.tokens_per_image, shape.tokens)),
+        "image_positions": whole_numbers(image_tokens),
+        "feature_rows": whole_numbers(image_tokens) if model.tiling else None,
         "logit_positions": whole_numbers(shape.logits),
         "targets": whole_numbers(shape.rows, shape.logits),
     }

@@ -260,7 +260,8 @@ def plan_run(
     training = arguments.training
     output_dir = Path(training.output_dir)
     layout = read_layout(training, arguments.explicit)
-    lengths, measured = measure_some(store, to_sample, output_dir / "cache", key, MEASURED_AT_MOST)
+    cache = output_dir / "cache"
+    lengths, measured = measure_some(store, to_sample, cache, key, MEASURED_AT_MOST, source.tiling)
     order = choose_order(arguments, store, lengths, layout.gpus)
     sampler, steps = order.sampler, order.total_steps
     # One epoch: in the others the same samples meet others, which hardly makes a micro-batch longer.

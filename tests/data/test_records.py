@@ -362,7 +362,7 @@ def test_the_second_run_reads_the_cache(data):
     second = measure(store, words, 2, cache, "key")
     assert words.calls() == 1200
     assert all(
-        np.array_equal(getattr(first, name), getattr(second, name)) for name in ("length", "trained", "has_image")
+        np.array_equal(getattr(first, name), getattr(second, name)) for name in ("length", "trained", "pictures")
     )
     assert first.bad == second.bad
 

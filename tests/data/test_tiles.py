@@ -246,17 +246,19 @@ def test_lengths_are_measured_without_opening_an_image_and_images_put_in_place_l
     key = measurement_key(textual["template"], textual["tokenizer"], TILING, 500)
     assert key != measurement_key(textual["template"], textual["tokenizer"], UNEVEN, 500)
 
-    lengths = measure(store, to_sample, 1, cache, key)
+    lengths = measure(store, to_sample, 1, cache, key, TILING)
     assert lengths.length[:3].tolist() == [len(to_sample(store[index], folder=images).input_ids) for index in range(3)]
-    assert (
-        list(lengths.bad) == [3, 4] and not lengths.length[3:].any() and lengths.has_image.tolist() == [1, 1, 0, 1, 1]
-    )
+    assert list(lengths.bad) == [3, 4] and not lengths.length[3:].any()
+    tiles = {name: len(TILING.open(load_image(images, name), Image.Resampling.BICUBIC).tiles) for name in names[1]}
+    assert tiles["a.png"] > 1 and lengths.pictures[:3].tolist() == [tiles["a.png"], sum(tiles.values()), 0]
+    assert lengths.has_image.tolist() == [True, True, False, True, True]  # also where it is not known how many
     assert "cannot be read" in lengths.bad[3] and "'gone.png' is not in the image folder" in lengths.bad[4]
 
     picture(70, 70).save(images / "gone.png")
     counted = []
-    again = measure(store, lambda *of, **more: counted.append(of) or to_sample(*of, **more), 1, cache, key)
+    again = measure(store, lambda *of, **more: counted.append(of) or to_sample(*of, **more), 1, cache, key, TILING)
     assert list(again.bad) == [3] and again.length[4] == len(to_sample(store[4], folder=images).input_ids)
+    assert again.pictures[4] == len(TILING.open(picture(70, 70), Image.Resampling.BICUBIC).tiles)
     assert len(counted) == 2, "only what was unknown is looked at again"
     assert "no --image_folder is given" in measure(RecordStore(store.data_path), to_sample, 1, None, key).bad[0]
 

@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from transformers import CLIPVisionConfig, LlamaConfig
@@ -12,6 +13,8 @@ from transformers import CLIPVisionConfig, LlamaConfig
 import train
 from benchmarks.random_setup import LANGUAGE_MODELS, TINY_CLIP
 from mini_llava import arguments as flags
+from mini_llava.data.records import Lengths
+from mini_llava.training.longest import longest_micro_batch
 from mini_llava.training.planning import read_layout
 from tests import forked_runs
 from tests.end_to_end.runs import FIXTURES, flags_of
@@ -91,6 +94,15 @@ def test_what_cannot_fit_is_refused_with_a_change_after_which_it_fits(without_we
         assert "It fits: " in capsys.readouterr().out
         assert re.fullmatch(r"--max_tokens_per_micro_batch \d+", advised[0])
     assert "zero3.yaml" in advised[1]  # DDP alone takes more
+
+
+def test_every_image_of_a_record_takes_memory():
+    length, trained, pictures = (np.array(values) for values in ([700, 2000, 300, 900], [50, 90, 90, 9], [1, 3, 0, 1]))
+    lengths = Lengths(length, trained, pictures, bad={})
+    assert lengths.has_image.tolist() == [True, True, False, True]
+    for layout, columns in (("packed", 2700), ("padded", 2 * 2000)):
+        shape = longest_micro_batch([[[[0, 1], [2, 3]]]], lengths, layout, logits_weigh=0.1).shape
+        assert (shape.tokens, shape.images) == (columns, 4)
 
 
 def test_nothing_is_advised_where_nothing_helps(without_weights):
@@ -181,4 +193,6 @@ def test_capped_scores_another_tower_and_images_in_tiles_can_be_planned(tmp_path
     train.train(flags.parse_arguments(flags_of(2, tmp_path / "output", values)))
     printed = capsys.readouterr().out
     assert re.search(r"image_newline +32 +32 +full", printed), printed
+    # Of 80 records in 8 micro-batches.
+    assert int(re.search(r"Longest micro-batch: [\d,]+ tokens, (\d+) images", printed)[1]) > 2 * 80 / 8
     assert "It fits: " in printed
