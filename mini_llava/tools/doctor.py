@@ -175,16 +175,30 @@ def open_images(store: RecordStore, found: Findings, aspect_ratio: str, num_work
 
 
 def batch_figures(
-    lengths: np.ndarray, has_image: np.ndarray, grouped: bool, global_batch_size: int, micro_batch_size: int
+    lengths: np.ndarray,
+    has_image: np.ndarray,
+    grouped: bool,
+    global_batch_size: int,
+    micro_batch_size: int,
+    source_sizes: list[int] | None = None,
+    weights: list[float] | None = None,
 ) -> list[str]:
-    """A table of what one epoch computes in each layout.
+    """A table of what one epoch computes in each layout. The last two as `GlobalBatchSampler` has them.
 
     Each micro-batch of a global batch goes to a device of its own, which waits for the one with most positions.
     """
     devices = -(-global_batch_size // micro_batch_size)
     lengths = lengths.tolist()
-    sampler = GlobalBatchSampler(lengths, has_image.tolist(), global_batch_size, devices, 42, grouped)
-    real = sum(lengths)
+    sampler = GlobalBatchSampler(
+        lengths,
+        has_image.tolist(),
+        global_batch_size,
+        devices,
+        group_by_modality_length=grouped,
+        source_sizes=source_sizes,
+        weights=weights,
+    )
+    real = sum(lengths[index] for batch in sampler.global_batches(0) for index in batch)
     rows = [f"{'':27}{'positions':>15}  {'padding':>8}  {'largest micro-batch':>20}  {'waiting':>8}"]
     for layout, name in LAYOUTS.items():
         computed = longest = largest = 0
@@ -263,6 +277,7 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
     add("--data_path", nargs="+", required=True, metavar="PATH", help="JSON or JSON-lines files of records")
     add("--image_folder", nargs="+", metavar="PATH", help="image folder of each data file, in the same order")
     add("--exclude", nargs="+", metavar="PATH", help="lists of records to leave out, as train.py takes them")
+    add("--data_weights", nargs="+", type=_above_0, metavar="X", help="for the padding figures, as train.py takes them")
     add("--model_name_or_path", required=True, metavar="TEXT", help="language model, for its tokenizer")
     add("--trust_remote_code", action="store_true", help="let the models' own Python code run, where they bring any")
     add("--version", metavar="TEXT", help="conversation template [stage 1: plain, stage 2: v1]")
@@ -286,6 +301,8 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
     for name, value in vars(given).items():
         if value is None and name in PRESETS[given.stage]:
             setattr(given, name, PRESETS[given.stage][name])
+    if given.data_weights and len(given.data_weights) != len(given.data_path):
+        parser.error("--data_weights and --data_path are matched by position, so give one number for each file.")
     if given.image_aspect_ratio != "anyres" and (given.mm_patch_merge_type or given.image_grid_pinpoints):
         parser.error("--mm_patch_merge_type and --image_grid_pinpoints do nothing without --image_aspect_ratio anyres.")
     if given.image_size and not given.vision_tower:
@@ -297,6 +314,12 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
 
 def _positive(text: str) -> int:
     if (value := int(text)) <= 0:
+        raise ValueError
+    return value
+
+
+def _above_0(text: str) -> float:
+    if not 0 < (value := float(text)) < math.inf:
         raise ValueError
     return value
 
@@ -342,7 +365,9 @@ def examine(given: argparse.Namespace) -> int:
         grouped = PRESETS[given.stage].get("group_by_modality_length", False)
         sizes = given.global_batch_size, given.per_device_train_batch_size
         print(f"An epoch of global batches of {sizes[0]}, {sizes[1]} samples a device:")
-        print(*batch_figures(lengths, found.has_image[good], grouped, *sizes), sep="\n", end="\n\n")
+        of_files = np.bincount([store.source(index) for index in good.tolist()], minlength=len(given.data_path))
+        weighted = of_files.tolist(), given.data_weights
+        print(*batch_figures(lengths, found.has_image[good], grouped, *sizes, *weighted), sep="\n", end="\n\n")
 
     output = Path(given.output)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -201,6 +202,14 @@ def test_the_padding_figures_are_those_of_the_tensors_that_are_made(row, layout)
     assert (padding == "0.0%") == (layout == "packed")
 
 
+def test_the_padding_figures_are_those_of_the_mixture():
+    """A file of short texts counts three times, of one of long texts a half is taken."""
+    lengths, has_image = np.array([10] * 8 + [30] * 8), np.zeros(16, bool)
+    for weights, in_order in ((None, 8 * 10 + 8 * 30), ([3.0, 0.5], 3 * 8 * 10 + 4 * 30)):
+        packed = doctor.batch_figures(lengths, has_image, True, 4, 4, [8, 8], weights)[3].split()
+        assert int(packed[-4]) == in_order and packed[-3] == "0.0%"
+
+
 # --- --exclude -------------------------------------------------------------------------------------------------------
 
 
@@ -213,8 +222,16 @@ def test_what_is_excluded_is_not_there_at_all(data, store, checked, tmp_path, ca
     assert [left.source(index) for index in range(len(left))] == [store.source(index) for index in kept]
     assert left.digest() != store.digest()
     again = flags(data, "--output", tmp_path / "bad.jsonl", "--exclude", data / "bad.jsonl")
-    assert doctor.main(again) == 0 and (tmp_path / "bad.jsonl").read_bytes() == b""
-    assert f"All {RECORDS - FAULTS} records can be trained on." in capsys.readouterr().out
+    printed = []
+    for weights in ([], ["--data_weights", "1", "2"]):
+        assert doctor.main([*again, *weights]) == 0 and (tmp_path / "bad.jsonl").read_bytes() == b""
+        printed.append(capsys.readouterr().out)
+        assert f"All {RECORDS - FAULTS} records can be trained on." in printed[-1]
+    once, weighted = (int(re.search(r"--packing True +([\d,]+)", text)[1].replace(",", "")) for text in printed)
+    assert once < weighted < 2 * once
+    for wrong in (["1"], ["1", "0"]):
+        with pytest.raises(SystemExit, match="2"):
+            doctor.main([*again, "--data_weights", *wrong])
 
 
 def test_lists_add_up_and_count_in_the_whole_data(tmp_path):
