@@ -35,35 +35,39 @@ class Longest:
     longest_sample: int
 
 
-def weight_of_logits(config: PreTrainedConfig, recomputed: float) -> float:
-    """How much memory the logits of one position take, measured by what all else of a position takes; about.
+def kept_of_a_position(config: PreTrainedConfig, recomputed: float) -> float:
+    """How many numbers a language model keeps of one position until backward; about, and without its logits.
 
     Args:
         config: of the language model.
         recomputed: share of the layers that keep their input alone: of the others there are some 16 times its width.
     """
     text = config.get_text_config()
-    layers = text.num_hidden_layers * (recomputed + 16 * (1 - recomputed))
-    return 3 * text.vocab_size / (layers * text.hidden_size)
+    return text.num_hidden_layers * (recomputed + 16 * (1 - recomputed)) * text.hidden_size
 
 
 def longest_micro_batch(
-    dealt_batches: Iterable[list[list[list[int]]]], lengths: Lengths, layout: str, logits_weigh: float
+    dealt_batches: Iterable[list[list[list[int]]]],
+    lengths: Lengths,
+    layout: str,
+    logits_weigh: float,
+    pictures_weigh: float,
 ) -> Longest:
     """Of all ranks and steps.
 
     Args:
         dealt_batches: for each step what `deal` gives.
         layout: `packed`, `padded` or `in_order`.
-        logits_weigh: what a trained token counts beside its position, see `weight_of_logits`.
+        logits_weigh: how many positions take as much memory as the logits of one trained token.
+        pictures_weigh: how many positions take as much memory as what the tower keeps of one picture.
     """
-    length, trained = lengths.length.tolist(), lengths.trained.tolist()
+    length, trained, pictures = lengths.length.tolist(), lengths.trained.tolist(), lengths.pictures.tolist()
     longest, most, several = [], -1.0, False
     for micro_batches in dealt_batches:
         several = several or len(micro_batches) > 1
         for records in (records for of_ranks in micro_batches for records in of_ranks):
-            logits = logits_weigh * sum(trained[index] for index in records)
-            if (weight := computed_tokens(records, length, layout) + logits) > most:
+            beside = sum(logits_weigh * trained[index] + pictures_weigh * pictures[index] for index in records)
+            if (weight := computed_tokens(records, length, layout) + beside) > most:
                 longest, most = records, weight
     tokens = computed_tokens(longest, length, layout)
     trained = lengths.trained[longest]

@@ -23,7 +23,7 @@ from ..model.freeze import numel
 from ..model.fused_kernels import forget_outputs_of_norms, make_mlps_keep_less
 from ..model.llava import LlavaModel
 from ..model.lora import linear_layers
-from ..model.vision_tower import has_layers
+from ..model.vision_tower import VisionTower, has_layers
 
 GIB = 2**30
 # Outside of what PyTorch allocates: the CUDA context with the kernels that are loaded, and NCCL's buffers.
@@ -271,6 +271,21 @@ def weigh_step(model: LlavaModel, layout: Layout, shape: Shape, several: bool, f
     return {label: float(size) for label, size in scale.at_peak.items() if size > 0}
 
 
+def kept_of_a_picture(tower: VisionTower) -> float:
+    """How many numbers a tower that is trained keeps of one picture until backward; about.
+
+    tower: on the meta device. Used up, as `estimate` uses its model.
+    """
+    with FakeTensorMode():
+        tower._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
+        tower.pixel_table = torch.empty(3, 256)
+        _attend_as_kernels_do(tower)
+        scale = Scale(list(tower.requires_grad_(True).parameters()))
+        with scale:
+            features = tower.train()(torch.empty(1, 3, tower.image_size, tower.image_size, dtype=torch.uint8))
+        return scale.live.total() / features.element_size()
+
+
 def _gradient_is_there(scale: Scale, layout: Layout, parameter: nn.Parameter) -> None:
     if layout.zero_stage:
         parameter.grad = None  # DeepSpeed has moved it into its bucket
@@ -309,8 +324,7 @@ def keep_what_kernels_keep(model: LlavaModel, fused: bool) -> None:
     """Replaces attention, and if `fused` norms and MLPs, by functions that make and keep tensors of the same sizes."""
     asked = model.language_model.config._attn_implementation
     model.language_model.set_attn_implementation(f"weighed_{asked if asked in ('sdpa', 'eager') else 'varlen'}")
-    if has_layers(model.vision_tower.model.config):  # FastViTHD's few are PyTorch's own, which run as they are
-        model.vision_tower.model.set_attn_implementation("weighed_varlen")
+    _attend_as_kernels_do(model.vision_tower)
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.forward = functools.partial(_layer_norm, module)
@@ -324,6 +338,11 @@ def keep_what_kernels_keep(model: LlavaModel, fused: bool) -> None:
     if fused:
         make_mlps_keep_less(model.language_model, _GatedProduct.apply)
         forget_outputs_of_norms(model.language_model)
+
+
+def _attend_as_kernels_do(tower: VisionTower) -> None:
+    if has_layers(tower.model.config):  # FastViTHD's few attentions are PyTorch's own, which run as they are
+        tower.model.set_attn_implementation("weighed_varlen")
 
 
 class _Attention(torch.autograd.Function):

@@ -30,8 +30,8 @@ from ..model.sources import Source, empty_parts
 from .build import plan_of
 from .distributed import choose_precision, complete_zero, launched_rank, zero_stage
 from .flops import PEAK_FLOPS, FlopCounter
-from .longest import Longest, longest_micro_batch, weight_of_logits
-from .memory import GIB, Estimate, Layout, estimate, lasting_parts
+from .longest import Longest, kept_of_a_position, longest_micro_batch
+from .memory import GIB, Estimate, Layout, estimate, kept_of_a_picture, lasting_parts
 from .optimizer import parameter_groups
 from .order import choose_order
 from .output_folder import disk_needs
@@ -171,7 +171,12 @@ def planned_run(
 ) -> Planned:
     """A run on these devices. `new_tokens`: see `build_model`; the last three: see `longest_micro_batch`."""
     share = arguments.training.gradient_checkpointing * arguments.training.gradient_checkpointing_share
-    longest = longest_micro_batch(dealt_batches, lengths, layout, weight_of_logits(source.language_config, share))
+    of_a_position = kept_of_a_position(source.language_config, share)
+    logits_weigh, pictures_weigh = 3 * source.language_config.get_text_config().vocab_size / of_a_position, 0.0
+    if "vision_tower" in trained_in_full(plan_of(arguments, source)):  # a frozen one keeps nothing
+        tower = source.as_tower(empty_parts(source)["vision_tower"])
+        pictures_weigh = kept_of_a_picture(tower) / of_a_position
+    longest = longest_micro_batch(dealt_batches, lengths, layout, logits_weigh, pictures_weigh)
     return Planned(arguments, source, tokenizer, new_tokens, devices, longest, share)
 
 

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
-from transformers import CLIPVisionConfig, LlamaConfig
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 
 import train
-from benchmarks.random_setup import LANGUAGE_MODELS, TINY_CLIP
+from benchmarks.random_setup import CLIP_L_336, LANGUAGE_MODELS, TINY_CLIP
 from mini_llava import arguments as flags
 from mini_llava.data.records import Lengths
-from mini_llava.training.longest import longest_micro_batch
+from mini_llava.model.vision_tower import VisionTower
+from mini_llava.training.longest import kept_of_a_position, longest_micro_batch
+from mini_llava.training.memory import kept_of_a_picture
 from mini_llava.training.planning import read_layout
 from tests import forked_runs
 from tests.end_to_end.runs import FIXTURES, flags_of
@@ -101,8 +104,21 @@ def test_every_image_of_a_record_takes_memory():
     lengths = Lengths(length, trained, pictures, bad={})
     assert lengths.has_image.tolist() == [True, True, False, True]
     for layout, columns in (("packed", 2700), ("padded", 2 * 2000)):
-        shape = longest_micro_batch([[[[0, 1], [2, 3]]]], lengths, layout, logits_weigh=0.1).shape
+        shape = longest_micro_batch([[[[0, 1], [2, 3]]]], lengths, layout, 0.1, pictures_weigh=0.0).shape
         assert (shape.tokens, shape.images) == (columns, 4)
+
+
+def test_a_trained_tower_makes_pictures_weigh_more_than_text():
+    """A text of 3000 tokens against four pictures: of each CLIP keeps what a recomputed 7B keeps of 1,800 tokens."""
+    with torch.device("meta"):
+        tower = VisionTower(CLIPVisionModel(CLIPVisionConfig(patch_size=14, **CLIP_L_336)))
+    llama = LlamaConfig(vocab_size=32_000, **LANGUAGE_MODELS["7b"])
+    weigh = kept_of_a_picture(tower) / kept_of_a_position(llama, 1.0)
+    assert 1000 < weigh < 3000
+    lengths = Lengths(np.array([700] * 4 + [3000]), np.array([50] * 5), np.array([1] * 4 + [0]), bad={})
+    for pictures_weigh, images in ((0.0, 1), (weigh, 4)):  # where there is none, a blank one counts
+        longest = longest_micro_batch([[[[0, 1, 2, 3], [4]]]], lengths, "packed", 0.1, pictures_weigh)
+        assert longest.shape.images == images
 
 
 def test_nothing_is_advised_where_nothing_helps(without_weights):
