@@ -20,21 +20,18 @@ from mini_llava.data.loader import (
     RankSteps,
     count_skipped,
     log_skipped,
-    open_pixels,
     rank_step_loader,
     refuse_or_report,
 )
-from mini_llava.data.records import RecordStore, measure, measurement_key
-from mini_llava.data.templates import get_template
-from mini_llava.data.tokenization import add_image_tokens, load_tokenizer, tokenize, tokenize_prompt
+from mini_llava.data.records import RecordStore, measure
 from mini_llava.model import formats, lora
 from mini_llava.model.freeze import trainable_table, trained_in_full
 from mini_llava.model.sources import open_source
-from mini_llava.model.vision_tower import tokens_per_image
 from mini_llava.training import checkpoint, distributed, first_batch, liveness, output_folder, planning
 from mini_llava.training.build import build_model
 from mini_llava.training.evaluation import HeldOut, read_held_out
 from mini_llava.training.identity import run_identity
+from mini_llava.training.inputs import choose_inputs
 from mini_llava.training.longest import try_longest
 from mini_llava.training.meter import Meter, ProgressLine, append_json_line, loss_parts, prepare_reports
 from mini_llava.training.norms import norms_are_due, step_norms
@@ -58,47 +55,24 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     # --- What it starts from: a language model and a tower, or a LLaVA model, which then fixes some of the flags ------
     source = open_source(model_flags, arguments.explicit)
     say(source.describe(model_flags.pretrain_mm_mlp_adapter))
-    tiling = source.choose_tiling(model_flags, data_flags, arguments.explicit)
     formats.check_may_be_written(output_dir, model_flags, training.export_format, source.vision_config)
 
     # --- Data: what becomes of one record ----------------------------------------------------------------------------
     # Read and measured before the process group exists: NCCL gives up after ten minutes of waiting for one rank.
-    tokenizer = load_tokenizer(source.name, model_flags.trust_remote_code)
-    template = get_template(model_flags.version, tokenizer)
-    eval_template = get_template(data_flags.eval_version or model_flags.version, tokenizer)
-    marks, known_tokens = (model_flags.mm_use_im_start_end, model_flags.mm_use_im_patch_token), len(tokenizer)
-    template, eval_template = (add_image_tokens(tokenizer, each, *marks) for each in (template, eval_template))
-    new_tokens = len(tokenizer) - known_tokens
-    image_processor = source.image_processor()
-    image_size = source.image_size()
-    image_tokens = tokens_per_image(source.vision_config, source.select_feature, image_size)
-    textual = dict(template=template, tokenizer=tokenizer)
-    to_sample = functools.partial(
-        tokenize,
-        tokens_per_image=tiling.tokens if tiling else image_tokens,
-        max_length=data_flags.model_max_length,
-        **textual,
-    )
-    to_pixels = functools.partial(
-        open_pixels,
-        processor=image_processor,
-        aspect_ratio=data_flags.image_aspect_ratio,
-        size=image_size,
-        tiling=tiling,
-    )
+    inputs = choose_inputs(arguments, source)
+    tokenizer, new_tokens = inputs.tokenizer, inputs.new_tokens
     store = RecordStore(data_flags.data_path, data_flags.image_folder, data_flags.exclude, output_dir / "cache")
-    key = measurement_key(template, tokenizer, tiling or image_tokens, data_flags.model_max_length)
+    key = inputs.measurement_key
     if training.dry_run:
         if rank == 0:
-            planning.plan_run(arguments, source, tokenizer, new_tokens, store, to_sample, key)
+            planning.plan_run(arguments, source, tokenizer, new_tokens, store, inputs.to_sample, key)
         return
     workers = max(1, data_flags.dataloader_num_workers)
-    lengths = measure(store, to_sample, workers, output_dir / "cache", key, tiling)
+    lengths = measure(store, inputs.to_sample, workers, output_dir / "cache", key, inputs.tiling)
     for line in refuse_or_report(store, lengths.bad, data_flags.on_bad_sample):
         say(f"skipped: {line}")
-    to_eval_sample = functools.partial(to_sample, template=eval_template)
-    to_prompt = functools.partial(tokenize_prompt, **{**textual, "template": eval_template})
-    questions = read_held_out(data_flags, training.seed, to_eval_sample, to_prompt, to_pixels, image_size)
+    of_questions = (inputs.to_eval_sample, inputs.to_prompt, inputs.to_pixels, inputs.image_size)
+    questions = read_held_out(data_flags, training.seed, *of_questions)
 
     # --- Processes, precision, seed ----------------------------------------------------------------------------------
     precision = distributed.choose_precision(training.bf16, training.fp16, arguments.explicit)
@@ -138,7 +112,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         store,
         sampler.state_dict(),
         tokenizer,
-        image_processor,
+        inputs.image_processor,
         total_steps,
         slots=sampler.slots,
     )
@@ -190,7 +164,8 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     distributed.start_trackers(accelerator, arguments.as_dict(), sampler.step if resume_from else None, table)
 
     # --- The longest micro-batch once, before anything takes time: if memory does not suffice, it shows here ---------
-    rank_steps = RankSteps(store, to_sample, to_pixels, image_size, data_flags.packing, data_flags.on_bad_sample)
+    how = (inputs.to_sample, inputs.to_pixels, inputs.image_size)
+    rank_steps = RankSteps(store, *how, data_flags.packing, data_flags.on_bad_sample)
     first_batch.show(accelerator, rank_steps, order.dealt_batches(), tokenizer, sampler.step + 1)
     if training.longest_batch_first and sampler.step < total_steps:
         devices = planning.running_layout(accelerator)
@@ -199,7 +174,9 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         if advice is not None:
             advice.planned = planned
         say(try_longest(accelerator, model, optimizer, rank_steps, planned.longest))
-    held_out = HeldOut(arguments, accelerator, model, optimizer, questions, tokenizer, eval_template, total_steps)
+    held_out = HeldOut(
+        arguments, accelerator, model, optimizer, questions, tokenizer, inputs.eval_template, total_steps
+    )
     if held_out.is_due(sampler.step):  # before step 1, and where a kill came between a save and its evaluation
         held_out.evaluate(sampler.step, say)
 
@@ -300,7 +277,8 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
             # A tower that is not quite the one of its name: trained, now or in the model that the run started from.
             with_tower = training.save_vision_tower or "vision_tower" in trained or "vision_tower" in source.stored
             layout, dtype = training.export_format, distributed.compute_dtype(accelerator)
-            whole = (output_dir, tokenizer, image_processor, template, layout, with_tower, dtype)
+            saved_with = (inputs.image_processor, inputs.template)
+            whole = (output_dir, tokenizer, *saved_with, layout, with_tower, dtype)
             say(formats.save_whole_model(*whole, **described))
     with distributed.never_fatal(f"{output_dir}/skipped.jsonl cannot be counted"):
         for line in count_skipped(output_dir / "skipped.jsonl"):

@@ -20,7 +20,7 @@ from mini_llava.data.collator import MicroBatch
 from mini_llava.data.images import load_image, pad_to_square
 from mini_llava.data.tokenization import IGNORE_INDEX
 from mini_llava.model import attention, fused_kernels
-from mini_llava.training import distributed
+from mini_llava.training import distributed, inputs
 
 
 def all_logits() -> None:
@@ -39,7 +39,7 @@ def all_logits() -> None:
 
 def floats_from_the_loader() -> None:
     """Images are normalised in the loader's processes and travel as fp32, four times the bytes."""
-    train.open_pixels = float_pixels
+    inputs.open_pixels = float_pixels
 
 
 def float_pixels(folder: str, name: str, processor: BaseImageProcessor, aspect_ratio: str, **_) -> torch.Tensor:

@@ -6,7 +6,6 @@ those who print its tensors. Everything shown comes from the functions that the 
 """
 
 import argparse
-import functools
 import os
 import re
 import sys
@@ -19,18 +18,9 @@ from .. import demo
 from ..data.images import BadImage
 from ..data.records import RecordStore, missing_image
 from ..data.spans import IMAGE, TRAINED, spans
-from ..data.templates import get_template
-from ..data.tokenization import (
-    IGNORE_INDEX,
-    IMAGE_TOKEN_INDEX,
-    BadRecord,
-    Sample,
-    add_image_tokens,
-    load_tokenizer,
-    tokenize,
-)
+from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, BadRecord, Sample
 from ..model.sources import open_source
-from ..model.vision_tower import tokens_per_image
+from ..training.inputs import choose_inputs
 
 COLOURS = {TRAINED: ("\033[1;32m", "\033[0m"), IMAGE: ("\033[36m", "\033[0m")}
 MARKS = {TRAINED: ("[[", "]]")}
@@ -42,22 +32,10 @@ def open_data(arguments: flags.Arguments) -> tuple[RecordStore, Callable[..., Sa
 
     Reads configurations and the tokenizer, no weight. Raises ValueError and OSError as train.py does.
     """
-    model_flags, data_flags = arguments.model, arguments.data
-    source = open_source(model_flags, arguments.explicit)
-    tiling = source.choose_tiling(model_flags, data_flags, arguments.explicit)
-    tokenizer = load_tokenizer(source.name, model_flags.trust_remote_code)
-    template = get_template(model_flags.version, tokenizer)
-    marks = model_flags.mm_use_im_start_end, model_flags.mm_use_im_patch_token
-    image_tokens = tokens_per_image(source.vision_config, source.select_feature, source.image_size())
-    to_sample = functools.partial(
-        tokenize,
-        template=add_image_tokens(tokenizer, template, *marks),
-        tokenizer=tokenizer,
-        tokens_per_image=tiling.tokens if tiling else image_tokens,
-        max_length=data_flags.model_max_length,
-    )
+    inputs = choose_inputs(arguments, open_source(arguments.model, arguments.explicit))
+    data_flags = arguments.data
     store = RecordStore(data_flags.data_path, data_flags.image_folder, data_flags.exclude)
-    return store, to_sample, tokenizer
+    return store, inputs.to_sample, inputs.tokenizer
 
 
 def show(

@@ -21,13 +21,11 @@ from ..data.collator import collate
 from ..data.images import image_path, load_image, normalise
 from ..data.loader import RankSteps, open_pixels
 from ..data.records import RecordStore
-from ..data.templates import get_template, render
+from ..data.templates import render
 from ..data.tokenization import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
     Sample,
-    add_image_tokens,
-    load_tokenizer,
     read_conversation,
     tokenize,
 )
@@ -35,9 +33,10 @@ from ..model.freeze import apply_plan
 from ..model.llava import LlavaModel, token_losses
 from ..model.projector import build_projector
 from ..model.sources import open_source
-from ..model.vision_tower import VisionTower, tokens_per_image
+from ..model.vision_tower import VisionTower
 from ..training import distributed
 from ..training.build import build_model
+from ..training.inputs import choose_inputs
 
 
 def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
@@ -51,23 +50,9 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
     if arguments.is_demo:
         print(demo.prepare_run(model_flags))
     source = open_source(model_flags, arguments.explicit)
-    tiling = source.choose_tiling(model_flags, data_flags, arguments.explicit)
-    tokenizer = load_tokenizer(source.name, model_flags.trust_remote_code)
-    known_tokens = len(tokenizer)
-    marks = model_flags.mm_use_im_start_end, model_flags.mm_use_im_patch_token
-    template = add_image_tokens(tokenizer, get_template(model_flags.version, tokenizer), *marks)
-    image_size, processor = source.image_size(), source.image_processor()
-    image_tokens = tokens_per_image(source.vision_config, source.select_feature, image_size)
-    to_sample = functools.partial(
-        tokenize,
-        template=template,
-        tokenizer=tokenizer,
-        tokens_per_image=tiling.tokens if tiling else image_tokens,
-        max_length=data_flags.model_max_length,
-    )
-    to_pixels = functools.partial(
-        open_pixels, processor=processor, aspect_ratio=data_flags.image_aspect_ratio, size=image_size, tiling=tiling
-    )
+    inputs = choose_inputs(arguments, source)
+    tokenizer, template, image_size, tiling = inputs.tokenizer, inputs.template, inputs.image_size, inputs.tiling
+    to_sample, to_pixels = inputs.to_sample, inputs.to_pixels
     store = RecordStore(data_flags.data_path, data_flags.image_folder, data_flags.exclude)
     if records is None:
         first = next((number for number in range(len(store)) if "image" in store[number]), 0)
@@ -77,7 +62,7 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
     precision = distributed.choose_precision(training.bf16, training.fp16, arguments.explicit)
     accelerator = distributed.build_accelerator(precision, 1.0, "none", Path(training.output_dir))
     torch.manual_seed(training.seed)
-    model, plan = build_model(arguments, source, tokenizer, len(tokenizer) - known_tokens, accelerator)
+    model, plan = build_model(arguments, source, tokenizer, inputs.new_tokens, accelerator)
     model.to(accelerator.device).train()
     decode = functools.partial(tokenizer.decode, skip_special_tokens=False)
 
