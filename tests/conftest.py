@@ -1,10 +1,48 @@
 """What holds for all tests."""
 
+import math
+import os
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+# As in an activated environment: DeepSpeed's operators are compiled by the ninja that is found first, and each version
+# compiles anew what another one did.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
     """The models are tiny: a second thread costs more than it computes, and other processes need the core."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def environment_put_back():
+    """Accelerate and some tests set variables that every process started later would inherit."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The largest differences that the parity tests noted, as one table. They come with the tests' reports, since the
+    tests run in other processes than this; that is also why it is not in tests/parity/conftest.py, unread here."""
+    figures: dict[tuple[str, str], tuple[float, float]] = {}
+    reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    noted = [value for report in reports for name, value in report.user_properties if name == "parity"]
+    for what, reference, difference, limit in noted:
+        largest, _ = figures.get((what, reference), (0.0, 0.0))
+        figures[what, reference] = (difference if math.isnan(difference) else max(largest, difference), limit)
+    if not figures:
+        return
+    show = lambda value: f"{value:.1e}" if value else "equal"  # noqa: E731
+    rows = [("what", "reference", "largest difference", "allowed")]
+    rows += [(*key, show(largest), show(limit)) for key, (largest, limit) in figures.items()]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    terminalreporter.section("parity with LLaVA")
+    for row in rows:
+        terminalreporter.line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

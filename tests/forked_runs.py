@@ -2,11 +2,12 @@
 
 A server process imports torch, transformers, DeepSpeed and the project once and does nothing with them. Each run is a
 fork of it that executes train.py as `__main__` with the flags of its command line and the environment variables that
-`accelerate launch` sets for the config file of the same name. With `launched` it is the launcher itself.
+`accelerate launch` sets for a config file. With `launched` it is the launcher itself.
 """
 
 import contextlib
 import fcntl
+import functools
 import multiprocessing
 import os
 import runpy
@@ -19,18 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import torch.distributed.run
+from accelerate.commands.launch import launch_command, launch_command_parser
 
 ROOT = Path(__file__).resolve().parent.parent
-ZERO = {
-    "ACCELERATE_USE_DEEPSPEED": "true",
-    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
-    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
-}
-ENVIRONMENTS = {
-    "cpu": {"ACCELERATE_USE_CPU": "true"},
-    "zero2": {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false"},
-    "zero3": {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true"},
-}
 
 _fork_server = multiprocessing.get_context("forkserver")
 _fork_server.set_forkserver_preload(["tests.forked_runs_imports"])
@@ -88,7 +81,7 @@ class Run:
 def start(
     flags: list[str],
     output: Path,
-    config: str | None = None,
+    config: str | Path | None = None,
     processes: int = 1,
     launched: bool = False,
     environment: dict | None = None,
@@ -99,8 +92,8 @@ def start(
 
     Args:
         output: file for all that is printed.
-        config: `cpu`, `zero2` or `zero3`.
-        launched: start by `accelerate launch --config_file accelerate_configs/CONFIG.yaml` indeed.
+        config: a config file, or the name of one in accelerate_configs; `cpu` with several processes is DDP.
+        launched: start by `accelerate launch --config_file` indeed.
         environment: further variables.
         program: another one than train.py, relative to the repository.
         inside: called in every rank before the program begins, not with `launched`.
@@ -108,9 +101,11 @@ def start(
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(b"")
     port = _free_port()
+    if isinstance(config, str):
+        config = ROOT / "accelerate_configs" / f"{config}.yaml"
     if launched:
         command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
-        command += ["--config_file", f"accelerate_configs/{config}.yaml", "--main_process_port", port]
+        command += ["--config_file", str(config), "--main_process_port", port]
         target, arguments = _execute, ([*command, program, *flags],)
     else:
         target, arguments = _start_ranks, (program, flags, config, processes, port, inside)
@@ -132,6 +127,9 @@ def _prepare(output: Path, environment: dict, target, arguments: tuple) -> None:
     os.dup2(descriptor, 2)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     os.setpgrp()  # all processes of the run are one group
+    for name in list(os.environ):
+        if name.startswith("ACCELERATE_"):  # of the test that happened to start the server
+            del os.environ[name]
     os.environ.update(environment)
     os.chdir(ROOT)
     # A child of a fork server would start loader workers by a server of its own, unlike the program that is tested.
@@ -143,15 +141,26 @@ def _execute(command: list[str]) -> None:
     os.execv(command[0], command)
 
 
-def _start_ranks(program: str, flags: list[str], config: str | None, processes: int, port: str, inside) -> None:
-    """Starts the ranks, waits for them, and like the launcher ends the others when one has failed."""
-    if config is not None:
-        os.environ.update(ENVIRONMENTS[config])
-        os.environ.update(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+def _start_ranks(program: str, flags: list[str], config: Path | None, processes: int, port: str, inside) -> None:
+    """Starts the ranks where `accelerate launch` would have torchrun start them, in the environment it has made."""
+    fork = functools.partial(_fork_ranks, program, flags, processes, inside)
+    if config is None:
+        return fork()
+    os.environ.update(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    if config.stem == "cpu":  # accelerate starts several processes on CPUs through MPI only
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        return fork()
+    torch.distributed.run.run = lambda options: fork()
+    words = ["--config_file", str(config), "--num_processes", str(processes), "--main_process_port", port, program]
+    launch_command(launch_command_parser().parse_args(words))
+
+
+def _fork_ranks(program: str, flags: list[str], processes: int, inside) -> None:
+    """Starts them, waits for them, and like torchrun ends the others when one has failed."""
     ranks = []
     for rank in range(processes):
         if (pid := os.fork()) == 0:
-            if config is not None:
+            if "WORLD_SIZE" in os.environ:
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
             if inside is not None:
                 inside()

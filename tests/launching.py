@@ -1,14 +1,17 @@
-"""Two processes on the CPU, launched as users launch them, for one program or for many runs of `train.py` in turn."""
+"""Two processes on the CPU: launched as users launch them, or many runs of `train.py` in turn, as forks."""
 
 import contextlib
-import json
+import functools
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests import forked_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "accelerate_configs"
@@ -44,14 +47,28 @@ def launch(config_file: Path | None, script: Path, *arguments: str) -> str:
 def train_in_turn(
     config_file: Path | None, command_lines: list[list[str]], folder: Path, largest_file: dict[int, int] | None = None
 ) -> str:
-    """Trains all of them in one launch, because launching costs far more than training a tiny model.
+    """Trains all of them in two processes each, one after the other; returns what they print.
 
-    `largest_file`: number of a command line to the bytes beyond which rank 1 can then write no file.
+    They are forks of a server: a launch takes 20 seconds, most of it imports, and training a tiny model two.
+
+    Args:
+        config_file: accelerate's; None is DDP.
+        largest_file: number of a command line to the bytes beyond which rank 1 can then write no file.
     """
-    listing = folder / "command_lines.json"
-    limits = largest_file or {}
-    listing.write_text(json.dumps([[line, limits.get(number)] for number, line in enumerate(command_lines)]))
-    return launch(config_file, Path(__file__).with_name("several_runs.py"), str(listing))
+    printed = []
+    for number, command_line in enumerate(command_lines):
+        limit = (largest_file or {}).get(number)
+        inside = functools.partial(limit_files_of_rank_1, limit) if limit else None
+        output = folder / f"printed {number}.txt"
+        run = forked_runs.start(command_line, output, config_file or "cpu", 2, inside=inside)
+        assert run.wait(1200) == 0, f"failed: {' '.join(command_line)}\n{run.text[-10_000:]}"
+        printed.append(run.text)
+    return "".join(printed)
+
+
+def limit_files_of_rank_1(largest: int) -> None:
+    if os.environ["RANK"] == "1":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
 
 
 @contextlib.contextmanager

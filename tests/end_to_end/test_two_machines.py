@@ -12,7 +12,6 @@ import re
 import shutil
 import signal
 import socket
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +102,7 @@ def shell(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_machines")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PATH"] = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment["PATH"] = f"{folder}:{os.environ['PATH']}"
     environment |= {"SLURM_JOB_NODELIST": "this[0-1]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "17"}
     started = []
 

@@ -4,7 +4,6 @@ Every run is train.py's own, in fp32 or bf16, under DDP, ZeRO-2 and ZeRO-3, with
 are really divided. The change comes in the middle of the first epoch and again near its end.
 """
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,17 +30,11 @@ WEIGHT_TOLERANCE = 1e-6
 
 def train(backend: str, precision: str, processes: int, output_dir: Path, **values) -> list[dict]:
     """Trains on that many processes; returns the log."""
-    config, environment = BACKENDS[backend], {}
+    config = BACKENDS[backend]
     if backend == "DDP" and processes == 1:
         config = None
     if backend != "DDP":
-        stage = int(backend[-1])
-        zero = {"stage": stage, "reduce_bucket_size": 20_000}
-        if stage == 3:
-            zero |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 20_000}
-        deepspeed_file = output_dir.with_suffix(".json")
-        deepspeed_file.write_text(json.dumps({"zero_optimization": zero}))
-        environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(deepspeed_file)
+        config = runs.config_file(config, output_dir.parent)
     values = {
         "bf16": precision == "bf16",
         "learning_rate": 1e-3,
@@ -51,13 +44,7 @@ def train(backend: str, precision: str, processes: int, output_dir: Path, **valu
         "save_steps": 4,
         **values,
     }
-    run = start(
-        runs.flags_of(2, output_dir, values),
-        output_dir.with_suffix(".txt"),
-        config,
-        processes,
-        environment=environment,
-    )
+    run = start(runs.flags_of(2, output_dir, values), output_dir.with_suffix(".txt"), config, processes)
     assert run.wait() == 0, run.text
     description = "no distribution" if config is None else f"DeepSpeed {backend}" if backend != "DDP" else backend
     assert f"{processes} process{'es' * (processes > 1)}, {description}, {precision}, " in run.text, run.text
