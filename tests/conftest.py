@@ -13,6 +13,23 @@ import torch
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Whole folders are tested by a process for each core, file by file, if pytest-xdist is installed and not `-n 0`."""
+    if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
+        return
+    if config.option.numprocesses is None and all(Path(name).is_dir() for name in config.args):
+        config.option.numprocesses = min(len(os.sched_getaffinity(0)), 4)  # each takes 1.5 GB, and as much for its runs
+        config.option.dist, config.option.loadscopereorder = "loadfile", False
+
+
+def pytest_collection_modifyitems(config, items):
+    """For several processes the long files come first, so that none is left for the end."""
+    if hasattr(config, "workerinput"):
+        long = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """The models are tiny: a second thread costs more than it computes, and other processes need the core."""

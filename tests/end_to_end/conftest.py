@@ -20,13 +20,13 @@ def one_process(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def two_processes(tmp_path_factory):
-    """`two_processes(backend, name)`: the same on two, where the first call makes all runs of that backend."""
-    folders = {}
+    """`two_processes(backend, name)`: the same on two."""
+    folder = tmp_path_factory.mktemp("two_processes")
 
     def get(backend: str, name: str):
-        if backend not in folders:
-            folders[backend] = tmp_path_factory.mktemp(backend)
-            runs.launch_all(backend, folders[backend])
-        return folders[backend] / name
+        if not (folder / backend / name).exists():
+            (folder / backend).mkdir(exist_ok=True)
+            runs.train_on_two(backend, name, folder / backend)
+        return folder / backend / name
 
     return get

@@ -17,6 +17,8 @@ from mini_llava.training.checkpoint import read_manifest
 from tests.end_to_end import runs
 from tests.launching import train_in_turn
 
+pytestmark = pytest.mark.slow
+
 IMAGES = runs.FIXTURES / "data" / "images"
 ANYRES = {"image_aspect_ratio": "anyres", "image_grid_pinpoints": "[(56, 112), (168, 56), (112, 112)]"}
 STEPS = {"max_steps": 4, "learning_rate": 1e-2, "global_batch_size": 4, "per_device_train_batch_size": 1}

@@ -14,6 +14,8 @@ from mini_llava.training.checkpoint import CheckpointError
 from tests.end_to_end import runs
 from tests.end_to_end.runs import RECORDS
 
+pytestmark = pytest.mark.slow
+
 STEPS, SAVED = 14, 9  # an epoch of the weighted files is 8 steps
 SETTINGS = {
     "learning_rate": 1e-3,

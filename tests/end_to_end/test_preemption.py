@@ -14,6 +14,8 @@ from mini_llava.training.preemption import SECONDS_OF_ONE_WISH
 from tests.end_to_end import runs
 from tests.forked_runs import ROOT, start
 
+pytestmark = pytest.mark.slow
+
 STEPS = 12
 SETTINGS = {
     "max_steps": STEPS,

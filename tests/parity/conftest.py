@@ -47,13 +47,13 @@ def one_process(tmp_path_factory, golden_projector):
 
 @pytest.fixture(scope="session")
 def two_processes(tmp_path_factory, golden_projector):
-    """`two_processes(backend, name)`: the same, by all runs of a backend in one launch, since launching takes long."""
-    launched = {}
+    """`two_processes(backend, name)`: the same in two processes."""
+    folder, done = tmp_path_factory.mktemp("two_processes"), {}
 
     def get(backend: str, name: str) -> runs.Run:
-        if backend not in launched:
-            folder = tmp_path_factory.mktemp(backend)
-            launched[backend] = runs.launch(backend, folder, golden_projector)
-        return launched[backend][name]
+        if (backend, name) not in done:
+            (folder / backend).mkdir(exist_ok=True)
+            done[backend, name] = runs.train_on_two(backend, name, folder / backend, golden_projector)
+        return done[backend, name]
 
     return get

@@ -176,12 +176,11 @@ def train_here(name: str, folder: Path, projector: Path) -> Run:
     return read_run(given["output_dir"])
 
 
-def launch(backend: str, folder: Path, projector: Path) -> dict[str, Run]:
-    """Trains all runs of a backend (`ddp` or a file of accelerate_configs) in two processes, launched once."""
-    given = {name: flags_of(name, folder, projector, processes=2) for name in TWO_PROCESSES[backend]}
-    lines = [command_line(values) for values in given.values()]
-    train_in_turn(None if backend == "ddp" else CONFIGS / f"{backend}.yaml", lines, folder)
-    return {name: read_run(values["output_dir"]) for name, values in given.items()}
+def train_on_two(backend: str, name: str, folder: Path, projector: Path) -> Run:
+    """Trains in two processes with a backend, `ddp` or a file of accelerate_configs."""
+    given = flags_of(name, folder, projector, processes=2)
+    train_in_turn(None if backend == "ddp" else CONFIGS / f"{backend}.yaml", [command_line(given)], folder)
+    return read_run(given["output_dir"])
 
 
 def read_run(output_dir: Path) -> Run:

@@ -9,6 +9,7 @@ from tests.forked_runs import start
 BACKENDS = {None: 1, "cpu": 2, "zero2": 2, "zero3": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_that_is_not_finite_is_not_taken_on_any_rank(backend, tmp_path):
     program = "tests/training/not_finite_steps.py"
