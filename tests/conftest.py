@@ -15,7 +15,7 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PAT
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """Whole folders are tested by a process for each core, file by file, if pytest-xdist is installed and not `-n 0`."""
+    """Whole folders are tested by a process for each core, file by file, where pytest-xdist is installed."""
     if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
         return
     if config.option.numprocesses is None and all(Path(name).is_dir() for name in config.args):
