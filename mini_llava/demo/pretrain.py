@@ -67,9 +67,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=demo.HERE, help="where the two directories are written")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tower_steps", type=int, default=2500, help="optimizer steps of 256 images")
-    parser.add_argument("--language_steps", type=int, default=3000, help="optimizer steps of 256 documents")
+    parser.add_argument("--tower_steps", type=int, default=2500, help="optimizer steps for the tower")
+    parser.add_argument("--language_steps", type=int, default=3000, help="optimizer steps for the language model")
+    parser.add_argument("--batch_size", type=int, default=256, help="images or documents in a step")
     parser.add_argument("--documents", type=int, default=DOCUMENTS, help="documents made for the language model")
+    parser.add_argument("--held_out_documents", type=int, default=2000, help="documents it is measured on")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
@@ -81,7 +83,7 @@ def main() -> None:
     held_out, kept = ({image: questions[image] for image in part} for part in (images[:cut], images[cut:]))
 
     start = time.time()
-    tower = pretrain_tower(kept, held_out, arguments.tower_steps, arguments.device)
+    tower = pretrain_tower(kept, held_out, arguments)
     save_tower(tower, arguments.output / demo.VISION_TOWER.name)
     print(f"vision tower: {count(tower):,} parameters, {time.time() - start:.0f} s", flush=True)
 
@@ -127,7 +129,8 @@ class TowerHeads(nn.Module):
         return [self.pooled(outputs.pooler_output), each.mean(dim=1), each]
 
 
-def pretrain_tower(kept: dict, held_out: dict, steps: int, device: str) -> CLIPVisionModel:
+def pretrain_tower(kept: dict, held_out: dict, arguments: argparse.Namespace) -> CLIPVisionModel:
+    steps, device = arguments.tower_steps, arguments.device
     config = CLIPVisionConfig(
         image_size=IMAGE_SIZE,
         patch_size=PATCH_SIZE,
@@ -148,7 +151,7 @@ def pretrain_tower(kept: dict, held_out: dict, steps: int, device: str) -> CLIPV
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * learning_rate_factor(step, steps)
-        chosen = torch.randint(len(pixels), (256,), device=device)
+        chosen = torch.randint(len(pixels), (arguments.batch_size,), device=device)
         outputs = tower(normalize(augment(pixels[chosen])), output_hidden_states=True)
         pooled, mean, each = heads(outputs)
         target = targets[chosen]
@@ -368,7 +371,7 @@ def make_documents(tokenizer, scenes: dict, number: int, seed: int) -> tuple[np.
     return ids, answered
 
 
-def pretrain_language_model(tokenizer, kept: dict, held_out: dict, arguments) -> LlamaForCausalLM:
+def pretrain_language_model(tokenizer, kept: dict, held_out: dict, arguments: argparse.Namespace) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -388,7 +391,8 @@ def pretrain_language_model(tokenizer, kept: dict, held_out: dict, arguments) ->
     scenes = demo.answers_by_scene(kept)
     documents = make_documents(tokenizer, scenes, arguments.documents, arguments.seed)
     ids, answered = (torch.from_numpy(array).to(device) for array in documents)
-    held_out_documents = make_documents(tokenizer, demo.answers_by_scene(held_out), 2000, arguments.seed + 1)
+    scenes, number = demo.answers_by_scene(held_out), arguments.held_out_documents
+    held_out_documents = make_documents(tokenizer, scenes, number, arguments.seed + 1)
     held_out_ids, held_out_answered = (torch.from_numpy(array).to(device) for array in held_out_documents)
     print(
         f"{len(ids)} documents, {(ids != 0).sum(1).float().mean().item():.0f} tokens each, vocabulary {len(tokenizer)}"
@@ -399,7 +403,7 @@ def pretrain_language_model(tokenizer, kept: dict, held_out: dict, arguments) ->
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * learning_rate_factor(step, steps)
-        chosen = torch.randint(len(ids), (256,), device=device)
+        chosen = torch.randint(len(ids), (arguments.batch_size,), device=device)
         batch, trained = ids[chosen].long(), answered[chosen]
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
