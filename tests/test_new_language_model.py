@@ -1,35 +1,21 @@
 """A language model of a family that is not known here: what trains as it is, and what README's diff adds."""
 
-import importlib.util
-import re
-import shutil
-import subprocess
-
 import pytest
 import torch
 
 from mini_llava.training import build
 from tests.end_to_end import runs
 from tests.families import FAMILIES, write_family
-from tests.launching import ROOT
 from tests.model import test_packing
+from tests.readme_diffs import patched
 
 NEW = "olmo2"
 
 
 @pytest.fixture(scope="module")
-def patched(tmp_path_factory):
+def attention(tmp_path_factory):
     """`mini_llava/model/attention.py` with the diff that README shows."""
-    [diff] = re.findall(rf"^```diff\n([^`]*{NEW}[^`]*)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
-    assert len(diff.splitlines()) <= 10
-    folder = tmp_path_factory.mktemp("patched")
-    (folder / "mini_llava" / "model").mkdir(parents=True)
-    file = shutil.copy(ROOT / "mini_llava" / "model" / "attention.py", folder / "mini_llava" / "model")
-    subprocess.run(["git", "apply", "--verbose", "-"], input=diff, text=True, cwd=folder, check=True)
-    specification = importlib.util.spec_from_file_location("patched_attention", file)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return patched("attention", NEW, tmp_path_factory.mktemp("patched"))
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +36,15 @@ def test_it_trains_padded_as_it_is_and_packing_it_is_refused(language_model, tmp
         runs.train_here(command_line(language_model, tmp_path / "packed", packing=True))
 
 
-def test_readmes_diff_lets_it_train_packed_to_the_same_losses(patched, language_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "choose_attention", patched.choose_attention)
+def test_readmes_diff_lets_it_train_packed_to_the_same_losses(attention, language_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "choose_attention", attention.choose_attention)
     for packing in (True, False):
         runs.train_here(command_line(language_model, tmp_path / str(packing), packing=packing))
     packed, padded = ([entry["loss"] for entry in runs.log(tmp_path / str(packing))] for packing in (True, False))
     torch.testing.assert_close(torch.tensor(packed), torch.tensor(padded), rtol=1e-5, atol=0)  # sums in another order
 
 
-def test_the_tests_of_packing_would_compare_it(patched, monkeypatch):
-    assert NEW in patched.PACKABLE
-    monkeypatch.setattr(test_packing, "choose_attention", patched.choose_attention)
+def test_the_tests_of_packing_would_compare_it(attention, monkeypatch):
+    assert NEW in attention.PACKABLE
+    monkeypatch.setattr(test_packing, "choose_attention", attention.choose_attention)
     test_packing.test_packed_logits_equal_those_of_each_sample_alone(NEW, {}, "sdpa")

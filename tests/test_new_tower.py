@@ -1,9 +1,5 @@
 """A tower of a kind that is not known here: what README's diff adds, and that nothing else is needed."""
 
-import importlib.util
-import shutil
-import subprocess
-
 import pytest
 import torch
 from transformers import (
@@ -16,34 +12,17 @@ from transformers import (
 
 from mini_llava.model import vision_tower
 from tests.end_to_end import runs
-from tests.launching import ROOT
 from tests.model.test_towers import pictures
 from tests.model.tiny_towers import CROPPED, SHAPE
+from tests.readme_diffs import patched
 
-DIFF = """\
---- a/mini_llava/model/vision_tower.py
-+++ b/mini_llava/model/vision_tower.py
-@@ -44,4 +44,5 @@
-     "clip_vision_model": Kind(class_token=True, level="vision_model."),
-+    "mlcd_vision_model": Kind(class_token=True),
-     "siglip_vision_model": Kind(class_token=False, level="vision_model."),
-     "dinov2": Kind(class_token=True, renamed=_DINOV2_NAMES),
-     "dinov2_with_registers": Kind(class_token=True, renamed=_DINOV2_NAMES),
-"""
+NEW = "mlcd_vision_model"
 
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory) -> dict:
     """The towers known when the diff is applied."""
-    assert len(DIFF.splitlines()) <= 10 and DIFF in (ROOT / "README.md").read_text(encoding="utf-8")
-    folder = tmp_path_factory.mktemp("patched")
-    (folder / "mini_llava" / "model").mkdir(parents=True)
-    file = shutil.copy(ROOT / "mini_llava" / "model" / "vision_tower.py", folder / "mini_llava" / "model")
-    subprocess.run(["git", "apply", "--verbose", "-"], input=DIFF, text=True, cwd=folder, check=True)
-    specification = importlib.util.spec_from_file_location("mini_llava.model.patched_vision_tower", file)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module.KINDS
+    return patched("vision_tower", NEW, tmp_path_factory.mktemp("patched")).KINDS
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,23 @@
+"""The diffs that README shows, applied to a copy of the file."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from types import ModuleType
+
+from tests.launching import ROOT
+
+
+def patched(name: str, added: str, folder: Path) -> ModuleType:
+    """The module `mini_llava/model/NAME.py` with the diff that adds something of this name, of ten lines at most."""
+    [diff] = re.findall(rf"^```diff\n([^`]*{added}[^`]*)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert len(diff.splitlines()) <= 10
+    (folder / "mini_llava" / "model").mkdir(parents=True)
+    file = shutil.copy(ROOT / "mini_llava" / "model" / f"{name}.py", folder / "mini_llava" / "model")
+    subprocess.run(["git", "apply", "--verbose", "-"], input=diff, text=True, cwd=folder, check=True)
+    specification = importlib.util.spec_from_file_location(f"mini_llava.model.patched_{name}", file)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
