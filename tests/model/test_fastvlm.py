@@ -17,7 +17,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2Config
 
 from mini_llava.arguments import ModelArguments
 from mini_llava.data.images import normalisation_table, normalise, output_size, pixel_values
-from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import load_tokenizer
 from mini_llava.model import formats
 from mini_llava.model.llava import LlavaModel, load_llava
@@ -33,7 +32,7 @@ from mini_llava.model.vision_tower import (
 from mini_llava.tools import chat
 from mini_llava.training.flops import FlopCounter
 from tests.end_to_end import runs
-from tests.model.tiny_towers import FASTVIT_STRIDE, save_fastvit
+from tests.model.tiny_towers import FASTVIT_STRIDE, save_fastvit, save_whole
 from tests.published_layouts import FIXTURES
 
 try:
@@ -137,24 +136,6 @@ def pictures(count: int = 2) -> torch.Tensor:
     return torch.linspace(0, 900, count * 3 * SIDE**2).view(count, 3, SIDE, SIDE).sin().abs()
 
 
-def save(model: LlavaModel, tower: str, folder: Path, language_model: str, ratio: str = "pad") -> str:
-    return formats.save_whole_model(
-        folder,
-        load_tokenizer(language_model),
-        tower_image_processor(tower),
-        get_template("qwen_2"),
-        "transformers",
-        True,
-        torch.float32,
-        model=model,
-        projector_type="mlp2x_gelu",
-        vision_tower_name=tower,
-        image_aspect_ratio=ratio,
-        model_max_length=128,
-        version="qwen_2",
-    )
-
-
 @needs_timm
 def test_the_full_tower_gives_256_tokens_of_width_3072_at_1024_pixels():
     """Read from a copy without memory, under the name that apple's checkpoints have for it."""
@@ -189,7 +170,7 @@ def test_features_are_those_of_timm_row_by_row(tower_folder, model):
 def test_transformers_fastvlm_computes_the_same_features_and_logits(
     tower_folder, language_model, model, ratio, tmp_path
 ):
-    line = save(model, tower_folder, tmp_path, language_model, ratio)
+    line = save_whole(model, tower_folder, tmp_path, language_model, "qwen_2", ratio=ratio)
     assert "FastVlmForConditionalGeneration.from_pretrained" in line
     whole, loading = AutoModelForImageTextToText.from_pretrained(
         tmp_path, dtype=torch.float32, output_loading_info=True
@@ -218,7 +199,7 @@ def test_transformers_fastvlm_computes_the_same_features_and_logits(
 
 @needs_timm
 def test_it_is_read_back_whole_and_as_a_tower(tower_folder, language_model, model, tmp_path):
-    save(model, tower_folder, tmp_path, language_model)
+    save_whole(model, tower_folder, tmp_path, language_model, "qwen_2")
     again = llava(str(tmp_path))
     rows = model.language_model.config.vocab_size
     assert torch.equal(again.vision_tower(pictures()), model.vision_tower(pictures()))

@@ -23,8 +23,6 @@ from transformers import (
 
 from mini_llava.arguments import ModelArguments
 from mini_llava.data.images import normalisation_table, normalise, pixel_values
-from mini_llava.data.templates import get_template
-from mini_llava.data.tokenization import load_tokenizer
 from mini_llava.model import formats
 from mini_llava.model.llava import LlavaModel, load_llava
 from mini_llava.model.sources import open_source, tower_image_processor
@@ -33,7 +31,7 @@ from mini_llava.tools import chat, doctor, export
 from mini_llava.tools.saved_models import open_saved
 from mini_llava.training.flops import FlopCounter
 from tests.end_to_end import runs
-from tests.model.tiny_towers import HIDDEN_SIZE, IMAGE_SIZE, KINDS, LAYERS, SHAPE, save_tower
+from tests.model.tiny_towers import HIDDEN_SIZE, IMAGE_SIZE, KINDS, LAYERS, SHAPE, save_tower, save_whole
 from tests.published_layouts import FIXTURES
 
 PATCHES = 4
@@ -202,22 +200,8 @@ def test_the_doctor_counts_the_towers_tokens(towers, kind, tmp_path, capsys):
 # --- what is written and read back ------------------------------------------------------------------------------------
 
 
-def save(model: LlavaModel, tower: str, folder: Path, export_format: str = "transformers", ratio: str = "pad") -> str:
-    return formats.save_whole_model(
-        folder,
-        load_tokenizer(FIXTURES / "tokenizer_llama_exact"),
-        tower_image_processor(tower),
-        get_template("v1"),
-        export_format,
-        True,
-        torch.float32,
-        model=model,
-        projector_type="mlp2x_gelu",
-        vision_tower_name=tower,
-        image_aspect_ratio=ratio,
-        model_max_length=128,
-        version="v1",
-    )
+def save(model: LlavaModel, tower: str, folder: Path, **how) -> str:
+    return save_whole(model, tower, folder, FIXTURES / "tokenizer_llama_exact", "v1", **how)
 
 
 WAYS = [(kind, "patch", "transformers") for kind in ("clip", "siglip", "dinov2")]
@@ -232,7 +216,7 @@ def test_what_is_written_is_read_back(towers, kind, feature, layout, tmp_path):
         model.vision_tower.model.encoder.requires_grad_(False)
         for parameter in model.vision_tower.parameters():
             parameter.mul_(1.01)
-    save(model, towers[kind], tmp_path, layout)
+    save(model, towers[kind], tmp_path, export_format=layout)
     flags = ModelArguments(model_name_or_path=str(tmp_path))
     source = open_source(flags)
     again = load_llava(source, "sdpa", FP32).eval()
@@ -289,7 +273,7 @@ def test_names_are_those_of_published_files(towers, tmp_path):
         ("siglip", "llava", "model.vision_tower.vision_tower.vision_model.head.probe"),
         ("dinov2", "llava", "model.vision_tower.vision_tower.encoder.layer.0.attention.output.dense.bias"),
     ):
-        save(llava(towers[kind]), towers[kind], tmp_path / kind / layout, layout)
+        save(llava(towers[kind]), towers[kind], tmp_path / kind / layout, export_format=layout)
         assert name in load_file(tmp_path / kind / layout / "model.safetensors")
     for kind in KINDS:
         config = load_vision_config(towers[kind])
@@ -304,7 +288,7 @@ def test_a_whole_model_can_be_given_as_the_tower(towers, layout, tmp_path):
     trained = llava(towers["siglip"])
     with torch.no_grad():
         trained.vision_tower.model.embeddings.patch_embedding.weight.mul_(2)
-    save(trained, towers["siglip"], tmp_path, layout)
+    save(trained, towers["siglip"], tmp_path, export_format=layout)
     model = llava(str(tmp_path))
     assert torch.equal(model.vision_tower(pictures()), trained.vision_tower(pictures()))
     assert not torch.equal(model.vision_tower(pictures()), load(towers["siglip"])(pictures()))

@@ -20,6 +20,12 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from mini_llava.data.templates import get_template
+from mini_llava.data.tokenization import load_tokenizer
+from mini_llava.model import formats
+from mini_llava.model.llava import LlavaModel
+from mini_llava.model.sources import tower_image_processor
+
 IMAGE_SIZE, PATCH_SIZE, HIDDEN_SIZE, LAYERS = 28, 14, 32, 3
 SHAPE = dict(
     image_size=IMAGE_SIZE,
@@ -93,3 +99,30 @@ def save_fastvit(folder: str | Path, seed: int = 0) -> str:
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_mean=[0] * 3, image_std=[1] * 3
     ).save_pretrained(folder)
     return str(folder)
+
+
+def save_whole(
+    model: LlavaModel,
+    tower: str,
+    folder: Path,
+    language_model: str | Path,
+    version: str,
+    export_format: str = "transformers",
+    ratio: str = "pad",
+) -> str:
+    """Writes the result of a run with this tower and the tokenizer of this language model; returns the run's line."""
+    return formats.save_whole_model(
+        folder,
+        load_tokenizer(language_model),
+        tower_image_processor(tower),
+        get_template(version),
+        export_format,
+        True,
+        torch.float32,
+        model=model,
+        projector_type="mlp2x_gelu",
+        vision_tower_name=tower,
+        image_aspect_ratio=ratio,
+        model_max_length=128,
+        version=version,
+    )
