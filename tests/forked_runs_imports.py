@@ -1,5 +1,6 @@
-"""What the server of forked_runs.py imports once for all runs; nothing here computes anything."""
+"""What the server of forked_runs.py imports once for all runs, with what else they would all begin with."""
 
+import gc
 import os
 
 # One thread: OpenMP's threads do not survive a fork, and continuous integration has few cores. No GPU: the runs that
@@ -12,5 +13,9 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  two CPU seconds
 import torch.distributed.run  # noqa: F401
 import transformers.models.clip.modeling_clip
 import transformers.models.llama.modeling_llama  # noqa: F401
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import train  # noqa: F401
+
+get_checkpoint_conversion_mapping("llama")  # a table that every first loading makes
+gc.freeze()  # collections in a fork need not look through all this, which would also copy it
