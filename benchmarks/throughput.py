@@ -91,6 +91,8 @@ def run(own: argparse.Namespace, flags_of_train: list[str]) -> list[dict]:
     # What comes after the last step is not measured, and a 7B model takes a minute to write.
     train.formats.save_whole_model = lambda *_, **__: "Nothing is saved."
     train.formats.save_projector_only = lambda *_, **__: None
+    # So few steps would each have their norms taken; of LLaVA's 5,198 every tenth has.
+    train.norms_are_due = lambda *_: False
     if own.profile:
         profile_last_step(own.profile, own.steps)
     train.train(arguments)
