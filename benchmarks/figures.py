@@ -1,6 +1,6 @@
 """Draws the figures of the README: what the sampler's batches are, what packing saves, where the memory goes.
 
-    python benchmarks/figures.py docs
+    python benchmarks/figures.py benchmarks/figures
 
 Sampler, dealing and memory estimate are the trainer's own; lengths are drawn as `random_setup.py` draws them, from a
 mix like LLaVA-1.5's 665K. No GPU and no data are needed, and the same code draws the same figures.
@@ -33,7 +33,7 @@ GLOBAL_BATCH, GPUS, IMAGE_TOKENS = 128, 8, 576
 IMAGE, TEXT, PADDING = "#3b75af", "#e08a3c", "#d9d9d9"
 PARTS = ("#1f4e8c", "#6fa1d6", "#b8d0ea", "#d8b365", "#8c6d31", "#5aa469", "#c7e5cc")
 LAYOUTS = {"in_order": "LLaVA's micro-batches", "padded": "--packing False", "packed": "--packing True"}
-# The longest micro-batch of `--max_tokens_per_micro_batch 14000`, as benchmarks/README.md has it.
+# About the longest micro-batch that `--max_tokens_per_micro_batch 14000` allows.
 LONGEST = Shape(rows=1, columns=13_950, images=16, logits=2_500)
 H200 = 139.8 * GIB
 

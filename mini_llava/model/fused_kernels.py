@@ -132,7 +132,7 @@ class _Forgotten:
     """The output of a norm between forward and backward: how to make it again, and its gradient so far."""
 
     def __init__(self, norm: Callable, readers: int):
-        self.norm, self.missing = norm, readers
+        self.norm, self.readers = norm, readers
         self.output = self.gradient = None
 
     def again(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -145,7 +145,7 @@ class _Forgotten:
         """Adds `of_reader @ weight` inside the product; returns the sum once all readers have given theirs."""
         of_reader, shape = of_reader.flatten(0, -2), of_reader.shape[:-1]
         if self.gradient is None:
-            self.gradient = of_reader @ weight
+            self.gradient, self.missing = of_reader @ weight, self.readers  # also in a second backward pass
         else:
             self.gradient.addmm_(of_reader, weight)
         self.missing -= 1

@@ -128,6 +128,22 @@ def test_norms_made_again_in_backward_give_the_same_loss_and_gradients(family, c
     assert sum(isinstance(module.forward, functools.partial) for module in forgotten.modules()) == readers + 6
 
 
+def test_a_second_backward_pass_through_a_forgotten_norm_gives_the_same_gradients():
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama", vocab_size=64, hidden_size=64, intermediate_size=172, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="eager")
+    forget_outputs_of_norms(model)
+    ids = torch.randint(0, 64, (1, 9))
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward(retain_graph=True)
+    once = [parameter.grad.clone() for parameter in model.parameters()]
+    loss.backward()
+    for first, parameter in zip(once, model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, 2 * first, rtol=1e-12, atol=1e-15)
+
+
 def test_a_norm_is_kept_where_a_layer_that_reads_it_is_not_trained_or_has_an_adapter():
     config = AutoConfig.for_model(
         "llama", vocab_size=64, hidden_size=64, intermediate_size=172, num_hidden_layers=1, num_attention_heads=4
