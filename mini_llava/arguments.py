@@ -514,6 +514,12 @@ def _read_config(path: str) -> dict:
     return values
 
 
+def parse_for_a_tool(command_line: list[str]) -> Arguments:
+    """`train.py`'s arguments for a tool that shows what a run does: of stage 2 if no stage is named."""
+    named = any(word == "--stage" or word.startswith("--stage=") for word in command_line)
+    return parse_arguments(command_line if named else ["--stage", "2", *command_line])
+
+
 def _check(arguments: Arguments) -> None:
     values = arguments.as_dict()
     for name, known in KNOWN_VALUES.items():

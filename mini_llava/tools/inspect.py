@@ -79,9 +79,7 @@ def parse_arguments(command_line: Sequence[str] | None) -> tuple[argparse.Namesp
     parser.add_argument("--record", type=int, nargs="+", metavar="N", help="show these, counted from 0, instead")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="[auto: in a terminal]")
     given, of_train = parser.parse_known_args(command_line)
-    if not any(text == "--stage" or text.startswith("--stage=") for text in of_train):
-        of_train = ["--stage", "2", *of_train]
-    return given, flags.parse_arguments(of_train)
+    return given, flags.parse_for_a_tool(of_train)
 
 
 def main(command_line: Sequence[str] | None = None) -> int:

@@ -200,11 +200,9 @@ def main(command_line: list[str] | None = None) -> int:
     )
     parser.add_argument("--record", type=int, nargs="+", metavar="N", help="which, counted from 0 [two]")
     given, words = parser.parse_known_args(command_line)
-    if not any(word == "--stage" or word.startswith("--stage=") for word in words):
-        words = ["--stage", "2", *words]
     try:
         # The demo pads its rows on the CPU; packed they show more. A --packing among the words wins, being later.
-        tour(flags.parse_arguments(["--packing", "True", *words]), given.record)
+        tour(flags.parse_for_a_tool(["--packing", "True", *words]), given.record)
     except (ValueError, OSError) as error:
         print(f"tour: error: {error}", file=sys.stderr)
         return 2

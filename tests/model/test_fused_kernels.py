@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from mini_llava.model.attention import choose_attention
@@ -39,6 +39,11 @@ def loss_and_gradients(model: torch.nn.Module) -> torch.Tensor:
     loss = token_losses(logits[:, :-1], ids[:, 1:]).sum() / ids.numel()
     loss.backward()
     return torch.cat([loss.detach()[None]] + [p.grad.float().flatten() for p in model.parameters()])
+
+
+def small(family: str, layers: int) -> PreTrainedConfig:
+    sizes = dict(vocab_size=64, hidden_size=64, intermediate_size=172, num_attention_heads=4, num_key_value_heads=2)
+    return AutoConfig.for_model(family, **sizes, num_hidden_layers=layers, max_position_embeddings=64)
 
 
 @on_gpu
@@ -105,10 +110,7 @@ def test_the_mlp_that_keeps_less_gives_the_same_result_and_gradients(autocast):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_norms_made_again_in_backward_give_the_same_loss_and_gradients(family, checkpointing):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        family, vocab_size=64, hidden_size=64, intermediate_size=172, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64,
-    )  # fmt: skip
+    config = small(family, layers=3)
     kept = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="eager").train()
     forgotten = copy.deepcopy(kept)
     forget_outputs_of_norms(forgotten)
@@ -130,9 +132,7 @@ def test_norms_made_again_in_backward_give_the_same_loss_and_gradients(family, c
 
 def test_a_second_backward_pass_through_a_forgotten_norm_gives_the_same_gradients():
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "llama", vocab_size=64, hidden_size=64, intermediate_size=172, num_hidden_layers=2, num_attention_heads=4
-    )
+    config = small("llama", layers=2)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="eager")
     forget_outputs_of_norms(model)
     ids = torch.randint(0, 64, (1, 9))
@@ -145,9 +145,7 @@ def test_a_second_backward_pass_through_a_forgotten_norm_gives_the_same_gradient
 
 
 def test_a_norm_is_kept_where_a_layer_that_reads_it_is_not_trained_or_has_an_adapter():
-    config = AutoConfig.for_model(
-        "llama", vocab_size=64, hidden_size=64, intermediate_size=172, num_hidden_layers=1, num_attention_heads=4
-    )
+    config = small("llama", layers=1)
     model = AutoModelForCausalLM.from_config(config)
     model = get_peft_model(model, LoraConfig(r=2, target_modules=["up_proj"]))
     model.requires_grad_(True)

@@ -64,23 +64,27 @@ def test_the_estimate_is_the_peak_measured_on_an_h200(run):
     assert found.needed <= H200  # they did run
 
 
-def test_an_mlp_that_keeps_no_product_saves_a_sixth_of_a_trained_layer(monkeypatch):
-    shape, found = Shape(1, 40_000, 1, 800), []
+def activations_without(name: str, monkeypatch, shape: Shape) -> float:
+    """How many bytes of activations more a tiny trained model keeps when this function does nothing."""
+    found = []
     for _ in range(2):
         model = model_of(STAGE_2, ALONE, size="tiny")
         found.append(estimate(model, ALONE, shape, several=False, fused=True).parts["activations"])
-        monkeypatch.setattr(memory, "make_mlps_keep_less", lambda *_: None)
-    assert found[1] - found[0] == pytest.approx(4 * shape.tokens * 352 * 2, rel=0.3)  # the last is needed at once
+        monkeypatch.setattr(memory, name, lambda *_: None)
+    return found[1] - found[0]
+
+
+def test_an_mlp_that_keeps_no_product_saves_a_sixth_of_a_trained_layer(monkeypatch):
+    shape = Shape(1, 40_000, 1, 800)
+    spared = activations_without("make_mlps_keep_less", monkeypatch, shape)
+    assert spared == pytest.approx(4 * shape.tokens * 352 * 2, rel=0.3)  # the last is needed at once
 
 
 def test_outputs_of_norms_that_are_forgotten_are_a_seventh_of_a_trained_layer(monkeypatch):
-    shape, found = Shape(1, 40_000, 1, 800), []
-    for _ in range(2):
-        model = model_of(STAGE_2, ALONE, size="tiny")
-        found.append(estimate(model, ALONE, shape, several=False, fused=True).parts["activations"])
-        monkeypatch.setattr(memory, "forget_outputs_of_norms", lambda *_: None)
-    width, layers = model.language_model.config.hidden_size, model.language_model.config.num_hidden_layers
-    assert found[1] - found[0] == pytest.approx(2 * layers * shape.tokens * width * 2, rel=0.3)  # one is made again
+    shape, tiny = Shape(1, 40_000, 1, 800), LANGUAGE_MODELS["tiny"]
+    spared = activations_without("forget_outputs_of_norms", monkeypatch, shape)
+    kept = 2 * tiny["num_hidden_layers"] * shape.tokens * tiny["hidden_size"] * 2
+    assert spared == pytest.approx(kept, rel=0.3)  # one is made again
 
 
 def test_weighing_counts_what_lives_and_forgets_what_is_freed():
