@@ -96,6 +96,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         fused=accelerator.device.type == "cuda" and not distributed.is_offloaded(accelerator),
     )
     model, optimizer = distributed.prepare(accelerator, model, optimizer)
+    checkpoint.create_moments(accelerator, optimizer)
     model.train()
 
     # --- Order: the global batches, and this rank's micro-batches of each --------------------------------------------
@@ -174,9 +175,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         if advice is not None:
             advice.planned = planned
         say(try_longest(accelerator, model, optimizer, rank_steps, planned.longest))
-    held_out = HeldOut(
-        arguments, accelerator, model, optimizer, questions, tokenizer, inputs.eval_template, total_steps
-    )
+    held_out = HeldOut(arguments, accelerator, model, questions, tokenizer, inputs.eval_template, total_steps)
     if held_out.is_due(sampler.step):  # before step 1, and where a kill came between a save and its evaluation
         held_out.evaluate(sampler.step, say)
 

@@ -9,6 +9,7 @@ block-diagonal mask from the restarting positions (a mask of L x L, so it is mea
 import functools
 import importlib.util
 import inspect
+import warnings
 
 import torch
 from transformers import AttentionInterface
@@ -111,6 +112,8 @@ def _has_flash_4() -> bool:
     """Whether flash-attn-4, which is written for Hopper and Blackwell, is there: 1.6 times as fast as torch's."""
     if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
         return False
+    # Its compiler remarks on an argument of its own, at every new kernel, in the middle of the progress line.
+    warnings.filterwarnings("ignore", message=".* cannot be converted to a JitArgument")
     return torch.cuda.get_device_capability()[0] in (9, 10)
 
 

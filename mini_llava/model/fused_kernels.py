@@ -42,7 +42,8 @@ def choose_fused_kernels(requested: bool | None, model_type: str, device: torch.
 def use_fused_kernels(language_model: PreTrainedModel) -> None:
     """Replaces the forward of norms and MLPs in this model, and the rotary embedding of its family, in this process.
 
-    Parameters and their names stay what they are. Works on a model that ZeRO-3 has partitioned.
+    Models of the family that the process makes later get all three. Parameters and their names stay what they are.
+    Works on a model that ZeRO-3 has partitioned.
     """
     import liger_kernel.transformers as liger
 

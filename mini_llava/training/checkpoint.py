@@ -103,24 +103,22 @@ def _zero3_view(zero, parameter: nn.Parameter, kind: str) -> torch.Tensor:
     return zero._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=key)[0]
 
 
-def create_moments(accelerator: Accelerator, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Creates AdamW's moments as zeros, with `step` steps taken, as they would be after a first step."""
+def create_moments(accelerator: Accelerator, optimizer: torch.optim.Optimizer, step: int = 0) -> None:
+    """Gives AdamW its moments, zeros where there are none yet, as after `step` steps.
+
+    By itself it would make them at the end of the first step, one here and one there in the holes that activations have
+    left, where they stay and cut what is free into pieces: LoRA of a 13B model found no 88 MB among 23 GB so.
+    """
     inner, parameters = _masters(accelerator, optimizer)
     on_cpu = type(inner).__name__ == "DeepSpeedCPUAdam"
     for parameter in parameters:
         # torch's fused AdamW wants the count beside the parameter, the plain one on the CPU, DeepSpeed's a number.
         device = parameter.device if inner.defaults.get("fused") else "cpu"
-        inner.state[parameter] = {
-            "step": step if on_cpu else torch.tensor(float(step), dtype=torch.float32, device=device),
-            "exp_avg": torch.zeros_like(parameter.data),
-            "exp_avg_sq": torch.zeros_like(parameter.data),
-        }
-
-
-def moments_to_come(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes that AdamW's first step will take on this rank's device for the moments; 0 once they are there."""
-    inner, parameters = _masters(accelerator, optimizer)
-    return 0 if inner.state else sum(8 * p.numel() for p in parameters if p.device.type == accelerator.device.type)
+        state = inner.state[parameter]
+        state["step"] = step if on_cpu else torch.tensor(float(step), dtype=torch.float32, device=device)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if moment not in state:
+                state[moment] = torch.zeros_like(parameter.data)
 
 
 def _masters(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, list]:

@@ -29,7 +29,6 @@ from ..data.records import RecordStore, missing_image
 from ..data.sampler import deal
 from ..data.templates import IMAGE_MARK, Template, written_answer
 from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, BadRecord, Sample, expand_images
-from .checkpoint import moments_to_come
 from .distributed import gather_from_ranks, log, never_fatal, show, sum_over_ranks, to_device, zero_stage
 from .meter import append_json_line, loss_parts
 from .preemption import ignore_signals
@@ -139,7 +138,6 @@ class HeldOut:
         arguments: Arguments,
         accelerator: Accelerator,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
         held_out: tuple[RankSteps, list[Question]] | None,
         tokenizer: PreTrainedTokenizerBase,
         template: Template,
@@ -147,12 +145,12 @@ class HeldOut:
     ):
         """
         Args:
-            model, optimizer: prepared, the model a `LlavaModel`.
+            model: prepared, a `LlavaModel`.
             held_out: what `read_held_out` gave.
             template: which says what ends an answer.
         """
         self.data_flags, self.training = arguments.data, arguments.training
-        self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
+        self.accelerator, self.model = accelerator, model
         self.tokenizer, self.template = tokenizer, template
         self.total_steps, self.output_dir = total_steps, Path(arguments.training.output_dir)
         self.rank_steps, self.questions = held_out or (None, [])
@@ -191,16 +189,12 @@ class HeldOut:
         started = time.perf_counter()
         blind = None
         try:
-            # AdamW makes its moments in the first step: what does not fit beside them shows before it.
-            to_come = moments_to_come(self.accelerator, self.optimizer)
-            room = torch.empty(to_come, dtype=torch.uint8, device=self.accelerator.device)
             with self._evaluation_mode():
                 losses, trained = self._losses()
                 answers = self._answers(self.questions)
                 # Twice the time, so only where a run is judged.
                 if step in (0, self.total_steps) and any(question.images for question in self.questions):
                     blind = self._answers(shuffle_images(self.questions, self.training.seed))
-            del room
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"Memory has run out while held-out questions were answered, "

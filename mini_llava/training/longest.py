@@ -16,7 +16,6 @@ from transformers import PreTrainedConfig
 from ..data.loader import RankSteps
 from ..data.records import Lengths
 from ..data.sampler import computed_tokens
-from .checkpoint import moments_to_come
 from .distributed import discard_gradients, forward_and_backward
 from .memory import Shape
 
@@ -91,8 +90,6 @@ def try_longest(
     work = steps[[longest.records]]
     if work.fault is not None:
         raise work.fault
-    # AdamW makes its moments in the first step.
-    room = torch.empty(moments_to_come(accelerator, optimizer), dtype=torch.uint8, device=accelerator.device)
     statistics = [(buffer, buffer.clone()) for buffer in model.buffers()]  # some layers keep running means in them
     on_gpu = accelerator.device.type == "cuda"
     with torch.random.fork_rng(devices=[accelerator.device] if on_gpu else []):
@@ -102,7 +99,6 @@ def try_longest(
     discard_gradients(accelerator, optimizer)
     for buffer, before in statistics:
         buffer.copy_(before)
-    del room
     took = f"the longest micro-batch ({longest.shape.tokens:,} tokens, {longest.shape.images} images)"
     if not on_gpu:
         return f"Tried {took} in {time.perf_counter() - started:.1f} s."

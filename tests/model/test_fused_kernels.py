@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib
 import importlib.util
 
 import pytest
@@ -27,6 +28,16 @@ on_gpu = pytest.mark.skipif(
 LENGTHS = (700, 37, 300)
 
 
+@pytest.fixture
+def families_as_before():
+    """Liger puts its classes and functions into transformers' modules, for all models that the process makes later."""
+    modules = [importlib.import_module(f"transformers.models.{family}.modeling_{family}") for family in FUSABLE]
+    before = [dict(vars(module)) for module in modules]
+    yield
+    for module, names in zip(modules, before, strict=True):
+        vars(module).update(names)
+
+
 def loss_and_gradients(model: torch.nn.Module) -> torch.Tensor:
     """The loss of three packed samples and the gradients of all weights behind each other, fp32."""
     model = model.train()
@@ -49,6 +60,7 @@ def small(family: str, layers: int) -> PreTrainedConfig:
 @on_gpu
 @pytest.mark.parametrize("family", FUSABLE)
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.usefixtures("families_as_before")
 def test_losses_and_gradients_are_as_close_to_fp32_as_those_of_plain_bf16(family, checkpointing):
     torch.manual_seed(0)
     config = AutoConfig.for_model(

@@ -33,8 +33,7 @@ def make(tmp_path):
         arguments = flags.parse_arguments(runs.flags_of(2, tmp_path, values))
         held_out = read_held_out(arguments.data, 42, to_sample, to_prompt, blank, IMAGE_SIZE)
         accelerator, model = Accelerator(cpu=True), tiny_llava()
-        prepared = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
-        return HeldOut(arguments, accelerator, *prepared, held_out, textual["tokenizer"], textual["template"], 20)
+        return HeldOut(arguments, accelerator, model, held_out, textual["tokenizer"], textual["template"], 20)
 
     return make
 
