@@ -76,9 +76,6 @@ def train(arguments: flags.Arguments) -> None:
     model_flags, data_flags, training = arguments.model, arguments.data, arguments.training
     output_dir = Path(training.output_dir)
     rank, world_size = distributed.launched_rank()
-    # Ours has them by default, and a Trainer's batches differ in length as well.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-
     source = open_source(model_flags, arguments.explicit)
     tokenizer = load_tokenizer(source.name)
     template = get_template(model_flags.version, tokenizer)

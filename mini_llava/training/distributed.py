@@ -28,6 +28,12 @@ from . import liveness
 # DeepSpeed calls collectives by names that torch is renaming; nobody who trains can act on that.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
+# Micro-batches differ in length. In segments of fixed size their tensors leave holes, until the allocator gives
+# everything back to the driver and begins again, in the middle of a step, or finds no room at all. It looks once, at
+# the first question to a GPU, and be it whether that knows bf16: hence here and not in `build_accelerator`.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
 
 def launched_rank() -> tuple[int, int]:
     """(rank, number of processes), as the launcher says it, before any process group exists."""
@@ -57,10 +63,6 @@ def choose_precision(bf16: bool, fp16: bool, explicit: set[str]) -> str:
 
 def build_accelerator(precision: str, max_grad_norm: float, report_to: str, output_dir: Path) -> Accelerator:
     """The Accelerator for what the launcher started: one process, DDP, DeepSpeed ZeRO-2 or ZeRO-3, on GPU or CPU."""
-    # Micro-batches differ in length. In segments of fixed size their tensors leave holes, until the allocator gives
-    # everything back to the driver and begins again, in the middle of a step. Read when the first tensor is made.
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     installed = [str(tracker) for tracker in get_available_trackers()]
     if report_to not in ("none", "all", *installed):
         # accelerate leaves out a tracker whose package is missing, and says so at level DEBUG only.

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from mini_llava.training import distributed
 
@@ -43,3 +44,29 @@ def test_a_deepspeed_config_that_would_replace_the_recipe_is_refused(entry, sent
     config = {"zero_optimization": {"stage": 3}} | entry
     with pytest.raises(ValueError, match=sentence):
         distributed.complete_deepspeed_config(config, "bf16", 1.0)
+
+
+FIRST_TENSOR = """
+import os
+import torch
+from mini_llava.training.distributed import choose_precision
+choose_precision(True, False, set())  # asks a GPU, if there is one, whether it knows bf16
+print(os.environ.get("PYTORCH_ALLOC_CONF"))
+if torch.cuda.is_available():
+    tensor = torch.empty(2**26, device="cuda")
+    print(all(segment["is_expandable"] for segment in torch.cuda.memory_snapshot()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, ["expandable_segments:True", "True"]),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, ["expandable_segments:False", "False"]),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, ["None", "False"]),  # its name before torch 2.9
+    ],
+)
+def test_memory_is_taken_in_segments_that_grow_unless_asked_otherwise(asked, expected):
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")}
+    run = subprocess.run([sys.executable, "-c", FIRST_TENSOR], env=environment | asked, capture_output=True, text=True)
+    assert run.stdout.split() == expected[: 2 if torch.cuda.is_available() else 1], run.stderr
