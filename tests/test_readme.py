@@ -1,7 +1,8 @@
-"""What README says is so: its commands run or are read by the program they start, and its files and messages exist.
+"""What README says is so: its commands are run, and its files and messages exist.
 
-A command is run by the test or by the CI that is named here, or its flags are read by the real parser, or it is in
-the short list of those that README itself says were not run. One that is none of these is a failure.
+A command of README is run by the test or by the CI that is named here, smaller where it has to be, or is in the short
+list of those that README itself says were not run. The flags of all, and of benchmarks/README.md and the recipes, are
+read by the real parsers.
 """
 
 import argparse
@@ -32,6 +33,26 @@ RUN = {
     "test_the_readmes_commands_make_models_that_answer_held_out_questions",
     "Several machines": "tests/end_to_end/test_two_machines.py::commands",
 }
+OWN = "tests/test_readme_commands.py::test_both_stages_of_ones_own_model"
+LOOK = "tests/test_readme_commands.py::test_a_look_at_a_run_and_at_its_data"
+# Commands of other sections that are run, by how they begin, and by what.
+RUN_ALONE = {
+    "accelerate launch --config_file accelerate_configs/zero2.yaml train.py --stage 1 --model_name_or_path": OWN,
+    "accelerate launch --config_file accelerate_configs/zero3.yaml train.py --stage 2 --model_name_or_path": OWN,
+    "accelerate launch --config_file accelerate_configs/zero3.yaml train.py --stage 2 --config mini_llava/recipes/": (
+        "tests/test_recipes.py::test_a_recipe_takes_a_step"
+    ),
+    "python train.py --help": LOOK,
+    "python train.py --stage 2 --config my_run.yaml --dry_run": LOOK,
+    "python -m mini_llava.tools.inspect": LOOK,
+    "python -m mini_llava.tools.doctor": LOOK,
+    "python -m mini_llava.tools.convert": "tests/test_readme_commands.py::test_data_of_another_layout",
+    "python -m mini_llava.demo.pretrain": "tests/test_demo_pretrain.py::made",
+    "python -m pytest tests/parity": "tests/parity/test_model.py::test_logits_are_llavas",
+    "python benchmarks/figures.py": "tests/benchmarks/test_figures.py::test_each_figure_is_drawn",
+    "python benchmarks/recipe_plans.py": "tests/benchmarks/test_recipe_plans.py::test_a_row_is_what_the_plan_comes_to",
+    "python tests/end_to_end/crash_loop.py": "tests/end_to_end/test_crashes.py::crashes",
+}
 NOT_RUN = ("vllm serve", "python -m sglang.launch_server", "python -m lmms_eval")
 CI = {
     "python3 -m venv .venv": "python3 -m venv",
@@ -53,15 +74,20 @@ def commands(block: str) -> list[str]:
     return [" ".join(part.split()) for line in lines for part in line.split(" && ") if part.strip()]
 
 
-def all_commands() -> list[str]:
-    """Of README and benchmarks/README.md, in blocks and in lines, and of the heads of the recipes."""
-    found = [command for text in (README, BENCHMARKS) for block in blocks(text) for command in commands(block)]
-    inline = re.findall(r"`((?:python|accelerate launch|torchrun) [^`]+)`", README + BENCHMARKS)
+def all_commands(*texts: str) -> list[str]:
+    """In blocks and in lines."""
+    found = [command for text in texts for block in blocks(text) for command in commands(block)]
+    inline = re.findall(r"`((?:python|accelerate launch|torchrun) [^`]+)`", "".join(texts))
     found += [" ".join(command.split()) for command in inline if "..." not in command]
+    return list(dict.fromkeys(found))
+
+
+def heads_of_recipes() -> list[str]:
+    found = []
     for file in (ROOT / "mini_llava" / "recipes").glob("*.yaml"):
         head = file.read_text(encoding="utf-8").replace(" \\\n#", "")
         found += [" ".join(command.split()) for command in re.findall(r"^# (accelerate launch .*)", head, re.MULTILINE)]
-    return list(dict.fromkeys(found))
+    return found
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -141,7 +167,11 @@ def check_flags(command: str, monkeypatch) -> None:
     read_by_train(words)
 
 
-@pytest.mark.parametrize("command", all_commands(), ids=lambda command: command[:60].replace("\n", " "))
+@pytest.mark.parametrize(
+    "command",
+    [*all_commands(README, BENCHMARKS), *heads_of_recipes()],
+    ids=lambda command: command[:60].replace("\n", " "),
+)
 def test_a_command_is_run_or_read_by_its_program(command, users_folder, monkeypatch):
     if command.startswith("#!"):
         assert command in README.split("\n## Several machines\n")[1].split("\n## ")[0]  # see RUN
@@ -176,10 +206,17 @@ def test_a_command_that_is_wrong_or_unknown_does_not_pass(command, users_folder,
         check_flags(command, monkeypatch)
 
 
-@pytest.mark.parametrize("section", RUN)
-def test_what_is_said_to_run_a_sections_commands_is_there(section):
-    assert blocks(README.split(f"\n## {section}\n")[1].split("\n## ")[0])
-    file, function = RUN[section].split("::")
+def test_every_command_of_readme_is_run_by_a_test_or_by_ci_or_said_not_to_be():
+    of_sections = [block for section in RUN for block in blocks(README.split(f"\n## {section}\n")[1].split("\n## ")[0])]
+    run = {command for block in of_sections for command in commands(block)}
+    alone = [command for command in all_commands(README) if command not in run and command not in CI]
+    assert not [command for command in alone if not command.startswith((*RUN_ALONE, *NOT_RUN))]
+    assert not [start for start in RUN_ALONE if not any(command.startswith(start) for command in alone)]
+
+
+@pytest.mark.parametrize("place", {*RUN.values(), *RUN_ALONE.values()})
+def test_what_is_said_to_run_commands_is_there(place):
+    file, function = place.split("::")
     assert f"\ndef {function}(" in (ROOT / file).read_text(encoding="utf-8")
 
 

@@ -1,0 +1,85 @@
+"""README's commands for one's own model and data run as they stand: tiny stand-ins lie under the names that they give.
+
+Only their size is changed: two processes instead of eight, one step. Hub names are folders here.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.runs import FIXTURES
+from tests.launching import ROOT
+from tests.test_readme import README, blocks, commands
+from tests.tools.test_convert import JPEG, chat, embedded, save_to_disk
+
+pytestmark = pytest.mark.slow
+
+SMALLER = "--max_steps 1 --global_batch_size 4 --per_device_train_batch_size 2 --dataloader_num_workers 0"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The repository, and beside it all that README's commands name."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("mini_llava", "accelerate_configs", "train.py"):
+        (folder / name).symlink_to(ROOT / name)
+    for name, model in {"lmsys/vicuna-7b-v1.5": "llm", "openai/clip-vit-large-patch14-336": "clip"}.items():
+        (folder / name).parent.mkdir()
+        (folder / name).symlink_to(FIXTURES / model)
+    for name, stage in {"blip_laion_cc_sbu_558k": 1, "llava_v1_5_mix665k": 2}.items():
+        (folder / f"{name}.json").symlink_to(FIXTURES / "data" / f"train_stage{stage}.json")
+    for name in ("images", "data"):
+        shutil.copytree(FIXTURES / "data" / "images", folder / name)
+    save_to_disk(folder / "data" / "train", [{"image": embedded(JPEG), "conversations": chat("<image>\nWho?", "I.")}])
+    (folder / "my_run.yaml").write_text(
+        "model_name_or_path: lmsys/vicuna-7b-v1.5\nvision_tower: openai/clip-vit-large-patch14-336\n"
+        "data_path: [llava_v1_5_mix665k.json]\nimage_folder: [data]\n"
+    )
+    return folder
+
+
+def printed_by(start: str, folder: Path) -> str:
+    """Runs the one command of README that begins so."""
+    inline = [" ".join(text.split()) for text in re.findall(r"`(python [^`]+)`", README)]
+    found = [text for block in blocks(README) for text in commands(block)] + inline
+    [command] = {text for text in found if text.startswith(start)}
+    if command.startswith("accelerate launch"):
+        launcher = f"{sys.executable} -m accelerate.commands.launch --num_processes 2 --main_process_port 0"
+        command = command.replace("accelerate launch", launcher) + f" {SMALLER}"
+    else:
+        command = command.replace("python", sys.executable, 1)
+    run = subprocess.run(command, shell=True, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert run.returncode == 0, run.stdout[-5000:]
+    return run.stdout
+
+
+def test_both_stages_of_ones_own_model(folder):
+    first = "accelerate launch --config_file accelerate_configs/zero2.yaml train.py --stage 1"
+    assert "2 processes, DeepSpeed ZeRO-2, bf16" in printed_by(first, folder)
+    second = "accelerate launch --config_file accelerate_configs/zero3.yaml train.py --stage 2 --model_name_or_path"
+    assert "2 processes, DeepSpeed ZeRO-3, bf16" in printed_by(second, folder)
+    assert (folder / "outputs" / "stage2" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        ("python train.py --help", "--mm_projector_lr"),
+        ("python train.py --stage 2 --config my_run.yaml --dry_run", "It fits: "),
+        ("python -m mini_llava.tools.inspect --config my_run.yaml", "USER"),
+        ("python -m mini_llava.tools.doctor", "80 records"),
+    ],
+)
+def test_a_look_at_a_run_and_at_its_data(start, expected, folder):
+    assert expected in printed_by(start, folder)
+
+
+def test_data_of_another_layout(folder):
+    printed_by("python -m mini_llava.tools.convert data/train", folder)
+    [line] = (folder / "converted" / "records.jsonl").read_text().splitlines()
+    assert json.loads(line)["conversations"] == chat("<image>\nWho?", "I.")
