@@ -1,6 +1,6 @@
 """Trains a LLaVA-1.5 style vision-language model: `accelerate launch train.py --stage {1,2}`.
 
-Read it from top to bottom: arguments, data, processes, model, optimizer, order, resume, then one loop, then the result.
+Read it from top to bottom: arguments, data, processes, order, model, optimizer, resume, then one loop, then the result.
 Stage 1 trains the projector between a frozen vision tower and a frozen language model; stage 2 trains projector and
 language model. They differ in their presets only (`mini_llava/arguments.py`).
 """
@@ -74,15 +74,23 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     of_questions = (inputs.to_eval_sample, inputs.to_prompt, inputs.to_pixels, inputs.image_size)
     questions = read_held_out(data_flags, training.seed, *of_questions)
 
-    # --- Processes, precision, seed ----------------------------------------------------------------------------------
+    # --- Processes, precision ----------------------------------------------------------------------------------------
     precision = distributed.choose_precision(training.bf16, training.fp16, arguments.explicit)
     accelerator = distributed.build_accelerator(precision, training.max_grad_norm, training.report_to, output_dir)
     liveness.watch_other_ranks(rank, world_size)
     if training.tf32 is not None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = training.tf32
-    torch.manual_seed(training.seed)  # the same on every rank, because new weights must be equal
+
+    # --- Order: the global batches, the micro-batches of each, and the longest of these ------------------------------
+    order = choose_order(arguments, store, lengths, world_size)
+    sampler, total_steps = order.sampler, order.total_steps
+    devices, dealt = planning.running_layout(accelerator), order.dealt_batches()
+    planned = planning.planned_run(arguments, source, tokenizer, new_tokens, devices, lengths, order.layout, dealt)
+    if advice is not None:
+        advice.planned = planned
 
     # --- Model, what of it is trained, optimizer ---------------------------------------------------------------------
+    torch.manual_seed(training.seed)  # the same on every rank, because new weights must be equal
     model, plan = build_model(arguments, source, tokenizer, new_tokens, accelerator)
     trained = trained_in_full(plan)
     rates = {"projector": training.mm_projector_lr, "vision_tower": training.mm_vision_tower_lr}
@@ -98,10 +106,6 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     model, optimizer = distributed.prepare(accelerator, model, optimizer)
     checkpoint.create_moments(accelerator, optimizer)
     model.train()
-
-    # --- Order: the global batches, and this rank's micro-batches of each --------------------------------------------
-    order = choose_order(arguments, store, lengths, world_size)
-    sampler, total_steps = order.sampler, order.total_steps
 
     # --- Resume ------------------------------------------------------------------------------------------------------
     torch.manual_seed((training.seed << 16) + rank)  # from here on each rank has dropout masks of its own
@@ -169,11 +173,6 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     rank_steps = RankSteps(store, *how, data_flags.packing, data_flags.on_bad_sample)
     first_batch.show(accelerator, rank_steps, order.dealt_batches(), tokenizer, sampler.step + 1)
     if training.longest_batch_first and sampler.step < total_steps:
-        devices = planning.running_layout(accelerator)
-        dealt = order.dealt_batches()
-        planned = planning.planned_run(arguments, source, tokenizer, new_tokens, devices, lengths, order.layout, dealt)
-        if advice is not None:
-            advice.planned = planned
         say(try_longest(accelerator, model, optimizer, rank_steps, planned.longest))
     held_out = HeldOut(arguments, accelerator, model, questions, tokenizer, inputs.eval_template, total_steps)
     if held_out.is_due(sampler.step):  # before step 1, and where a kill came between a save and its evaluation

@@ -214,7 +214,7 @@ def test_every_command_of_readme_is_run_by_a_test_or_by_ci_or_said_not_to_be():
     assert not [start for start in RUN_ALONE if not any(command.startswith(start) for command in alone)]
 
 
-@pytest.mark.parametrize("place", {*RUN.values(), *RUN_ALONE.values()})
+@pytest.mark.parametrize("place", dict.fromkeys([*RUN.values(), *RUN_ALONE.values()]))
 def test_what_is_said_to_run_commands_is_there(place):
     file, function = place.split("::")
     assert f"\ndef {function}(" in (ROOT / file).read_text(encoding="utf-8")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 
 import train
@@ -18,7 +19,7 @@ from mini_llava.data.records import Lengths
 from mini_llava.model.vision_tower import VisionTower
 from mini_llava.training.longest import kept_of_a_position, longest_micro_batch
 from mini_llava.training.memory import kept_of_a_picture
-from mini_llava.training.planning import read_layout
+from mini_llava.training.planning import Advice, read_layout
 from tests import forked_runs
 from tests.end_to_end.runs import FIXTURES, flags_of
 from tests.families import FAMILIES, write_family
@@ -186,6 +187,23 @@ def test_a_run_that_has_no_memory_ends_before_step_1_with_a_change_to_make(tmp_p
     change = re.search(r"The first change that makes it fit: (.+?)\. The same flags with --dry_run True", run.text)
     assert change, run.text
     assert not list(output.glob("checkpoint-*")) and not (output / "log.jsonl").exists()
+
+
+def test_memory_that_runs_out_while_the_model_is_made_gets_the_same_advice(tmp_path, monkeypatch):
+    """A real card is full at AdamW's moments, say, before any micro-batch is tried."""
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(train.checkpoint, "create_moments", full)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    advice = Advice()
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        train.train(flags.parse_arguments(flags_of(2, tmp_path, {})), advice)
+    assert re.search(
+        r"\(CUDA out of memory\)\. .* change that makes it fit: ", advice.if_memory_has_run_out(error.value)
+    )
 
 
 def _with_two_gigabytes_more() -> None:
