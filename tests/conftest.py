@@ -30,9 +30,12 @@ def pytest_collection_modifyitems(config, items):
         items.sort(key=lambda item: item.path not in long)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """The models are tiny: a second thread costs more than it computes, and other processes need the core."""
+    """The models are tiny: a second thread costs more than it computes, and other processes need the core.
+
+    Before any other fixture: runs that are compared to the last bit need the same number of threads.
+    """
     torch.set_num_threads(1)
 
 

@@ -352,12 +352,18 @@ class HeldOut:
         for name, groups in self.parts.items():
             if (chosen := np.isin(self.groups, groups)).any():
                 values[f"eval/{name}"] = losses[chosen].sum() / trained[chosen].sum()
-        for metric in self._counts():
-            for suffix, given in (("", answers), ("_shuffled", blind)):
-                if given is not None:
-                    asked = zip(self.questions, given, strict=True)
-                    right = [is_right(metric, answer, q.answer) for q, answer in asked if q.metric == metric]
-                    values[f"eval/{metric}{suffix}"] = np.mean(right)
+        metrics = np.array([question.metric for question in self.questions])
+        for suffix, given in (("", answers), ("_shuffled", blind)):
+            if given is None:
+                continue
+            asked = zip(self.questions, given, strict=True)
+            right = np.array([is_right(question.metric, answer, question.answer) for question, answer in asked])
+            for metric in self._counts():
+                values[f"eval/{metric}{suffix}"] = right[metrics == metric].mean()
+                for name, groups in self.parts.items():
+                    chosen = (metrics == metric) & np.isin(self.groups, groups)
+                    if name.startswith("loss/") and chosen.any() and not suffix:
+                        values[f"eval/{metric}{name.removeprefix('loss')}"] = right[chosen].mean()
         return {name: float(value) for name, value in values.items()}
 
     def _show(self, step: int, losses: np.ndarray, answers: Sequence[str]) -> None:

@@ -99,7 +99,7 @@ def try_longest(
     discard_gradients(accelerator, optimizer)
     for buffer, before in statistics:
         buffer.copy_(before)
-    took = f"the longest micro-batch ({longest.shape.tokens:,} tokens, {longest.shape.images} images)"
+    took = f"the longest micro-batch ({longest.shape.tokens:,} tokens, {longest.shape.images} images through the tower)"
     if not on_gpu:
         return f"Tried {took} in {time.perf_counter() - started:.1f} s."
     peak = torch.cuda.max_memory_allocated() / 2**30

@@ -285,7 +285,7 @@ def plan_run(
     print(
         f"Global batch: {sampler.global_batch_size} samples on {layout.gpus} GPU{'s' * (layout.gpus > 1)}, on each in "
         f"{sum(counts) / len(counts):.1f} micro-batches a step (at most {max(counts)}), {order.layout}. "
-        f"Longest micro-batch: {longest.shape.tokens:,} tokens, {longest.shape.images} images."
+        f"Longest micro-batch: {longest.shape.tokens:,} tokens, {longest.shape.images} images through the tower."
     )
     guessed = "" if measured == len(store) else f" (as {measured:,} of them say)"
     epochs = steps / sampler.steps_per_epoch

@@ -65,6 +65,10 @@ def test_two_processes_find_what_one_finds(one_process, two_processes, backend):
     one, two = (run("evaluated stage 2, clipped") for run in (one_process, lambda name: two_processes(backend, name)))
     before, expected = evaluations(two)[0], evaluations(one)[0]
     assert before.keys() == expected.keys() >= {"eval/loss/words", "eval/exact_match", "eval/choice_shuffled"}
+    assert (before["eval/exact_match/words"], before["eval/choice/letters"]) == (
+        before["eval/exact_match"],
+        before["eval/choice"],
+    )  # each file has one kind
     for name in before.keys() - {"eval/seconds"}:
         assert before[name] == pytest.approx(expected[name], rel=1e-6), name  # fp32 sums in another order
     shown = zip(samples(two), samples(one), strict=True)
