@@ -106,8 +106,8 @@ def interval(
     names = {thing: index for index, thing in enumerate(dict.fromkeys(things))}
     place = [names[thing] for thing in things]
     sums, counts = np.bincount(place, values, len(names)), np.bincount(place, minlength=len(names))
-    drawn = np.random.default_rng(seed).multinomial(len(names), [1 / len(names)] * len(names), resamples)
-    means = drawn @ sums / (drawn @ counts)
+    drawn = np.random.default_rng(seed).integers(len(names), size=(resamples, len(names)), dtype=np.int32)
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
     low, high = np.quantile(means, (0.025, 0.975))
     return float(np.mean(values)), float(low), float(high)
 
@@ -194,6 +194,7 @@ def main() -> None:
             ]
             answers[file][name] = {q["id"]: both for q, both in zip(questions, zip(*written, strict=True), strict=True)}
             scores += score(name, file, questions, written, is_caption)
+        write(given.output, scores, answers)  # now already: the next model takes a while
         print(f"{name}: {directory} has answered.", flush=True)
 
     for file in ("new_hand", "photographs"):
@@ -204,8 +205,12 @@ def main() -> None:
         ]
         scores += score("nearest training picture", file, questions, written, False)
 
-    given.output.write_text(json.dumps({"scores": scores, "answers": answers}, ensure_ascii=False, indent=1))
+    write(given.output, scores, answers)
     print(table_of(scores) + "\n\n" + samples_of(asked, answers, given.samples))
+
+
+def write(file: Path, scores: list[dict], answers: dict[str, dict]) -> None:
+    file.write_text(json.dumps({"scores": scores, "answers": answers}, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
 def score(
