@@ -6,6 +6,7 @@ transformers', brings its own. All names and shapes are compared before a weight
 files until they are copied: under ZeRO-3 rank 0 reads them, one after the other, and the other ranks none.
 """
 
+import copy
 import json
 import math
 import pickle
@@ -712,7 +713,7 @@ def _empty_part(source: Source, part: str) -> nn.Module:
             widths = source.vision_config.hidden_size, _width(source.language_config)
             return build_projector(source.projector_type, *widths)
         # Its class and not AutoModel, which would partition it under ZeRO-3.
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(source.language_config)](source.language_config)
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(source.language_config)](copy.deepcopy(source.language_config))
 
 
 def _check_weights(source: Source) -> None:

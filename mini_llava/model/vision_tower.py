@@ -167,10 +167,10 @@ def resize(model: nn.Module, image_size: int) -> None:
 
 
 def empty_model(config: PreTrainedConfig) -> nn.Module:
-    """The model without memory for its weights: its shapes, and what it computes from what."""
+    """The model without memory for its weights: its shapes, and what it computes from what. Its `config` is its own."""
     with torch.device("meta"):
         # Its class and not AutoModel, which would partition it under ZeRO-3.
-        return _without_head(MODEL_MAPPING[type(config)](config))
+        return _without_head(MODEL_MAPPING[type(config)](copy.deepcopy(config)))
 
 
 # --------------------------------------------------------------------------------------------- what configurations say

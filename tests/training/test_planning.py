@@ -197,10 +197,11 @@ def test_memory_that_runs_out_while_the_model_is_made_gets_the_same_advice(tmp_p
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(train.checkpoint, "create_moments", full)
-    AcceleratorState._reset_state(reset_partial_state=True)
     advice = Advice()
+    AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(torch.OutOfMemoryError) as error:
         train.train(flags.parse_arguments(flags_of(2, tmp_path, {})), advice)
+    AcceleratorState._reset_state(reset_partial_state=True)
     sentence = advice.if_memory_has_run_out(error.value)
     assert sentence.startswith("Memory has run out (CUDA out of memory). The longest micro-batch has 1,532 tokens. ")
 
