@@ -62,7 +62,6 @@ if torch.cuda.is_available():
     ("asked", "expected"),
     [
         ({}, ["expandable_segments:True", "True"]),
-        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, ["expandable_segments:False", "False"]),
         ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, ["None", "False"]),  # its name before torch 2.9
     ],
 )
