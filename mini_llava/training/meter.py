@@ -161,7 +161,8 @@ class ProgressLine:
     def update(self, step: int, values: dict[str, float], evaluation: str = "") -> None:
         """evaluation: the newest one in a word."""
         parts = [
-            f"loss {values['loss']:.4f} lr {values['learning_rate']:.2e} grad {values['gradient_norm']:.3f}",
+            f"loss {_shown(values['loss'], 4)} lr {values['learning_rate']:.2e} "
+            f"grad {_shown(values['gradient_norm'], 3)}",
             f"{values['tokens_per_second']:,.0f} tokens/s {values['samples_per_second']:,.1f} samples/s",
         ]
         if "mfu" in values:
@@ -182,6 +183,11 @@ class ProgressLine:
 
     def close(self) -> None:
         self.bar.close()
+
+
+def _shown(value: float, digits: int) -> str:
+    """A small number by its size: 0.0000 would be taken for a fault where a batch has nothing left to learn."""
+    return f"{value:.{digits}f}" if value == 0 or value >= 0.001 else f"{value:.1e}"
 
 
 def append_json_line(file: Path, values: dict) -> None:

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from mini_llava.data.collator import sample_of_targets
 from mini_llava.data.loader import RankStep, loss_group
 from mini_llava.data.tokenization import IGNORE_INDEX
-from mini_llava.training.meter import Meter, append_json_line, loss_parts
+from mini_llava.training.meter import Meter, ProgressLine, append_json_line, loss_parts
 from tests.training.tiny_llava import micro_batch, tiny_llava
 
 
@@ -137,3 +137,15 @@ def test_the_log_keeps_every_bit(tmp_path):
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [values, values]
     assert json.loads(lines[0])["loss"].hex() == (math.pi / 7).hex()
+
+
+@pytest.mark.parametrize(
+    ("loss", "shown"),
+    [(1.23456, "loss 1.2346 "), (0.0, "loss 0.0000 "), (2.2e-6, "loss 2.2e-06 "), (math.nan, "loss nan ")],
+)
+def test_a_loss_that_is_small_is_not_shown_as_none(loss, shown, capfd):
+    line = ProgressLine(total_steps=2, first_step=0, enabled=True)
+    rates = {"tokens_per_second": 1.0, "samples_per_second": 1.0, "data_wait": 0.0}
+    line.update(1, {"loss": loss, "learning_rate": 1e-3, "gradient_norm": 0.5} | rates)
+    line.close()
+    assert shown in capfd.readouterr().err
