@@ -4,6 +4,7 @@ Only their size is changed: two processes instead of eight, one step. Hub names 
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -53,7 +54,9 @@ def printed_by(start: str, folder: Path) -> str:
         command = command.replace("accelerate launch", launcher) + f" {SMALLER}"
     else:
         command = command.replace("python", sys.executable, 1)
-    run = subprocess.run(command, shell=True, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    on_cpu = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, shell=True, cwd=folder, env=on_cpu, **pipes)
     assert run.returncode == 0, run.stdout[-5000:]
     return run.stdout
 
