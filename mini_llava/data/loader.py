@@ -46,12 +46,17 @@ def refuse_or_report(store: RecordStore, bad: dict[int, str], on_bad_sample: str
     """How many records of each fault measuring found; with `--on_bad_sample error` BadRecord with all of them."""
     sentences = [f"{store.describe(index)}: {reason}" for index, reason in sorted(bad.items())]
     if sentences and on_bad_sample == "error":
-        shown = "\n".join(sentences[:20]) + (f"\n... and {len(sentences) - 20} more" if len(sentences) > 20 else "")
         raise BadRecord(
             f"{len(sentences)} of {len(store)} records cannot be trained on; mend them, or leave them out with "
-            f"--on_bad_sample skip, or with --exclude and the list that mini_llava.tools.doctor writes:\n{shown}"
+            f"--on_bad_sample skip, or with --exclude and the list that mini_llava.tools.doctor writes:\n"
+            f"{first_of(sentences)}"
         )
     return count_reasons(bad.values())
+
+
+def first_of(sentences: list[str]) -> str:
+    """Twenty of them, a line each, and how many more there are."""
+    return "\n".join(sentences[:20]) + (f"\n... and {len(sentences) - 20} more" if len(sentences) > 20 else "")
 
 
 def log_skipped(store: RecordStore, skipped: Iterable[tuple[int, str]], file: Path) -> None:

@@ -24,7 +24,7 @@ from ..data.anyres import Tiles
 from ..data.collator import image_tokens, join_images, sample_of_targets
 from ..data.images import BadImage
 from ..data.json_lines import append_lines, read_lines
-from ..data.loader import RankSteps, loss_group, rank_step_loader
+from ..data.loader import RankSteps, first_of, loss_group, rank_step_loader
 from ..data.records import RecordStore, missing_image
 from ..data.sampler import deal
 from ..data.templates import IMAGE_MARK, Template, written_answer
@@ -109,10 +109,8 @@ def read_held_out(
     if len(faults) == 1:
         raise BadRecord(f"--eval_data_path: {faults[0]}")
     if faults:
-        shown = "\n".join(faults[:20]) + (f"\n... and {len(faults) - 20} more" if len(faults) > 20 else "")
-        raise BadRecord(
-            f"--eval_data_path: {len(faults)} of {len(chosen)} records cannot be asked; mend them:\n{shown}"
-        )
+        count = f"{len(faults)} of {len(chosen)}"
+        raise BadRecord(f"--eval_data_path: {count} records cannot be asked; mend them:\n{first_of(faults)}")
     return RankSteps(store, to_sample, load_pixels, image_size, data_flags.packing, on_bad_sample="skip"), questions
 
 
@@ -161,6 +159,9 @@ class HeldOut:
         sources = [self.store.source(question.index) for question in self.questions]
         with_image = [bool(question.images) for question in self.questions]
         self.parts = loss_parts(self.store.source_names(), with_image)
+        metrics = [question.metric for question in self.questions]
+        self.counts = {metric: metrics.count(metric) for metric in (EXACT_MATCH, CHOICE) if metric in metrics}
+        self.most_tokens = [self._most_tokens(question) for question in self.questions]
         self.groups = np.array([loss_group(*pair) for pair in zip(sources, with_image, strict=True)])
         shown = min(self.data_flags.eval_samples_shown, len(self.questions))
         self.shown = np.linspace(0, len(self.questions) - 1, shown).astype(int).tolist()
@@ -218,18 +219,14 @@ class HeldOut:
 
     def share_right(self, entry: dict) -> float:
         """The share of all questions that an evaluation found answered right, each by its own metric."""
-        counts = self._counts()
-        return sum(count * entry.get(f"eval/{metric}", 0.0) for metric, count in counts.items()) / sum(counts.values())
+        right = sum(count * entry.get(f"eval/{metric}", 0.0) for metric, count in self.counts.items())
+        return right / len(self.questions)
 
     def in_a_word(self) -> str:
         """The newest evaluation for the progress line; empty before there is one."""
         if not self.history:
             return ""
         return f"held out {self.history[-1]['eval/loss']:.4f} {self.share_right(self.history[-1]):.0%}"
-
-    def _counts(self) -> dict[str, int]:
-        metrics = [question.metric for question in self.questions]
-        return {metric: metrics.count(metric) for metric in (EXACT_MATCH, CHOICE) if metric in metrics}
 
     @contextmanager
     def _evaluation_mode(self) -> Iterator[None]:
@@ -296,14 +293,18 @@ class HeldOut:
         for start in range(0, len(by_length), batch_size * self.accelerator.num_processes):
             first = start + rank * batch_size
             places = by_length[first : first + batch_size]
-            batch = [questions[place] for place in places or by_length[:1]]
-            answers |= zip(places, self._generate(llava, batch, stop_ids), strict=False)
+            asked = places or by_length[:1]
+            most_tokens = max(self.most_tokens[place] for place in asked)
+            texts = self._generate(llava, [questions[place] for place in asked], most_tokens, stop_ids)
+            answers |= zip(places, texts, strict=False)
         if attention == "varlen":
             llava.language_model.set_attn_implementation(attention)
         of_all = ChainMap(*gather_from_ranks(self.accelerator, answers))
         return [of_all[place] for place in range(len(questions))]
 
-    def _generate(self, llava: nn.Module, batch: Sequence[Question], stop_ids: int | list[int]) -> list[str]:
+    def _generate(
+        self, llava: nn.Module, batch: Sequence[Question], most_tokens: int, stop_ids: int | list[int]
+    ) -> list[str]:
         images, ids = [], []
         for question in batch:
             images_of_question = [self._pixels(index, name) for index, name in question.images]
@@ -315,9 +316,7 @@ class HeldOut:
         is_image = input_ids == IMAGE_TOKEN_INDEX
         pixel_values, feature_rows = join_images(images, llava.vision_tower.image_size)
         device = self.accelerator.device
-        settings = GenerationConfig(
-            do_sample=False, max_new_tokens=max(map(self._most_tokens, batch)), eos_token_id=stop_ids, pad_token_id=0
-        )
+        settings = GenerationConfig(do_sample=False, max_new_tokens=most_tokens, eos_token_id=stop_ids, pad_token_id=0)
         with self.accelerator.autocast():
             embeddings = llava.embed(
                 input_ids.masked_fill(is_image, 0).to(device),
@@ -352,19 +351,21 @@ class HeldOut:
         for name, groups in self.parts.items():
             if (chosen := np.isin(self.groups, groups)).any():
                 values[f"eval/{name}"] = losses[chosen].sum() / trained[chosen].sum()
-        metrics = np.array([question.metric for question in self.questions])
-        for suffix, given in (("", answers), ("_shuffled", blind)):
-            if given is None:
-                continue
-            asked = zip(self.questions, given, strict=True)
-            right = np.array([is_right(question.metric, answer, question.answer) for question, answer in asked])
-            for metric in self._counts():
-                values[f"eval/{metric}{suffix}"] = right[metrics == metric].mean()
-                for name, groups in self.parts.items():
-                    chosen = (metrics == metric) & np.isin(self.groups, groups)
-                    if name.startswith("loss/") and chosen.any() and not suffix:
-                        values[f"eval/{metric}{name.removeprefix('loss')}"] = right[chosen].mean()
+        right = self._are_right(answers)
+        files = {name.removeprefix("loss"): groups for name, groups in self.parts.items() if name.startswith("loss/")}
+        for metric in self.counts:
+            asked = np.array([question.metric == metric for question in self.questions])
+            values[f"eval/{metric}"] = right[asked].mean()
+            if blind is not None:
+                values[f"eval/{metric}_shuffled"] = self._are_right(blind)[asked].mean()
+            for file, groups in files.items():
+                if (of_file := asked & np.isin(self.groups, groups)).any():
+                    values[f"eval/{metric}{file}"] = right[of_file].mean()
         return {name: float(value) for name, value in values.items()}
+
+    def _are_right(self, answers: Sequence[str]) -> np.ndarray:
+        asked = zip(self.questions, answers, strict=True)
+        return np.array([is_right(question.metric, answer, question.answer) for question, answer in asked])
 
     def _show(self, step: int, losses: np.ndarray, answers: Sequence[str]) -> None:
         shown = []
@@ -384,10 +385,9 @@ class HeldOut:
                 show(self.accelerator, "eval/answers", as_picture(shown), as_table(shown), step)
 
     def _in_a_sentence(self, entry: dict) -> str:
-        counts = self._counts()
         parts = []
-        for metric, count in counts.items():
-            of = f" of {count:,}" if len(counts) > 1 else ""
+        for metric, count in self.counts.items():
+            of = f" of {count:,}" if len(self.counts) > 1 else ""
             parts.append(f"{entry[f'eval/{metric}']:.1%}{of} {IN_WORDS[metric]}")
             if f"eval/{metric}_shuffled" in entry:
                 parts.append(f"{entry[f'eval/{metric}_shuffled']:.1%} with the images shuffled")
