@@ -39,9 +39,7 @@ LOOK = "tests/test_readme_commands.py::test_a_look_at_a_run_and_at_its_data"
 RUN_ALONE = {
     "accelerate launch --config_file accelerate_configs/zero2.yaml train.py --stage 1 --model_name_or_path": OWN,
     "accelerate launch --config_file accelerate_configs/zero3.yaml train.py --stage 2 --model_name_or_path": OWN,
-    "accelerate launch --config_file accelerate_configs/zero3.yaml train.py --stage 2 --config mini_llava/recipes/": (
-        "tests/test_recipes.py::test_a_recipe_takes_a_step"
-    ),
+    "accelerate launch --config_file accelerate_configs/zero3.yaml train.py --stage 2 --config mini_llava": OWN,
     "python train.py --help": LOOK,
     "python train.py --stage 2 --config my_run.yaml --dry_run": LOOK,
     "python -m mini_llava.tools.inspect": LOOK,
@@ -51,7 +49,9 @@ RUN_ALONE = {
     "python -m pytest tests/parity": "tests/parity/test_model.py::test_logits_are_llavas",
     "python benchmarks/figures.py": "tests/benchmarks/test_figures.py::test_each_figure_is_drawn",
     "python benchmarks/recipe_plans.py": "tests/benchmarks/test_recipe_plans.py::test_a_row_is_what_the_plan_comes_to",
-    "python tests/end_to_end/crash_loop.py": "tests/end_to_end/test_crashes.py::crashes",
+    "python tests/end_to_end/crash_loop.py": (
+        "tests/end_to_end/test_crashes.py::test_readmes_command_says_that_all_runs_ended_as_if_nobody_had_killed_them"
+    ),
 }
 NOT_RUN = ("vllm serve", "python -m sglang.launch_server", "python -m lmms_eval")
 CI = {

@@ -36,6 +36,7 @@ def folder(tmp_path_factory) -> Path:
         (folder / f"{name}.json").symlink_to(FIXTURES / "data" / f"train_stage{stage}.json")
     for name in ("images", "data"):
         shutil.copytree(FIXTURES / "data" / "images", folder / name)
+    (folder / "data" / "llava_v1_5_mix665k.json").symlink_to(folder / "llava_v1_5_mix665k.json")
     save_to_disk(folder / "data" / "train", [{"image": embedded(JPEG), "conversations": chat("<image>\nWho?", "I.")}])
     (folder / "my_run.yaml").write_text(
         "model_name_or_path: lmsys/vicuna-7b-v1.5\nvision_tower: openai/clip-vit-large-patch14-336\n"
@@ -67,6 +68,10 @@ def test_both_stages_of_ones_own_model(folder):
     second = "accelerate launch --config_file accelerate_configs/zero3.yaml train.py --stage 2 --model_name_or_path"
     assert "2 processes, DeepSpeed ZeRO-3, bf16" in printed_by(second, folder)
     assert (folder / "outputs" / "stage2" / "model.safetensors").is_file()
+
+    (folder / "outputs" / "llava-1.5-7b-pretrain").symlink_to(folder / "outputs" / "stage1")
+    printed_by(second.partition(" --model")[0] + " --config mini_llava/recipes/", folder)
+    assert (folder / "outputs" / "llava-1.5-7b-finetune" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
