@@ -8,8 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-
-RIGHT, OTHER = "#1f77b4", "#bbbbbb"
+import numpy as np
 
 
 def main() -> None:
@@ -36,13 +35,22 @@ def main() -> None:
 
 
 def draw_scores(axis: plt.Axes, rows: list[dict]) -> None:
-    rows = [row for row in rows if row["file"] == "new_hand" and row["kind"] == "name"]
-    places = range(len(rows))
-    axis.bar([p - 0.2 for p in places], [100 * r["right"] for r in rows], 0.4, color=RIGHT, label="right picture")
-    axis.bar([p + 0.2 for p in places], [100 * r["exchanged"] for r in rows], 0.4, color=OTHER, label="another")
-    axis.set_xticks(list(places), [row["model"].replace(" training", "\ntraining") for row in rows])
-    axis.set(title="A new designer's drawings named", ylabel="exactly right, %")
-    axis.legend()
+    """Of the last model that was asked, drawings of its training's things by another designer and of new things."""
+    model = next(row["model"] for row in reversed(rows) if row["file"] == "new_things")
+    names = {
+        ("new_hand", "name"): "name",
+        ("new_hand", "category"): "category",
+        ("new_hand", "yes_no"): "yes or no",
+        ("new_things", "category"): "category,\nnew things",
+    }
+    rows = [row for row in rows if row["model"] == model and (row["file"], row["kind"]) in names]
+    places = np.arange(len(rows))
+    bars = (("right", "its own picture", "#1f77b4"), ("exchanged", "another picture", "#ff9f4a"))
+    for shift, (key, label, colour) in enumerate((*bars, ("commonest", "commonest answer", "#cccccc"))):
+        axis.bar(places + 0.27 * (shift - 1), [100 * row[key] for row in rows], 0.27, color=colour, label=label)
+    axis.set_xticks(places, [names[row["file"], row["kind"]] for row in rows])
+    axis.set(title=f"Held-out pictures, {model}", ylabel="exactly right, %", ylim=(0, 100))
+    axis.legend(frameon=False, fontsize="small", loc="upper left")
 
 
 if __name__ == "__main__":
