@@ -23,6 +23,16 @@ def pytest_cmdline_main(config):
         config.option.dist, config.option.loadscopereorder = "loadfile", False
 
 
+def pytest_configure(config):
+    """GPUs are hidden from all tests but those that need one, `-m gpu`.
+
+    Liger's kernels change transformers' classes for the whole process, what is compared to the last bit was recorded on
+    CPUs, and the ranks of a test cannot share a GPU.
+    """
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(config, items):
     """For several processes the long files come first, so that none is left for the end."""
     if hasattr(config, "workerinput"):

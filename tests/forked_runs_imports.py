@@ -3,10 +3,8 @@
 import gc
 import os
 
-# One thread: OpenMP's threads do not survive a fork, and continuous integration has few cores. No GPU: the runs that
-# are compared are those of CPUs, and several ranks could not share one.
-os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
-os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
+# One thread: OpenMP's threads do not survive a fork, and continuous integration has few cores.
+os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 
 import accelerate.utils.deepspeed  # noqa: F401
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  two CPU seconds, of which torch's compiler is most

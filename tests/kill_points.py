@@ -106,7 +106,7 @@ class _Watch:
             path, _, flags = arguments
             if flags & (os.O_WRONLY | os.O_RDWR) and not isinstance(path, int):
                 self.sees("write", path, os.path.getsize(path) if flags & os.O_APPEND and os.path.exists(path) else 0)
-        elif event in CHANGES:
+        elif event in CHANGES and not isinstance(arguments[0], int):  # a lock's file is emptied by its number
             directory = arguments[-1] if event in ("os.mkdir", "os.remove", "os.rmdir") else -1
             path = os.fsdecode(arguments[0])
             self.sees(CHANGES[event], f"/proc/self/fd/{directory}/{path}" if directory not in (-1, None) else path)

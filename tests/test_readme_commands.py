@@ -56,8 +56,7 @@ def printed_by(start: str, folder: Path) -> str:
     else:
         command = command.replace("python", sys.executable, 1)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    on_cpu = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, shell=True, cwd=folder, env=on_cpu, **pipes)
+    run = subprocess.run(command, shell=True, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
     assert run.returncode == 0, run.stdout[-5000:]
     return run.stdout
 

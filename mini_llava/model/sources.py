@@ -35,6 +35,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from ..data.anyres import MERGE_TYPES, Tiling, choose_tiling
 from ..data.images import load_image_processor, of_size, output_size
 from ..data.tokenization import find_file, foreign_code_refused, read_json
+from .attention import CAPPED
 from .image_newline import ImageNewline
 from .projector import PROJECTOR_FILE, build_projector
 from .vision_tower import (
@@ -259,6 +260,8 @@ class Source:
         Raises:
             ValueError: tensors are missing, unexpected or of another shape.
         """
+        if attn_implementation is None and self.language_config.model_type in CAPPED:
+            attn_implementation = "eager"  # some versions of transformers take sdpa, and leave the cap out unsaid
         options |= {"dtype": dtype, "attn_implementation": attn_implementation}
         if self.layout == "language_model":
             with foreign_code_refused(self.name):

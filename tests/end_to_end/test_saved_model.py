@@ -49,7 +49,7 @@ def trained(tmp_path_factory):
     saved, loading = LlavaForConditionalGeneration.from_pretrained(output_dir, output_loading_info=True)
     assert not any(loading.values()), loading
     assert saved.dtype == torch.float32
-    return kept[0].eval(), saved.eval(), AutoProcessor.from_pretrained(output_dir)
+    return kept[0].eval(), saved.eval(), AutoProcessor.from_pretrained(output_dir, use_fast=False)
 
 
 def textual() -> dict:

@@ -22,7 +22,7 @@ from mini_llava.model.fused_kernels import (
 )
 from mini_llava.model.llava import token_losses
 
-on_gpu = pytest.mark.skipif(
+needs_liger = pytest.mark.skipif(
     not (torch.cuda.is_available() and importlib.util.find_spec("liger_kernel")), reason="needs a GPU and liger-kernel"
 )
 LENGTHS = (700, 37, 300)
@@ -57,7 +57,8 @@ def small(family: str, layers: int) -> PreTrainedConfig:
     return AutoConfig.for_model(family, **sizes, num_hidden_layers=layers, max_position_embeddings=64)
 
 
-@on_gpu
+@pytest.mark.gpu
+@needs_liger
 @pytest.mark.parametrize("family", FUSABLE)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.usefixtures("families_as_before")

@@ -171,6 +171,7 @@ def command_line(given: dict) -> list[str]:
 def train_here(name: str, folder: Path, projector: Path) -> Run:
     """Trains in this process."""
     given = flags_of(name, folder, projector, processes=1)
+    AcceleratorState._reset_state(reset_partial_state=True)  # what an earlier run in this process left
     train.train(flags.parse_arguments(command_line(given)))
     AcceleratorState._reset_state(reset_partial_state=True)
     return read_run(given["output_dir"])
