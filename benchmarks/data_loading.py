@@ -4,8 +4,9 @@
 
 Records and JPEG files (640x480) are those of `random_setup.py`, made if they are not there, for a tower of 336 pixels.
 The straightforward one is what LLaVA's code comes to: a list of dicts, one image at a time through transformers' image
-processor to floats, each text tokenized as a whole and again round by round for the labels. Both run with the same
-torch `DataLoader`, workers and batches, in turns; ids, labels and pixels are compared before anything is timed.
+processor to floats, each text tokenized as a whole and again round by round for the labels. It runs one
+sample after the other, and with our workers: the same torch `DataLoader`, processes and batches. All take turns; ids,
+labels and pixels are compared before anything is timed.
 `--alternatives` also times other decoders and resizers than Pillow's, as far as they are installed.
 """
 
@@ -305,19 +306,24 @@ def main(words: list[str] | None = None) -> None:
     check_that_both_give_the_same(straightforward, ours, range(min(64, samples)))
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(0)).split(BATCH)
     order = [batch.tolist() for batch in order]
-    found: dict[str, list[dict[str, float]]] = {"straightforward": [], "ours": []}
-    for _ in range(arguments.rounds):
-        for name, loader in (("straightforward", straightforward), ("ours", ours)):
-            batches = loader.batches(order, arguments.workers)
-            found[name].append(measure_loader(batches, samples, len(with_image)))
-
-    medians = {
-        name: {key: statistics.median(r[key] for r in rounds) for key in rounds[0]} for name, rounds in found.items()
+    workers = f"{arguments.workers} workers"
+    loaders = {
+        "straightforward, one sample at a time": (straightforward, 0),
+        f"straightforward, {workers}": (straightforward, arguments.workers),
+        f"ours, {workers}": (ours, arguments.workers),
     }
-    rows = [(name, *(f"{medians[name][key]:.1f}" for key in ("samples", "images", "cpu"))) for name in medians]
-    ratios = [f"{medians['ours'][key] / medians['straightforward'][key]:.2f}" for key in ("samples", "images", "cpu")]
-    head = [f"{arguments.workers} workers, {samples} records", "samples/s", "images/s", "CPU ms a sample"]
-    print(table(head, [*rows, ("ratio", *ratios)]), end="\n\n")
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in loaders}
+    for _ in range(arguments.rounds):
+        for name, (loader, processes) in loaders.items():
+            found[name].append(measure_loader(loader.batches(order, processes), samples, len(with_image)))
+
+    keys = ("samples", "images", "cpu")
+    medians = {name: {key: statistics.median(r[key] for r in rounds) for key in keys} for name, rounds in found.items()}
+    rows = [(name, *(f"{medians[name][key]:.1f}" for key in keys)) for name in loaders]
+    one_at_a_time, with_workers, of_ours = medians.values()
+    for name, other in (("one sample at a time", one_at_a_time), (workers, with_workers)):
+        rows.append((f"ratio to that, {name}", *(f"{of_ours[key] / other[key]:.2f}" for key in keys)))
+    print(table([f"{samples} records", "samples/s", "images/s", "CPU ms a sample"], rows), end="\n\n")
     parts = parts_of_a_sample(straightforward, ours, with_image[:100])
     print(table(["CPU ms, in one process", "straightforward", "ours"], parts), end="\n\n")
     if arguments.alternatives:
