@@ -84,8 +84,8 @@ def load_image(folder: str | os.PathLike, name: str) -> Image.Image:
 def _decoded(file: Image.Image) -> Image.Image:
     """The image with its pixels, of a JPEG by simplejpeg where it is installed: the same library, the same pixels.
 
-    Pillow feeds that library in pieces and takes a tenth longer. All that is unusual is left to it: other colours, files
-    that the library warns of, a header that the two do not understand alike.
+    Pillow feeds that library in pieces and takes a tenth longer. All that is unusual is left to it: other colours,
+    files that the library warns of, a header that the two do not understand alike.
     """
     if simplejpeg is not None and file.format == "JPEG" and file.mode == "RGB":
         file.fp.seek(0)
