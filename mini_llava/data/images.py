@@ -22,11 +22,6 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from .tokenization import shorten
 
-try:
-    import simplejpeg
-except ImportError:  # Pillow decodes all by itself
-    simplejpeg = None
-
 ASPECT_RATIOS = ("pad", "square")  # of one picture as a whole; tiles are made in anyres.py
 MAX_NAME_BYTES = 4096  # Linux knows no longer path, and following one of megabytes takes minutes
 # The formats of photographs and drawings. Pillow knows some fifty, and starts another program (Ghostscript) for some.
@@ -72,35 +67,13 @@ def load_image(folder: str | os.PathLike, name: str) -> Image.Image:
     """
     path = image_path(folder, name)
     with _opened(path) as file:
-        image = _decoded(file)
-        ImageOps.exif_transpose(image, in_place=True)
-        image = image if image.mode == "RGB" else image.convert("RGB")  # which would copy what is RGB already
+        ImageOps.exif_transpose(file, in_place=True)
+        file.load()
+        image = file if file.mode == "RGB" else file.convert("RGB")  # which would copy what is RGB already
     _check_sides(path, image.size)
     # convert() keeps a palette's transparent colour as a note, for which transformers would paint the image on white.
     image.info = {}
     return image
-
-
-def _decoded(file: Image.Image) -> Image.Image:
-    """The image with its pixels, of a JPEG by simplejpeg where it is installed: the same library, the same pixels.
-
-    Pillow feeds that library in pieces and takes a tenth longer. All that is unusual is left to it: other colours,
-    files that the library warns of, a header that the two do not understand alike.
-    """
-    if simplejpeg is not None and file.format == "JPEG" and file.mode == "RGB":
-        file.fp.seek(0)
-        data = file.fp.read()
-        try:
-            height, width, *_ = simplejpeg.decode_jpeg_header(data)
-            if (width, height) == file.size:
-                image = Image.new("RGB", file.size, None)  # fromarray() would paint it black first
-                image.frombytes(simplejpeg.decode_jpeg(data))
-                image.info = file.info
-                return image
-        except ValueError:
-            pass
-    file.load()
-    return file
 
 
 def image_size(folder: str | os.PathLike, name: str) -> tuple[int, int]:

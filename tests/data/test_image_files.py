@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import (
     BitImageProcessorPil,
     CLIPImageProcessorPil,
@@ -17,10 +17,8 @@ from transformers import (
     SiglipImageProcessorPil,
 )
 
-from mini_llava.data import images
 from mini_llava.data.images import (
     BadImage,
-    image_size,
     load_image,
     load_image_processor,
     normalisation_table,
@@ -87,75 +85,6 @@ def test_photographs_are_turned_upright(tmp_path):
     image = noise("RGB")
     image.save(tmp_path / "a.png", exif=exif)
     assert load_image(tmp_path, "a.png").tobytes() == image.transpose(Image.Transpose.ROTATE_270).tobytes()
-
-
-# --- two decoders of JPEGs -------------------------------------------------------------------------------------------
-
-JPEGS = {
-    **{f"subsampling {number}": dict(subsampling=number) for number in (0, 1, 2)},
-    "progressive": dict(progressive=True, quality=60),
-    "with restart markers": dict(restart_marker_blocks=3),
-    "stored as RGB": dict(keep_rgb=True),
-}
-
-
-def by_pillow(path: Path) -> bytes:
-    with Image.open(path) as file:
-        return ImageOps.exif_transpose(file).convert("RGB").tobytes()
-
-
-@pytest.fixture
-def by_simplejpeg(monkeypatch):
-    """How many files it has decoded to the end."""
-    simplejpeg, done = pytest.importorskip("simplejpeg"), []
-    decode = simplejpeg.decode_jpeg
-    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *given: done.append(decode(*given)) or done[-1])
-    return done
-
-
-@pytest.mark.parametrize("size", [(640, 480), (37, 23), (8, 17), (1, 1)])
-@pytest.mark.parametrize("kind", JPEGS)
-def test_simplejpeg_gives_pillows_pixels(kind, size, tmp_path, by_simplejpeg, monkeypatch):
-    noise("RGB", size).save(tmp_path / "a.jpg", **JPEGS[kind])
-    assert load_image(tmp_path, "a.jpg").tobytes() == by_pillow(tmp_path / "a.jpg")
-    assert len(by_simplejpeg) == 1
-    monkeypatch.setattr(images, "simplejpeg", None)  # not installed
-    assert load_image(tmp_path, "a.jpg").tobytes() == by_pillow(tmp_path / "a.jpg")
-    assert len(by_simplejpeg) == 1
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_what_simplejpeg_decodes_is_turned_upright(orientation, tmp_path, by_simplejpeg):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    noise("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
-    image = load_image(tmp_path, "a.jpg")
-    assert image.size == image_size(tmp_path, "a.jpg") == ((20, 30) if orientation > 4 else (30, 20))
-    assert image.tobytes() == by_pillow(tmp_path / "a.jpg") and image.info == {} and len(by_simplejpeg) == 1
-
-
-@pytest.mark.parametrize("mode", ["L", "CMYK"])
-def test_jpegs_of_other_colours_are_left_to_pillow(mode, tmp_path, by_simplejpeg):
-    noise(mode, (30, 20)).save(tmp_path / "a.jpg")
-    assert load_image(tmp_path, "a.jpg").tobytes() == by_pillow(tmp_path / "a.jpg") and not by_simplejpeg
-
-
-def test_so_are_damaged_ones_of_which_pillow_reads_some(tmp_path, by_simplejpeg):
-    noise("RGB", (64, 48)).save(tmp_path / "a.jpg")
-    content = bytearray((tmp_path / "a.jpg").read_bytes())
-    read = 0
-    for place in range(700, len(content), 97):  # behind the header's tables
-        damaged = content[:place] + bytes(4) + content[place + 4 :]
-        (tmp_path / "a.jpg").write_bytes(damaged)
-        try:
-            expected = by_pillow(tmp_path / "a.jpg")
-        except OSError:
-            with pytest.raises(BadImage):
-                load_image(tmp_path, "a.jpg")
-        else:
-            read += 1
-            assert load_image(tmp_path, "a.jpg").tobytes() == expected
-    assert read > len(by_simplejpeg), "none was left to Pillow, so this shows nothing"
 
 
 # --- the folder ------------------------------------------------------------------------------------------------------
