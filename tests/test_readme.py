@@ -40,6 +40,7 @@ RUN_ALONE = {
     "accelerate launch --config_file accelerate_configs/zero2.yaml train.py --stage 1 --model_name_or_path": OWN,
     "accelerate launch --config_file accelerate_configs/zero3.yaml train.py --stage 2 --model_name_or_path": OWN,
     "accelerate launch --config_file accelerate_configs/zero3.yaml train.py --stage 2 --config mini_llava": OWN,
+    "tensorboard --logdir": OWN,
     "python train.py --help": LOOK,
     "python train.py --stage 2 --config my_run.yaml --dry_run": LOOK,
     "python -m mini_llava.tools.inspect": LOOK,
@@ -77,7 +78,7 @@ def commands(block: str) -> list[str]:
 def all_commands(*texts: str) -> list[str]:
     """In blocks and in lines."""
     found = [command for text in texts for block in blocks(text) for command in commands(block)]
-    inline = re.findall(r"`((?:python|accelerate launch|torchrun) [^`]+)`", "".join(texts))
+    inline = re.findall(r"`((?:python|accelerate launch|torchrun|tensorboard) [^`]+)`", "".join(texts))
     found += [" ".join(command.split()) for command in inline if "..." not in command]
     return list(dict.fromkeys(found))
 
@@ -151,6 +152,9 @@ def check_flags(command: str, monkeypatch) -> None:
         script, words = given.training_script, given.training_script_args
     elif words[:2] == ["python", "-m"]:
         script, words = words[2], words[3:]
+    elif words[0] == "tensorboard":
+        assert words[1:2] == ["--logdir"] and len(words) == 3
+        return
     else:
         assert words[0] == "python", f"{command}: neither run nor read by a parser; add it to this file"
         script, words = words[1], words[2:]

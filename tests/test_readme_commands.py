@@ -9,6 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -61,12 +63,30 @@ def printed_by(start: str, folder: Path) -> str:
     return run.stdout
 
 
+def scalars_in_tensorboard(folder: Path) -> list[str]:
+    """The names of the curves that README's command for TensorBoard serves."""
+    [command] = re.findall(r"`(tensorboard [^`]+)`", README)
+    command = [sys.executable, "-m", "tensorboard.main", *command.split()[1:], "--port", "0"]
+    with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            address = next(filter(None, (re.search(r"http://\S+:\d+/", line) for line in server.stderr)))[0]
+            for _ in range(240):  # it reads the files while it already answers
+                with urllib.request.urlopen(f"{address}data/plugin/scalars/tags") as answer:
+                    if runs := json.load(answer):
+                        return [name for tags in runs.values() for name in tags]
+                time.sleep(0.25)
+        finally:
+            server.terminate()
+    raise AssertionError("TensorBoard shows no run")
+
+
 def test_both_stages_of_ones_own_model(folder):
     first = "accelerate launch --config_file accelerate_configs/zero2.yaml train.py --stage 1"
     assert "2 processes, DeepSpeed ZeRO-2, bf16" in printed_by(first, folder)
     second = "accelerate launch --config_file accelerate_configs/zero3.yaml train.py --stage 2 --model_name_or_path"
     assert "2 processes, DeepSpeed ZeRO-3, bf16" in printed_by(second, folder)
     assert (folder / "outputs" / "stage2" / "model.safetensors").is_file()
+    assert {"loss", "tokens_per_second"} <= set(scalars_in_tensorboard(folder))
 
     (folder / "outputs" / "llava-1.5-7b-pretrain").symlink_to(folder / "outputs" / "stage1")
     printed_by(second.partition(" --model")[0] + " --config mini_llava/recipes/", folder)

@@ -159,7 +159,7 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Ima
 def resize_padded(
     image: Image.Image, size: tuple[int, int], colour: tuple[int, int, int], resample: int
 ) -> Image.Image:
-    """What `pad_to_square(...).resize(size, resample)` gives, to the last bit, for two thirds of the work.
+    """What `pad_to_square(...).resize(size, resample)` gives, to the last bit, for less work.
 
     Pillow resizes the width first and then the height, and what is of one colour comes out of both as it is. So what is
     above and below a wide image is added between the two, and what shows padding alone in the end is not computed.
