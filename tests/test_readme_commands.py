@@ -86,7 +86,7 @@ def test_both_stages_of_ones_own_model(folder):
     second = "accelerate launch --config_file accelerate_configs/zero3.yaml train.py --stage 2 --model_name_or_path"
     assert "2 processes, DeepSpeed ZeRO-3, bf16" in printed_by(second, folder)
     assert (folder / "outputs" / "stage2" / "model.safetensors").is_file()
-    assert {"loss", "tokens_per_second"} <= set(scalars_in_tensorboard(folder))
+    assert {"loss", "norms/gradient_norm", "speed/tokens_per_second"} <= set(scalars_in_tensorboard(folder))
 
     (folder / "outputs" / "llava-1.5-7b-pretrain").symlink_to(folder / "outputs" / "stage1")
     printed_by(second.partition(" --model")[0] + " --config mini_llava/recipes/", folder)
