@@ -1,6 +1,7 @@
 """The benchmarks that compare trainings: on tiny models here, as they do on real shapes."""
 
 import math
+import re
 
 import pytest
 
@@ -42,6 +43,21 @@ def test_transformers_trainer_does_the_same_training_and_the_ratio_is_printed(se
     against_trainer.report(segments, 2, tmp_path / "table.jsonl")
     printed = capsys.readouterr().out
     assert "| Trainer |" in printed and "| ours |" in printed and "times as fast (medians of 2 segments" in printed
+
+
+@pytest.mark.slow
+def test_a_micro_batch_gathers_every_divided_weight_once_and_reduces_every_gradient_once(setup, tmp_path):
+    """Below DeepSpeed's limits, as a 7B model is on an H200: what forward gathers stays until backward."""
+    flags = ["--setup", setup, "--whole_up_to", "10000", *SHARED, "--global_batch_size", "12", "--packing", "True"]
+    flags += ["--gradient_checkpointing", "False", "--output_dir", tmp_path / "run"]
+    program = "benchmarks/communication.py"
+    run = forked_runs.start(list(map(str, flags)), tmp_path / "out.txt", "zero3", 2, program=program)
+    assert run.wait() == 0, run.text[-5000:]
+    assert "| a step of 3 micro-batches |" in run.text
+    times = dict(re.findall(r"^\| (\w+), float32 \| .* \| ([\d.]+) \|$", run.text, re.MULTILINE))
+    # 0.01: weights that are never divided have gradients too; a last part is filled up to a whole one.
+    assert float(times["all_gather_into_tensor"]) == pytest.approx(1, abs=0.01), run.text[-2000:]
+    assert float(times["reduce_scatter_tensor"]) == pytest.approx(1, abs=0.01), run.text[-2000:]
 
 
 @pytest.mark.slow
