@@ -1,4 +1,4 @@
-"""How much ZeRO-3 sends: the bytes of all collectives of a step of `train.py`, counted, on GPUs or CPUs.
+"""How much ZeRO-3 sends: the bytes of all collectives of a step of `train.py`, counted, on CPUs (on GPUs not tried).
 
     python benchmarks/random_setup.py --directory /tmp/bench16 --shape tiny --layers 16 --records 64
     accelerate launch --config_file accelerate_configs/zero3.yaml --num_processes 2 benchmarks/communication.py \
