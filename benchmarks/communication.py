@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
-import throughput  # noqa: E402
 from deepspeed.comm.torch import TorchBackend  # noqa: E402
 
+from benchmarks import throughput  # noqa: E402
 from mini_llava.training import distributed  # noqa: E402
 
 COLLECTIVES = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")  # that DeepSpeed calls in a step
@@ -41,8 +41,8 @@ def counted(name: str, sent: Counter) -> Callable:
     return call
 
 
-def count_bytes(steps: list[tuple[Counter, int]], sizes: dict[str, int]) -> None:
-    """Makes every step of the trainer append what it sent, and its number of micro-batches."""
+def count_bytes(steps: list[dict]) -> None:
+    """Makes every step of the trainer append what it sent, its micro-batches, and the bytes of its weights."""
     sent = Counter()
     for name in COLLECTIVES:
         setattr(TorchBackend, name, counted(name, sent))
@@ -51,10 +51,11 @@ def count_bytes(steps: list[tuple[Counter, int]], sizes: dict[str, int]) -> None
     def backward_and_step(accelerator, model, optimizer, losses, count, max_grad_norm):
         sent.clear()
         result = step_of_the_trainer(accelerator, model, optimizer, losses, count, max_grad_norm)
-        steps.append((Counter(sent), count))
-        divided = [p for p in model.parameters() if not getattr(p, "ds_persist", True)]
-        sizes["divided"] = sum(p.ds_numel * p.element_size() for p in divided)
-        sizes["all"] = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
+        sizes = [
+            (parameter.ds_numel * parameter.element_size(), parameter.ds_persist) for parameter in model.parameters()
+        ]
+        divided = sum(size for size, whole in sizes if not whole)
+        steps.append(dict(sent=Counter(sent), micro_batches=count, weights=sum(s for s, _ in sizes), divided=divided))
         return result
 
     distributed.backward_and_step = backward_and_step
@@ -74,17 +75,17 @@ def main() -> None:
         limit = {"stage3_param_persistence_threshold": own.whole_up_to}
         distributed.complete_zero = lambda zero, memory: zero.update(limit) or complete(zero, memory)
     own.steps, own.output_dir, own.profile = 3, None, None
-    steps, sizes = [], {}
-    count_bytes(steps, sizes)
+    steps = []
+    count_bytes(steps)
     throughput.run(own, flags_of_train)
     rank, processes = distributed.launched_rank()
     if rank == 0:
-        sent, micro_batches = steps[-1]
-        print(f"\nWeights: {sizes['all'] / 1e6:,.0f} MB, of them divided {sizes['divided'] / 1e6:,.0f} MB.\n")
-        print(f"| a step of {micro_batches} micro-batches | MB | times the divided weights, a micro-batch |")
+        last = steps[-1]
+        print(f"\nWeights: {last['weights'] / 1e6:,.0f} MB, of them divided {last['divided'] / 1e6:,.0f} MB.\n")
+        print(f"| a step of {last['micro_batches']} micro-batches | MB | times the divided weights, a micro-batch |")
         print("|---|---|---|")
-        for name, size in sorted(sent.items()):
-            print(f"| {name} | {size / 1e6:,.1f} | {size / sizes['divided'] / micro_batches:.2f} |")
+        for name, size in sorted(last["sent"].items()):
+            print(f"| {name} | {size / 1e6:,.1f} | {size / last['divided'] / last['micro_batches']:.2f} |")
         print(f"\n{processes} processes; commit {throughput.commit()}; {distributed.versions()}")
 
 

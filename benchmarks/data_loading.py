@@ -4,9 +4,9 @@
 
 Records and JPEG files (640x480) are those of `random_setup.py`, made if they are not there, for a tower of 336 pixels.
 The straightforward one is what LLaVA's code comes to: a list of dicts, one image at a time through transformers' image
-processor to floats, each text tokenized as a whole and again round by round for the labels. It runs one
-sample after the other, and with our workers: the same torch `DataLoader`, processes and batches. All take turns; ids,
-labels and pixels are compared before anything is timed.
+processor to floats, each text tokenized as a whole and again round by round for the labels. It runs one sample after
+the other, and with our workers: the same torch `DataLoader`, processes and batches. All take turns; ids, labels and
+pixels are compared before anything is timed.
 `--alternatives` also times other decoders and resizers than Pillow's, as far as they are installed.
 """
 
