@@ -149,7 +149,7 @@ def load_llava(
 
     Args:
         source: what `open_source` found.
-        attn_implementation: None takes what transformers has for this language model.
+        attn_implementation: None takes what transformers has for this language model, eager if it caps scores.
         dtypes: of the parts `language_model`, `vision_tower` and `projector`. Under ZeRO-3 the first two are read in
             the DeepSpeed config's precision instead, because they are partitioned while they are read.
         pretrained_projector: file or directory to read the projector from, in place of the source's; where neither has

@@ -257,6 +257,9 @@ class Source:
     def load_language_model(self, dtype: torch.dtype, attn_implementation: str | None, **options) -> nn.Module:
         """The language model; `options` go to `from_pretrained`. Under ZeRO-3 it is partitioned while it is read.
 
+        Args:
+            attn_implementation: None takes what transformers has for it, and eager if it caps scores.
+
         Raises:
             ValueError: tensors are missing, unexpected or of another shape.
         """
