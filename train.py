@@ -27,7 +27,7 @@ from mini_llava.data.records import RecordStore, measure
 from mini_llava.model import formats, lora
 from mini_llava.model.freeze import trainable_table, trained_in_full
 from mini_llava.model.sources import open_source
-from mini_llava.training import checkpoint, distributed, first_batch, liveness, output_folder, planning
+from mini_llava.training import checkpoint, distributed, first_batch, liveness, output_folder, planning, preflight
 from mini_llava.training.build import build_model
 from mini_llava.training.evaluation import HeldOut, read_held_out
 from mini_llava.training.identity import run_identity
@@ -65,7 +65,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     key = inputs.measurement_key
     if training.dry_run:
         if rank == 0:
-            planning.plan_run(arguments, source, tokenizer, new_tokens, store, inputs.to_sample, key)
+            planning.plan_run(arguments, source, inputs, store)
         return
     workers = max(1, data_flags.dataloader_num_workers)
     lengths = measure(store, inputs.to_sample, workers, output_dir / "cache", key, inputs.tiling)
@@ -84,6 +84,11 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     # --- Order: the global batches, the micro-batches of each, and the longest of these ------------------------------
     order = choose_order(arguments, store, lengths, world_size)
     sampler, total_steps = order.sampler, order.total_steps
+    held_out_tokens = max((question.tokens for question in questions[1]), default=0) if questions else 0
+    for line in preflight.report(
+        preflight.check_run(arguments, source, inputs, lengths, order, held_out_tokens), training.allow
+    ):
+        say(line)
     devices, dealt = planning.running_layout(accelerator), order.dealt_batches()
     planned = planning.planned_run(arguments, source, tokenizer, new_tokens, devices, lengths, order.layout, dealt)
     if advice is not None:

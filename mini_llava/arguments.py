@@ -88,6 +88,11 @@ class ModelArguments:
     mm_use_im_start_end: bool = False
     """Put the tokens <im_start> and <im_end> around each image, as LLaVA's first models have them."""
 
+    resize_token_embeddings: bool = False
+    """Add a row to the language model's embeddings and head for each token of its tokenizer that has none, the mean of
+    the rows there are. They are trained where the language model is trained in full. Without it such a tokenizer is
+    refused."""
+
     mm_use_im_patch_token: bool = False
     """Add the token <im_patch> to the vocabulary, in which it only takes a place, as in LLaVA's first models."""
 
@@ -294,6 +299,11 @@ class TrainingArguments:
     resume_ignore: list[str] | None = field(default=None, metadata={"metavar": "NAME"})
     """What may differ from the run that wrote the checkpoint: names of flags, and the words data and model."""
 
+    allow: list[str] | None = field(default=None, metadata={"metavar": "CHECK"})
+    """Contradictions that the checks before step 1 refuse, and that are meant: template (its end mark is not a token of
+    this tokenizer), projector (it was trained with other parts), learning_rate (it is 0 in all steps), adapters (they
+    do not reach all layers)."""
+
     eval_steps: int = 0
     """Steps between two evaluations on eval_data_path; 0: only before the first step and after the last one."""
 
@@ -369,6 +379,9 @@ PRESETS = {
 # What scripts/v1_5/finetune_lora.sh has instead, taken in stage 2 with --lora_enable.
 LORA_PRESET = dict(lora_r=128, lora_alpha=256, learning_rate=2e-4, mm_projector_lr=2e-5)
 
+# The checks of training/preflight.py whose refusal --allow takes back.
+ALLOWABLE = ("template", "projector", "learning_rate", "adapters")
+
 KNOWN_VALUES = {
     "image_aspect_ratio": ("square", "pad", "anyres"),
     "mm_patch_merge_type": ("flat", "spatial", "spatial_unpad"),
@@ -403,6 +416,8 @@ DECIDES_NOTHING = {
     # change how a step is computed, and its numbers by no more than rounding
     *("packing", "max_tokens_per_micro_batch", "attn_implementation", "gradient_checkpointing"),
     *("gradient_checkpointing_share", "use_liger_kernel"),
+    # what was refused and is trained all the same
+    "allow",
     # where, when and how fast things are read, written and shown
     *("output_dir", "dataloader_num_workers", "lazy_preprocess", "logging_steps", "report_to", "save_strategy"),
     *("save_steps", "save_total_limit", "resume_from_checkpoint", "resume_ignore"),
@@ -534,6 +549,8 @@ def _check(arguments: Arguments) -> None:
         if (value.startswith(("/", ".")) or path.is_dir()) and value and not (path / "config.json").is_file():
             found = "a directory without config.json" if path.is_dir() else "no directory"
             raise ValueError(f"--{name} {path} is {found}; give a model's directory or its name on the hub.")
+    if unknown := sorted(set(training.allow or []) - set(ALLOWABLE)):
+        raise ValueError(f"--allow {unknown[0]}: known checks are {', '.join(ALLOWABLE)}.")
     comparable = {"data", "model", "per_device_train_batch_size", *OTHER_NAMES, *(values.keys() - DECIDES_NOTHING)}
     if unknown := sorted(set(training.resume_ignore or []) - comparable):
         raise ValueError(

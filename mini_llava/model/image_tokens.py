@@ -14,6 +14,16 @@ from .llava import LlavaModel
 from .projector import PROJECTOR_FILE, read_tensors, whole
 
 
+def token_ids_end(tokenizer) -> int:
+    """Return the number behind the highest id, which is more than `len(tokenizer)` where ids have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def missing_rows(tokenizer, language_config) -> int:
+    """Return how many ids of the tokenizer lie beyond the rows of the word embeddings, as configured."""
+    return max(0, token_ids_end(tokenizer) - language_config.get_text_config().vocab_size)
+
+
 def add_token_rows(
     model: LlavaModel,
     tokenizer,
@@ -31,7 +41,7 @@ def add_token_rows(
         projector: file or directory of stage 1's projector, whose rows for start and end are taken; None: the mean.
         train: whether these two rows are trained although the language model is frozen (stage 1), in `dtype`.
     """
-    language_model, vocabulary = model.language_model, len(tokenizer)
+    language_model, vocabulary = model.language_model, token_ids_end(tokenizer)
     was_trained = [matrix.requires_grad for matrix in _matrices(language_model)]
     embeddings = _matrices(language_model)[0]
     # A vocabulary with room to spare is not made smaller, and one without new tokens stays as it is.

@@ -224,8 +224,7 @@ def load_lora(model: LlavaModel, directory: str | Path, dtype: torch.dtype) -> N
         raise ValueError(f"{directory / ADAPTER_CONFIG} does not fit the language model: {error}") from None
     llava = _read_json(directory, "config.json")
     start_end, patch = (bool(llava.get(f"mm_use_im_{kind}")) for kind in ("start_end", "patch_token"))
-    if start_end or patch:
-        added = llava.get("added_tokens", patch + 2 * start_end)
+    if added := llava.get("added_tokens", patch + 2 * start_end):
         add_token_rows(model, load_tokenizer(directory), added, start_end, patch, None, False, dtype)
     _fill(model, directory)
 
@@ -290,7 +289,8 @@ def _check_base(model: LlavaModel, directory: Path) -> None:
     """Raises ValueError naming the first differences between the base at hand and the one of the directory."""
     theirs, mine = _read_json(directory, "config.json"), model.language_model.config.to_dict()
     keys = ["hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"]
-    if not theirs.get("mm_use_im_start_end") and not theirs.get("mm_use_im_patch_token"):  # which add tokens
+    added = ("mm_use_im_start_end", "mm_use_im_patch_token", "added_tokens")
+    if not any(theirs.get(key) for key in added):
         keys.append("vocab_size")
     differing = [
         f"{key} {theirs[key]} there, {mine[key]} here"

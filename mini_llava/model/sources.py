@@ -326,8 +326,7 @@ def open_source(model_flags, explicit: Iterable[str] = ()) -> Source:
         if not model_flags.vision_tower:
             raise ValueError(f"--vision_tower is missing: {name} is a language model and has none of its own.")
         trusted = model_flags.trust_remote_code
-        with foreign_code_refused(name):
-            language_config = AutoConfig.from_pretrained(name, trust_remote_code=trusted)
+        language_config = read_language_config(name, trusted)
         vision_config = load_vision_config(model_flags.vision_tower, trusted)
         if not has_layers(vision_config) and "mm_vision_select_layer" not in explicit:
             model_flags.mm_vision_select_layer = -1
@@ -448,6 +447,19 @@ def tiles_in(name: str, config: dict) -> tuple[str | None, list | str | None]:
             f"known are anyres with {', '.join(MERGE_TYPES)}, and others with flat."
         )
     return None, None
+
+
+def read_language_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig | None:
+    """Return the configuration of a language model, or of that inside a LLaVA model; None without a config.json."""
+    config = read_json(name, "config.json")
+    if not config:
+        return None
+    layout = layout_of(name, config)
+    if layout == "llava":
+        return _language_config(name, config)
+    with foreign_code_refused(name):
+        whole = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code and layout == "language_model")
+    return whole.text_config if layout == "transformers" else whole
 
 
 def _language_config(name: str, config: dict) -> PreTrainedConfig:
@@ -578,8 +590,6 @@ def _tower_inside(path: str, vision_config: PreTrainedConfig) -> dict[str, dict[
 
 
 def _check_against_flags(source: Source, model_flags, explicit: set[str]) -> None:
-    # Hidden states: -2 and 23 are the same of 25.
-    layers = source.vision_config.num_hidden_layers + 1 if has_layers(source.vision_config) else math.inf
     for flag, fixed in (
         ("mm_projector_type", source.projector_type),
         ("mm_vision_select_layer", source.select_layer),
@@ -588,12 +598,20 @@ def _check_against_flags(source: Source, model_flags, explicit: set[str]) -> Non
         *((key, bool(source.config.get(key))) for key in IMAGE_TOKEN_FLAGS),
     ):
         given = getattr(model_flags, flag)
-        same = given == fixed or (flag == "mm_vision_select_layer" and (given - fixed) % layers == 0)
+        same = given == fixed
+        if flag == "mm_vision_select_layer":
+            same = same_layer(given, fixed, source.vision_config)
         if flag in explicit and not same:
             raise ValueError(
                 f"--{flag} {given} contradicts {source.name}, whose config.json says {fixed}. Leave the flag out: a "
                 f"LLaVA model is trained on as it is."
             )
+
+
+def same_layer(one: int, other: int, vision_config: PreTrainedConfig) -> bool:
+    """Return whether two values of `--mm_vision_select_layer` are one hidden state: of 25, -2 and 23 are."""
+    layers = vision_config.num_hidden_layers + 1 if has_layers(vision_config) else math.inf
+    return one == other or (one - other) % layers == 0
 
 
 def _is_same_or_gone(given: str, named: str | None) -> bool:
@@ -635,7 +653,18 @@ def _check_same_tower(name: str, vision_config: PreTrainedConfig, tower: str) ->
 def _what_else(name: str) -> str:
     """A sentence about a directory that holds something else than a model."""
     if find_file(name, "adapter_config.json"):
-        return "It holds an adapter of a language model: merge it first."
+        return (
+            f"It holds adapters of a language model: python -m mini_llava.tools.export {name} OUT --merge makes a "
+            f"whole model of both, which can be started from; --lora_weight_path goes on from the adapters themselves."
+        )
+    if (manifest := Path(name) / "manifest.json").is_file():
+        trained = json.loads(manifest.read_text(encoding="utf-8")).get("parameters", [])
+        if any(parameter.startswith(("language_model.", "vision_tower.")) for parameter in trained):
+            return (
+                f"It is a training state. --resume_from_checkpoint {name} goes on with its run; to start a new one "
+                f"from what it has learned, python -m mini_llava.tools.export {name} OUT makes a model of it: give OUT "
+                f"instead. Started from its base, all that was trained would be lost."
+            )
     if find_file(name, PROJECTOR_FILE):
         return (
             f"It holds a projector ({PROJECTOR_FILE}) and no language model, as stage 1 leaves it: give the language "
@@ -718,8 +747,15 @@ def _empty_part(source: Source, part: str) -> nn.Module:
         if part == "projector":
             widths = source.vision_config.hidden_size, _width(source.language_config)
             return build_projector(source.projector_type, *widths)
-        # Its class and not AutoModel, which would partition it under ZeRO-3.
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(source.language_config)](copy.deepcopy(source.language_config))
+        return empty_language_model(source.language_config)
+
+
+def empty_language_model(language_config: PreTrainedConfig) -> nn.Module | None:
+    """Return the language model without memory for its weights; None if its class came as code with the model."""
+    if type(language_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
+    with torch.device("meta"):  # its class and not AutoModel, which would partition it under ZeRO-3
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(language_config)](copy.deepcopy(language_config))
 
 
 def _check_weights(source: Source) -> None:

@@ -28,8 +28,9 @@ from ..data.records import RecordStore, map_ranges, missing_image
 from ..data.sampler import GlobalBatchSampler, computed_tokens, deal
 from ..data.templates import get_template
 from ..data.tokenization import IGNORE_INDEX, BadRecord, Sample, load_tokenizer, tokenize
-from ..model.sources import tower_image_size
+from ..model.sources import read_language_config, tower_image_size
 from ..model.vision_tower import load_vision_config, tokens_per_image
+from ..training import preflight
 
 LARGE_IMAGE = 20e6  # pixels; it takes half a second to open, which is more than the rest of its sample
 LAYOUTS = {
@@ -335,13 +336,18 @@ def _tokens_of_tower(given: argparse.Namespace) -> int | Callable[[str | None, s
 
 
 def examine(given: argparse.Namespace) -> int:
-    """Checks, prints, writes the list of bad records, and returns how many there are."""
+    """Checks, prints, writes the list of bad records, and returns how many faults there are."""
     if os.path.exists(given.output) and any(os.path.samefile(given.output, path) for path in given.data_path):
         raise ValueError(f"--output {given.output} would overwrite the data.")
     image_tokens = given.tokens_per_image or _tokens_of_tower(given)
     tokenizer = load_tokenizer(given.model_name_or_path, given.trust_remote_code)
     template = get_template(given.version, tokenizer)
     to_sample = functools.partial(tokenize, template=template, tokenizer=tokenizer, tokens_per_image=image_tokens)
+    findings = list(preflight.check_template(template, tokenizer))
+    language_config = read_language_config(given.model_name_or_path, given.trust_remote_code)
+    if language_config is not None:
+        rows = language_config.get_text_config().vocab_size
+        findings += preflight.check_token_rows(tokenizer, rows, new_tokens=0)
     store = RecordStore(given.data_path, given.image_folder, given.exclude)
     examine_part = functools.partial(examine_records, store, to_sample, given.model_max_length)
     found = Findings.join(list(map_ranges(examine_part, len(store), given.num_workers, "records")))
@@ -369,6 +375,12 @@ def examine(given: argparse.Namespace) -> int:
         weighted = of_files.tolist(), given.data_weights
         print(*batch_figures(lengths, found.has_image[good], grouped, *sizes, *weighted), sep="\n", end="\n\n")
 
+    if language_config is not None:
+        longest = int(found.length.max(initial=0))
+        findings += preflight.check_positions(longest, language_config)
+    refused = preflight.refusals(findings)
+    print(*(finding.line() for finding in findings), sep="\n", end="\n\n")
+
     output = Path(given.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(b"")
@@ -377,7 +389,9 @@ def examine(given: argparse.Namespace) -> int:
         print(f"{len(found.faults):,} bad records are listed in {output}: train.py --exclude {output} leaves them out.")
     else:
         print(f"All {len(store):,} records can be trained on.")
-    return len(found.faults)
+    if refused:
+        print("train.py would refuse to start:", *refused, sep="\n")
+    return len(found.faults) + len(refused)
 
 
 def main(command_line: list[str] | None = None) -> int:

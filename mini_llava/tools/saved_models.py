@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..arguments import ModelArguments
 from ..data.templates import Template, get_template
 from ..data.tokenization import add_image_tokens, find_file, load_tokenizer, read_json
-from ..model.image_tokens import add_token_rows
+from ..model.image_tokens import add_token_rows, missing_rows
 from ..model.llava import LlavaModel, load_llava
 from ..model.lora import ADAPTER_CONFIG, base_of, load_lora, merge_lora
 from ..model.projector import PROJECTOR_FILE
@@ -152,7 +152,7 @@ def open_saved(
         config,
         source,
         tokenizer,
-        len(tokenizer) - known,
+        len(tokenizer) - known if own else max(len(tokenizer) - known, missing_rows(tokenizer, source.language_config)),
         version,
         template,
         known_version,

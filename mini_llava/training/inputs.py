@@ -19,6 +19,7 @@ from ..data.loader import open_pixels
 from ..data.records import measurement_key
 from ..data.templates import Template, get_template
 from ..data.tokenization import Sample, add_image_tokens, load_tokenizer, tokenize, tokenize_prompt
+from ..model.image_tokens import missing_rows
 from ..model.sources import Source
 from ..model.vision_tower import tokens_per_image
 
@@ -27,7 +28,8 @@ from ..model.vision_tower import tokens_per_image
 class Inputs:
     """
     Attributes:
-        new_tokens: how many tokens the flags have added to the tokenizer.
+        new_tokens: how many tokens at the end of the tokenizer get new rows: LLaVA's image marks, if flags add them,
+            and with `--resize_token_embeddings` all for which the language model has none.
         to_sample: (record, `folder` of its images) to what is trained on.
         to_eval_sample: the same with the template of `--eval_version`.
         to_prompt: record to the ids up to the answer of its last question, one for each image, in that template.
@@ -58,6 +60,7 @@ def choose_inputs(arguments: Arguments, source: Source) -> Inputs:
     eval_template = get_template(data_flags.eval_version or model_flags.version, tokenizer)
     marks, known_tokens = (model_flags.mm_use_im_start_end, model_flags.mm_use_im_patch_token), len(tokenizer)
     template, eval_template = (add_image_tokens(tokenizer, each, *marks) for each in (template, eval_template))
+    resized = model_flags.resize_token_embeddings
     image_processor, image_size = source.image_processor(), source.image_size()
     image_tokens = tokens_per_image(source.vision_config, source.select_feature, image_size)
     to_sample = functools.partial(
@@ -78,7 +81,7 @@ def choose_inputs(arguments: Arguments, source: Source) -> Inputs:
         tokenizer,
         template,
         eval_template,
-        len(tokenizer) - known_tokens,
+        max(len(tokenizer) - known_tokens, missing_rows(tokenizer, source.language_config) if resized else 0),
         image_processor,
         image_size,
         tiling,

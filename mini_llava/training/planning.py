@@ -8,7 +8,7 @@ named.
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerBase
 
 from ..arguments import Arguments, TrainingArguments
 from ..data.records import Lengths, RecordStore, measure_some
-from ..data.tokenization import Sample
 from ..model import lora
 from ..model.attention import CAPPED, choose_attention
 from ..model.freeze import apply_plan, trainable_table, trained_in_full
@@ -27,9 +26,11 @@ from ..model.fused_kernels import FUSABLE, choose_fused_kernels
 from ..model.image_tokens import add_token_rows
 from ..model.llava import LlavaModel
 from ..model.sources import Source, empty_parts
+from . import preflight
 from .build import plan_of
 from .distributed import choose_precision, complete_zero, launched_rank, zero_stage
 from .flops import PEAK_FLOPS, FlopCounter
+from .inputs import Inputs
 from .longest import Longest, kept_of_a_position, longest_micro_batch
 from .memory import GIB, Estimate, Layout, estimate, kept_of_a_picture, lasting_parts
 from .optimizer import parameter_groups
@@ -247,31 +248,27 @@ def running_layout(accelerator: Accelerator) -> Layout:
 def plan_run(
     arguments: Arguments,
     source: Source,
-    tokenizer: PreTrainedTokenizerBase,
-    new_tokens: int,
+    inputs: Inputs,
     store: RecordStore,
-    to_sample: Callable[[dict], Sample],
-    key: str,
 ) -> None:
     """Prints the plan.
 
-    Args:
-        new_tokens: see `build_model`.
-        to_sample, key: see `measure`.
-
     Raises:
-        ValueError: it cannot fit; the sentence names the first change that makes it fit.
+        ValueError: its parts do not belong together, or it cannot fit; the sentence names what to change.
     """
     training = arguments.training
     output_dir = Path(training.output_dir)
     layout = read_layout(training, arguments.explicit)
     cache = output_dir / "cache"
-    lengths, measured = measure_some(store, to_sample, cache, key, MEASURED_AT_MOST, source.tiling)
+    how = (inputs.to_sample, cache, inputs.measurement_key, MEASURED_AT_MOST, source.tiling)
+    lengths, measured = measure_some(store, *how)
     order = choose_order(arguments, store, lengths, layout.gpus)
     sampler, steps = order.sampler, order.total_steps
     # One epoch: in the others the same samples meet others, which hardly makes a micro-batch longer.
     dealt = list(order.dealt_batches(min(steps, sampler.steps_per_epoch)))
-    planned = planned_run(arguments, source, tokenizer, new_tokens, layout, lengths, order.layout, dealt)
+    print(*preflight.report(preflight.check_run(arguments, source, inputs, lengths, order), training.allow), sep="\n")
+    parts = (inputs.tokenizer, inputs.new_tokens)
+    planned = planned_run(arguments, source, *parts, layout, lengths, order.layout, dealt)
     longest = planned.longest
     model, plan = planned.model()
     rates = {"projector": training.mm_projector_lr, "vision_tower": training.mm_vision_tower_lr}

@@ -1,0 +1,356 @@
+"""What is checked before step 1: that the parts of a run belong together. One line for each check.
+
+LLaVA trains whatever it is given: with an end mark that the tokenizer splits into letters, with a projector of another
+model, with a learning rate of 0. Such a run ends well, and its model is worth nothing. Here `check_run` is the list of
+checks, for `train.py` and for the plan; the doctor takes those that need no model. They look at configurations,
+tokenizer and lengths, and read no weight.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from ..arguments import Arguments, ModelArguments, TrainingArguments
+from ..data.records import Lengths
+from ..data.templates import CHAT_TEMPLATE, TEMPLATES, ChatTemplate, Template
+from ..data.tokenization import read_json
+from ..model.image_tokens import token_ids_end
+from ..model.lora import linear_layers
+from ..model.projector import list_some
+from ..model.sources import FAMILIES, Source, empty_language_model, same_layer
+from .inputs import Inputs
+from .order import Order
+from .schedule import learning_rate_factor, warmup_steps
+
+FINE, ODD, CONTRADICTION, IMPOSSIBLE = "fine", "odd", "contradiction", "impossible"
+# Marks that a template writes as special tokens. [INST], <<SYS>> and ### were text in the models that have them.
+MARK = re.compile(r"<\|[a-z0-9_]+\|>|</s>")
+# What the configuration beside a projector says of its language model.
+SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found.
+
+    verdict: FINE and ODD are said. CONTRADICTION ends the run, unless `--allow` names the check; IMPOSSIBLE always.
+    """
+
+    check: str
+    sentence: str
+    verdict: str = FINE
+
+    def line(self) -> str:
+        """Return it as a line of a table: the check, and what was found."""
+        return f"{self.check:14}{'' if self.verdict == FINE else 'Warning: '}{self.sentence}"
+
+
+def check_run(
+    arguments: Arguments, source: Source, inputs: Inputs, lengths: Lengths, order: Order, held_out_tokens: int = 0
+) -> Iterator[Finding]:
+    """Yield what each check finds, in the order in which a person would look.
+
+    Args:
+        held_out_tokens: of the longest held-out record; 0: none.
+    """
+    training = arguments.training
+    yield from check_template(inputs.template, inputs.tokenizer)
+    if inputs.eval_template != inputs.template:
+        yield from check_template(inputs.eval_template, inputs.tokenizer)
+    rows = source.language_config.get_text_config().vocab_size
+    yield from check_token_rows(inputs.tokenizer, rows, inputs.new_tokens)
+    longest = max(int(lengths.length.max(initial=0)), held_out_tokens)
+    yield from check_positions(longest, source.language_config)
+    yield from check_projector(arguments.model, source)
+    if training.lora_enable:
+        yield from check_adapters(source.language_config, inputs.new_tokens)
+    yield from check_steps(training, order, lengths)
+
+
+def refusals(findings: Iterable[Finding], allowed: Iterable[str] = ()) -> list[str]:
+    """Return a sentence, with what to do, for each finding that ends the run; `allowed` is what `--allow` names."""
+    return [
+        found.sentence + (f" If it is meant so: --allow {found.check}." if found.verdict == CONTRADICTION else "")
+        for found in findings
+        if found.verdict == IMPOSSIBLE or (found.verdict == CONTRADICTION and found.check not in allowed)
+    ]
+
+
+def report(findings: Iterable[Finding], allowed: Iterable[str] | None = None) -> list[str]:
+    """Return a line for each finding. Raises ValueError with all those that end the run."""
+    findings = list(findings)
+    if refused := refusals(findings, allowed or ()):
+        raise ValueError("\n".join(refused))
+    return [found.line() for found in findings]
+
+
+# --- template and tokenizer ------------------------------------------------------------------------------------------
+
+
+def check_template(template: Template | ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
+    """Yield whether the special tokens that a template writes are tokens of this tokenizer, its end mark first of all.
+
+    A mark that is split into ordinary tokens is learned as text: nothing then ends an answer, since `generate` stops
+    at a token.
+    """
+    name = tokenizer.name_or_path
+    if template.captions_only:
+        return
+    if text_marks := [mark for mark in template.stop if not _is_one_token(mark, tokenizer)]:
+        mark, pieces = text_marks[0], len(tokenizer.tokenize(text_marks[0]))
+        sentence = f"--version {template.name} ends an answer with {mark}, which {name} splits into {pieces} tokens"
+        if not MARK.fullmatch(mark):
+            yield Finding("template", f"{sentence}: transformers' generate does not stop there, tools.chat does.", ODD)
+            return
+        yield Finding(
+            "template", f"{sentence}: nothing would end an answer. {_fitting_templates(tokenizer)}", CONTRADICTION
+        )
+        return
+    split = [mark for mark in _marks(template) if not _is_one_token(mark, tokenizer)]
+    if split:
+        yield Finding(
+            "template",
+            f"--version {template.name} writes {list_some(split)}, which {name} splits into ordinary tokens. "
+            f"{_fitting_templates(tokenizer)}",
+            CONTRADICTION,
+        )
+        return
+    yield Finding("template", f"{template.name} ends an answer with {' or '.join(template.stop)}, one token of {name}.")
+
+
+def _marks(template: Template | ChatTemplate) -> list[str]:
+    """The special tokens that stand in the strings of a template."""
+    if isinstance(template, ChatTemplate):  # its tokenizer's own
+        return list(template.stop)
+    texts = (template.opening, template.next_question, template.question_end, template.answer_start)
+    return list(dict.fromkeys(MARK.findall("".join((*texts, template.answer_end, template.round_end)))))
+
+
+def _is_one_token(mark: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the mark is a token of its own wherever it stands, and one at which `generate` can be told to stop."""
+    return mark in tokenizer.added_tokens_encoder or mark in tokenizer.all_special_tokens
+
+
+def _fitting_templates(tokenizer: PreTrainedTokenizerBase) -> str:
+    names = [
+        name
+        for name, template in TEMPLATES.items()
+        if MARK.search("".join(template.stop)) and all(_is_one_token(mark, tokenizer) for mark in _marks(template))
+    ]
+    names += [CHAT_TEMPLATE] * bool(tokenizer.chat_template)
+    return f"Templates whose marks are its tokens: {', '.join(names)}." if names else "No template here fits it."
+
+
+def check_token_rows(tokenizer: PreTrainedTokenizerBase, rows: int, new_tokens: int) -> Iterator[Finding]:
+    """Yield whether the word embeddings have a row for each token.
+
+    Args:
+        rows: of the embeddings as they are stored.
+        new_tokens: tokens that get new rows, see `build_model`.
+    """
+    name, end = tokenizer.name_or_path, token_ids_end(tokenizer)
+    missing = end - new_tokens - rows
+    if missing > 0:
+        yield Finding(
+            "tokens",
+            f"The tokenizer of {name} has ids up to {end - new_tokens - 1}, but the language model's embeddings have "
+            f"{rows} rows: {missing} row{'s' * (missing > 1)} missing. Take the tokenizer that belongs to the model, "
+            f"or add rows with --resize_token_embeddings True.",
+            IMPOSSIBLE,
+        )
+    else:
+        added = f", {new_tokens} of them with new rows" if new_tokens else ""
+        yield Finding(
+            "tokens", f"The tokenizer has {len(tokenizer):,}{added}; the embeddings have {max(rows, end):,} rows."
+        )
+
+
+def check_positions(longest: int, language_config: PreTrainedConfig) -> Iterator[Finding]:
+    """Yield whether the longest sample, image tokens included, fits the positions that the language model knows.
+
+    Beyond its table of learned positions a model cannot compute; rotary ones turn on, but were not trained there.
+    """
+    positions = known_positions(language_config)
+    if positions is None:
+        return
+    if longest <= positions:
+        yield Finding("positions", f"The longest sample takes {longest:,} of the language model's {positions:,}.")
+        return
+    sentence = (
+        f"The longest sample has {longest:,} tokens, more than the {positions:,} positions that the language model "
+        f"({language_config.model_type}) was made for: --model_max_length {positions} cuts at them."
+    )
+    yield Finding("positions", sentence, IMPOSSIBLE if _has_position_table(language_config, positions) else ODD)
+
+
+def known_positions(language_config: PreTrainedConfig) -> int | None:
+    """Return how many positions a language model was made for, RoPE scaling included; None where there is no limit."""
+    config = language_config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if not positions or getattr(config, "alibi", False):
+        return None
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    factor = rope.get("factor")
+    original = rope.get("original_max_position_embeddings") or positions
+    return max(positions, int(original * factor)) if isinstance(factor, int | float) else positions
+
+
+def _has_position_table(language_config: PreTrainedConfig, positions: int) -> bool:
+    """Whether an embedding beside that of the words has a row for each position, or a few more (OPT has two)."""
+    model = empty_language_model(language_config)
+    if model is None:
+        return False
+    words = model.get_input_embeddings()
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not words]
+    return any(0 <= table.num_embeddings - positions <= 8 for table in tables)
+
+
+# --- projector -------------------------------------------------------------------------------------------------------
+
+
+def check_projector(flags: ModelArguments, source: Source) -> Iterator[Finding]:
+    """Yield where the projector comes from, and whether that is what it was trained with, as far as files say."""
+    given = flags.pretrain_mm_mlp_adapter
+    if not given:
+        if "projector" in source.stored:
+            yield Finding("projector", f"It starts as it is in {source.name}.")
+        elif flags.tune_mm_mlp_adapter:
+            yield Finding("projector", "It starts at random.")
+        else:
+            why = "It starts at random, without a stage 1: --pretrain_mm_mlp_adapter takes the projector of one."
+            yield Finding("projector", why, ODD)
+        return
+    directory = Path(given) if Path(given).is_dir() else Path(given).parent
+    said = read_json(directory, "config.json") if (directory / "config.json").is_file() else {}
+    differing = list(_projector_differences(said, flags, source))
+    if differing:
+        yield Finding(
+            "projector",
+            f"--pretrain_mm_mlp_adapter {given} was trained with other parts, as {directory / 'config.json'} says: "
+            f"{'; '.join(differing)}.",
+            CONTRADICTION,
+        )
+    elif "mm_vision_tower" not in said and "vision_config" not in said:
+        why = f"It starts as {given}; no config.json beside that says which model it was trained for."
+        yield Finding("projector", why, ODD)
+    elif said.get("tune_mm_mlp_adapter"):
+        yield Finding("projector", f"It starts as {given}, trained for {said.get('_name_or_path') or 'such a model'}.")
+    else:
+        why = f"It starts as {given}, which was trained together with a language model that is not the one here."
+        yield Finding("projector", why, ODD)
+
+
+def _projector_differences(said: dict, flags: ModelArguments, source: Source) -> Iterator[str]:
+    """Everything that the configuration beside a projector names and that this run has otherwise."""
+    if "vision_config" in said and "text_config" in said:  # a whole model in transformers' layout
+        text = said["text_config"]
+        said = {key: said[key] for key in ("mm_use_im_start_end", "_name_or_path") if key in said} | {
+            "mm_vision_select_layer": said.get("vision_feature_layer"),
+            "mm_hidden_size": said["vision_config"].get("hidden_size"),
+            "model_type": text.get("model_type"),
+            **{key: text[key] for key in SHAPE if key in text},
+        }
+    here = source.language_config.get_text_config()
+    name = said.get("_name_or_path") if source.layout == "language_model" else None
+    if name and _plain_name(name) != _plain_name(source.name):
+        yield f"the language model {name}, here {source.name}"
+    family = str(said.get("model_type", "")).removeprefix("llava").removeprefix("_")
+    family = FAMILIES.get(family, family)
+    if family and family != here.model_type:
+        yield f"a language model of type {family}, here {here.model_type}"
+    for key in SHAPE:
+        theirs, mine = said.get(key), getattr(here, key, None)
+        if theirs is not None and mine is not None and theirs != mine:
+            yield f"{key} {theirs}, here {mine}"
+    tower = said.get("mm_vision_tower")
+    if tower and source.vision_tower and _plain_name(tower) != _plain_name(source.vision_tower):
+        yield f"the vision tower {tower}, here {source.vision_tower}"
+    for key, mine in (
+        ("mm_hidden_size", source.vision_config.hidden_size),
+        ("mm_projector_type", source.projector_type),
+        ("mm_vision_select_feature", source.select_feature),
+        ("mm_use_im_start_end", flags.mm_use_im_start_end),
+    ):
+        if said.get(key) not in (None, mine):
+            yield f"{key} {said[key]}, here {mine}"
+    layer = said.get("mm_vision_select_layer")
+    if layer is not None and not same_layer(layer, source.select_layer, source.vision_config):
+        yield f"mm_vision_select_layer {layer}, here {source.select_layer}"
+
+
+def _plain_name(name: str) -> str:
+    """A model's name without where it lies and how it is spelled: vicuna-7b-v1-5 is lmsys/vicuna-7b-v1.5."""
+    for part in Path(name).parts:
+        if part.startswith("models--"):  # the hub's cache
+            return _plain_name(part.rpartition("--")[2])
+    return re.sub(r"[^a-z0-9]", "", Path(name).name.lower())
+
+
+# --- what is trained, and how long -----------------------------------------------------------------------------------
+
+
+def check_adapters(language_config: PreTrainedConfig, new_tokens: int) -> Iterator[Finding]:
+    """Yield whether LoRA reaches every weight matrix of the language model's layers.
+
+    Adapters stand beside linear layers. Mixtures of experts keep the experts of a layer in one tensor, beside which
+    PEFT puts none of these, so that most of the model would stay as it is.
+    """
+    model = empty_language_model(language_config)
+    if model is None:
+        return
+    reached = {f"{name}.weight" for name in linear_layers(model)}
+    outside = [f"{name}.weight" for name, module in model.named_modules() if _is_table(module, model)]
+    missed = [(name, p) for name, p in model.named_parameters() if p.dim() > 1 and name not in {*reached, *outside}]
+    if missed:
+        share = sum(p.numel() for _, p in missed) / sum(p.numel() for p in model.parameters())
+        verdict = CONTRADICTION if share > 0.01 else ODD  # a router or a short convolution is not much of a model
+        names = list(dict.fromkeys(name.rpartition(".layers.")[2].partition(".")[2] or name for name, _ in missed))
+        yield Finding(
+            "adapters",
+            f"--lora_enable puts adapters beside linear layers; {list_some(names)} of each layer, {share:.0%} of the "
+            f"language model ({language_config.model_type}), are none and would stay as they are.",
+            verdict,
+        )
+    else:
+        layers = f"{len(reached):,} linear layer{'s' * (len(reached) != 1)}"
+        yield Finding("adapters", f"They stand beside all {layers} of the language model but its head.")
+    if new_tokens:
+        what = (
+            f"The rows of {new_tokens} new token{'s' * (new_tokens > 1)} stay as they are: LoRA trains no embeddings."
+        )
+        yield Finding("adapters", what, ODD)
+
+
+def _is_table(module: nn.Module, model: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) or module is model.get_output_embeddings()
+
+
+def check_steps(training: TrainingArguments, order: Order, lengths: Lengths) -> Iterator[Finding]:
+    """Yield whether there is a step to take, and one whose learning rate is not 0."""
+    records, total, sampler = len(lengths.length), order.total_steps, order.sampler
+    if len(order.bad) == records:
+        yield Finding("steps", f"All {records:,} records would be skipped: nothing is left to train on.", IMPOSSIBLE)
+        return
+    warmup = warmup_steps(training.warmup_ratio, total)
+    peaks = (training.learning_rate, training.mm_projector_lr, training.mm_vision_tower_lr)
+    factors = (learning_rate_factor(training.lr_scheduler_type, step, total, warmup) for step in range(total))
+    size = sampler.global_batch_size
+    few = (
+        f" {records:,} record{'s are' if records > 1 else ' is'} fewer than a global batch: lower --global_batch_size "
+        f"({size}), or raise --num_train_epochs."
+        if records < size
+        else ""
+    )
+    if not any(peaks) or not any(factors):
+        when = f"in all {total:,} steps" if total > 1 else "in the only step"
+        why = " It rises from 0: --warmup_ratio 0 leaves that out." if any(peaks) else ""
+        yield Finding(
+            "learning_rate", f"The learning rate would be 0 {when}, and train nothing.{why}{few}", CONTRADICTION
+        )
+    else:
+        rises = f"; the learning rate rises in the first {warmup:,}" if warmup else ""
+        yield Finding("steps", f"{total:,} step{'s' * (total != 1)}{rises}.{few}", ODD if few else FINE)
