@@ -414,6 +414,7 @@ def failing_runs(tmp_path_factory):
             "image_folder": [FIXTURES / "data" / "images"],
             "bf16": False,
             "max_steps": 1,
+            "warmup_ratio": 0,
             "dataloader_num_workers": 1,
             "report_to": "none",
             "output_dir": directory / f"output of {name}",

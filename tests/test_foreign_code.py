@@ -87,7 +87,7 @@ def test_no_loading_function_runs_the_code(brought):
 
 def test_trainer_and_doctor_refuse_it_at_once(brought, tmp_path, capsys):
     folder, mark = brought
-    values = {"model_name_or_path": folder, "max_steps": 1}
+    values = {"model_name_or_path": folder, "max_steps": 1, "warmup_ratio": 0}
     with pytest.raises(ValueError, match=SENTENCE):
         train.train(flags.parse_arguments(flags_of(1, tmp_path / "run", values)))
     assert not (tmp_path / "run").exists()
@@ -100,7 +100,13 @@ def test_trainer_and_doctor_refuse_it_at_once(brought, tmp_path, capsys):
 def test_with_the_flag_it_runs_and_trains(brought, tmp_path):
     """In a process of its own, because the code stays in the one that ran it."""
     folder, mark = brought
-    values = {"model_name_or_path": folder, "max_steps": 1, "trust_remote_code": True, "packing": False}
+    values = {
+        "model_name_or_path": folder,
+        "max_steps": 1,
+        "warmup_ratio": 0,
+        "trust_remote_code": True,
+        "packing": False,
+    }
     program = "import train; train.main()"
     command = [sys.executable, "-c", program, *flags_of(2, tmp_path / "run", values)]
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": str(ROOT)}

@@ -22,7 +22,9 @@ from tests.tools.test_convert import JPEG, chat, embedded, save_to_disk
 
 pytestmark = pytest.mark.slow
 
-SMALLER = "--max_steps 1 --global_batch_size 4 --per_device_train_batch_size 2 --dataloader_num_workers 0"
+SMALLER = (
+    "--max_steps 1 --warmup_ratio 0 --global_batch_size 4 --per_device_train_batch_size 2 --dataloader_num_workers 0"
+)
 
 
 @pytest.fixture(scope="module")

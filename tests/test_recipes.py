@@ -108,7 +108,13 @@ def test_a_recipe_takes_a_step(name, stand_ins, tmp_path):
         "image_folder": [runs.FIXTURES / "data" / "images"] * len(values["data_path"]),
         "output_dir": tmp_path,
         # The batch of eight GPUs and the loader's processes take longest on a CPU.
-        **{"max_steps": 1, "global_batch_size": 8, "per_device_train_batch_size": 4, "dataloader_num_workers": 0},
+        **{
+            "max_steps": 1,
+            "warmup_ratio": 0,
+            "global_batch_size": 8,
+            "per_device_train_batch_size": 4,
+            "dataloader_num_workers": 0,
+        },
         "report_to": "none",
     }
     if "vision_tower" in values:  # of FastVLM too: tests/model/ has its own, where timm can be loaded

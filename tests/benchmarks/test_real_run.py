@@ -167,7 +167,7 @@ def test_the_page_has_commands_that_the_trainer_takes():
 
 def test_many_questions_at_once_get_the_answers_that_one_gets(made, tmp_path):
     folder, records = made
-    runs.train_here(runs.flags_of(1, tmp_path / "stage1", {"max_steps": 1, "save_strategy": "no"}))
+    runs.train_here(runs.flags_of(1, tmp_path / "stage1", {"max_steps": 1, "warmup_ratio": 0, "save_strategy": "no"}))
     conversation = Conversation(
         open_saved(str(tmp_path / "stage1"), version="v1"),
         torch.float32,

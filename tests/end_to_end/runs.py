@@ -60,6 +60,7 @@ GLOBAL_BATCHES = {
 KEEP_GRADIENTS = {
     "adam_beta1": 0,
     "learning_rate": 0,
+    "allow": "learning_rate",
     "max_grad_norm": 0,
     "save_steps": 1,
     "unfreeze_mm_vision_tower": True,

@@ -144,7 +144,7 @@ def test_llavas_layout_and_lora_hold_the_newline_from_partitioned_models(on_two)
 
 
 def test_a_tiled_model_trains_on_as_it_is_and_contradictions_are_refused(here):
-    base = {"model_name_or_path": here / "stage2", "max_steps": 1, "save_strategy": "no"}
+    base = {"model_name_or_path": here / "stage2", "max_steps": 1, "warmup_ratio": 0, "save_strategy": "no"}
     words = command_line(here, 2, "further", **base)
     for flag in ("--vision_tower", "--image_aspect_ratio", "--image_grid_pinpoints"):
         place = words.index(flag)
@@ -157,11 +157,15 @@ def test_a_tiled_model_trains_on_as_it_is_and_contradictions_are_refused(here):
     ):
         with pytest.raises(ValueError, match=sentence):
             runs.train_here([*words, *flags])
-    plain = runs.flags_of(2, here / "plain", {"max_steps": 1, "mm_patch_merge_type": "spatial"})
+    plain = runs.flags_of(2, here / "plain", {"max_steps": 1, "warmup_ratio": 0, "mm_patch_merge_type": "spatial"})
     with pytest.raises(ValueError, match="spatial does nothing without --image_aspect_ratio anyres"):
         runs.train_here(plain)
     with pytest.raises(ValueError, match="trained on images in tiles: use --image_aspect_ratio anyres"):
-        runs.train_here(runs.flags_of(2, here / "plain", {"max_steps": 1, "pretrain_mm_mlp_adapter": here / "stage1"}))
+        runs.train_here(
+            runs.flags_of(
+                2, here / "plain", {"max_steps": 1, "warmup_ratio": 0, "pretrain_mm_mlp_adapter": here / "stage1"}
+            )
+        )
 
 
 def test_a_plan_knows_the_newline_and_the_resized_tower(folder, capsys):
@@ -176,7 +180,13 @@ def test_a_plan_knows_the_newline_and_the_resized_tower(folder, capsys):
 
 
 def test_questions_about_several_images_are_answered_before_and_after_training(folder, capsys):
-    asked = {"eval_data_path": folder / "data.json", "eval_image_folder": IMAGES, "max_steps": 1, "save_strategy": "no"}
+    asked = {
+        "eval_data_path": folder / "data.json",
+        "eval_image_folder": IMAGES,
+        "max_steps": 1,
+        "warmup_ratio": 0,
+        "save_strategy": "no",
+    }
     runs.train_here(command_line(folder, 2, "asked", **asked))
     printed = capsys.readouterr().out
     assert printed.count("16 held-out questions") == 2

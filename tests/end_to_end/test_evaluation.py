@@ -85,7 +85,13 @@ def test_the_held_out_loss_of_the_training_records_is_the_loss_of_the_step_that_
     both = {"data_path": tmp_path / "data.json", "eval_data_path": tmp_path / "data.json", "packing": packing}
     both |= {"eval_image_folder": runs.MODEL_AND_DATA["image_folder"], "per_device_eval_batch_size": 3}
     both |= {"eval_samples_shown": 11}
-    values = {"max_steps": 1, "global_batch_size": 11, "per_device_train_batch_size": 11, "save_strategy": "no"}
+    values = {
+        "max_steps": 1,
+        "warmup_ratio": 0,
+        "global_batch_size": 11,
+        "per_device_train_batch_size": 11,
+        "save_strategy": "no",
+    }
     runs.train_here(runs.flags_of(2, tmp_path / "run", values | both))
     before, step, _ = runs.log(tmp_path / "run")
     for name in ("loss", "loss_by_modality/text", "loss_by_modality/image"):
@@ -213,7 +219,7 @@ def test_a_held_out_picture_that_turns_out_torn_is_named_before_step_1(tmp_path)
     (tmp_path / "bad.json").write_text(json.dumps([dict(WORD, image="torn.png")]))
     held_out = {"eval_data_path": tmp_path / "bad.json", "eval_image_folder": tmp_path, "save_strategy": "no"}
     with pytest.raises(BadRecord, match=r"^--eval_data_path: .*bad\.json, record 0 .*: the image '.*torn\.png' cannot"):
-        runs.train_here(runs.flags_of(2, tmp_path / "run", held_out | {"max_steps": 1}))
+        runs.train_here(runs.flags_of(2, tmp_path / "run", held_out | {"max_steps": 1, "warmup_ratio": 0}))
     assert not (tmp_path / "run" / "log.jsonl").exists()
 
 

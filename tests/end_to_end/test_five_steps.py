@@ -21,7 +21,7 @@ def start(tmp_path_factory):
         stage, values = runs.RUNS[run]
         kind = "LoRA" if "lora_enable" in values else str(stage)
         if kind not in saved:
-            values = values | {"max_steps": 1, "learning_rate": 0, "mm_projector_lr": 0}
+            values = values | {"max_steps": 1, "learning_rate": 0, "mm_projector_lr": 0, "allow": "learning_rate"}
             runs.train_here(runs.flags_of(stage, folder / kind, values))
             saved[kind] = runs.saved_weights(folder / kind)
         return saved[kind]

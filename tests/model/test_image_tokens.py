@@ -83,7 +83,11 @@ def test_stage_1_trains_the_two_rows_and_saves_them_with_the_projector(stage1):
 
 
 def test_stage_2_reads_them_and_exports_a_model_with_the_same_prompt_ids(stage1, tmp_path):
-    values = STEPS | MARKS | {"learning_rate": 0, "max_steps": 1, "pretrain_mm_mlp_adapter": stage1}
+    values = (
+        STEPS
+        | MARKS
+        | {"learning_rate": 0, "allow": "learning_rate", "max_steps": 1, "pretrain_mm_mlp_adapter": stage1}
+    )
     runs.train_here(runs.flags_of(2, tmp_path, values))
     whole, loading = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(loading.values()), loading

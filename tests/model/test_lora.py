@@ -292,6 +292,7 @@ def test_another_run_starts_from_a_lora_directory(trained, tmp_path):
         "max_steps": 1,
         "global_batch_size": 4,
         "learning_rate": 0,
+        "allow": "learning_rate",
         "mm_projector_lr": 0,
     }
     runs.train_here(runs.flags_of(2, tmp_path / "run", values | {"unfreeze_mm_vision_tower": True}))

@@ -386,7 +386,7 @@ def test_an_adapter_says_what_it_is(tmp_path):
     for file in folder.glob("pytorch_model*"):
         file.unlink()
     write_json(folder / "adapter_config.json", {})
-    with pytest.raises(FileNotFoundError, match="It holds an adapter"):
+    with pytest.raises(FileNotFoundError, match=r"It holds adapters .* --merge makes"):
         open_here(folder)
 
 

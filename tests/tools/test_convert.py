@@ -192,7 +192,7 @@ def test_real_training_takes_what_was_converted(tmp_path):
         for colour in range(0, 200, 25)
     ]
     converted(tmp_path / "out", save_to_disk(tmp_path / "saved", rows))
-    values = {"max_steps": 1, "global_batch_size": 8, "save_strategy": "no"}
+    values = {"max_steps": 1, "warmup_ratio": 0, "global_batch_size": 8, "save_strategy": "no"}
     values |= {"data_path": tmp_path / "out" / "records.jsonl", "image_folder": tmp_path / "out" / "images"}
     runs.train_here(runs.flags_of(2, tmp_path / "run", values))
     assert len(runs.log(tmp_path / "run")) == 1

@@ -313,7 +313,8 @@ def test_data_and_model_are_compared_by_content(trained, tmp_path):
 
 def test_what_is_named_in_resume_ignore_may_differ(trained, tmp_path):
     values = FOUR_STEPS | {"resume_from_checkpoint": trained / "checkpoint-2", "learning_rate": 0, "seed": 7}
-    [line, _] = refused_lines(trained, tmp_path, learning_rate=0, seed=7, resume_ignore="seed")
+    values |= {"allow": "learning_rate"}
+    [line, _] = refused_lines(trained, tmp_path, learning_rate=0, allow="learning_rate", seed=7, resume_ignore="seed")
     assert line.startswith("--learning_rate: ")
     command_line = [*runs.flags_of(2, tmp_path, values), "--resume_ignore", "learning_rate", "seed"]
     runs.train_here(command_line)

@@ -57,6 +57,7 @@ def plan(folder, **values) -> None:
         "output_dir": folder / "output",
         "gradient_checkpointing": False,
         "model_max_length": 2048,
+        "warmup_ratio": 0,
         **values,
     }
     train.train(flags.parse_arguments([text for name, value in values.items() for text in (f"--{name}", str(value))]))
@@ -201,7 +202,7 @@ def test_memory_that_runs_out_while_the_model_is_made_gets_the_same_advice(tmp_p
     advice = Advice()
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(torch.OutOfMemoryError) as error:
-        train.train(flags.parse_arguments(flags_of(2, tmp_path, {})), advice)
+        train.train(flags.parse_arguments(flags_of(2, tmp_path, {"warmup_ratio": 0})), advice)
     AcceleratorState._reset_state(reset_partial_state=True)
     sentence = advice.if_memory_has_run_out(error.value)
     assert sentence.startswith("Memory has run out (CUDA out of memory). The longest micro-batch has 1,532 tokens. ")
@@ -220,6 +221,8 @@ def test_capped_scores_another_tower_and_images_in_tiles_can_be_planned(tmp_path
     language_model = write_family(FAMILIES["gemma_2"], tmp_path / "gemma_2")
     values = {
         "model_name_or_path": language_model,
+        "version": "chat_template",
+        "warmup_ratio": 0,
         "vision_tower": save_tower("siglip", tmp_path / "siglip"),
         "image_aspect_ratio": "anyres",
         "unfreeze_mm_vision_tower": True,
