@@ -44,7 +44,7 @@ def folder(tmp_path_factory) -> Path:
     save_to_disk(folder / "data" / "train", [{"image": embedded(JPEG), "conversations": chat("<image>\nWho?", "I.")}])
     (folder / "my_run.yaml").write_text(
         "model_name_or_path: lmsys/vicuna-7b-v1.5\nvision_tower: openai/clip-vit-large-patch14-336\n"
-        "data_path: [llava_v1_5_mix665k.json]\nimage_folder: [data]\n"
+        "data_path: [llava_v1_5_mix665k.json]\nimage_folder: [data]\nglobal_batch_size: 8\n"
     )
     return folder
 
