@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..arguments import KNOWN_VALUES, PRESETS
 from ..data.anyres import MERGE_TYPES, choose_tiling
-from ..data.images import BadImage, image_path, load_image, pad_to_square
+from ..data.images import MODES, SCALED, BadImage, image_path, load_image, pad_to_square
 from ..data.loader import kind_of_fault, log_skipped
 from ..data.records import RecordStore, map_ranges, missing_image
 from ..data.sampler import GlobalBatchSampler, computed_tokens, deal
@@ -148,11 +148,14 @@ def _examine_image(folder: str, name: str, aspect_ratio: str) -> tuple[str | Non
     warnings = []
     with Image.open(image_path(folder, name)) as file:
         kind = "JPEG" if file.format == "MPO" else file.format  # a JPEG with a second picture in it
+        deep = MODES.get(file.mode) == SCALED
     named = Image.registered_extensions().get(Path(name).suffix.lower())
     if named not in (None, kind):
         warnings.append(f"the image {name!r} holds {kind}, not {named}; it is read all the same.")
     if image.width * image.height > LARGE_IMAGE:
         warnings.append(f"the image {name!r} has {image.width}x{image.height} pixels, which takes long to open.")
+    if deep and max(high for _, high in image.getextrema()) < 64:  # 10 or 12 bits of a camera, stored as 16
+        warnings.append(f"the image {name!r} has 16 bits, of which it uses the lowest: the model sees it nearly black.")
     return None, warnings
 
 
