@@ -469,3 +469,10 @@ def test_a_bug_keeps_its_traceback(tmp_path):
     run = start([*words.split(), "--output_dir", str(tmp_path / "output")], tmp_path / "bug.txt")
     assert run.wait() == 1
     assert "Traceback" in run.text
+
+
+def test_what_is_read_cannot_be_left_unread(capsys):
+    command_line = ["--stage", "1", *MODEL, *DATA, "--leave_unread", "video"]
+    assert flags.parse_arguments([*command_line, "<video>"]).data.leave_unread == ["video", "<video>"]
+    for name in ("image", "<image>", "conversations"):
+        assert f"--leave_unread {name}: that is what is read" in parse_error(capsys, *command_line, name)

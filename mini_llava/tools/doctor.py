@@ -28,6 +28,7 @@ from ..data.records import RecordStore, map_ranges, missing_image
 from ..data.sampler import GlobalBatchSampler, computed_tokens, deal
 from ..data.templates import get_template
 from ..data.tokenization import IGNORE_INDEX, BadRecord, Sample, load_tokenizer, tokenize
+from ..data.unread import allowed
 from ..model.sources import tower_image_size
 from ..model.vision_tower import load_vision_config, tokens_per_image
 
@@ -280,6 +281,7 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
     add("--data_path", nargs="+", required=True, metavar="PATH", help="JSON or JSON-lines files of records")
     add("--image_folder", nargs="+", metavar="PATH", help="image folder of each data file, in the same order")
     add("--exclude", nargs="+", metavar="PATH", help="lists of records to leave out, as train.py takes them")
+    add("--leave_unread", nargs="+", default=[], metavar="NAME", help="keys and marks, as train.py takes them")
     add("--data_weights", nargs="+", type=_above_0, metavar="X", help="for the padding figures, as train.py takes them")
     add("--model_name_or_path", required=True, metavar="TEXT", help="language model, for its tokenizer")
     add("--trust_remote_code", action="store_true", help="let the models' own Python code run, where they bring any")
@@ -344,7 +346,13 @@ def examine(given: argparse.Namespace) -> int:
     image_tokens = given.tokens_per_image or _tokens_of_tower(given)
     tokenizer = load_tokenizer(given.model_name_or_path, given.trust_remote_code)
     template = get_template(given.version, tokenizer)
-    to_sample = functools.partial(tokenize, template=template, tokenizer=tokenizer, tokens_per_image=image_tokens)
+    to_sample = functools.partial(
+        tokenize,
+        template=template,
+        tokenizer=tokenizer,
+        tokens_per_image=image_tokens,
+        left_unread=allowed(given.leave_unread),
+    )
     store = RecordStore(given.data_path, given.image_folder, given.exclude)
     examine_part = functools.partial(examine_records, store, to_sample, given.model_max_length)
     found = Findings.join(list(map_ranges(examine_part, len(store), given.num_workers, "records")))
