@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -150,8 +151,8 @@ def read_conversation(
     """
     turns = _turns(record)
     images, in_place = _images(record)
-    if found := unread(record, [text for role, text in turns if role == "human"], left_unread):
-        raise BadRecord(_of_unread(*found))
+    if found := dict(islice(unread(record, [text for role, text in turns if role == "human"], left_unread), 20)):
+        raise BadRecord(_of_unread(found))
 
     if template.captions_only and [role for role, _ in turns] != ["human", "gpt"]:
         raise BadRecord(
@@ -225,8 +226,11 @@ def _images(record: dict) -> tuple[list[str], bool]:
     )
 
 
-def _of_unread(name: str, kind: str) -> str:
-    flag, shown = f"--leave_unread {shlex.quote(name[:200])}", shorten(name)
+def _of_unread(found: dict[str, str]) -> str:
+    """A sentence about the first of what `unread` found, and the flag that lets all of it pass."""
+    flag = " ".join(["--leave_unread", *(shlex.quote(name[:200]) for name in found)])
+    name, kind = next(iter(found.items()))
+    shown = shorten(name)
     if kind == "mark":
         return (
             f"a question has the mark {shown}, which is not read: an image's place is marked by {IMAGE_MARK}, other "

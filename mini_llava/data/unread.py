@@ -45,10 +45,10 @@ TAG = re.compile(
 BEGINNING = re.compile(r"(?:\s+|<image>)*")
 
 
-def unread(record: dict, questions: Iterable[str], left_unread: Collection[str] = ()) -> tuple[str, str] | None:
-    """The first key or mark of a record that looks like media or a prompt and is not read, and what it is.
+def unread(record: dict, questions: Iterable[str], left_unread: Collection[str] = ()) -> Iterator[tuple[str, str]]:
+    """The keys and marks of a record that look like media or a prompt and are not read, each with what it is.
 
-    That is `media` or `prompt` of a key, or `mark`.
+    That is `media` or `prompt` of a key, and `mark` of a mark.
 
     Args:
         record: whose `image` and `conversations` are valid.
@@ -60,18 +60,17 @@ def unread(record: dict, questions: Iterable[str], left_unread: Collection[str] 
         if name not in ("id", "image", "conversations") and value:
             kind = _kind_of(name, value, has_image)
             if kind and _without_numbers(name) not in left_unread:
-                return name, kind
+                yield name, kind
     for turn in record["conversations"]:
         for name, value in turn.items() if len(turn) > 2 else ():
             if name not in ("from", "value") and value:
                 kind = "media" if name == "image" else _kind_of(name, value, has_image)
                 if kind and _without_numbers(name) not in left_unread:
-                    return name, kind
+                    yield name, kind
     for text in questions:
         for mark in _marks(text):
             if _without_numbers(mark) not in left_unread:
-                return mark, "mark"
-    return None
+                yield mark, "mark"
 
 
 def allowed(names: Iterable[str]) -> frozenset[str]:

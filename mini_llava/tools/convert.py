@@ -110,7 +110,8 @@ def _known(names: Sequence[str], known: Sequence[str], flag: str) -> str | None:
 def by_number(name: str) -> tuple:
     """A key that sorts names as people count: `shard-2` before `shard-10`, in capitals or not."""
     parts = re.split(r"(\d+)", name.casefold())
-    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
+    parts[1::2] = [(len(number), number) for number in (part.lstrip("0") for part in parts[1::2])]
+    return parts, name
 
 
 # --- input files -----------------------------------------------------------------------------------------------------

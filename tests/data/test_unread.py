@@ -155,8 +155,8 @@ def test_what_is_left_unread_is_as_if_it_were_not_there(llama):
     for keys in ({"images": ["a.png"], "system": "Be short."}, {"image_7": "a.png"}):
         found = tokenize(conversation(**keys), V1, llama, 4, 1000, left_unread=named)
         assert found.input_ids.tolist() == tokenize(conversation(), V1, llama, 4, 1000).input_ids.tolist()
-    with pytest.raises(BadRecord, match="its key 'video'"):
-        tokenize(conversation(images=["a.png"], video="v"), V1, llama, 4, 1000, left_unread=named)
+    with pytest.raises(BadRecord, match=r"its key 'video' .* by --leave_unread video '<video>'\.$"):
+        tokenize(conversation("<video>\nWhat?", images=["a.png"], video="v"), V1, llama, 4, 1000, left_unread=named)
 
 
 HOSTILE = {
@@ -178,7 +178,8 @@ def test_a_hostile_record_takes_no_time(name, llama):
     """Linear in its length: a second or two of megabytes, of which what is quadratic would take hours."""
     record = HOSTILE[name]
     start = time.process_time()
-    unread(record, [record["conversations"][0]["value"]], allowed(["<video>"]))
+    for _ in unread(record, [record["conversations"][0]["value"]], allowed(["<video>"])):
+        pass
     assert time.process_time() - start < 20
 
 
