@@ -114,6 +114,8 @@ def _strings(value: object, depth: int = 3) -> Iterator[str | bytes]:
 
 
 def _marks(text: str) -> Iterator[str]:
+    if "<" not in text and "[" not in text:
+        return
     yield from (found[0] for found in PLACEHOLDER.finditer(text))
     if not TAG.search(text):  # as in nearly all texts
         return
