@@ -139,6 +139,10 @@ class DataArguments:
     on_bad_sample: str = "error"
     """error stops and names the record; skip leaves it out (the global batch shrinks) and lists it in skipped.jsonl."""
 
+    leave_unread: list[str] | None = field(default=None, metadata={"metavar": "NAME"})
+    """Keys and marks of records that look like media or a prompt and are meant to be left unread: video "<video>"
+    system. A number in one stands for any. Without it such records are bad samples."""
+
     dataloader_num_workers: int = 0
     """Processes that read, tokenize and open images ahead of the step."""
 
@@ -411,6 +415,8 @@ DECIDES_NOTHING = {
     # compared by their content instead of by their names; what is in the image folders is not compared
     *("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter", "lora_weight_path"),
     *("data_path", "image_folder", "exclude"),
+    # compared as the lengths of the records that it lets pass
+    "leave_unread",
     # compared as what they come to: steps in all, samples in a step, precision
     *("stage", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "fp16"),
     # change how a step is computed, and its numbers by no more than rounding
@@ -556,6 +562,8 @@ def _check(arguments: Arguments) -> None:
         raise ValueError(
             f"--resume_ignore {unknown[0]}: no such thing is compared; known are {', '.join(sorted(comparable))}."
         )
+    if read := sorted({"image", "conversations", "<image>"} & set(data.leave_unread or [])):
+        raise ValueError(f"--leave_unread {read[0]}: that is what is read; give keys and marks that are not.")
     for name in POSITIVE:
         if values[name] is not None and values[name] <= 0:
             raise ValueError(f"--{name} must be positive, not {values[name]}.")

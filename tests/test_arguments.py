@@ -231,6 +231,8 @@ def test_every_field_has_a_text_and_help_shows_all_of_them(capsys):
         (["--data_weights", "-1"], "--data_weights -1: weights are above 0;"),
         (["--data_weights", "nan"], "--data_weights nan: weights are above 0;"),
         (["--data_weights", "2", "--sample_order", "a.json"], "--data_weights contradicts it."),
+        (["--leave_unread", "video", "image"], "--leave_unread image: that is what is read; give keys and marks that"),
+        (["--leave_unread", "<image>"], "--leave_unread <image>: that is what is read"),
         (["--eval_max_samples", "5"], "--eval_max_samples needs --eval_data_path."),
         (["--model_name_or_path", "/no/such/model"], "--model_name_or_path /no/such/model is no directory"),
         (["--vision_tower", str(ROOT / "tests")], "is a directory without config.json"),

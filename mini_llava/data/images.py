@@ -22,6 +22,32 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from .tokenization import shorten
 
+CONVERTED, SCALED, REFUSED = "by Pillow's convert", "scaled to 8 bits", "refused"
+# Each of Pillow's modes, as its formats give them, and how it becomes RGB. Pillow's own convert is right up to 8 bits;
+# of more it makes white whatever is above 255.
+MODES = {
+    "1": CONVERTED,
+    "L": CONVERTED,
+    "P": CONVERTED,  # transparent colours are seen, as in LLaVA
+    "PA": CONVERTED,
+    "LA": CONVERTED,  # alpha is dropped, as in LLaVA
+    "La": CONVERTED,  # by way of LA, as Pillow knows no other
+    "RGB": CONVERTED,  # 16-bit colours too: Pillow reads the upper 8 bits of them
+    "RGBA": CONVERTED,
+    "RGBa": CONVERTED,
+    "RGBX": CONVERTED,
+    "CMYK": CONVERTED,
+    "YCbCr": CONVERTED,
+    "LAB": CONVERTED,
+    "HSV": CONVERTED,
+    "I;16": SCALED,  # 16-bit grey of PNG, TIFF and JPEG 2000, 12-bit grey of TIFF
+    "I;16L": SCALED,
+    "I;16B": SCALED,
+    "I;16N": SCALED,
+    "I": SCALED,  # of PGM and PNG, where Pillow has brought it to 16 bits; of TIFF refused: signed, or of 32 bits
+    "F": REFUSED,  # no format tells which value is white
+}
+PHOTOMETRIC, BITS, SAMPLE_FORMAT = 262, 258, 339  # tags of a TIFF
 ASPECT_RATIOS = ("pad", "square")  # of one picture as a whole; tiles are made in anyres.py
 MAX_NAME_BYTES = 4096  # Linux knows no longer path, and following one of megabytes takes minutes
 # The formats of photographs and drawings. Pillow knows some fifty, and starts another program (Ghostscript) for some.
@@ -61,15 +87,17 @@ def image_path(folder: str | os.PathLike, name: str) -> str:
 
 
 def load_image(folder: str | os.PathLike, name: str) -> Image.Image:
-    """Read an image as upright RGB, converted from any mode by PIL's `convert("RGB")`.
+    """Read an image as upright RGB, 8 bits a channel, from the modes that `MODES` lists.
 
-    Pillow's limit against decompression bombs holds. Raises BadImage for whatever keeps a file from being read whole.
+    Pillow's limit against decompression bombs holds. Raises BadImage for whatever keeps a file from being read whole,
+    and for pixels that no format says the range of.
     """
     path = image_path(folder, name)
     with _opened(path) as file:
+        white = white_value(file)
         ImageOps.exif_transpose(file, in_place=True)
         file.load()
-        image = file if file.mode == "RGB" else file.convert("RGB")  # which would copy what is RGB already
+        image = as_rgb(file, white)
     _check_sides(path, image.size)
     # convert() keeps a palette's transparent colour as a note, for which transformers would paint the image on white.
     image.info = {}
@@ -80,6 +108,7 @@ def image_size(folder: str | os.PathLike, name: str) -> tuple[int, int]:
     """Width and height that `load_image` will give, from the file's header. Raises BadImage."""
     path = image_path(folder, name)
     with _opened(path) as file:
+        white_value(file)  # refuses what load_image will refuse
         size = file.size
         # Asked for its EXIF data Pillow decodes a whole PNG, for they may stand behind its pixels.
         header_only = file.format == "PNG" and not _has_notes_behind_pixels(path)
@@ -89,6 +118,36 @@ def image_size(folder: str | os.PathLike, name: str) -> tuple[int, int]:
             size = size[::-1]
     _check_sides(path, size)
     return size
+
+
+def white_value(image: Image.Image) -> int:
+    """Return the pixel value that is white in an opened file, as its format says; 255 where Pillow's convert is right.
+
+    Raises BadImage where the format leaves it open, for guessed ranges make a picture black or white.
+    """
+    tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+    what = MODES.get(image.mode, REFUSED)
+    if tags.get(SAMPLE_FORMAT, (1,))[0] == 2:
+        raise BadImage("it has pixels with a sign, and its format does not say which value is white")
+    if what == CONVERTED:
+        return 255
+    if what == REFUSED or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        kind = "floating-point pixels" if image.mode == "F" else f"pixels of Pillow's mode {image.mode}"
+        raise BadImage(f"it has {kind}, and its format does not say which value is white")
+    return 2 ** tags.get(BITS, (16,))[0] - 1
+
+
+def as_rgb(image: Image.Image, white: int) -> Image.Image:
+    """Return an image of any mode of `MODES` as RGB; `white`: see `white_value`."""
+    if image.mode == "RGB":
+        return image  # which convert would copy
+    if white == 255:
+        return (image.convert("LA") if image.mode == "La" else image).convert("RGB")
+    grey = np.asarray(image).astype(np.uint32)
+    grey = ((grey * 255 + white // 2) // white).astype(np.uint8)
+    if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == 0:  # white is 0: of 8 bits Pillow knows, not of 16
+        grey = 255 - grey
+    return Image.fromarray(grey).convert("RGB")
 
 
 def _has_notes_behind_pixels(path: str) -> bool:
@@ -116,6 +175,10 @@ def _opened(path: str) -> Iterator[Image.Image]:
                 yield file
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise BadImage(f"the image {shorten(path)} is too large to be read safely: {error}") from error
+    except BadImage as error:
+        raise BadImage(
+            f"the image {shorten(path)} cannot be used: {error}. Convert it to 8 bits, or to 16 without a sign."
+        ) from None
     except Exception as error:  # Pillow's decoders raise nearly everything on damaged files
         size = os.path.getsize(path)
         detail = "the file is empty" if size == 0 else f"{type(error).__name__}: {error} (a file of {size} bytes)"

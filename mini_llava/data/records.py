@@ -16,7 +16,7 @@ import re
 import tempfile
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -430,13 +430,18 @@ class Lengths:
 
 
 def measurement_key(
-    template: Template, tokenizer: PreTrainedTokenizerBase, tokens_per_image: int | Tiling, max_length: int
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens_per_image: int | Tiling,
+    max_length: int,
+    left_unread: Collection[str] = (),
 ) -> str:
     """A digest of all that decides a record's length except records and images, the code included."""
     digest = hashlib.blake2b(digest_size=16)
-    for part in (repr(template), tokenizer.backend_tokenizer.to_str(), f"{tokens_per_image} {max_length}"):
+    numbers = f"{tokens_per_image} {max_length}"
+    for part in (repr(template), tokenizer.backend_tokenizer.to_str(), numbers, repr(sorted(left_unread))):
         digest.update(part.encode("utf-8") + b"\0")
-    for name in ("templates.py", "tokenization.py", "records.py", "anyres.py"):
+    for name in ("templates.py", "tokenization.py", "unread.py", "records.py", "anyres.py"):
         digest.update(Path(__file__).with_name(name).read_bytes())
     return digest.hexdigest()
 

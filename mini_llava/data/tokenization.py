@@ -11,11 +11,13 @@ import json
 import os
 import pickle
 import reprlib
+import shlex
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from .templates import IMAGE_MARK, BadRecord, Template, get_template, render
+from .unread import unread
 
 PATCH_TOKEN, START_TOKEN, END_TOKEN = "<im_patch>", "<im_start>", "<im_end>"
 IGNORE_INDEX = -100
@@ -73,6 +76,7 @@ def tokenize(
     tokens_per_image: int | Callable[[str | None, str], int],
     max_length: int,
     folder: str | None = None,
+    left_unread: Collection[str] = (),
 ) -> Sample:
     """Tokenize one record, cut to `max_length` positions (an image counts all its tokens and is never cut in two).
 
@@ -82,11 +86,12 @@ def tokenize(
     Args:
         tokens_per_image: a number, or what gives it for a folder and an image name, and raises what it likes.
         folder: of the record's images.
+        left_unread: see `read_conversation`.
 
     Raises BadRecord for anything that is not a conversation, for image marks that do not match the images, and if no
     trained token is left.
     """
-    questions, answers, images = read_conversation(record, template)
+    questions, answers, images = read_conversation(record, template, left_unread)
     if not answers:
         raise BadRecord("no question has an answer, so there is nothing to train on.")
     if isinstance(tokens_per_image, int):
@@ -108,7 +113,11 @@ def tokenize(
 
 
 def tokenize_prompt(
-    record: dict, template: Template, tokenizer: PreTrainedTokenizerBase, tokens_per_image: int = 1
+    record: dict,
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens_per_image: int = 1,
+    left_unread: Collection[str] = (),
 ) -> np.ndarray:
     """The ids, int32 [L], up to the place where the model is to answer the last question of a record.
 
@@ -118,7 +127,7 @@ def tokenize_prompt(
     beginning of the answer (a ChatML role ends with a newline; an answer that begins with one may share a token).
     With one token for each image `expand_images` gives them theirs, once the images are known. Raises BadRecord.
     """
-    questions, answers, images = read_conversation(record, template)
+    questions, answers, images = read_conversation(record, template, left_unread)
     pieces = render(template, questions, answers[: len(questions) - 1], generation_prompt=True)
     return _encode(pieces, tokenizer, [tokens_per_image] * len(images))[0]
 
@@ -130,15 +139,20 @@ def expand_images(input_ids: np.ndarray, image_tokens: Sequence[int]) -> np.ndar
     return np.repeat(input_ids, copies)
 
 
-def read_conversation(record: dict, template: Template) -> tuple[list[str], list[str], list[str]]:
+def read_conversation(
+    record: dict, template: Template, left_unread: Collection[str] = ()
+) -> tuple[list[str], list[str], list[str]]:
     """Check a record and return its questions, its answers (maybe one fewer) and its image names.
 
     As in LLaVA a conversation that begins with the assistant loses that turn. Image marks are counted and written the
     template's way: for one image given as a string the mark moves to the front of its turn; a list leaves the marks in
-    place.
+    place. What looks like media or a prompt and is read by nobody makes a bad record, unless it is in `left_unread`,
+    which `unread.allowed` makes.
     """
     turns = _turns(record)
     images, in_place = _images(record)
+    if found := dict(islice(unread(record, [text for role, text in turns if role == "human"], left_unread), 20)):
+        raise BadRecord(_of_unread(found))
 
     if template.captions_only and [role for role, _ in turns] != ["human", "gpt"]:
         raise BadRecord(
@@ -212,13 +226,34 @@ def _images(record: dict) -> tuple[list[str], bool]:
     )
 
 
+def _of_unread(found: dict[str, str]) -> str:
+    """A sentence about the first of what `unread` found, and the flag that lets all of it pass."""
+    flag = " ".join(["--leave_unread", *(shlex.quote(name[:200]) for name in found)])
+    name, kind = next(iter(found.items()))
+    shown = shorten(name)
+    if kind == "mark":
+        return (
+            f"a question has the mark {shown}, which is not read: an image's place is marked by {IMAGE_MARK}, other "
+            f"media are not known. Write {IMAGE_MARK} for an image, or leave it in the text by {flag}."
+        )
+    if kind == "prompt":
+        return (
+            f"its key {shown} looks like a prompt and is not read: the template has a system prompt of its own. Put it "
+            f"into the first question, or train without it by {flag}."
+        )
+    return (
+        f"its key {shown} looks like media and is not read: images are read from the record's 'image' alone, other "
+        f"media not at all. Rename it to 'image', or train without it by {flag}."
+    )
+
+
 def _image_first(text: str) -> str:
     return (IMAGE_MARK + "\n" + text.replace(IMAGE_MARK, "").strip()).strip()
 
 
-def check_record(record: dict) -> None:
+def check_record(record: dict, left_unread: Collection[str] = ()) -> None:
     """Raises BadRecord if the record cannot be trained on with any template, whatever its images and its length."""
-    _, answers, _ = read_conversation(record, get_template("v1"))
+    _, answers, _ = read_conversation(record, get_template("v1"), left_unread)
     if not answers:
         raise BadRecord("no question has an answer, so there is nothing to train on.")
 

@@ -16,8 +16,9 @@ import sys
 import tarfile
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -28,16 +29,19 @@ from ..data.json_lines import read_lines
 from ..data.loader import count_reasons
 from ..data.templates import IMAGE_MARK
 from ..data.tokenization import BadRecord, check_record, shorten
+from ..data.unread import allowed, kind_of_name
 
 TEXT_COLUMNS = ("conversations", "messages", "texts", "caption", "text", "txt")
 IMAGE_COLUMNS = ("images", "image")
+NUMBERED_IMAGE = re.compile(r"image[_-]?\d+", re.IGNORECASE)  # image_1, image_2, ...: an entry's first, second, ...
 ID_COLUMNS = ("id", "__key__")
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 
 TABLES, ARCHIVES = (".parquet", ".arrow"), (".tar", ".tar.gz", ".tgz")
 SPLIT = re.compile(r"(?<![a-z])(train|training|validation|valid|val|dev|test|testing)(?![a-z])")
 SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "JPEG2000": ".jp2"}  # of other formats their name in small letters
-IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2", "avif")
+IMAGE_KINDS = tuple(ending[1:] for ending, name in Image.registered_extensions().items() if name in FORMATS)
+TEXT_KINDS = ("txt", "json")
 LARGEST_MEMBER = 2**28  # bytes of a tar member; an archive may claim any size for one
 
 
@@ -47,26 +51,67 @@ class BadEntry(ValueError):
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns that hold the text, the images and the id of an entry; None: chosen, or there is none."""
+    """Names of the columns that hold the text, the images and the id of an entry; None, (): chosen, or there is none.
+
+    image: several where each holds one image of an entry, in their order.
+    """
 
     text: str | None = None
-    image: str | None = None
+    image: tuple[str, ...] = ()
     id: str | None = None
+
+    @property
+    def all(self) -> list[str]:
+        return [name for name in (self.text, *self.image, self.id) if name]
 
 
 def choose_columns(names: Sequence[str], asked: Columns) -> Columns:
-    """The columns asked for, and for the others the first known one. Raises ValueError, naming those that are there."""
-    for flag, name in (("text", asked.text), ("image", asked.image), ("id", asked.id)):
+    """Return the columns asked for, and for the others the first known one, whatever its case.
+
+    Without a known image column, `image_1`, `image_2`, ... hold the images, by their numbers. Raises ValueError, naming
+    the columns that are there, if one is not there or if it is not clear which one is meant.
+    """
+    for flag, name in (("text", asked.text), *(("image", name) for name in asked.image), ("id", asked.id)):
         if name is not None and name not in names:
             raise ValueError(f"it has no column {name!r} (--{flag}_column); its columns are {', '.join(names)}.")
-    text = asked.text or next((name for name in TEXT_COLUMNS if name in names), None)
+    text = asked.text or _known(names, TEXT_COLUMNS, "text")
     if text is None:
         raise ValueError(
             f"none of its columns, {', '.join(names)}, is known to hold text (known: {', '.join(TEXT_COLUMNS)}): name "
             f"one by --text_column."
         )
-    image = asked.image or next((name for name in IMAGE_COLUMNS if name in names), None)
-    return Columns(text, image, asked.id or next((name for name in ID_COLUMNS if name in names), None))
+    image = asked.image
+    if not image:
+        known = _known(names, IMAGE_COLUMNS, "image")
+        numbered = sorted((name for name in names if NUMBERED_IMAGE.fullmatch(name)), key=by_number)
+        if (known and numbered) or len(numbered) != len({re.search(r"\d+", name)[0].lstrip("0") for name in numbered}):
+            raise ValueError(
+                f"it is not clear which images come first, those of {' or '.join(filter(None, (known, *numbered)))}: "
+                f"name the columns in their order by --image_column."
+            )
+        image = (known,) if known else tuple(numbered)
+    return Columns(text, image, asked.id or _known(names, ID_COLUMNS, "id"))
+
+
+def _known(names: Sequence[str], known: Sequence[str], flag: str) -> str | None:
+    """The column that comes first among the known ones. Raises ValueError if two differ in case alone."""
+    for wanted in known:
+        found = [name for name in names if name.lower() == wanted]
+        if len(found) > 1:
+            raise ValueError(
+                f"its columns {' and '.join(found)} differ in case alone: name the one that is meant by "
+                f"--{flag}_column."
+            )
+        if found:
+            return found[0]
+    return None
+
+
+def by_number(name: str) -> tuple:
+    """A key that sorts names as people count: `shard-2` before `shard-10`, in capitals or not."""
+    parts = re.split(r"(\d+)", name.casefold())
+    parts[1::2] = [(len(number), number) for number in (part.lstrip("0") for part in parts[1::2])]
+    return parts, name
 
 
 # --- input files -----------------------------------------------------------------------------------------------------
@@ -76,7 +121,7 @@ def input_files(source: Path, split: str | None) -> list[Path]:
     """The files of a source: itself, or those of a directory. Raises ValueError where it is not clear which."""
     if split and (source.is_file() or (source / "state.json").is_file()):
         raise ValueError(f"{source} has no splits, so --split {split} says nothing about it.")
-    if source.is_file() and source.name.endswith(TABLES + ARCHIVES):
+    if _is_data(source):
         return [source]
     if not source.is_dir():
         raise ValueError(f"{source} is neither a directory nor a file ending with {', '.join(TABLES + ARCHIVES)}.")
@@ -88,16 +133,38 @@ def input_files(source: Path, split: str | None) -> list[Path]:
         if state.get("_indices_data_files"):
             raise ValueError(f"{source} was saved with a selection of rows beside it: save it with newer datasets.")
         return [source / file["filename"] for file in state["_data_files"]]
-    files = sorted(path for path in source.rglob("*") if path.name.endswith(TABLES + ARCHIVES) and path.is_file())
-    splits = {path: SPLIT.search(str(path.relative_to(source)).lower()) for path in files}
-    splits = {path: found[1] if found else None for path, found in splits.items()}
+    files = [path.relative_to(source) for path in source.rglob("*") if _is_data(path)]
+    files.sort(key=lambda path: [by_number(part) for part in path.parts])
+    splits = {path: _split_of(path) for path in files}
     names = sorted({name for name in splits.values() if name})
-    if len(names) > 1 or split:
+    if split or len(set(splits.values())) > 1:
+        # Files of no split may be anything beside the train split: their own name for it, or another data set.
+        unnamed = [] if split else [str(path) for path in files if splits[path] is None]
+        if unnamed and len(names) == 1:
+            raise ValueError(
+                f"{source} has files of the split {names[0]} and {len(unnamed)} whose names tell of none, the first is "
+                f"{unnamed[0]}: say which split to convert by --split, or name the files."
+            )
         wanted = _only(source, names, split)
         files = [path for path in files if splits[path] == wanted]
     if not files:
         raise ValueError(f"{source} holds no file ending with {', '.join(TABLES + ARCHIVES)}.")
-    return files
+    return [source / path for path in files]
+
+
+def _is_data(path: Path) -> bool:
+    return path.name.lower().endswith(TABLES + ARCHIVES) and path.is_file()
+
+
+def _split_of(path: Path) -> str | None:
+    """The split that a path tells of: its file's name if that does, else the nearest folder's."""
+    for part in reversed(path.parts):
+        found = sorted(set(SPLIT.findall(part.lower())))
+        if len(found) > 1:
+            raise ValueError(f"{path} tells of the splits {' and '.join(found)}: convert the files that you name.")
+        if found:
+            return found[0]
+    return None
 
 
 def _only(source: Path, splits: list[str], split: str | None) -> str:
@@ -111,7 +178,7 @@ def _only(source: Path, splits: list[str], split: str | None) -> str:
 
 def read_entries(path: Path, asked: Columns) -> Iterator[tuple[str, dict | BadEntry]]:
     """Name and columns of each entry of a file, or what is wrong with it. Raises ValueError if the file is torn."""
-    reader = read_archive if path.name.endswith(ARCHIVES) else read_table
+    reader = read_archive if path.name.lower().endswith(ARCHIVES) else read_table
     try:
         yield from reader(path, asked)
     except (tarfile.TarError, EOFError, zlib.error, ValueError, OSError) as error:
@@ -126,15 +193,15 @@ def read_table(path: Path, asked: Columns) -> Iterator[tuple[str, dict]]:
     except ImportError as error:
         raise ImportError(f"{path} needs the package pyarrow: pip install pyarrow.") from error
     with pyarrow.memory_map(str(path)) as file:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             table = pyarrow.parquet.ParquetFile(file)
-            names = [name for name in astuple(choose_columns(table.schema_arrow.names, asked)) if name]
+            names = _columns_to_read(table.schema_arrow.names, asked)
             batches = table.iter_batches(batch_size=64, columns=names)  # a row may hold megabytes
         else:
             is_file = file.read(6) == b"ARROW1"
             file.seek(0)
             table = (pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream)(file)
-            names = [name for name in astuple(choose_columns(table.schema.names, asked)) if name]
+            names = _columns_to_read(table.schema.names, asked)
             batches = (table.get_batch(n) for n in range(table.num_record_batches)) if is_file else table
             batches = (part for batch in batches for part in _parts(batch.select(names)))
         row = 0
@@ -144,50 +211,135 @@ def read_table(path: Path, asked: Columns) -> Iterator[tuple[str, dict]]:
                 row += 1
 
 
+def _columns_to_read(names: list[str], asked: Columns) -> list[str]:
+    """Those that become a record, and those that would have to: see `make_record`."""
+    chosen = choose_columns(names, asked).all
+    return chosen + [name for name in names if name not in chosen and kind_of_name(name)]
+
+
 def _parts(batch, rows: int = 64) -> Iterator:
     return (batch.slice(start, rows) for start in range(0, batch.num_rows, rows))
 
 
 def read_archive(path: Path, asked: Columns) -> Iterator[tuple[str, dict | BadEntry]]:
-    """The samples of a WebDataset shard: neighbouring members with the same name up to its first dot.
+    """The samples of a WebDataset shard, see `samples_of`.
 
-    The images of a sample become the column `images`, in their order, the fields of its `.json` columns, and its `.txt`
-    the column `txt`. Other members are passed over. Nothing is unpacked by its name.
+    The images of a sample become the column `images`, in the order that `in_order` gives them, the fields of its
+    `.json` columns, and its `.txt` the column `txt`. Other members are passed over. Nothing is unpacked by its name.
     """
-    key, entry = None, {}
     with tarfile.open(path) as archive:
-        for member in archive:
-            folder, _, base = member.name.rpartition("/")
-            stem, _, kinds = base.partition(".")
-            if member.isdir():
-                continue
-            if f"{folder}/{stem}" != key:
-                if key is not None:
-                    yield key.lstrip("/"), entry
-                key, entry = f"{folder}/{stem}", {"__key__": stem}
-            if isinstance(entry, dict):
-                try:
-                    _add_member(entry, kinds.lower().rpartition(".")[2], archive, member)
-                except BadEntry as error:
-                    entry = error
-        if key is not None:
-            yield key.lstrip("/"), entry
+        members = archive.getmembers()
         # What is damaged reads as the end of an archive, the real one is an empty block.
         archive.fileobj.seek(archive.offset)
         if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise ValueError(f"behind the sample {key} it is damaged or cut off.")
+            behind = f"behind {members[-1].name} " if members else ""
+            raise ValueError(f"{behind}it is damaged or cut off.")
         while archive.fileobj.read(2**20):  # a compressed one has its checksum at its end
             pass
+        for key, sample in samples_of(members):
+            entry = {"__key__": key.rpartition("/")[2]}
+            try:
+                _check_sample(sample)
+                for member in in_order(sample):
+                    _add_member(entry, member, archive)
+                _check_texts(entry, asked)
+            except BadEntry as error:
+                entry = error
+            yield key.lstrip("/"), entry
 
 
-def _add_member(entry: dict, kind: str, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
-    if kind not in (*IMAGE_KINDS, "json", "txt"):
-        return
-    if not member.isfile():
+@dataclass(frozen=True)
+class Member:
+    """A member of an archive whose ending is known: `chats/v1.5-01.0.PNG` has stem `v1.5-01.0` and kind `png`."""
+
+    info: tarfile.TarInfo
+    folder: str
+    stem: str
+    kind: str
+
+
+def samples_of(members: Iterable[tarfile.TarInfo]) -> Iterator[tuple[str, list[Member] | BadEntry]]:
+    """Group the members of a shard into samples: (key, its members), or what makes it unclear whose they are.
+
+    Members are of one sample if their names without the ending are equal, or if one goes on behind a dot where another
+    ends: `a.txt`, `a.0.png`, `a.seg.png`. WebDataset's own rule, the name up to its first dot, would make one sample of
+    `v1.5-01.jpg` and `v1.5-02.jpg`. As there, members of a sample stand together, and names that begin with a dot are
+    passed over.
+    """
+    runs, last = [], None
+    for info in members:
+        folder, _, base = info.name.rpartition("/")
+        stem, _, ending = base.rpartition(".")
+        if info.isdir() or not stem or stem.startswith(".") or ending.lower() not in (*IMAGE_KINDS, *TEXT_KINDS):
+            continue
+        if (folder, stem.partition(".")[0]) != last:
+            last = folder, stem.partition(".")[0]
+            runs.append([])
+        runs[-1].append(Member(info, folder, stem, ending.lower()))
+    samples = [sample for run in runs for sample in _split_run(run)]
+    count = Counter(key for key, _ in samples)
+    for key, sample in samples:
+        yield key, sample if count[key] == 1 else BadEntry("its members do not stand together in the archive.")
+
+
+def _split_run(run: list[Member]) -> list[tuple[str, list[Member]]]:
+    """The samples among neighbours whose names are equal up to the first dot."""
+    by_stem = defaultdict(list)
+    for member in run:
+        by_stem[member.stem].append(member)
+    samples = defaultdict(list)  # from the shortest stem to all members whose names begin with it
+    for stem in by_stem:
+        parts = stem.split(".")
+        beginnings = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+        samples[next(beginning for beginning in beginnings if beginning in by_stem)].append(stem)
+    found = []
+    for shortest, stems in samples.items():
+        kinds = [{"image" if member.kind in IMAGE_KINDS else member.kind for member in by_stem[stem]} for stem in stems]
+        # Several stems that each have images and a text are samples of their own: 0.jpg 0.txt 0.5.jpg 0.5.txt
+        alone = "image" in kinds[0] and len(kinds[0]) > 1 and all(kind == kinds[0] for kind in kinds)
+        found += [(stem, [stem]) for stem in stems] if alone else [(shortest, stems)]
+    folder = f"{run[0].folder}/" if run[0].folder else ""
+    return [(folder + key, [member for stem in stems for member in by_stem[stem]]) for key, stems in found]
+
+
+def _check_sample(sample: list[Member] | BadEntry) -> None:
+    if isinstance(sample, BadEntry):
+        raise sample
+    names = Counter((member.stem, member.kind) for member in sample)
+    if twice := [".".join(name) for name, count in names.items() if count > 1]:
+        raise BadEntry(f"it has the member {shorten(twice[0])} twice.")
+    for kind in TEXT_KINDS:
+        texts = [f"{member.stem}.{kind}" for member in sample if member.kind == kind]
+        if len(texts) > 1:
+            raise BadEntry(f"it has several texts ending with {kind!r}: {shorten(texts)}; which one is its own?")
+
+
+def in_order(sample: list[Member]) -> list[Member]:
+    """A sample's texts, then its images as they stand in the archive, but what differs in numbers alone by number.
+
+    So `a.2.png` comes before `a.10.png`, and `a.png` before both.
+    """
+    shortest = min((member.stem for member in sample), key=len)
+    images = [member for member in sample if member.kind in IMAGE_KINDS]
+    patterns = [re.sub(r"\d+", "0", member.stem[len(shortest) :]) for member in images]
+    if len(numbered := set(patterns) - {""}) == 1:
+        patterns = [*numbered] * len(images)
+    of_pattern = defaultdict(list)
+    for pattern, member in zip(patterns, images, strict=True):
+        of_pattern[pattern].append(member)
+    by_numbers = {
+        pattern: iter(sorted(found, key=lambda member: by_number(member.stem))) for pattern, found in of_pattern.items()
+    }
+    return [member for member in sample if member.kind in TEXT_KINDS] + [next(by_numbers[each]) for each in patterns]
+
+
+def _add_member(entry: dict, member: Member, archive: tarfile.TarFile) -> None:
+    kind, info = member.kind, member.info
+    if not info.isfile():
         raise BadEntry(f"its {kind!r} is a link or a device and not a file.")
-    if member.size > LARGEST_MEMBER:
-        raise BadEntry(f"its {kind!r} has {member.size} bytes; more than {LARGEST_MEMBER} are refused.")
-    content = archive.extractfile(member).read()
+    if info.size > LARGEST_MEMBER:
+        raise BadEntry(f"its {kind!r} has {info.size} bytes; more than {LARGEST_MEMBER} are refused.")
+    content = archive.extractfile(info).read()
     if kind in IMAGE_KINDS:
         images = entry.get("images")
         entry["images"] = [*images, content] if images and isinstance(images[0], bytes) else [content]
@@ -202,6 +354,16 @@ def _add_member(entry: dict, kind: str, archive: tarfile.TarFile, member: tarfil
         entry |= {name: column for name, column in value.items() if column is not None and name not in entry}
     else:
         raise BadEntry(f"its 'json' is not an object but {shorten(value)}.")
+
+
+def _check_texts(entry: dict, asked: Columns) -> None:
+    """Raises BadEntry if a sample's `.txt` and its `.json` hold two texts, of which nobody said which to take."""
+    if asked.text or "txt" not in entry:
+        return
+    first = _known(list(entry), TEXT_COLUMNS, "text")
+    texts = [text.strip() if isinstance(text, str) else text for text in (entry[first], entry["txt"])]
+    if texts[0] != texts[1]:
+        raise BadEntry(f"its 'txt' and {first!r} of its 'json' are two texts: name the one to take by --text_column.")
 
 
 # --- an entry --------------------------------------------------------------------------------------------------------
@@ -302,7 +464,13 @@ def _text(content: object, number: int) -> object:
 
 
 def make_record(
-    entry: dict, name: str, place: str, asked: Columns, image_root: str | None, drop_system: bool
+    entry: dict,
+    name: str,
+    place: str,
+    asked: Columns,
+    image_root: str | None,
+    drop_system: bool,
+    left_unread: Collection[str] = (),
 ) -> tuple[dict, dict[str, bytes]]:
     """The record of an entry, and its images by their names in the image folder. Raises BadEntry or BadRecord.
 
@@ -314,7 +482,7 @@ def make_record(
         columns = choose_columns(list(entry), asked)
     except ValueError as error:
         raise BadEntry(str(error)) from None
-    images = encoded_images(entry[columns.image], image_root) if columns.image else []
+    images = [image for column in columns.image for image in encoded_images(entry[column], image_root)]
     turns, in_place = conversation(entry[columns.text], len(images), drop_system)
     identifier = entry.get(columns.id)
     record = {"id": name if identifier is None else str(identifier)}
@@ -323,7 +491,8 @@ def make_record(
     if names:
         record["image"] = names[0] if len(names) == 1 and not in_place else names
     record["conversations"] = turns
-    check_record(record)
+    not_taken = {name: value for name, value in entry.items() if name not in columns.all and kind_of_name(name)}
+    check_record(not_taken | record, left_unread)  # it names what looks like media or a prompt
     return record, dict(zip(names, images, strict=True))
 
 
@@ -342,7 +511,8 @@ def convert_file(number: int, path: Path, given: argparse.Namespace, asked: Colu
                 if isinstance(entry, BadEntry):
                     raise entry
                 called = f"{path.name} {name}"
-                record, images = make_record(entry, called, place, asked, given.image_root, given.drop_system)
+                how = (asked, given.image_root, given.drop_system, allowed(given.leave_unread))
+                record, images = make_record(entry, called, place, *how)
             except (BadEntry, BadRecord) as error:
                 bad_lines.write(json.dumps({"file": str(path), "entry": name, "reason": str(error)}) + "\n")
                 continue
@@ -371,7 +541,8 @@ def write_whole(file: Path, contents: Iterable[bytes]) -> None:
 
 def convert(given: argparse.Namespace) -> int:
     """Converts, prints, and returns how many entries became no record."""
-    output, asked = Path(given.output), Columns(given.text_column, given.image_column, given.id_column)
+    output = Path(given.output)
+    asked = Columns(given.text_column, tuple(given.image_column), given.id_column)
     files = [path for source in given.sources for path in input_files(Path(source), given.split)]
     plan = {
         "files": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
@@ -412,10 +583,13 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
     add("--output", required=True, metavar="FOLDER", help="where records.jsonl and images/ go")
     add("--split", metavar="NAME", help="which split of a directory that has several")
     add("--text_column", metavar="NAME", help=f"conversations or caption [the first of {', '.join(TEXT_COLUMNS)}]")
-    add("--image_column", metavar="NAME", help=f"images [the first of {', '.join(IMAGE_COLUMNS)}; none: text only]")
+    image_help = f"images, once for each column [the first of {', '.join(IMAGE_COLUMNS)}, or image_1, image_2, ...]"
+    add("--image_column", metavar="NAME", action="append", default=[], help=image_help)
     add("--id_column", metavar="NAME", help=f"[the first of {', '.join(ID_COLUMNS)}; none: file and row]")
     add("--image_root", metavar="FOLDER", help="folder of the images that the data only name")
     add("--drop_system", action="store_true", help="leave system prompts out; templates have their own")
+    unread_help = "columns and marks that look like media or a prompt and are meant to be left unread, as for train.py"
+    add("--leave_unread", nargs="+", default=[], metavar="NAME", help=unread_help)
     return parser.parse_args(command_line)
 
 

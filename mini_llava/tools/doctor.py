@@ -22,12 +22,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..arguments import KNOWN_VALUES, PRESETS
 from ..data.anyres import MERGE_TYPES, choose_tiling
-from ..data.images import BadImage, image_path, load_image, pad_to_square
+from ..data.images import MODES, SCALED, BadImage, image_path, load_image, pad_to_square
 from ..data.loader import kind_of_fault, log_skipped
 from ..data.records import RecordStore, map_ranges, missing_image
 from ..data.sampler import GlobalBatchSampler, computed_tokens, deal
 from ..data.templates import get_template
 from ..data.tokenization import IGNORE_INDEX, BadRecord, Sample, load_tokenizer, tokenize
+from ..data.unread import allowed
 from ..model.sources import read_language_config, tower_image_size
 from ..model.vision_tower import load_vision_config, tokens_per_image
 from ..training import preflight
@@ -149,11 +150,14 @@ def _examine_image(folder: str, name: str, aspect_ratio: str) -> tuple[str | Non
     warnings = []
     with Image.open(image_path(folder, name)) as file:
         kind = "JPEG" if file.format == "MPO" else file.format  # a JPEG with a second picture in it
+        deep = MODES.get(file.mode) == SCALED
     named = Image.registered_extensions().get(Path(name).suffix.lower())
     if named not in (None, kind):
         warnings.append(f"the image {name!r} holds {kind}, not {named}; it is read all the same.")
     if image.width * image.height > LARGE_IMAGE:
         warnings.append(f"the image {name!r} has {image.width}x{image.height} pixels, which takes long to open.")
+    if deep and max(high for _, high in image.getextrema()) < 64:  # 10 or 12 bits of a camera, stored as 16
+        warnings.append(f"the image {name!r} has 16 bits, of which it uses the lowest: the model sees it nearly black.")
     return None, warnings
 
 
@@ -278,6 +282,7 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
     add("--data_path", nargs="+", required=True, metavar="PATH", help="JSON or JSON-lines files of records")
     add("--image_folder", nargs="+", metavar="PATH", help="image folder of each data file, in the same order")
     add("--exclude", nargs="+", metavar="PATH", help="lists of records to leave out, as train.py takes them")
+    add("--leave_unread", nargs="+", default=[], metavar="NAME", help="keys and marks, as train.py takes them")
     add("--data_weights", nargs="+", type=_above_0, metavar="X", help="for the padding figures, as train.py takes them")
     add("--model_name_or_path", required=True, metavar="TEXT", help="language model, for its tokenizer")
     add("--trust_remote_code", action="store_true", help="let the models' own Python code run, where they bring any")
@@ -342,12 +347,18 @@ def examine(given: argparse.Namespace) -> int:
     image_tokens = given.tokens_per_image or _tokens_of_tower(given)
     tokenizer = load_tokenizer(given.model_name_or_path, given.trust_remote_code)
     template = get_template(given.version, tokenizer)
-    to_sample = functools.partial(tokenize, template=template, tokenizer=tokenizer, tokens_per_image=image_tokens)
     findings = list(preflight.check_template(template, tokenizer))
     language_config = read_language_config(given.model_name_or_path, given.trust_remote_code)
     if language_config is not None:
         rows = language_config.get_text_config().vocab_size
         findings += preflight.check_token_rows(tokenizer, rows, new_tokens=0)
+    to_sample = functools.partial(
+        tokenize,
+        template=template,
+        tokenizer=tokenizer,
+        tokens_per_image=image_tokens,
+        left_unread=allowed(given.leave_unread),
+    )
     store = RecordStore(given.data_path, given.image_folder, given.exclude)
     examine_part = functools.partial(examine_records, store, to_sample, given.model_max_length)
     found = Findings.join(list(map_ranges(examine_part, len(store), given.num_workers, "records")))

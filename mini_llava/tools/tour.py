@@ -29,6 +29,7 @@ from ..data.tokenization import (
     read_conversation,
     tokenize,
 )
+from ..data.unread import allowed
 from ..model.freeze import apply_plan
 from ..model.llava import LlavaModel, token_losses
 from ..model.projector import build_projector
@@ -73,7 +74,7 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
     print(f"  {store.describe(index)}\n  {json.dumps(record, ensure_ascii=False)}")
 
     step(2, render, f"the text that the template {template.name} makes of it, in pieces that are trained (>) or not")
-    questions, answers, _ = read_conversation(record, template)
+    questions, answers, _ = read_conversation(record, template, allowed(data_flags.leave_unread or []))
     for text, trained in render(template, questions, answers):
         print(f"  {'>' if trained else ' '} {text!r}")
 

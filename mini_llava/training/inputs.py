@@ -19,6 +19,7 @@ from ..data.loader import open_pixels
 from ..data.records import measurement_key
 from ..data.templates import Template, get_template
 from ..data.tokenization import Sample, add_image_tokens, load_tokenizer, tokenize, tokenize_prompt
+from ..data.unread import allowed
 from ..model.image_tokens import missing_rows
 from ..model.sources import Source
 from ..model.vision_tower import tokens_per_image
@@ -62,6 +63,7 @@ def choose_inputs(arguments: Arguments, source: Source) -> Inputs:
     template, eval_template = (add_image_tokens(tokenizer, each, *marks) for each in (template, eval_template))
     resized = model_flags.resize_token_embeddings
     image_processor, image_size = source.image_processor(), source.image_size()
+    left_unread = allowed(data_flags.leave_unread or [])
     image_tokens = tokens_per_image(source.vision_config, source.select_feature, image_size)
     to_sample = functools.partial(
         tokenize,
@@ -69,6 +71,7 @@ def choose_inputs(arguments: Arguments, source: Source) -> Inputs:
         tokenizer=tokenizer,
         tokens_per_image=tiling.tokens if tiling else image_tokens,
         max_length=data_flags.model_max_length,
+        left_unread=left_unread,
     )
     to_pixels = functools.partial(
         open_pixels,
@@ -87,7 +90,7 @@ def choose_inputs(arguments: Arguments, source: Source) -> Inputs:
         tiling,
         to_sample,
         functools.partial(to_sample, template=eval_template),
-        functools.partial(tokenize_prompt, template=eval_template, tokenizer=tokenizer),
+        functools.partial(tokenize_prompt, template=eval_template, tokenizer=tokenizer, left_unread=left_unread),
         to_pixels,
-        measurement_key(template, tokenizer, tiling or image_tokens, data_flags.model_max_length),
+        measurement_key(template, tokenizer, tiling or image_tokens, data_flags.model_max_length, left_unread),
     )

@@ -1,6 +1,9 @@
 """Images are upright RGB, stay inside their folder, and broken ones are named."""
 
+import io
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,12 @@ from transformers import (
 )
 
 from mini_llava.data.images import (
+    CONVERTED,
+    MODES,
+    SCALED,
     BadImage,
+    as_rgb,
+    image_size,
     load_image,
     load_image_processor,
     normalisation_table,
@@ -26,6 +34,7 @@ from mini_llava.data.images import (
     pad_to_square,
     pixel_values,
     resize_padded,
+    white_value,
 )
 from mini_llava.model.vision_tower import load_vision_tower
 
@@ -67,9 +76,131 @@ def test_cmyk_becomes_rgb(tmp_path):
     assert load_image(tmp_path, "a.jpg").tobytes() == Image.open(tmp_path / "a.jpg").convert("RGB").tobytes()
 
 
-def test_sixteen_bit_grey_becomes_rgb(tmp_path):
-    Image.fromarray((np.arange(96, dtype=np.uint16) * 600).reshape(8, 12)).save(tmp_path / "a.png")
-    assert load_image(tmp_path, "a.png").tobytes() == Image.open(tmp_path / "a.png").convert("RGB").tobytes()
+def test_the_table_has_every_mode_that_pillow_knows():
+    assert set(MODES) == set(Image.MODES)
+
+
+@pytest.mark.parametrize("mode", [mode for mode, what in MODES.items() if what == CONVERTED])
+def test_up_to_eight_bits_pillow_converts(mode):
+    values = np.random.default_rng(0).integers(0, 256, (8, 12, len(Image.new(mode, (1, 1)).getbands())), dtype=np.uint8)
+    image = Image.frombytes(mode, (12, 8), np.packbits(values[..., 0] > 127, axis=1) if mode == "1" else values)
+    if mode in ("P", "PA"):
+        image.putpalette(range(256), "RGB")
+    rgb = as_rgb(image, white_value(image))
+    assert rgb.mode == "RGB" and len(rgb.getcolors()) > 1
+    assert rgb.tobytes() == (image.convert("LA") if mode == "La" else image).convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("mode", [mode for mode, what in MODES.items() if what == SCALED])
+def test_more_bits_are_scaled_to_eight(mode):
+    kind = {"I;16B": ">u2", "I;16N": "=u2", "I": "<i4"}.get(mode, "<u2")
+    image = Image.frombytes(mode, (len(GREYS), 1), np.array(GREYS).astype(kind).tobytes())
+    image.format = "PNG"  # of which older versions of Pillow give the mode I
+    assert np.asarray(as_rgb(image, white_value(image)))[0].tolist() == [[value] * 3 for value in (0, 1, 64, 128, 255)]
+
+
+GREYS = [0, 257, 16448, 32896, 65535]  # 0, 1, 64, 128 and 255, 257 times
+
+
+def tiff(values, photometric=1, bits=16, sample_format=1, order="<", fill_order=1):
+    """A TIFF of one row; Pillow writes none of the odd ones."""
+    content = values if isinstance(values, bytes) else values.tobytes()
+    width = len(content) * 8 // bits
+    tags = {256: width, 257: 1, 258: bits, 259: 1, 262: photometric, 266: fill_order, 273: 8, 277: 1, 278: 1}
+    tags |= {279: len(content), 339: sample_format}
+    directory = b"".join(struct.pack(f"{order}HHI", tag, 4, 1) + struct.pack(f"{order}I", tags[tag]) for tag in tags)
+    content += bytes(len(content) % 2)
+    head = struct.pack(f"{order}2sHI", b"II" if order == "<" else b"MM", 42, 8 + len(content))
+    return head + content + struct.pack(f"{order}H", len(tags)) + directory + bytes(4)
+
+
+def saved(values, kind):
+    buffer = io.BytesIO()
+    Image.fromarray(values[None]).save(buffer, kind)
+    return buffer.getvalue()
+
+
+CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}  # of PNG's kinds of colour: grey, RGB, and both with alpha
+
+
+def png(depth, colour_type, row, *chunks):
+    """A PNG of one row, of which Pillow writes few kinds."""
+    width = 8 * len(row) // depth // CHANNELS[colour_type]
+    header = struct.pack(">IIBBBBB", width, 1, depth, colour_type, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
+    body = [struct.pack(">I", len(d)) + name + d + struct.pack(">I", zlib.crc32(name + d)) for name, d in parts]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+
+
+LITTLE, BIG = np.array(GREYS, "<u2"), np.array(GREYS, ">u2")
+REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in LITTLE.tobytes())
+DEEP = {
+    "PNG": saved(LITTLE, "PNG"),
+    "PNG with a transparent grey": png(16, 0, BIG.tobytes(), (b"tRNS", b"\0\0")),
+    "TIFF": tiff(LITTLE),
+    "TIFF, big-endian": tiff(BIG, order=">"),
+    "TIFF, compressed": saved(LITTLE, "TIFF"),
+    "TIFF, white is 0": tiff(65535 - LITTLE, photometric=0),
+    "TIFF, bits reversed": tiff(REVERSED_BITS, fill_order=2),
+    "JPEG 2000": saved(LITTLE, "JPEG2000"),
+    "PGM": b"P5 5 1 65535\n" + BIG.tobytes(),
+    "PGM as text": b"P2 5 1 65535\n" + " ".join(map(str, GREYS)).encode(),
+    "PGM of 10 bits": b"P5 5 1 1020\n" + np.array([0, 4, 256, 512, 1020], ">u2").tobytes(),
+    "PGM of 12 bits as text": b"P2 5 1 4080\n0 16 1024 2048 4080",
+    "TIFF of 12 bits": tiff(bytes.fromhex("000010404808fff000"), bits=12),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_files_of_more_than_eight_bits_are_scaled_by_their_formats_range(name, tmp_path):
+    (tmp_path / "a").write_bytes(DEEP[name])
+    image = load_image(tmp_path, "a")
+    assert image.mode == "RGB" and image.info == {}
+    assert np.asarray(image)[0, :5].tolist() == [[value] * 3 for value in (0, 1, 64, 128, 255)]
+
+
+@pytest.mark.parametrize("colour_type", CHANNELS)
+def test_every_sixteen_bit_value_becomes_the_nearest_byte(colour_type, tmp_path):
+    """Of colours and of grey with alpha Pillow itself takes the upper byte, which is one off at most."""
+    values = np.arange(65536)
+    if colour_type == 0:
+        Image.fromarray(values.astype(np.uint16).reshape(256, 256)).save(tmp_path / "a.png")
+        assert np.asarray(load_image(tmp_path, "a.png"))[..., 0].ravel().tolist() == np.round(values / 257).tolist()
+        return
+    values = values[::997]
+    (tmp_path / "a.png").write_bytes(
+        png(16, colour_type, np.repeat(values, CHANNELS[colour_type]).astype(">u2").tobytes())
+    )
+    found = np.asarray(load_image(tmp_path, "a.png"))[0].astype(int)
+    assert np.abs(found - (values / 257)[:, None]).max() < 1
+
+
+REFUSED_FILES = {
+    "TIFF of floats": tiff(np.linspace(0, 1, 4, dtype=np.float32), bits=32, sample_format=3),
+    "PFM": b"Pf 2 1 -1.0\n" + np.array([0, 1], "<f4").tobytes(),
+    "TIFF of 32 bits": tiff(LITTLE.astype("<u4"), bits=32),
+    "TIFF of 32 bits with a sign": tiff(LITTLE.astype("<i4"), bits=32, sample_format=2),
+    "TIFF of 16 bits with a sign": tiff(np.array([-1000, 0, 3000], "<i2"), sample_format=2),
+    "TIFF of 8 bits with a sign": tiff(np.array([-100, 0, 100], np.int8), bits=8, sample_format=2),
+}
+
+
+@pytest.mark.parametrize("look", [load_image, image_size])
+@pytest.mark.parametrize("name", REFUSED_FILES)
+def test_pixels_whose_range_no_format_tells_are_refused(name, look, tmp_path):
+    (tmp_path / "a").write_bytes(REFUSED_FILES[name])
+    sentence = r"/a' cannot be used: it has .*pixels.* does not say which value is white\. Convert it to 8 bits, or"
+    with pytest.raises(BadImage, match=sentence):
+        look(tmp_path, "a")
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+def test_a_palette_with_alpha_and_an_adobe_cmyk_jpeg_are_as_pillow_converts_them(tmp_path):
+    noise("RGB").quantize(8).save(tmp_path / "a.png", transparency=bytes(range(0, 256, 32)))
+    noise("CMYK").save(tmp_path / "a.jpg")
+    assert Image.open(tmp_path / "a.jpg").info["adobe"]
+    for name in ("a.png", "a.jpg"):
+        assert load_image(tmp_path, name).tobytes() == Image.open(tmp_path / name).convert("RGB").tobytes()
 
 
 def test_a_transparent_palette_leaves_no_note_behind(tmp_path):

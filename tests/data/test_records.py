@@ -456,8 +456,9 @@ def test_the_key_follows_everything_that_decides_a_length():
         measurement_key(v1, other, 16, 384),
         measurement_key(v1, tokenizer, 17, 384),
         measurement_key(v1, tokenizer, 16, 385),
+        measurement_key(v1, tokenizer, 16, 384, {"video"}),
     }
-    assert len(keys) == 5
+    assert len(keys) == 6
     assert measurement_key(v1, load_tokenizer(FIXTURES / "tokenizer_llama"), 16, 384) in keys
 
 

@@ -235,6 +235,194 @@ def test_what_is_no_data_is_refused(source, tmp_path, capsys):
     assert str(tmp_path / source) in error(capsys, tmp_path / source, "--output", tmp_path / "out")
 
 
+# --- what a name says -------------------------------------------------------------------------------------------------
+
+
+def coloured(number: int) -> bytes:
+    """A picture that is told from others by its bytes."""
+    return picture("PNG", 20 * number)
+
+
+def shard(tmp_path: Path, members: list[tuple[str, bytes | dict]]) -> Path:
+    return write_tar(tmp_path / "a.tar", members)
+
+
+@pytest.mark.parametrize(
+    "key, ending", [("a", ".{}.png"), ("v1.5-01", ".{}.png"), ("a", ".left_{}.png"), ("7", ".0{}.png")]
+)
+def test_the_images_of_a_sample_come_by_number(key, ending, tmp_path):
+    """An archive has them as its writer sorts names: 0, 1, 10, 2."""
+    members = [(key + ending.format(number), coloured(number)) for number in sorted(range(11), key=str)]
+    [record] = converted(tmp_path / "out", shard(tmp_path, [*members, (f"{key}.txt", b"colours")]))
+    assert record["id"] == key
+    assert contents(tmp_path / "out", record) == [coloured(number) for number in range(11)]
+
+
+def test_images_without_numbers_keep_their_order_and_the_one_without_comes_before_the_numbered(tmp_path):
+    members = [("a.before.png", 0), ("a.after.png", 1), ("b.1.png", 2), ("b.10.png", 3), ("b.2.png", 4), ("b.png", 5)]
+    members = [(name, coloured(number)) for name, number in members]
+    texts = [("a.txt", b"two"), ("b.txt", b"four")]
+    one, two = converted(tmp_path / "out", shard(tmp_path, [*members[:2], texts[0], *members[2:], texts[1]]))
+    assert contents(tmp_path / "out", one) == [coloured(0), coloured(1)]
+    assert contents(tmp_path / "out", two) == [coloured(number) for number in (5, 2, 4, 3)]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [("llava-v1.5-0001", "llava-v1.5-0002"), ("0", "0.5", "1"), ("a.v2", "a.v10"), ("x/v1.0", "y/v1.0"), ("A", "a")],
+    ids=" ".join,
+)
+def test_keys_with_dots_stay_apart(keys, tmp_path):
+    members = [
+        member
+        for number, key in enumerate(keys)
+        for member in ((f"{key}.PNG", coloured(number)), (f"{key}.Txt", f"caption {number}".encode()))
+    ]
+    records = converted(tmp_path / "out", shard(tmp_path, members))
+    assert [record["id"] for record in records] == [key.rpartition("/")[2] for key in keys]
+    for number, record in enumerate(records):
+        assert contents(tmp_path / "out", record) == [coloured(number)]
+        assert record["conversations"] == chat("<image>", f"caption {number}")
+
+
+def test_a_sample_without_its_text_or_image_takes_none_of_another(tmp_path):
+    members = [("v1.5-01.png", PNG), ("v1.5-02.png", PNG), ("v1.5-02.txt", b"two"), ("v1.5-03.txt", b"three")]
+    [record] = converted(tmp_path / "out", shard(tmp_path, members), code=1)
+    assert record["id"] == "v1.5-02" and record["conversations"] == chat("<image>", "two")
+    assert [name for name, _ in bad_entries(tmp_path / "out")] == ["v1.5-01", "v1.5-03"]
+
+
+AMBIGUOUS = {
+    "two texts": ([("a.png", PNG), ("a.txt", b"x"), ("a.long.txt", b"y")], "several texts ending with 'txt'"),
+    "two jsons": (
+        [("a.png", PNG), ("a.json", {"caption": "x"}), ("a.v2.json", {})],
+        "several texts ending with 'json'",
+    ),
+    "a name twice": ([("a.png", PNG), ("a.txt", b"x"), ("a.txt", b"y")], "it has the member 'a.txt' twice"),
+    "an image twice": ([("a.png", PNG), ("a.PNG", PNG), ("a.txt", b"x")], "it has the member 'a.png' twice"),
+    "a text and another": (
+        [("a.png", PNG), ("a.txt", b"x"), ("a.json", {"caption": "y"})],
+        "its 'txt' and 'caption' of its 'json' are two texts: name the one to take by --text_column",
+    ),
+    "a text and a conversation": (
+        [("a.json", {"conversations": chat("<image>", "x")}), ("a.png", PNG), ("a.txt", b"x")],
+        "its 'txt' and 'conversations' of its 'json' are two texts",
+    ),
+    "apart": ([("a.png", PNG), ("b.png", PNG), ("a.txt", b"x"), ("b.txt", b"y")], "do not stand together"),
+    "again": (
+        [("a.png", PNG), ("a.txt", b"x"), ("b.png", PNG), ("a.png", PNG), ("a.txt", b"y")],
+        "not stand tog",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+def test_a_sample_of_which_names_do_not_tell_what_is_its_own_is_listed(name, tmp_path):
+    members, sentence = AMBIGUOUS[name]
+    good = [("c.png", PNG), ("c.txt", b"c")]
+    [record] = converted(tmp_path / "out", shard(tmp_path, [*members, *good]), code=1)
+    assert record["id"] == "c"
+    assert all(sentence in reason for key, reason in bad_entries(tmp_path / "out") if key == "a")
+    assert "a" in dict(bad_entries(tmp_path / "out"))
+
+
+def test_a_text_beside_a_json_of_the_same_or_of_no_text_is_taken(tmp_path):
+    """The first is what img2dataset writes. Names that begin with a dot are passed over, as in WebDataset."""
+    members = [
+        *[("0.jpg", JPEG), ("0.json", {"caption": "a cat", "width": 40}), ("0.txt", b"a cat\n")],
+        *[("._1.jpg", b"x"), ("1.jpg", JPEG), ("._1.txt", b"x"), ("1.json", {"width": 40}), ("1.txt", b"a dog")],
+    ]
+    records = converted(tmp_path / "out", shard(tmp_path, members))
+    assert [record["conversations"][1]["value"] for record in records] == ["a cat", "a dog"]
+    members[1] = ("0.json", {"caption": "another"})
+    records = converted(tmp_path / "asked", shard(tmp_path, members), "--text_column", "txt")
+    assert [record["conversations"][1]["value"].strip() for record in records] == ["a cat", "a dog"]
+
+
+@pytest.mark.parametrize("ending", ["tar", "parquet", "arrow", "TAR", "Parquet"])
+@pytest.mark.parametrize("pattern", ["shard-{}", "part {}/data-00000", "train-0000{}-of-00011"])
+def test_the_files_of_a_directory_come_by_number(pattern, ending, tmp_path):
+    for number in (10, 2, 0, 9):
+        file = tmp_path / "data" / f"{pattern.format(number)}.{ending}"
+        row = {"id": str(number), **HELLO[0]}
+        if ending.lower() == "tar":
+            write_tar(file, [(f"{number}.json", row)])
+        else:
+            write_parquet(file, [row])
+            if ending == "arrow":
+                save_to_disk(tmp_path / "saved", [row])
+                (tmp_path / "saved" / "data-00000-of-00001.arrow").rename(file)
+                (tmp_path / "saved" / "state.json").unlink()
+                (tmp_path / "saved").rmdir()
+    records = converted(tmp_path / "out", tmp_path / "data")
+    assert [record["id"] for record in records] == ["0", "2", "9", "10"]
+
+
+def test_numbered_image_columns_come_by_number_and_empty_ones_are_left_out(tmp_path, capsys):
+    names = [f"image_{number}" for number in (10, 1, 2)]
+    row = {name: embedded(coloured(number)) for number, name in enumerate(names)}
+    row |= {"image_3": None, "image_size": 40, "conversations": chat("Which?", "The first.")}
+    file = write_parquet(tmp_path / "a.parquet", [row])
+    [record] = converted(tmp_path / "out", file)
+    assert contents(tmp_path / "out", record) == [coloured(1), coloured(2), coloured(0)]
+    assert record["conversations"][0]["value"] == "<image>\n<image>\n<image>\nWhich?"
+    chosen = ["--image_column", "image_2", "--image_column", "image_10", "--leave_unread", "image_1"]
+    [record] = converted(tmp_path / "chosen", file, *chosen)
+    assert contents(tmp_path / "chosen", record) == [coloured(2), coloured(0)]
+    both = write_parquet(tmp_path / "b.parquet", [row | {"image": embedded(PNG)}])
+    said = error(capsys, both, "--output", tmp_path / "none")
+    assert "it is not clear which images come first, those of image or image_1 or image_2" in said
+    twice = write_parquet(tmp_path / "c.parquet", [row | {"image_01": embedded(PNG)}])
+    assert "it is not clear which images come first" in error(capsys, twice, "--output", tmp_path / "none")
+
+
+def test_columns_are_known_in_capitals_too_and_two_that_differ_in_case_alone_are_refused(tmp_path, capsys):
+    row = {"ID": 7, "Image": embedded(PNG), "Caption": "a cat"}
+    [record] = converted(tmp_path / "out", write_parquet(tmp_path / "a.parquet", [row]))
+    assert record["id"] == "7" and contents(tmp_path / "out", record) == [PNG]
+    for name, flag in (("image", "image"), ("caption", "text"), ("id", "id")):
+        file = write_parquet(tmp_path / "b.parquet", [row | {name: None}])
+        said = error(capsys, file, "--output", tmp_path / "none")
+        assert f"differ in case alone: name the one that is meant by --{flag}_column." in said
+
+
+def test_the_nearest_name_tells_the_split(tmp_path):
+    for name in ("test-kit/train-0.parquet", "test-kit/val-0.parquet", "test-kit/more.parquet"):
+        write_parquet(tmp_path / "data" / name, [{"id": name, **HELLO[0]}])
+    for split, name in (("train", "train-0"), ("val", "val-0"), ("test", "more")):
+        [record] = converted(tmp_path / split, tmp_path / "data", "--split", split)
+        assert record["id"] == f"test-kit/{name}.parquet"
+
+
+def test_files_whose_names_tell_of_no_split_or_of_two_are_not_added_to_one(tmp_path, capsys):
+    for name in ("trainval-0", "test-0"):
+        write_parquet(tmp_path / "data" / f"{name}.parquet", HELLO)
+    said = error(capsys, tmp_path / "data", "--output", tmp_path / "none")
+    assert "has files of the split test and 1 whose names tell of none, the first is trainval-0.parquet" in said
+    assert len(converted(tmp_path / "out", tmp_path / "data", "--split", "test")) == 1
+    write_parquet(tmp_path / "data" / "train_test.parquet", HELLO)
+    said = error(capsys, tmp_path / "data", "--output", tmp_path / "none")
+    assert "train_test.parquet tells of the splits test and train: convert the files that you name." in said
+
+
+def test_columns_that_look_like_media_or_a_prompt_are_not_dropped_silently(tmp_path):
+    row = {"image": embedded(PNG), "conversations": chat("What?", "A cat."), "width": 40, "url": "x.org/a.png"}
+    rows = [row, row | {"system": "Be short."}, row | {"depth": {"bytes": PNG, "path": None}}]
+    rows += [row | {"conversations": chat("<video>\nWhat?", "A cat.")}]
+    file = write_parquet(tmp_path / "a.parquet", [{"system": None, "depth": None} | row for row in rows])
+    members = [("0.json", {"conversations": chat("Hi", "Yes"), "videos": ["v.mp4"]}), ("1.json", HELLO[0])]
+    assert len(converted(tmp_path / "out", file, code=1)) == 1
+    reasons = [reason for _, reason in bad_entries(tmp_path / "out")]
+    for name, reason in zip(("its key 'system'", "its key 'depth'", "the mark '<video>'"), reasons, strict=True):
+        assert name in reason and "--leave_unread" in reason
+    assert len(converted(tmp_path / "tar", shard(tmp_path, members), code=1)) == 1
+    assert "its key 'videos' looks like media" in bad_entries(tmp_path / "tar")[0][1]
+    assert (
+        convert.main([str(file), "--leave_unread", "system", "depth", "<video>", "--output", str(tmp_path / "b")]) == 0
+    )
+    assert (tmp_path / "b" / "records.jsonl").read_text().count("\n") == 4
+
+
 # --- bad entries -----------------------------------------------------------------------------------------------------
 
 

@@ -59,6 +59,13 @@ def data(tmp_path_factory):
     role["conversations"][0]["from"] = "system"
     twice["conversations"] += twice["conversations"][1:]
     faults += [role, twice, record(15, question="why " * 300), record(16, "half a pair \ud83d")]
+    Image.new("F", (40, 40)).save(images / "floats.tif")
+    Image.fromarray(np.full((40, 40), 1023, np.uint16)).save(images / "dark.png")  # 10 bits of a camera
+    faults += [
+        record(18, image="floats.tif"),
+        record(19) | {"videos": ["v.mp4"]},
+        record(19, question="<video>\nWhat?"),
+    ]
 
     first, open_end = record(20), record(21)
     first["conversations"].insert(0, {"from": "gpt", "value": "Hello."})
@@ -72,6 +79,7 @@ def data(tmp_path_factory):
         record(24, image="named.jpg"),
         record(25),
         record(25),
+        record(26, image="dark.png"),
     ]
     good = [
         record(30 + number, "word " * (number % 40), "square_rgb.png" if number % 3 else None) for number in range(60)
@@ -83,7 +91,7 @@ def data(tmp_path_factory):
     return folder
 
 
-FAULTS, REMARKS, RECORDS = 20, 6, 60 + 19 + 7 + 2
+FAULTS, REMARKS, RECORDS = 23, 7, 60 + 22 + 8 + 2
 
 
 def flags(data, *more):
@@ -160,6 +168,10 @@ def test_faults_and_warnings_are_counted_with_examples(checked):
         "1  an image of # is too large to be padded to a square.",
         "1  the image name … is not relative to the image folder",
         "2  the image … leads out of the image folder",
+        "1  the image … cannot be used: it has floating-point pixels, and its format does not say which",
+        "1  its key … looks like media and is not read: images are read from the record's … alone",
+        "1  a question has the mark …, which is not read",
+        "1  the image … has # bits, of which it uses the lowest: the model sees it nearly black.",
         "1  turn # is from …; known roles are … and ….",
         "1  turn # is empty.",
         "1  it begins with an answer, which is left out",

@@ -1,0 +1,136 @@
+"""Media and prompts that a record has where nobody reads them: it would be trained without them, on its text alone.
+
+LLaVA looks for `image` and `conversations` and passes over everything else. Here a record is refused if it has
+something under a name that data sets use for media or a system prompt, or, where it has no image, a media file or its
+bytes under any other key. And if a question has a placeholder of another model's, such as `<video>` or
+`<|image_pad|>`. What is meant to be left unread is named by `--leave_unread`.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Iterator
+from functools import lru_cache
+from itertools import islice
+
+# Keys of LLaVA-Video, Video-LLaVA, LLaMA-Factory, ms-swift, Mantis, InternVL, SpatialBot and others, in any case. What
+# says where a picture is from or how large (image_id, image_url, width, data_source) is not among them.
+MEDIA_KEY = re.compile(
+    r"images|imgs|image_list|(image|img|picture|photo)[_-]?\d+"
+    r"|(video|audio|speech|sound|frame|depth|depth_?map|depth_?image|point_?cloud|pcd)s?([_-]?\d+)?"
+    r"|(video|audio|speech|sound|frame|depth|point_?cloud|pcd)s?_(path|file|list|dir|folder)s?",
+    re.IGNORECASE,
+)
+PROMPT_KEY = re.compile(r"sys(tem)?([_-]?(prompt|message|instruction))?s?|tools|functions", re.IGNORECASE)
+
+# A file name or an address that ends so, or the bytes of a file as text.
+MEDIA_FILE = re.compile(
+    r"[^\n]{1,1000}\.(jpe?g|png|webp|gif|bmp|tiff?|ppm|pgm|jp2|avif|heic|mp4|m4v|avi|mov|mkv|webm|flv|mpe?g|wav|mp3|flac"
+    r"|ogg|m4a|opus|ply|pcd|npy|npz)(\?[^\n ]{0,1000})?",
+    re.IGNORECASE,
+)
+MEDIA_BYTES = ("data:image/", "data:video/", "data:audio/", "/9j/4", "iVBORw0KGgo", "R0lGOD")  # base64: JPEG, PNG, GIF
+
+# Placeholders that are nothing else: anywhere in a question.
+PLACEHOLDER = re.compile(
+    r"<\|(image|img|video|audio|vision|point|depth)[a-z0-9_]*\|>"
+    r"|<(image|img|video|audio|speech|frame)[ _-]?(placeholder|here|content|context|token|soft_token|pad|\d+)>"
+    r"|<start_of_(image|video|audio)>|<img>[^<>\n]+</img>",
+    re.IGNORECASE,
+)
+# Those that are also HTML, or said of it: at the beginning of a question or alone on a line, and never closed.
+TAG = re.compile(
+    r"<(images|img|video|vid|audio|speech|sound|frame|depth|point|point_?cloud|pcd)s?>"
+    r"|\[(img|image|video|audio)\]",
+    re.IGNORECASE,
+)
+BEGINNING = re.compile(r"(?:\s+|<image>)*")
+
+
+def unread(record: dict, questions: Iterable[str], left_unread: Collection[str] = ()) -> Iterator[tuple[str, str]]:
+    """The keys and marks of a record that look like media or a prompt and are not read, each with what it is.
+
+    That is `media` or `prompt` of a key, and `mark` of a mark.
+
+    Args:
+        record: whose `image` and `conversations` are valid.
+        questions: the texts of its human turns.
+        left_unread: what `allowed` makes of the keys and marks that may stand.
+    """
+    has_image = bool(record.get("image"))
+    for name, value in record.items():
+        if name not in ("id", "image", "conversations") and value:
+            kind = _kind_of(name, value, has_image)
+            if kind and _without_numbers(name) not in left_unread:
+                yield name, kind
+    for turn in record["conversations"]:
+        for name, value in turn.items() if len(turn) > 2 else ():
+            if name not in ("from", "value") and value:
+                kind = "media" if name == "image" else _kind_of(name, value, has_image)
+                if kind and _without_numbers(name) not in left_unread:
+                    yield name, kind
+    for text in questions:
+        for mark in _marks(text):
+            if _without_numbers(mark) not in left_unread:
+                yield mark, "mark"
+
+
+def allowed(names: Iterable[str]) -> frozenset[str]:
+    """The keys and marks of `--leave_unread`; a number in one stands for any: `image_1` for `image_2` too."""
+    return frozenset(map(_without_numbers, names))
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\d+", "0", name)
+
+
+def _kind_of(name: str, value: object, has_image: bool) -> str | None:
+    """`media` or `prompt` if that is what a key and its value look like."""
+    if kind := kind_of_name(name):
+        return kind if any(_strings(value)) else None  # numbers are boxes, points and seconds
+    if has_image or name.lower().endswith(("id", "ids")):
+        return None
+    found = any(isinstance(text, bytes) or _is_media(text) for text in _strings(value))
+    return "media" if found else None
+
+
+def _is_media(text: str) -> bool:
+    return text.startswith(MEDIA_BYTES) or MEDIA_FILE.fullmatch(text) is not None
+
+
+@lru_cache(maxsize=1024)
+def kind_of_name(name: str) -> str | None:
+    """`media` or `prompt` if data sets have that under a key of this name, whatever stands there."""
+    if len(name) > 100:
+        return None
+    return "media" if MEDIA_KEY.fullmatch(name) else "prompt" if PROMPT_KEY.fullmatch(name) else None
+
+
+def _strings(value: object, depth: int = 3) -> Iterator[str | bytes]:
+    """The texts in a value, in lists and objects too; of long lists those among the first hundred."""
+    if isinstance(value, str | bytes):
+        yield value
+    elif depth and isinstance(value, dict | list):
+        for part in islice(value.values() if isinstance(value, dict) else value, 100):
+            yield from _strings(part, depth - 1)
+
+
+def _marks(text: str) -> Iterator[str]:
+    if "<" not in text and "[" not in text:
+        return
+    yield from (found[0] for found in PLACEHOLDER.finditer(text))
+    if not TAG.search(text):  # as in nearly all texts
+        return
+    closed = {}
+    for found in _tags_that_stand_alone(text):
+        tag, bracket = found.groups()
+        if (tag, bracket) not in closed:
+            closed[tag, bracket] = (f"</{tag}" if tag else f"[/{bracket}]") in text
+        if not closed[tag, bracket]:
+            yield found[0]
+
+
+def _tags_that_stand_alone(text: str) -> Iterator[re.Match]:
+    place = BEGINNING.match(text).end()
+    while found := TAG.match(text, place):
+        yield found
+        place = BEGINNING.match(text, found.end()).end()
+    yield from filter(None, (TAG.fullmatch(line.strip()) for line in text.split("\n")))
