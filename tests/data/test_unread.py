@@ -200,7 +200,8 @@ ALL = ["images", "video", "<video>", "system"]
 
 
 def train(files, name, **values):
-    values = {"max_steps": 1, "global_batch_size": 4, "save_strategy": "no", "data_path": files / "blind.json"} | values
+    one_step = {"max_steps": 1, "warmup_ratio": 0, "global_batch_size": 4, "save_strategy": "no"}
+    values = {**one_step, "data_path": files / "blind.json", **values}
     runs.train_here(runs.flags_of(2, files / name, values))
 
 
