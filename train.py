@@ -284,6 +284,8 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     held_out.evaluate(total_steps, say)
     if accelerator.is_main_process:
         say(write_summary(output_dir, training.logging_steps, meter.pauses, store))
+        if arguments.is_demo:
+            say(demo.table_of_scores(arguments.stage, output_dir, model_flags.pretrain_mm_mlp_adapter))
     distributed.end_training(accelerator, model)
 
 

@@ -20,7 +20,7 @@ from transformers import LlavaImageProcessorPil
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .tokenization import shorten
+from .tokenization import counted, shorten
 
 ASPECT_RATIOS = ("pad", "square")  # of one picture as a whole; tiles are made in anyres.py
 MAX_NAME_BYTES = 4096  # Linux knows no longer path, and following one of megabytes takes minutes
@@ -118,7 +118,9 @@ def _opened(path: str) -> Iterator[Image.Image]:
         raise BadImage(f"the image {shorten(path)} is too large to be read safely: {error}") from error
     except Exception as error:  # Pillow's decoders raise nearly everything on damaged files
         size = os.path.getsize(path)
-        detail = "the file is empty" if size == 0 else f"{type(error).__name__}: {error} (a file of {size} bytes)"
+        detail = (
+            "the file is empty" if size == 0 else f"{type(error).__name__}: {error} (a file of {counted(size, 'byte')})"
+        )
         raise BadImage(f"the image {shorten(path)} cannot be read: {detail}.") from error
 
 

@@ -1,6 +1,7 @@
 """Evaluation while a model trains: what it finds, where that is shown, and that no bit of the training notices."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mini_llava.data.tokenization import BadRecord
+from mini_llava.training import meter
 from tests.end_to_end import runs
 
 SHOWN = [*runs.HELD_OUT["words"], *runs.HELD_OUT["letters"]]
@@ -184,6 +186,15 @@ def test_who_knows_the_answers_by_heart_gets_all_of_them_right_and_is_seen_to(tm
     assert "It was best" not in out
     # The progress line has the newest one.
     assert f"held out {before['eval/loss']:.4f} 0%" in err and f"held out {between['eval/loss']:.4f}" in err
+
+
+def test_every_pass_over_the_questions_shows_how_many_are_done(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(meter, "SHOWN_AFTER", 0)
+    values = {"max_steps": 2, "eval_steps": 1, "save_strategy": "no"} | runs.held_out_flags(tmp_path)
+    runs.train_here(runs.flags_of(2, tmp_path / "run", values))
+    bars = re.findall(r"\r([^\r:]*): 100%\S+ 7/7 \[.*\]\n", capsys.readouterr().err)
+    passes = ["held-out loss", "held-out answers", "the same, images shuffled"]
+    assert bars == [*passes, *passes[:2], *passes]
 
 
 def test_a_training_that_spoils_the_model_is_told_when_it_was_best(tmp_path, capsys):
