@@ -23,9 +23,9 @@ from tests.parity.runs import SETTINGS, TWO_PROCESSES, Run, command_line, flags_
 
 REFERENCE = "plain PyTorch loop, one sample at a time"
 # The same shift of all keys changes no attention weight, so the exact gradient of their bias is zero, and what is
-# computed is the rounding of a sum whose terms are also summed up in the gradient of the keys' weights: measured are 0.1
-# to 0.4 times fp32's epsilon of that one's norm, with kernels for AVX-512, AVX2 and neither. Relative to itself, or to
-# what it makes of the weights, such a number is as good as any other.
+# computed is the rounding of a sum whose terms are also summed up in the gradient of the keys' weights: measured were
+# 0.1 to 0.4 times fp32's epsilon of that one's norm, with kernels for AVX-512, AVX2 and neither. It may be zero on one
+# side and not on the other: compared are not the two changes, but each with what such a gradient can make.
 KEY_BIAS, OF_ROUNDING = "k_proj.bias", 10 * torch.finfo(torch.float32).eps
 
 
