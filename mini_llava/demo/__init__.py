@@ -122,15 +122,14 @@ def table_of_scores(stage: int, output_dir: str | Path, projector: str | None) -
     for name in ("before stage 1", "after stage 1", "after stage 2"):
         if entry := found.get(name):
             rows.append((name, *(f"{entry[key]:.1%}" for key in (SCORE, f"{SCORE}_shuffled"))))
-        elif name == "after stage 2" and stage == 1:
-            missing.append(f"{name}: accelerate launch train.py --stage 2")
-        else:
+        elif int(name[-1]) <= stage:
             log = folders[int(name[-1])] / "log.jsonl" if int(name[-1]) in folders else None
-            missing.append(f"{name}: " + (f"{log} has no such scores." if log else "this run did not start from one."))
+            why = f"{log} has no such scores." if log else "this run did not start from one."
+            missing.append(f"Missing {name}: {why}")
     rows.append(("best guess from the question alone", f"{question_only_baseline():.1%}", ""))
     lines = [f"  {row[0]:<35} {row[1]:>15}  {row[2]:>15}".rstrip() for row in rows]
-    lines += [f"  Missing: {line}" for line in missing]
-    return "\n".join(["", "Held-out questions answered exactly:", *lines])
+    after = [] if stage == 2 else ["The next stage adds its row: accelerate launch train.py --stage 2"]
+    return "\n".join(["", "Held-out questions answered exactly:", *lines, *missing, *after])
 
 
 @functools.cache
