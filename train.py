@@ -24,6 +24,7 @@ from mini_llava.data.loader import (
     refuse_or_report,
 )
 from mini_llava.data.records import RecordStore, measure
+from mini_llava.data.tokenization import counted
 from mini_llava.model import formats, lora
 from mini_llava.model.freeze import trainable_table, trained_in_full
 from mini_llava.model.sources import open_source
@@ -157,8 +158,9 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         if note:
             say(note)
     say(
-        f"{len(store):,} records, {int(lengths.has_image.sum()):,} with images, {int(lengths.length.sum()):,} tokens; "
-        f"{total_steps:,} steps of {sampler.global_batch_size} samples, {order.layout}."
+        f"{counted(len(store), 'record')}, {int(lengths.has_image.sum()):,} with images, "
+        f"{counted(int(lengths.length.sum()), 'token')}; {counted(total_steps, 'step')} of "
+        f"{counted(sampler.global_batch_size, 'sample')}, {order.layout}."
         + (f" Resumed from {resume_from} at step {sampler.step}." if resume_from else "")
     )
     if accelerator.is_main_process:
@@ -289,6 +291,8 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     held_out.evaluate(total_steps, say)
     if accelerator.is_main_process:
         say(write_summary(output_dir, training.logging_steps, meter.pauses, store))
+        if arguments.is_demo:
+            say(demo.table_of_scores(arguments.stage, output_dir, model_flags.pretrain_mm_mlp_adapter))
     distributed.end_training(accelerator, model)
 
 

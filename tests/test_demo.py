@@ -205,6 +205,57 @@ def test_started_elsewhere_than_in_the_repository_the_demo_says_where_to_start_i
     assert not any(tmp_path.iterdir())
 
 
+def write_scores(folder: Path, *entries: tuple) -> None:
+    """A log of steps with loss, and of evaluations with questions answered and, if given, with images shuffled."""
+    folder.mkdir(parents=True)
+    keys = ("step", "eval/exact_match", "eval/exact_match_shuffled")
+    lines = [dict(zip(keys, entry, strict=False)) | {"eval/loss": 1.0} for entry in entries]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [{"step": 1, "loss": 2.0}, *lines]))
+
+
+def cells(table: str) -> list[list[str]]:
+    return [re.split(" {2,}", line.strip()) for line in table.splitlines() if line.startswith("  ")]
+
+
+def test_the_demo_ends_with_readmes_table_of_what_its_logs_say(tmp_path):
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Two commands\n")[1]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if re.match(r"\| (before|after|best)", line)]
+    readme = [[cell.replace(" %", "%") for cell in row] for row in rows]
+    numbers = [[float(cell.rstrip("%")) / 100 for cell in row[1:]] for row in readme[:3]]
+    one, two = tmp_path / "demo-stage1", tmp_path / "demo-stage2"
+    write_scores(one, (0, *numbers[0]), (20, 0.75), (40, *numbers[1]))
+    write_scores(two, (0, 0.8, 0.5), (36, *numbers[2]))
+    for projector in (one / "mm_projector.bin", one):
+        table = demo.table_of_scores(2, two, str(projector))
+        assert cells(table) == [["images in place", "images shuffled"], *readme] and "Missing" not in table
+
+
+def test_the_table_says_which_scores_are_missing(tmp_path):
+    one, two = tmp_path / "demo-stage1", tmp_path / "demo-stage2"
+    write_scores(one, (0, 0.6, 0.55), (20, 0.75))
+    write_scores(two, (0, 0.8, 0.5), (36, 1.0, 0.5))
+    table = demo.table_of_scores(2, two, str(one / "mm_projector.bin"))
+    guess = "best guess from the question alone"
+    assert [row[0] for row in cells(table)[1:4]] == ["before stage 1", "after stage 2", guess]
+    assert f"Missing after stage 1: {one / 'log.jsonl'} has no such scores." in table
+    table = demo.table_of_scores(2, two, None)  # from a projector of random weights
+    assert [row[0] for row in cells(table)[1:3]] == ["after stage 2", guess]
+    for moment in ("before", "after"):
+        assert f"Missing {moment} stage 1: this run did not start from one." in table
+    (one / "log.jsonl").unlink()
+    assert f"Missing before stage 1: {one / 'log.jsonl'} has" in demo.table_of_scores(
+        2, two, str(one / "projector.bin")
+    )
+
+
+def test_after_stage_1_the_table_names_the_command_of_stage_2(tmp_path):
+    write_scores(tmp_path / "demo-stage1", (0, 0.6, 0.55), (40, 0.9, 0.5))
+    table = demo.table_of_scores(1, tmp_path / "demo-stage1", None)
+    assert cells(table)[1:3] == [["before stage 1", "60.0%", "55.0%"], ["after stage 1", "90.0%", "50.0%"]]
+    assert table.endswith("\nThe next stage adds its row: accelerate launch train.py --stage 2")
+    assert "Missing" not in table
+
+
 @pytest.mark.slow
 def test_the_readmes_commands_make_models_that_answer_held_out_questions(data, tmp_path, monkeypatch, capsys):
     """Two thirds of stage 2, without stage 1: enough to tell what is seen from what is guessed."""
@@ -218,6 +269,7 @@ def test_the_readmes_commands_make_models_that_answer_held_out_questions(data, t
     monkeypatch.chdir(tmp_path)
     shorter = ["--eval_max_samples", "20"]
     runs.train_here(["--stage", "2", "--max_steps", "24", *shorter])
+    assert "after stage 1: this run did not start from one." in capsys.readouterr().out.splitlines()[-1]
     answers = []
     for program, *words in commands:
         if program == "accelerate":

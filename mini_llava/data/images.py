@@ -20,7 +20,7 @@ from transformers import LlavaImageProcessorPil
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .tokenization import shorten
+from .tokenization import counted, shorten
 
 CONVERTED, SCALED, REFUSED = "by Pillow's convert", "scaled to 8 bits", "refused"
 # Each of Pillow's modes, as its formats give them, and how it becomes RGB. Pillow's own convert is right up to 8 bits;
@@ -181,7 +181,9 @@ def _opened(path: str) -> Iterator[Image.Image]:
         ) from None
     except Exception as error:  # Pillow's decoders raise nearly everything on damaged files
         size = os.path.getsize(path)
-        detail = "the file is empty" if size == 0 else f"{type(error).__name__}: {error} (a file of {size} bytes)"
+        detail = (
+            "the file is empty" if size == 0 else f"{type(error).__name__}: {error} (a file of {counted(size, 'byte')})"
+        )
         raise BadImage(f"the image {shorten(path)} cannot be read: {detail}.") from error
 
 

@@ -20,7 +20,7 @@ from .collator import MicroBatch, collate, sample_of_targets
 from .images import BadImage, load_image, pixel_values
 from .json_lines import append_lines, read_lines
 from .records import DataFileError, RecordStore
-from .tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, BadRecord, Sample, shorten
+from .tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, BadRecord, Sample, counted, shorten
 
 
 def open_pixels(
@@ -81,7 +81,7 @@ def count_skipped(file: Path) -> list[str]:
 def count_reasons(reasons: Iterable[str]) -> list[str]:
     """`3 records: turn # is not an object.` for each kind of fault, the most frequent first."""
     counts = Counter(map(kind_of_fault, reasons))
-    return [f"{count:,} record{'s' * (count != 1)}: {kind}" for kind, count in counts.most_common()]
+    return [f"{counted(count, 'record')}: {kind}" for kind, count in counts.most_common()]
 
 
 def kind_of_fault(reason: str) -> str:

@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from .anyres import Tiling
 from .images import BadImage, image_path
 from .templates import Template
-from .tokenization import IGNORE_INDEX, BadRecord, Sample, shorten
+from .tokenization import IGNORE_INDEX, BadRecord, Sample, counted, shorten
 
 CHUNK_BYTES = 16 * 2**20
 INDEX_CACHED_FROM = 32 * 2**20  # bytes; a smaller file is indexed in less than a second
@@ -99,7 +99,9 @@ class DataFile:
 
     def _changed(self) -> DataFileError:
         size = self._stamp_now()[0]
-        found = f"it had {self.size} bytes and has {size}" if size != self.size else "it has been written to"
+        found = (
+            f"it had {counted(self.size, 'byte')} and has {size:,}" if size != self.size else "it has been written to"
+        )
         return DataFileError(
             f"The data file {self.path} has changed while it was read: {found}. Its records may no longer be where "
             f"they were. Start again with a file that stays as it is; to replace one, write another and rename it."
@@ -135,7 +137,8 @@ class RecordStore:
             raise ValueError(f"No training data: give at least one file as {data_flag}.")
         if image_folder and len(image_folder) != len(data_path):
             raise ValueError(
-                f"{data_flag} lists {len(data_path)} files and {self.folder_flag} {len(image_folder)} folders; they "
+                f"{data_flag} lists {counted(len(data_path), 'file')} and {self.folder_flag} "
+                f"{counted(len(image_folder), 'folder')}; they "
                 f"are matched by position, so give one folder for each file."
             )
         for folder in image_folder:
@@ -516,7 +519,9 @@ def measure_some(
             trained.append(np.count_nonzero(sample.labels != IGNORE_INDEX))
             pictures.append(_pictures(sample, folder, tiling))
     if not length:
-        raise BadRecord(f"None of {len(chosen)} records can be trained on; mini_llava.tools.doctor says why.")
+        raise BadRecord(
+            f"None of {counted(len(chosen), 'record')} can be trained on; mini_llava.tools.doctor says why."
+        )
     some = np.arange(len(store)) % len(length)
     arrays = (np.asarray(values, np.int32) for values in (length, trained, pictures))
     return Lengths(*(array[some] for array in arrays), bad={}), len(length)

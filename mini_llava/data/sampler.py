@@ -150,7 +150,8 @@ class GlobalBatchSampler:
         for number, (size, weight) in enumerate(zip(self.source_sizes, self.weights or [1], strict=True), start=1):
             if samples_an_epoch(size, weight) < 1:
                 raise ValueError(
-                    f"Source {number} has {size} samples, of which the weight {weight} takes none: raise it, or leave "
+                    f"Source {number} has {size} sample{'s' * (size != 1)}, of which the weight {weight} takes none: "
+                    f"raise it, or leave "
                     f"the source out."
                 )
         self.step = 0

@@ -50,6 +50,11 @@ def shorten(value: object) -> str:
     return short.repr(value)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and its noun, which agree: `1 step`, `2,000 steps`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 @dataclass(slots=True)
 class Sample:
     """A record ready for training.
@@ -157,7 +162,7 @@ def read_conversation(
     if template.captions_only and [role for role, _ in turns] != ["human", "gpt"]:
         raise BadRecord(
             f"the template {template.name} wants one human turn with the image and one gpt turn with its caption, "
-            f"found {len(turns)} turn{'s' * (len(turns) != 1)}."
+            f"found {counted(len(turns), 'turn')}."
         )
     if turns and turns[0][0] == "gpt":
         turns = turns[1:]
@@ -177,7 +182,7 @@ def read_conversation(
         raise BadRecord(f"it has {marks} {IMAGE_MARK} marks; more than {MAX_IMAGES} are refused.")
     if marks != len(images):
         raise BadRecord(
-            f"it has {marks} {IMAGE_MARK} mark{'s' * (marks != 1)} for {len(images)} image{'s' * (len(images) != 1)}; "
+            f"it has {counted(marks, f'{IMAGE_MARK} mark')} for {counted(len(images), 'image')}; "
             f"each image needs exactly one mark in a question."
         )
     if template.captions_only:

@@ -6,6 +6,7 @@ Face directories made by `python -m mini_llava.demo.pretrain`, and the two YAML 
 demo takes the same path through the code as CLIP and Vicuna do.
 """
 
+import functools
 import json
 import os
 import random
@@ -14,6 +15,8 @@ import shutil
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+
+from ..data.json_lines import read_lines
 
 HERE = Path(__file__).resolve().parent
 VISION_TOWER = HERE / "vision_tower"
@@ -38,6 +41,7 @@ CAPTION_REQUESTS = (
     "Name what you see.",
 )
 TEXT_ONLY_RECORDS = 800
+SCORE = "eval/exact_match"  # in log.jsonl
 SEED = 0
 
 
@@ -97,6 +101,38 @@ def prepare_run(model_flags) -> str:
     return "\n".join(lines)
 
 
+def table_of_scores(stage: int, output_dir: str | Path, projector: str | None) -> str:
+    """Return what the runs have logged as the README's table: before and after each stage, images shuffled as well.
+
+    Args:
+        stage: of the run that ends.
+        output_dir: of that run; its log has the scores.
+        projector: what stage 2 has started from, whose folder has the log of stage 1; None: none.
+    """
+    folders = {stage: Path(output_dir)}
+    if stage == 2 and projector:
+        folders[1] = Path(projector) if Path(projector).is_dir() else Path(projector).parent
+    found: dict[str, dict] = {}
+    for of_stage, folder in folders.items():
+        # Only where a run begins and where it ends are the images shuffled.
+        entries = [entry for entry in read_lines(folder / "log.jsonl") if f"{SCORE}_shuffled" in entry]
+        for entry in entries:
+            found[f"{'after' if entry['step'] else 'before'} stage {of_stage}"] = entry
+    rows, missing = [("", "images in place", "images shuffled")], []
+    for name in ("before stage 1", "after stage 1", "after stage 2"):
+        if entry := found.get(name):
+            rows.append((name, *(f"{entry[key]:.1%}" for key in (SCORE, f"{SCORE}_shuffled"))))
+        elif int(name[-1]) <= stage:
+            log = folders[int(name[-1])] / "log.jsonl" if int(name[-1]) in folders else None
+            why = f"{log} has no such scores." if log else "this run did not start from one."
+            missing.append(f"Missing {name}: {why}")
+    rows.append(("best guess from the question alone", f"{question_only_baseline():.1%}", ""))
+    lines = [f"  {row[0]:<35} {row[1]:>15}  {row[2]:>15}".rstrip() for row in rows]
+    after = [] if stage == 2 else ["The next stage adds its row: accelerate launch train.py --stage 2"]
+    return "\n".join(["", "Held-out questions answered exactly:", *lines, *missing, *after])
+
+
+@functools.cache
 def question_only_baseline() -> float:
     """Exact match on the test questions, in [0, 1], of the best guess that sees the question alone.
 

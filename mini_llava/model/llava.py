@@ -46,6 +46,20 @@ class LlavaModel(nn.Module):
         self.added_tokens, self.first_image_token = 0, None
         self.new_tokens: nn.Embedding | None = None
 
+    def train(self, mode: bool = True) -> "LlavaModel":
+        """Set the mode of all parts but bitsandbytes' quantised layers, which stay in training mode; return the model.
+
+        On CPUs with AVX512-BF16 a 4-bit layer packs its weights anew at its first forward in eval mode, and `train()`
+        does not undo it: from then on no gradient passes the layer, and the weights' scales are rounded to bf16. On any
+        CPU an 8-bit layer in eval mode rounds its inputs to 8 bits too, which would evaluate another model than the
+        one in training. Neither has anything to switch off: dropout is in the adapters around them.
+        """
+        super().train(mode)
+        for module in self.modules():
+            if type(module).__module__.startswith("bitsandbytes."):
+                module.training = True
+        return self
+
     def embed(
         self,
         input_ids: torch.Tensor,

@@ -202,7 +202,7 @@ def check_select_layer(config: PreTrainedConfig, select_layer: int) -> None:
     layers = config.num_hidden_layers
     if not -layers - 1 <= select_layer <= layers:
         raise ValueError(
-            f"--mm_vision_select_layer {select_layer}: the vision tower has {layers} layers, "
+            f"--mm_vision_select_layer {select_layer}: the vision tower has {layers} layer{'s' * (layers != 1)}, "
             f"so that {-layers - 1} to {layers} are possible."
         )
 
@@ -304,7 +304,7 @@ def load_vision_tower(
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(
             f"--vision_tower {path} lacks {missing[0]}"
-            + (f" and {len(missing) - 1} more weights" if len(missing) > 1 else "")
+            + (f" and {len(missing) - 1} more weight{'s' * (len(missing) != 2)}" if len(missing) > 1 else "")
             + f": it holds no whole {type(model).__name__}."
         )
     return VisionTower(model, select_layer, select_feature, image_size)

@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..data.tokenization import counted
 from .distributed import gather_from_ranks, is_deepspeed, versions, zero_stage
 from .identity import differences
 
@@ -457,9 +458,11 @@ def find_checkpoint(
             except CheckpointError as error:
                 say(f"Passed over: {error}")
         if everything:
+            count = len(everything)
+            none = f"None of the {count} checkpoints in {output_dir} is whole" if count > 1 else ""
             raise CheckpointError(
-                f"None of the {len(everything)} checkpoints in {output_dir} is whole; what is wrong with each is said "
-                "above. Move them away to start anew."
+                f"{none or f'The only checkpoint in {output_dir} is not whole'}; what is wrong is said above. Move "
+                f"{'them' if none else 'it'} away to start anew."
             )
         return None
     if requested is not None:
@@ -512,7 +515,7 @@ def read_manifest(directory: Path) -> dict:
     for name, expected in manifest["files"].items():
         size = (directory / name).stat().st_size if (directory / name).is_file() else None
         if size != expected["bytes"]:
-            state = "is missing" if size is None else f"has {size:,} bytes instead of {expected['bytes']:,}"
+            state = "is missing" if size is None else f"has {counted(size, 'byte')} instead of {expected['bytes']:,}"
             raise CheckpointError(f"{directory / name} {state}; use an older checkpoint.")
     return manifest
 
@@ -545,8 +548,8 @@ def load_checkpoint(
         if differing := sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)):
             example = differing[0]
             lines.append(
-                f"{len(differing)} trained parameters, first {example}: {theirs.get(example, 'not trained')} in the "
-                f"checkpoint, {mine.get(example, 'not trained')} now"
+                f"{counted(len(differing), 'trained parameter')}, first {example}: "
+                f"{theirs.get(example, 'not trained')} in the checkpoint, {mine.get(example, 'not trained')} now"
             )
         if lines:
             advice = f"Make them equal, or let them differ: --resume_ignore {' '.join(names)}" if names else ""
@@ -642,7 +645,9 @@ class _PieceReader:
                 target[low - start : high - start].copy_(file.get_slice(key)[low - piece_start : high - piece_start])
                 filled += high - low
         if filled != target.numel():
-            raise CheckpointError(f"The checkpoint lacks {target.numel() - filled} values of {name} ({kind}).")
+            raise CheckpointError(
+                f"The checkpoint lacks {counted(target.numel() - filled, 'value')} of {name} ({kind})."
+            )
 
     def rng_states(self, rank: int) -> dict[str, torch.Tensor]:
         return self.rng[rank]

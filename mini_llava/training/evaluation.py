@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..arguments import Arguments, DataArguments
@@ -28,9 +29,9 @@ from ..data.loader import RankSteps, first_of, loss_group, rank_step_loader
 from ..data.records import RecordStore, missing_image
 from ..data.sampler import deal
 from ..data.templates import IMAGE_MARK, Template, written_answer
-from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, BadRecord, Sample, expand_images
+from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, BadRecord, Sample, counted, expand_images
 from .distributed import gather_from_ranks, log, never_fatal, show, sum_over_ranks, to_device, zero_stage
-from .meter import append_json_line, loss_parts
+from .meter import append_json_line, loss_parts, questions_bar
 from .preemption import ignore_signals
 from .scoring import CHOICE, EXACT_MATCH, is_right, metric_of
 from .shown_answers import ShownAnswer, as_picture, as_table
@@ -192,10 +193,12 @@ class HeldOut:
         try:
             with self._evaluation_mode():
                 losses, trained = self._losses()
-                answers = self._answers(self.questions)
+                answers = self._answers(self.questions, "held-out answers")
                 # Twice the time, so only where a run is judged.
                 if step in (0, self.total_steps) and any(question.images for question in self.questions):
-                    blind = self._answers(shuffle_images(self.questions, self.training.seed))
+                    blind = self._answers(
+                        shuffle_images(self.questions, self.training.seed), "the same, images shuffled"
+                    )
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"Memory has run out while held-out questions were answered, "
@@ -262,21 +265,29 @@ class HeldOut:
             worker_init_fn=ignore_signals,
         )
         sums = torch.zeros(2, len(lengths), dtype=torch.float64, device=device)
-        for step, work in zip(mine, loader, strict=True):
-            for index, reason in work.skipped:
-                raise BadRecord(f"--eval_data_path: {self.store.describe(index)}: {reason}")
-            for places, batch in zip(step, work.micro_batches, strict=True):
-                losses = self.model(**to_device(batch, device), reduction="none")
-                if places:
-                    owners = torch.tensor(places)[sample_of_targets(batch)].flatten().to(device)
-                    trained = (batch["targets"] != IGNORE_INDEX).flatten().to(device)
-                    sums[0].index_add_(0, owners, losses.flatten().double())
-                    sums[1].index_add_(0, owners, trained.double())
+        with self._bar("held-out loss") as bar:
+            for step, work in zip(mine, loader, strict=True):
+                for index, reason in work.skipped:
+                    raise BadRecord(f"--eval_data_path: {self.store.describe(index)}: {reason}")
+                for places, batch in zip(step, work.micro_batches, strict=True):
+                    losses = self.model(**to_device(batch, device), reduction="none")
+                    if places:
+                        owners = torch.tensor(places)[sample_of_targets(batch)].flatten().to(device)
+                        trained = (batch["targets"] != IGNORE_INDEX).flatten().to(device)
+                        sums[0].index_add_(0, owners, losses.flatten().double())
+                        sums[1].index_add_(0, owners, trained.double())
+                bar.update(min(size, len(lengths) - bar.n))  # those of all ranks
         losses, trained = sum_over_ranks(self.accelerator, sums).cpu().numpy()
         return losses, trained
 
-    def _answers(self, questions: Sequence[Question]) -> list[str]:
-        """The greedy answer to each question, up to its end marker, on every rank. All ranks must call it."""
+    def _bar(self, what: str) -> tqdm:
+        return questions_bar(len(self.questions), what, enabled=self.accelerator.is_main_process)
+
+    def _answers(self, questions: Sequence[Question], what: str) -> list[str]:
+        """The greedy answer to each question, up to its end marker, on every rank. All ranks must call it.
+
+        what: they are, for the progress bar.
+        """
         llava = self.accelerator.unwrap_model(self.model)
         attention = llava.language_model.config._attn_implementation
         if attention == "varlen":  # for packed rows without a cache only
@@ -290,13 +301,16 @@ class HeldOut:
         answers: dict[int, str] = {}
         # All ranks take the same number of batches, because under ZeRO-3 each forward is a collective; surplus ranks
         # repeat the first question, which does not count.
-        for start in range(0, len(by_length), batch_size * self.accelerator.num_processes):
-            first = start + rank * batch_size
-            places = by_length[first : first + batch_size]
-            asked = places or by_length[:1]
-            most_tokens = max(self.most_tokens[place] for place in asked)
-            texts = self._generate(llava, [questions[place] for place in asked], most_tokens, stop_ids)
-            answers |= zip(places, texts, strict=False)
+        size = batch_size * self.accelerator.num_processes
+        with self._bar(what) as bar:
+            for start in range(0, len(by_length), size):
+                first = start + rank * batch_size
+                places = by_length[first : first + batch_size]
+                asked = places or by_length[:1]
+                most_tokens = max(self.most_tokens[place] for place in asked)
+                texts = self._generate(llava, [questions[place] for place in asked], most_tokens, stop_ids)
+                answers |= zip(places, texts, strict=False)
+                bar.update(min(size, len(by_length) - start))
         if attention == "varlen":
             llava.language_model.set_attn_implementation(attention)
         of_all = ChainMap(*gather_from_ranks(self.accelerator, answers))
@@ -393,7 +407,7 @@ class HeldOut:
                 parts.append(f"{entry[f'eval/{metric}_shuffled']:.1%} with the images shuffled")
         loss = f"loss {entry['eval/loss']:.4f}, {entry['eval/seconds']:.1f} s"
         moment = self._moment(entry["step"])
-        sentence = f"{len(self.questions):,} held-out questions {moment}: {', '.join(parts)}. ({loss})"
+        sentence = f"{counted(len(self.questions), 'held-out question')} {moment}: {', '.join(parts)}. ({loss})"
         if entry["step"] == self.total_steps and self.best is not entry:
             sentence += f" It was best {self._moment(self.best['step'])}: {self.share_right(self.best):.1%} right."
         return sentence

@@ -19,7 +19,7 @@ from ..data.anyres import Tiles
 from ..data.images import BadImage
 from ..data.loader import RankSteps
 from ..data.spans import IMAGE, MASKED, TRAINED, Span, spans
-from ..data.tokenization import IGNORE_INDEX, BadRecord
+from ..data.tokenization import IGNORE_INDEX, BadRecord, counted
 from .distributed import never_fatal
 
 SAMPLES = 8
@@ -70,7 +70,7 @@ def _sample(rank_steps: RankSteps, index: int, tokenizer: PreTrainedTokenizerBas
         return None
     pictures = [tile for image in opened for tile in (image.tiles if isinstance(image, Tiles) else [image])]
     trained = int((sample.labels != IGNORE_INDEX).sum())
-    title = [store.describe(index), f"{len(sample.input_ids):,} tokens, {trained:,} trained"]
+    title = [store.describe(index), f"{counted(len(sample.input_ids), 'token')}, {trained:,} trained"]
     return Shown(title, pictures, spans(sample, tokenizer))
 
 

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from ..arguments import DECIDES_NOTHING, OTHER_NAMES
 from ..data.records import RecordStore
 from ..data.templates import CHAT_TEMPLATE
+from ..data.tokenization import counted
 from .distributed import zero_stage
 
 # Elements looked at in one go: int64 copies of a 7B model's weights would not fit beside it.
@@ -97,7 +98,7 @@ def _flag_lines(theirs: dict, mine: dict) -> list[tuple[str, str]]:
 
 def _data_lines(theirs: dict, mine: dict) -> list[str]:
     if len(theirs["files"]) != len(mine["files"]):
-        return [f"{len(theirs['files'])} files in the checkpoint, {len(mine['files'])} now"]
+        return [f"{counted(len(theirs['files']), 'file')} in the checkpoint, {len(mine['files'])} now"]
     pairs = zip(theirs["files"], mine["files"], strict=True)
     changed = [(was, now) for (was, old), (now, new) in pairs if old != new]
     lines = [f"file {now} has changed" + (f" (was {was})" if was != now else "") for was, now in changed]

@@ -1,5 +1,6 @@
 """Throughput, the progress line and the trackers: what a person watches while a model trains."""
 
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from ..data.tokenization import IGNORE_INDEX
 from ..model.llava import LlavaModel
 from .distributed import never_fatal, sum_over_ranks
 from .flops import FlopCounter, peak_flops
+
+SHOWN_AFTER = 2  # seconds, as for the bars over records: what is done sooner needs none
 
 
 def loss_parts(sources: Sequence[str], has_image: Sequence[bool]) -> dict[str, list[int]]:
@@ -185,6 +188,26 @@ class ProgressLine:
         self.bar.close()
 
 
+def questions_bar(total: int, what: str, enabled: bool) -> tqdm:
+    """Return a bar of held-out questions done, for the minutes in which no step is taken; to be closed.
+
+    On a terminal it stands below the progress line and is gone in the end. Elsewhere (a file, a scheduler's log) there
+    is no line below: it is written every ten seconds, and stays.
+    """
+    on_terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        desc=what,
+        disable=not enabled,
+        delay=SHOWN_AFTER,
+        mininterval=1 if on_terminal else 10,
+        leave=not on_terminal,
+        position=None if on_terminal else 0,
+        dynamic_ncols=True,
+        unit=" questions",
+    )
+
+
 def _shown(value: float, digits: int) -> str:
     """A small number by its size: 0.0000 would be taken for a fault where a batch has nothing left to learn."""
     return f"{value:.{digits}f}" if value == 0 or value >= 0.001 else f"{value:.1e}"
@@ -220,4 +243,5 @@ def prepare_reports(output_dir: Path, resumed_at: int | None) -> str | None:
         last = cut_after(log, is_kept)
     if last is None or last.get("step", 0) <= resumed_at:
         return None
-    return f"The run had come to step {last['step']}: {last['step'] - resumed_at} of its steps are done again."
+    again = last["step"] - resumed_at
+    return f"The run had come to step {last['step']}: {again} of its steps {'is' if again == 1 else 'are'} done again."

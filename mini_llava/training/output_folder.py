@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
 
+from ..data.tokenization import counted
 from ..model.freeze import numel
 from .checkpoint import KINDS, CheckpointError, agreement, complete_checkpoints, remove_oldest
 from .distributed import compute_dtype, gather_from_ranks
@@ -112,8 +113,8 @@ class DiskNeeds(NamedTuple):
     def __str__(self) -> str:
         there = f" ({self.present} there already)" if self.present else ""
         return (
-            f"{self.bytes / 1e9:,.3f} GB: {self.states} training states of {self.bytes_of_state / 1e9:,.3f} GB{there} "
-            f"and {self.bytes_of_result / 1e9:,.3f} GB for the result"
+            f"{self.bytes / 1e9:,.3f} GB: {counted(self.states, 'training state')} of "
+            f"{self.bytes_of_state / 1e9:,.3f} GB{there} and {self.bytes_of_result / 1e9:,.3f} GB for the result"
         )
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..arguments import Arguments, TrainingArguments
 from ..data.records import Lengths, RecordStore, measure_some
+from ..data.tokenization import counted
 from ..model import lora
 from ..model.attention import CAPPED, choose_attention
 from ..model.freeze import apply_plan, trainable_table, trained_in_full
@@ -280,15 +281,16 @@ def plan_run(
         print(order.note)
     counts = [len(micro_batches) for micro_batches in dealt]
     print(
-        f"Global batch: {sampler.global_batch_size} samples on {layout.gpus} GPU{'s' * (layout.gpus > 1)}, on each in "
+        f"Global batch: {counted(sampler.global_batch_size, 'sample')} on {counted(layout.gpus, 'GPU')}, on each in "
         f"{sum(counts) / len(counts):.1f} micro-batches a step (at most {max(counts)}), {order.layout}. "
-        f"Longest micro-batch: {longest.shape.tokens:,} tokens, {longest.shape.images} images through the tower."
+        f"Longest micro-batch: {counted(longest.shape.tokens, 'token')}, "
+        f"{counted(longest.shape.images, 'image')} through the tower."
     )
     guessed = "" if measured == len(store) else f" (as {measured:,} of them say)"
     epochs = steps / sampler.steps_per_epoch
     print(
-        f"{len(store):,} records, {int(lengths.has_image.sum()):,} with images, {int(lengths.length.sum()):,} tokens"
-        f"{guessed}: {steps:,} steps, {epochs:.2f} epochs."
+        f"{counted(len(store), 'record')}, {int(lengths.has_image.sum()):,} with images, "
+        f"{counted(int(lengths.length.sum()), 'token')}{guessed}: {counted(steps, 'step')}, {epochs:.2f} epochs."
     )
     print(_time(model, lengths, epochs, layout, training))
     trained = trained_in_full(plan)

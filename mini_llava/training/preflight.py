@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from ..arguments import Arguments, ModelArguments, TrainingArguments
 from ..data.records import Lengths
 from ..data.templates import CHAT_TEMPLATE, TEMPLATES, ChatTemplate, Template
-from ..data.tokenization import read_json
+from ..data.tokenization import counted, read_json
 from ..model.image_tokens import token_ids_end
 from ..model.lora import linear_layers
 from ..model.projector import list_some
@@ -158,7 +158,7 @@ def check_token_rows(tokenizer: PreTrainedTokenizerBase, rows: int, new_tokens: 
         yield Finding(
             "tokens",
             f"The tokenizer of {name} has ids up to {end - new_tokens - 1}, but the language model's embeddings have "
-            f"{rows} rows: {missing} row{'s' * (missing > 1)} missing. Take the tokenizer that belongs to the model, "
+            f"{rows} rows: {counted(missing, 'row')} missing. Take the tokenizer that belongs to the model, "
             f"or add rows with --resize_token_embeddings True.",
             IMPOSSIBLE,
         )
@@ -316,12 +316,10 @@ def check_adapters(language_config: PreTrainedConfig, new_tokens: int) -> Iterat
             verdict,
         )
     else:
-        layers = f"{len(reached):,} linear layer{'s' * (len(reached) != 1)}"
+        layers = counted(len(reached), "linear layer")
         yield Finding("adapters", f"They stand beside all {layers} of the language model but its head.")
     if new_tokens:
-        what = (
-            f"The rows of {new_tokens} new token{'s' * (new_tokens > 1)} stay as they are: LoRA trains no embeddings."
-        )
+        what = f"The rows of {counted(new_tokens, 'new token')} stay as they are: LoRA trains no embeddings."
         yield Finding("adapters", what, ODD)
 
 
@@ -338,13 +336,12 @@ def check_steps(training: TrainingArguments, order: Order, lengths: Lengths) -> 
     warmup = warmup_steps(training.warmup_ratio, total)
     peaks = (training.learning_rate, training.mm_projector_lr, training.mm_vision_tower_lr)
     factors = (learning_rate_factor(training.lr_scheduler_type, step, total, warmup) for step in range(total))
-    size = sampler.global_batch_size
-    few = (
-        f" {records:,} record{'s are' if records > 1 else ' is'} fewer than a global batch: lower --global_batch_size "
-        f"({size}), or raise --num_train_epochs."
-        if records < size
-        else ""
-    )
+    few = ""
+    if records < sampler.global_batch_size:
+        few = (
+            f" {counted(records, 'record')} {'is' if records == 1 else 'are'} fewer than a global batch: lower "
+            f"--global_batch_size ({sampler.global_batch_size}), or raise --num_train_epochs."
+        )
     if not any(peaks) or not any(factors):
         when = f"in all {total:,} steps" if total > 1 else "in the only step"
         why = " It rises from 0: --warmup_ratio 0 leaves that out." if any(peaks) else ""
@@ -353,4 +350,4 @@ def check_steps(training: TrainingArguments, order: Order, lengths: Lengths) -> 
         )
     else:
         rises = f"; the learning rate rises in the first {warmup:,}" if warmup else ""
-        yield Finding("steps", f"{total:,} step{'s' * (total != 1)}{rises}.{few}", ODD if few else FINE)
+        yield Finding("steps", f"{counted(total, 'step')}{rises}.{few}", ODD if few else FINE)

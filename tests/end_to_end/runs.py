@@ -236,6 +236,14 @@ def gradients(run: Path, batch: str) -> dict[str, torch.Tensor]:
     return first_moments(run / f"checkpoint-{step}")
 
 
+def is_rounding(name: str) -> bool:
+    """Whether the gradient of a parameter is zero but for rounding, which other kernels may round to zero itself.
+
+    The same shift of all keys changes no attention weight. (With rotary embeddings it is not the same for all.)
+    """
+    return name.startswith("vision_tower") and name.endswith("k_proj.bias")
+
+
 def first_moments(checkpoint: Path) -> dict[str, torch.Tensor]:
     """AdamW's first moment of every trained parameter, flat, put together from the pieces of all ranks."""
     manifest = read_manifest(checkpoint)

@@ -1,6 +1,7 @@
 """Evaluation while a model trains: what it finds, where that is shown, and that no bit of the training notices."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mini_llava.data.tokenization import BadRecord
+from mini_llava.training import meter
 from tests.end_to_end import runs
 
 SHOWN = [*runs.HELD_OUT["words"], *runs.HELD_OUT["letters"]]
@@ -26,9 +28,9 @@ def bits(run) -> list[tuple[int, str, str]]:
     return [(e["step"], e["loss"].hex(), e["gradient_norm"].hex()) for e in runs.log(run) if "loss" in e]
 
 
-def are_equal_to_the_last_bit(evaluated, plain) -> None:
-    assert sorted(evaluations(evaluated)) == list(range(6)) and not evaluations(plain)
-    assert len(bits(plain)) == 5 and bits(evaluated) == bits(plain)
+def are_equal_to_the_last_bit(evaluated, plain, evaluated_after=(0, 1, 2, 3, 4, 5)) -> None:
+    assert sorted(evaluations(evaluated)) == list(evaluated_after) and not evaluations(plain)
+    assert len(bits(plain)) == evaluated_after[-1] and bits(evaluated) == bits(plain)
     weights, expected = runs.saved_weights(evaluated), runs.saved_weights(plain)
     assert weights.keys() == expected.keys()
     assert [name for name, weight in weights.items() if not torch.equal(weight, expected[name])] == []
@@ -50,6 +52,16 @@ def with_dropout(tmp_path_factory):
 def test_evaluation_changes_no_bit_of_a_training_with_dropout(with_dropout):
     folder, _ = with_dropout
     are_equal_to_the_last_bit(folder / "evaluated", folder / "plain")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_evaluation_changes_no_bit_of_a_quantised_training(tmp_path, monkeypatch, bits):
+    # On CPUs that have AVX512-BF16 bitsandbytes packs 4-bit weights anew for products in evaluation. The packing itself
+    # is plain PyTorch, so that this shows on every CPU whether the training lives through it.
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    for name, values in (("plain", {}), ("evaluated", {"eval_steps": 2} | runs.held_out_flags(tmp_path))):
+        runs.train_here(runs.flags_of(2, tmp_path / name, WITH_DROPOUT | {"bits": bits, "max_steps": 3} | values))
+    are_equal_to_the_last_bit(tmp_path / "evaluated", tmp_path / "plain", evaluated_after=(0, 2, 3))
 
 
 @pytest.mark.slow
@@ -77,12 +89,12 @@ def test_two_processes_find_what_one_finds(one_process, two_processes, backend):
     ]
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_the_held_out_loss_of_the_training_records_is_the_loss_of_the_step_that_trains_on_them(tmp_path, packing):
+@pytest.mark.parametrize("how", [{"packing": True}, {"packing": False}, {**runs.LORA, "bits": 8}])
+def test_the_held_out_loss_of_the_training_records_is_the_loss_of_the_step_that_trains_on_them(tmp_path, how):
     """The last batch of evaluation is smaller than the others, and answers differ in length: tokens count alike."""
     records = [record | {"conversations": record["conversations"][:2]} for record in runs.RECORDS[:11]]
     (tmp_path / "data.json").write_text(json.dumps(records))
-    both = {"data_path": tmp_path / "data.json", "eval_data_path": tmp_path / "data.json", "packing": packing}
+    both = {"data_path": tmp_path / "data.json", "eval_data_path": tmp_path / "data.json", **how}
     both |= {"eval_image_folder": runs.MODEL_AND_DATA["image_folder"], "per_device_eval_batch_size": 3}
     both |= {"eval_samples_shown": 11}
     values = {
@@ -180,6 +192,15 @@ def test_who_knows_the_answers_by_heart_gets_all_of_them_right_and_is_seen_to(tm
     assert "It was best" not in out
     # The progress line has the newest one.
     assert f"held out {before['eval/loss']:.4f} 0%" in err and f"held out {between['eval/loss']:.4f}" in err
+
+
+def test_every_pass_over_the_questions_shows_how_many_are_done(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(meter, "SHOWN_AFTER", 0)
+    values = {"max_steps": 2, "eval_steps": 1, "save_strategy": "no"} | runs.held_out_flags(tmp_path)
+    runs.train_here(runs.flags_of(2, tmp_path / "run", values))
+    bars = re.findall(r"\r([^\r:]*): 100%\S+ 7/7 \[.*\]\n", capsys.readouterr().err)
+    passes = ["held-out loss", "held-out answers", "the same, images shuffled"]
+    assert bars == [*passes, *passes[:2], *passes]
 
 
 def test_a_training_that_spoils_the_model_is_told_when_it_was_best(tmp_path, capsys):

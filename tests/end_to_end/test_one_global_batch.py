@@ -22,9 +22,7 @@ def disagreeing(found, expected) -> dict[str, float]:
     differing = {}
     for name, gradient in expected.items():
         size = gradient.norm()
-        if name.startswith("vision_tower") and name.endswith("k_proj.bias"):
-            # The same shift of all keys changes no attention weight, so this gradient is zero but for rounding: it is
-            # held against that of the queries.
+        if runs.is_rounding(name):  # held against that of the queries
             size = expected[name.replace("k_proj", "q_proj")].norm()
             assert gradient.norm() <= TOLERANCE * size
         difference = (found[name] - gradient).norm()
@@ -43,7 +41,8 @@ def test_every_parameter_that_can_have_a_gradient_has_one(whole):
     manifest = read_manifest(whole / "checkpoint-1")
     assert gradients.keys() == manifest["parameters"].keys()
     assert {name.split(".")[0] for name in gradients} == {"vision_tower", "projector", "language_model"}
-    assert [name for name, gradient in gradients.items() if not gradient.any()] == []
+    without = [name for name, gradient in gradients.items() if not gradient.any() and not runs.is_rounding(name)]
+    assert without == []
 
 
 @pytest.mark.parametrize("batch", ["text only", "a single sample without"])

@@ -308,7 +308,6 @@ def test_another_run_starts_from_a_lora_directory(trained, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["ddp", "zero2", "zero3"])
 def test_quantised_runs_on_two_processes_have_the_losses_of_one(tmp_path, backend):
-    pytest.importorskip("bitsandbytes")
     values = {**LORA, "lora_dropout": 0, "max_steps": 3, "learning_rate": 1e-2, "warmup_ratio": 0}
     values |= {"global_batch_size": 8, "per_device_train_batch_size": 2}
     lines = [runs.flags_of(2, tmp_path / str(bits), values | {"bits": bits}) for bits in (4, 8)]
@@ -322,10 +321,36 @@ def test_quantised_runs_on_two_processes_have_the_losses_of_one(tmp_path, backen
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_adapters_learn_and_merge_into_the_unquantised_base(tmp_path, bits):
-    pytest.importorskip("bitsandbytes")
     values = {**LORA, "bits": bits, "max_steps": 4, "global_batch_size": 8, "learning_rate": 1e-2}
     runs.train_here(runs.flags_of(2, tmp_path, values))
     losses = [line["loss"] for line in runs.log(tmp_path)]
     assert losses[-1] < losses[0] - 0.05
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     assert logits(load_merged(tmp_path, torch.float32)).isfinite().all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_model_is_evaluated_without_dropout_and_its_gradients_are_the_same_after_it(
+    tmp_path, monkeypatch, bits
+):
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)  # see tests/end_to_end/test_evaluation
+    kept, load = [], building.load_llava
+    monkeypatch.setattr(building, "load_llava", lambda *arguments: kept.append(load(*arguments)) or kept[0])
+    values = {**LORA, "lora_dropout": 0.5, "bits": bits, "max_steps": 1, "learning_rate": 1e-2, "warmup_ratio": 0}
+    runs.train_here(runs.flags_of(2, tmp_path, values | {"global_batch_size": 4, "save_strategy": "no"}))
+    model = kept[0]
+
+    def gradient() -> torch.Tensor:
+        torch.manual_seed(0)  # the same dropout
+        model.zero_grad()
+        model.language_model(inputs_embeds=embeddings, use_cache=False).logits.sum().backward()
+        return torch.cat([p.grad.flatten() for name, p in model.named_parameters() if "lora_" in name])
+
+    embeddings = torch.randn(1, 20, 64, generator=torch.Generator().manual_seed(1))
+    before = gradient()
+    with_dropout = logits(model)
+    assert not torch.equal(with_dropout, logits(model))
+    model.eval()
+    assert torch.equal(logits(model), logits(model)) and not torch.equal(logits(model), with_dropout)
+    model.train()
+    assert before.norm() > 0 and torch.equal(gradient(), before)

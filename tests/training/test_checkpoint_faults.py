@@ -231,6 +231,9 @@ def test_if_no_checkpoint_is_whole_the_run_does_not_start_anew_in_silence(accele
         find_checkpoint(accelerator, saved, "latest", said.append)
     for step, line in zip((4, 2), said, strict=True):
         assert f"checkpoint-{step} is torn" in line and "no manifest.json" in line
+    shutil.rmtree(saved / "checkpoint-2")
+    with pytest.raises(CheckpointError, match=r"The only checkpoint in .* is not whole; .* Move it away"):
+        find_checkpoint(accelerator, saved, "latest", print)
 
 
 def test_going_back_is_refused_while_newer_checkpoints_would_be_taken_for_the_runs_own(accelerator, saved, tmp_path):

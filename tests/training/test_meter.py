@@ -1,7 +1,11 @@
 """What the progress line and the log say is what happened."""
 
+import contextlib
 import json
 import math
+import os
+import re
+import termios
 
 import pytest
 import torch
@@ -10,8 +14,12 @@ from accelerate import Accelerator
 from mini_llava.data.collator import sample_of_targets
 from mini_llava.data.loader import RankStep, loss_group
 from mini_llava.data.tokenization import IGNORE_INDEX
-from mini_llava.training.meter import Meter, ProgressLine, append_json_line, loss_parts
+from mini_llava.training import meter as meters
+from mini_llava.training.meter import Meter, ProgressLine, append_json_line, loss_parts, questions_bar
 from tests.training.tiny_llava import micro_batch, tiny_llava
+
+VALUES = {"loss": 1.5, "learning_rate": 1e-3, "gradient_norm": 0.5}
+VALUES |= {"tokens_per_second": 1.0, "samples_per_second": 1.0, "data_wait": 0.0}
 
 
 @pytest.fixture
@@ -145,7 +153,88 @@ def test_the_log_keeps_every_bit(tmp_path):
 )
 def test_a_loss_that_is_small_is_not_shown_as_none(loss, shown, capfd):
     line = ProgressLine(total_steps=2, first_step=0, enabled=True)
-    rates = {"tokens_per_second": 1.0, "samples_per_second": 1.0, "data_wait": 0.0}
-    line.update(1, {"loss": loss, "learning_rate": 1e-3, "gradient_norm": 0.5} | rates)
+    line.update(1, VALUES | {"loss": loss})
     line.close()
     assert shown in capfd.readouterr().err
+
+
+def screen(written: str) -> list[str]:
+    """What a terminal shows after this was written: lines, without those that are empty at the end."""
+    lines, row, column = [""], 0, 0
+    for part in re.findall(r"\x1b\[A|\r|\n|[^\x1b\r\n]+", written):
+        if part == "\x1b[A":
+            row -= 1
+        elif part == "\r":
+            column = 0
+        elif part == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        else:
+            line = lines[row].ljust(column)
+            lines[row], column = line[:column] + part + line[column + len(part) :], column + len(part)
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return [line.rstrip() for line in lines]
+
+
+@contextlib.contextmanager
+def terminal():
+    """A real one of 120 columns as stderr and stdout; what is yielded returns what it shows."""
+    reader, writer = os.openpty()
+    termios.tcsetwinsize(writer, (40, 120))
+    os.set_blocking(reader, False)
+    file, written = open(writer, "w", buffering=1), []  # noqa: SIM115
+
+    def show() -> list[str]:
+        file.flush()
+        while True:
+            try:
+                written.append(os.read(reader, 65536).decode())
+            except BlockingIOError:
+                return screen("".join(written))
+
+    with contextlib.redirect_stderr(file), contextlib.redirect_stdout(file):
+        yield show
+    file.close()
+    os.close(reader)
+
+
+def test_on_a_terminal_the_bar_of_questions_stands_below_the_progress_line_and_goes(monkeypatch):
+    monkeypatch.setattr(meters, "SHOWN_AFTER", 0)
+    with terminal() as shown:
+        line = ProgressLine(total_steps=4, first_step=0, enabled=True)
+        line.update(2, VALUES)
+        line.bar.refresh()
+        before = shown()
+        with questions_bar(7, "held-out answers", enabled=True) as bar:
+            bar.update(3)
+            bar.refresh()
+            progress, of_questions = shown()
+            assert [progress] == before and progress.startswith(" 50% step 2/4, loss 1.5000 ")
+            assert of_questions.startswith("held-out answers:  43%|") and " 3/7 " in of_questions
+            bar.update(4)
+        assert shown() == before
+        line.say("7 held-out questions after step 2: all right.")
+        line.update(3, VALUES)
+        line.close()
+        said, progress = shown()
+        assert said == "7 held-out questions after step 2: all right." and progress.startswith(" 75% step 3/4, ")
+
+
+def test_in_a_file_the_bar_of_questions_moves_no_cursor_and_stays(capsys, monkeypatch):
+    monkeypatch.setattr(meters, "SHOWN_AFTER", 0)
+    line = ProgressLine(total_steps=4, first_step=0, enabled=True)
+    with questions_bar(7, "held-out answers", enabled=True) as bar:
+        bar.update(7)
+    line.close()
+    with questions_bar(7, "of another rank", enabled=False) as bar:
+        bar.update(7)
+    written = capsys.readouterr().err
+    assert "\x1b" not in written and "another rank" not in written
+    assert re.search(r"\rheld-out answers: 100%\S+ 7/7 \[.*\]\n", written)
+
+
+def test_what_is_evaluated_in_a_moment_has_no_bar(capsys):
+    with questions_bar(7, "held-out answers", enabled=True) as bar:
+        bar.update(7)
+    assert capsys.readouterr().err == ""

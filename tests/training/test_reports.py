@@ -139,6 +139,11 @@ def test_the_log_of_a_resumed_run_ends_at_its_checkpoint_and_says_what_is_done_a
     assert prepare_reports(tmp_path, 9) is None and steps(tmp_path / "log.jsonl") == list(range(1, 10))
 
 
+def test_a_single_step_that_is_done_again_is_one(tmp_path):
+    log_of(tmp_path / "log.jsonl", 1, 2, 3)
+    assert prepare_reports(tmp_path, 2) == "The run had come to step 3: 1 of its steps is done again."
+
+
 def test_a_torn_last_line_is_cut_off_even_if_no_step_is_done_again(tmp_path):
     log_of(tmp_path / "log.jsonl", 1, 2)
     with open(tmp_path / "log.jsonl", "a") as file:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -119,6 +120,22 @@ def test_a_finished_run_leaves_curves_a_summary_and_the_command_to_talk_to_it(ru
     *start, image = summary["talk_to_it"].split()
     assert start == ["python", "-m", "mini_llava.tools.chat", str(folder), "--image"]
     assert image.startswith(str(FIXTURES / "data" / "images")) and summary["talk_to_it"] in printed
+
+
+def test_the_numbers_and_nouns_of_a_run_of_one_record_agree(tmp_path, capsys):
+    records = json.loads((FIXTURES / "data" / "train_stage1.json").read_text())
+    (tmp_path / "data.json").write_text(json.dumps(records[:1]))
+    one = {"data_path": tmp_path / "data.json", "global_batch_size": 1, "max_steps": 1, "save_strategy": "no"}
+    one |= {"eval_data_path": tmp_path / "data.json", "eval_image_folder": FIXTURES / "data" / "images"}
+    train_here(flags_of(2, tmp_path / "run", one))
+    printed = capsys.readouterr().out
+    assert re.search(r"Tried the longest micro-batch \([\d,]+ tokens, 1 image through the tower\)", printed)
+    assert "\n1 held-out question before training: " in printed
+    assert re.search(r"\n1 step, 1 sample, [\d,]+ tokens in ", printed)
+    train_here(flags_of(2, tmp_path / "plan", one | {"dry_run": True, "num_gpus": 1, "gpu_memory_gib": 80}))
+    printed = capsys.readouterr().out
+    assert "Global batch: 1 sample on 1 GPU, " in printed and " tokens, 1 image through the tower." in printed
+    assert re.search(r"\n1 record, 1 with images, [\d,]+ tokens: 1 step, 1.00 epochs", printed)
 
 
 def test_tensorboard_shows_pages_texts_and_the_samples_of_the_first_batch(run):
