@@ -126,6 +126,7 @@ def test_the_numbers_and_nouns_of_a_run_of_one_record_agree(tmp_path, capsys):
     records = json.loads((FIXTURES / "data" / "train_stage1.json").read_text())
     (tmp_path / "data.json").write_text(json.dumps(records[:1]))
     one = {"data_path": tmp_path / "data.json", "global_batch_size": 1, "max_steps": 1, "save_strategy": "no"}
+    one |= {"warmup_ratio": 0}
     one |= {"eval_data_path": tmp_path / "data.json", "eval_image_folder": FIXTURES / "data" / "images"}
     train_here(flags_of(2, tmp_path / "run", one))
     printed = capsys.readouterr().out
