@@ -270,7 +270,7 @@ def test_a_truncated_file_is_named(suffix, tmp_path):
     noise("RGB", (200, 200)).save(tmp_path / f"a.{suffix}")
     content = (tmp_path / f"a.{suffix}").read_bytes()
     (tmp_path / f"a.{suffix}").write_bytes(content[: len(content) // 2])
-    with pytest.raises(BadImage, match=rf"a\.{suffix}' cannot be read: .* \(a file of {len(content) // 2} bytes\)"):
+    with pytest.raises(BadImage, match=rf"a\.{suffix}' cannot be read: .* \(a file of {len(content) // 2:,} bytes\)"):
         load_image(tmp_path, f"a.{suffix}")
 
 

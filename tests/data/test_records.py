@@ -162,7 +162,7 @@ def test_missing_files_and_folders_and_unmatched_lists_are_named(tmp_path):
         RecordStore([str(tmp_path / "nothing.json")])
     with pytest.raises(NotADirectoryError, match=r"The image folder .*images \(--image_folder\) does not exist"):
         RecordStore([path], [str(tmp_path / "images")])
-    with pytest.raises(ValueError, match="lists 2 files and --image_folder 1 folders"):
+    with pytest.raises(ValueError, match="lists 2 files and --image_folder 1 folder;"):
         RecordStore([path, path], [str(tmp_path)])
     with pytest.raises(ValueError, match="No training data"):
         RecordStore([])
@@ -298,7 +298,7 @@ def test_a_file_that_is_replaced_by_renaming_another_is_read_as_it_was(changing)
 def test_measuring_a_file_that_was_cut_short_ends_with_the_sentence(num_workers, changing, tmp_path):
     path, store = changing
     os.truncate(path, 30)
-    with pytest.raises(DataFileError, match="it had 100470 bytes and has 30"):
+    with pytest.raises(DataFileError, match="it had 100,470 bytes and has 30"):
         measure(store, Words(tmp_path / "calls"), num_workers, None, "key")
 
 

@@ -23,7 +23,7 @@ from tests.published_layouts import CLIP, like_liuhaotian, like_llava_hf
 
 PUBLISHED = {"liuhaotian": like_liuhaotian, "llava-hf": like_llava_hf}
 ONE_STEP = {"max_steps": 1, "global_batch_size": 4, "warmup_ratio": 0, "save_strategy": "no", "version": "v1"}
-STILL = {"learning_rate": 0}
+STILL = {"learning_rate": 0, "allow": "learning_rate"}
 TO_LLAVA = {"export_format": "llava", "vision_tower": CLIP}
 
 
