@@ -326,9 +326,10 @@ def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False) -> 
 
     LLaVA reads Llama tokenizers with transformers 4.37's slow class. transformers 5 rebuilds them in the tokenizers
     library without the blank before a text that itself begins with a blank, such as the text after a question that is
-    only an image; and it needs sentencepiece for folders that hold only `tokenizer.model`. Here such tokenizers are
-    rebuilt exactly, `legacy` included, as plain fast tokenizers, and stay exact when saved and loaded by
-    AutoTokenizer. All others are loaded as they are. Raises ValueError if that needs code that is not to be trusted.
+    only an image; and of folders that hold only `tokenizer.model` it orders the merges by id, not by score. Here such
+    tokenizers are rebuilt exactly, `legacy` included, as plain fast tokenizers, and stay exact when saved and loaded by
+    AutoTokenizer. All others are loaded as they are. Raises ValueError if that needs code that is not to be trusted,
+    and for a `tokenizer.model` that cannot be read or not be rebuilt exactly.
     """
     config = read_json(path, "tokenizer_config.json")
     model_type = read_json(path, "config.json").get("model_type", "")
@@ -418,6 +419,10 @@ def slow_llama_config(tokenizer: PreTrainedTokenizerBase) -> dict | None:
     """The `tokenizer_config.json` with which transformers 4's slow class, LLaVA's, reads the `tokenizer.model` of a
     Llama tokenizer and gives the same ids; None for other tokenizers. `<image>`, which LLaVA replaces before it
     tokenizes, is left out.
+
+    Every special token is listed by name, too: the slow class writes a blank before a text that begins with an added
+    token, such as `<im_end>` after an image, unless it is listed. A token that is not special, which decoding is to
+    keep, cannot be listed; a text that begins with it has that blank there.
     """
     scheme = _prepend_scheme(json.loads(tokenizer.backend_tokenizer.to_str()))
     if scheme is None:
@@ -425,8 +430,10 @@ def slow_llama_config(tokenizer: PreTrainedTokenizerBase) -> dict | None:
     added = {index: token.__getstate__() for index, token in tokenizer.added_tokens_decoder.items()}
     added = {index: added[index] for index in added.keys() - _image_tokens(added)}
     special = {key: getattr(tokenizer, key) for key in ("unk_token", "bos_token", "eos_token", "pad_token")}
+    listed = [token["content"] for _, token in sorted(added.items()) if token["special"]]
     return {
         **special,
+        "additional_special_tokens": [token for token in listed if token not in special.values()],
         "tokenizer_class": "LlamaTokenizer",
         "legacy": scheme != "first",
         "add_bos_token": bool(_encoder(tokenizer, len(tokenizer))[1]),
@@ -462,7 +469,7 @@ def _llama_backend(path: str | os.PathLike, config: dict) -> Tokenizer | None:
     if tokenizer_file:
         pipeline = json.loads(Path(tokenizer_file).read_text(encoding="utf-8"))
         scheme, marks = _prepend_scheme(pipeline), _marks(pipeline.get("pre_tokenizer"))
-        if scheme is None and pipeline["model"]["type"] == "BPE" and not pipeline["model"].get("byte_fallback"):
+        if scheme is None and pipeline["model"].get("type") == "BPE" and not pipeline["model"].get("byte_fallback"):
             return None  # byte-level, which transformers recognises
         own = _image_tokens({token["id"]: token for token in pipeline["added_tokens"]})
         pipeline["added_tokens"] = [token for token in pipeline["added_tokens"] if token["id"] not in own]
@@ -475,13 +482,13 @@ def _llama_backend(path: str | os.PathLike, config: dict) -> Tokenizer | None:
         scheme, marks = "always" if asks_for_blank else "never", backend.pre_tokenizer
     else:
         return None
-    # The slow class writes the blank itself unless it is legacy, its default, and leaves it to the file.
-    if config.get("legacy") is False and scheme is not None and (scheme != "never" or not tokenizer_file):
-        scheme = "first"
-    elif config.get("legacy") and scheme == "first":
-        scheme = "always"
 
     if scheme is not None:
+        # The slow class leaves the blank to the file if it is legacy, its default; otherwise it writes one itself.
+        if config.get("legacy") is False and (scheme != "never" or not tokenizer_file):
+            scheme = "first"
+        elif config.get("legacy") and scheme == "first":
+            scheme = "always"
         # Two steps, because Metaspace leaves out its blank where the text begins with the character that it writes: the
         # first step looks for ordinary blanks, of which the normalizer has left none.
         backend.normalizer = normalizers.Replace(" ", _BLANK)
@@ -494,6 +501,16 @@ def _llama_backend(path: str | os.PathLike, config: dict) -> Tokenizer | None:
         decoder = [decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
         strip = [decoders.Strip(" ", left=1)] if scheme != "never" else []
         backend.decoder = decoders.Sequence(decoder + strip)
+    _add_tokens(backend, path, config, keep_post_processor=tokenizer_file is not None)
+    return backend
+
+
+def _add_tokens(backend: Tokenizer, path: str | os.PathLike, config: dict, keep_post_processor: bool) -> None:
+    """Add the special and added tokens that a tokenizer's configuration names, and what stands before and after a text.
+
+    `keep_post_processor`: the backend has one already; only what the configuration says replaces it. Raises ValueError
+    for an added token whose id is not the next one.
+    """
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     for key, default in special.items():
         value = config.get(key, default)
@@ -512,7 +529,7 @@ def _llama_backend(path: str | os.PathLike, config: dict) -> Tokenizer | None:
                 f"vocabulary ends before that: the ids of added tokens must follow without a gap."
             )
 
-    if not tokenizer_file or "add_bos_token" in config or "add_eos_token" in config:
+    if not keep_post_processor or "add_bos_token" in config or "add_eos_token" in config:
         bos, eos = special["bos_token"], special["eos_token"]
         before = [bos] if config.get("add_bos_token", True) and bos else []
         after = [eos] if config.get("add_eos_token", False) and eos else []
@@ -521,7 +538,6 @@ def _llama_backend(path: str | os.PathLike, config: dict) -> Tokenizer | None:
             pair=" ".join([*before, "$A", *after, *(f"{token}:1" for token in before), "$B:1", *after]),
             special_tokens=[(token, backend.token_to_id(token)) for token in {*before, *after}],
         )
-    return backend
 
 
 def _prepend_scheme(pipeline: dict) -> str | None:
@@ -609,7 +625,9 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     return sorted(merges, key=lambda pair: (-scores["".join(pair)], -len(pair[0]), -len(pair[1])))
 
 
-def _why_not_exact(model, scores: dict[str, float], merges: list[tuple[str, str]], user_defined: list[str]) -> str | None:
+def _why_not_exact(
+    model, scores: dict[str, float], merges: list[tuple[str, str]], user_defined: list[str]
+) -> str | None:
     """What the tokenizers library cannot do as SentencePiece does it, or None."""
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if trainer.model_type != trainer.BPE:
