@@ -582,13 +582,13 @@ def _read_sentencepiece(file: str) -> tuple[Tokenizer, bool]:
         model = ModelProto.FromString(Path(file).read_bytes())
     except DecodeError:
         model = ModelProto()
-    if not model.pieces:
+    if not (model.pieces and model.HasField("trainer_spec")):  # which stands behind the pieces
         raise ValueError(f"{file} is not a SentencePiece model, or only a part of one. Download it again.")
 
     kind = ModelProto.SentencePiece
     scores = {piece.piece: piece.score for piece in model.pieces if piece.type == kind.NORMAL}
     user_defined = [piece.piece for piece in model.pieces if piece.type == kind.USER_DEFINED]
-    unknown = next(piece.piece for piece in model.pieces if piece.type == kind.UNKNOWN)
+    unknown = next((piece.piece for piece in model.pieces if piece.type == kind.UNKNOWN), None)
     merges = _merges(scores)
     if reason := _why_not_exact(model, scores, merges, user_defined):
         raise ValueError(
@@ -600,8 +600,8 @@ def _read_sentencepiece(file: str) -> tuple[Tokenizer, bool]:
     settings = {"unk_token": unknown, "fuse_unk": True, "byte_fallback": True}
     backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=bool(user_defined), **settings))
     if user_defined:
-        # Isolated, and as a whole text one token (ignore_merges). Other names of tokens that a text spells could be
-        # isolated by that, too, and are split.
+        # They are isolated, and an isolated text that is a piece becomes that piece (ignore_merges). The name of a
+        # control or byte piece, spelled in a text, is split, lest it becomes one between two of them.
         patterns = [re.escape(mark) for mark in sorted(user_defined, key=len, reverse=True)]
         names = vocabulary.keys() - scores.keys() - set(user_defined)
         patterns += [f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in sorted(names)]
@@ -654,7 +654,7 @@ def _why_not_exact(
         halves |= left | right
         competing = left & right or halves.intersection(pieces)
         if len(pieces) > 1 and len(set("".join(pieces))) > 1 and competing:
-            return f"gives {len(pieces)} pieces the score {score:g}, {pieces[0]!r} and {pieces[1]!r} among them"
+            return f"gives {len(pieces)} pieces the score {score + 0:g}, {pieces[0]!r} and {pieces[1]!r} among them"
     if user_defined:
         from sentencepiece import SentencePieceProcessor
 
