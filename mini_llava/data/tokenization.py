@@ -461,7 +461,8 @@ def _image_tokens(added: dict[int, dict]) -> set[int]:
 def _llama_backend(path: str | os.PathLike, config: dict) -> Tokenizer | None:
     """The exact pipeline of a Llama-style tokenizer (BPE over blanks written as U+2581), or None for any other.
 
-    What transformers 5 would rebuild as one without its being one (a unigram model, a normalizer) comes as it is.
+    A tokenizer.json of the class that is something else (a unigram model, or one with a normalizer of its own) is
+    returned as it stands: transformers 5 would rebuild it as a BPE without a normalizer.
     """
     if config.get("tokenizer_class") not in ("LlamaTokenizer", "LlamaTokenizerFast"):
         return None
