@@ -515,12 +515,14 @@ def _of_transformers(model: nn.Module) -> tuple[str, str]:
 def _save_tokenizer_for_llava(staging: Path, tokenizer) -> None:
     """The tokenizer as LLaVA's loader reads it, which takes the slow class: a Llama one as its `tokenizer.model`.
 
-    Other tokenizers, and Llama's where the source had no such file, are written as they are.
+    Other tokenizers, and Llama's where the source had no such file, are written as they are, by names that
+    transformers 4 knows.
     """
     model_file = find_file(tokenizer.name_or_path, SENTENCEPIECE_FILE) if tokenizer.name_or_path else None
     config = slow_llama_config(tokenizer) if model_file else None
     if config is None:
         tokenizer.save_pretrained(staging)
+        _make_tokenizer_readable_for_transformers_4(staging)
         return
     shutil.copyfile(model_file, staging / SENTENCEPIECE_FILE)
     text = json.dumps(config, indent=2, ensure_ascii=False)
@@ -531,6 +533,18 @@ def _save_tokenizer_for_llava(staging: Path, tokenizer) -> None:
 
 def _make_readable_for_transformers_4(staging: Path, image_processor) -> None:
     """Adjust what `LlavaProcessor.save_pretrained` of transformers 5 wrote, so that transformers 4 reads it too."""
+    # 4 would otherwise add token_type_ids, which the model does not take.
+    _make_tokenizer_readable_for_transformers_4(staging, model_input_names=["input_ids", "attention_mask"])
+
+    # transformers 5 keeps the image processor inside processor_config.json.
+    settings = json.loads(image_processor.to_json_string())
+    settings["image_processor_type"] = settings["image_processor_type"].removesuffix("Pil")
+    path = staging / "preprocessor_config.json"
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _make_tokenizer_readable_for_transformers_4(staging: Path, **settings) -> None:
+    """Adjust the tokenizer's files that transformers 5 wrote; `settings` go into `tokenizer_config.json`."""
     path = staging / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     for key in ("is_local", "local_files_only", "backend", "name_or_path"):
@@ -540,15 +554,16 @@ def _make_readable_for_transformers_4(staging: Path, image_processor) -> None:
     # What 5 writes as a list under this name, 4 reads under the other; a table is read by both.
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    # 4 would otherwise add token_type_ids, which the model does not take.
-    config["model_input_names"] = ["input_ids", "attention_mask"]
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(config | settings, indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
-    # transformers 5 keeps the image processor inside processor_config.json.
-    settings = json.loads(image_processor.to_json_string())
-    settings["image_processor_type"] = settings["image_processor_type"].removesuffix("Pil")
-    path = staging / "preprocessor_config.json"
-    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    # Before tokenizers 0.20 a merge was one text, which is read to this day, unless one of the two holds a blank.
+    path = staging / "tokenizer.json"
+    pipeline = json.loads(path.read_text(encoding="utf-8"))
+    merges = pipeline["model"].get("merges", [])
+    if not any(" " in half for pair in merges for half in pair):
+        pipeline["model"]["merges"] = [" ".join(pair) for pair in merges]
+        path.write_text(json.dumps(pipeline, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------- weights and files

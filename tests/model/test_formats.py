@@ -28,8 +28,8 @@ from transformers import (
 )
 
 from mini_llava.data.images import load_image_processor
-from mini_llava.data.templates import get_template, render
-from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, load_tokenizer, tokenize_prompt
+from mini_llava.data.templates import chat_template, get_template, render
+from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, add_image_tokens, load_tokenizer, tokenize_prompt
 from mini_llava.model.formats import (
     generation_settings,
     save_llava,
@@ -40,6 +40,7 @@ from mini_llava.model.formats import (
 from mini_llava.model.llava import LlavaModel
 from mini_llava.model.projector import build_projector, load_projector
 from mini_llava.model.vision_tower import load_vision_tower
+from tests.slow_llama import SlowLlama, configure, like_llama_2
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 PICTURE = FIXTURES / "data" / "images" / "wide_rgb.png"
@@ -321,6 +322,27 @@ def test_the_saved_processor_gives_the_ids_that_training_used(tmp_path, template
         assert found == np.where(ids == IMAGE_TOKEN_INDEX, image_id, ids).tolist(), turns
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+def test_messages_with_runs_of_blanks_give_them_too(tmp_path, legacy):
+    """The base has no more than a tokenizer.model, the reader the chat template of the processor that was saved."""
+    trained_with = load_tokenizer(like_llama_2(tmp_path / "base", legacy=legacy))
+    template = add_image_tokens(trained_with, get_template("v1"), True, False)
+    save(tmp_path / "run", build(), tokenizer=trained_with, chat_template=chat_template(template))
+    processor, picture = AutoProcessor.from_pretrained(tmp_path / "run"), Image.open(PICTURE).convert("RGB")
+    for text, answer in (("a  b", " yes"), ("  if x:\n        return  x", "   "), ("\n \n", "It  is.  "), ("Hi", "Ho")):
+        turns = [f"<image>\n{text}", answer, f"{text}   {text}"]
+        messages = [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+            {"role": "user", "content": [{"type": "text", "text": turns[2]}]},
+        ]
+        roles = [{"from": ("human", "gpt")[index % 2], "value": turn} for index, turn in enumerate(turns)]
+        ids = tokenize_prompt({"image": ["x.png"], "conversations": roles}, template, trained_with, 16)
+        prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+        found = processor(text=prompt, images=[picture])["input_ids"][0]
+        assert found == np.where(ids == IMAGE_TOKEN_INDEX, processor.image_token_id, ids).tolist(), turns
+
+
 def test_only_the_training_template_is_saved(tmp_path):
     template = "{% for message in messages %}USER: {{ message['content'] }} ASSISTANT:{% endfor %}"
     save(tmp_path / "with", build(), chat_template=template)
@@ -392,6 +414,78 @@ def test_llavas_layout_has_llavas_names_and_shapes(tmp_path):
         assert config[key] == golden_config[key], key
     assert config["torch_dtype"] == "float16" and config["unfreeze_mm_vision_tower"] is True
     assert len(AutoTokenizer.from_pretrained(tmp_path)) == 800
+
+
+@pytest.mark.parametrize("patch", [False, True])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_llavas_loader_reads_the_ids_trained_with_from_its_layout(tmp_path, legacy, patch):
+    """Image tokens around the image, and what the base brings: special, with flags, and not special."""
+    base = like_llama_2(tmp_path / "base", legacy=legacy)
+    plain = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+    brought = {
+        "814": plain | {"content": "<|im_end|>"},
+        "815": plain | {"content": "<sep>", "lstrip": True, "rstrip": True},
+        "816": plain | {"content": "<loc>", "normalized": True, "special": False},
+    }
+    configure(base, added_tokens_decoder=brought)
+    trained_with = load_tokenizer(base)
+    template = add_image_tokens(trained_with, get_template("v1"), True, patch)
+    names = ["<im_patch>"] * patch + ["<im_start>", "<im_end>"]
+    saved = tmp_path / "run"
+    save_llava(saved, build(), trained_with, projector_type="mlp2x_gelu", dtype=torch.float32, **LLAVA)
+
+    config = json.loads((saved / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert config["additional_special_tokens"] == ["<|im_end|>", "<sep>", *names]
+    assert config["tokenizer_class"] == "LlamaTokenizer" and config["legacy"] is legacy
+    tokens = config["added_tokens_decoder"]
+    assert [tokens[str(index)]["content"] for index in range(817, 817 + len(names))] == names
+    assert tokens["816"]["special"] is False and tokens["815"]["lstrip"] and tokens["815"]["rstrip"]
+    assert {file.name for file in saved.glob("*token*")} == {"tokenizer.model", "tokenizer_config.json"}
+
+    slow, again = SlowLlama(saved), load_tokenizer(saved)
+    assert slow.prompt("<im_start><image><im_end>\nWhat?", -200)[1:4] == [815 + len(names), -200, 816 + len(names)]
+    parts = [
+        "",
+        " ",
+        "  ",
+        "\n",
+        "What  is it?",
+        " <|im_end|>",
+        "<|im_end|> ",
+        "  <sep>  ",
+        " <loc>",
+        "<image>",
+        *names,
+    ]
+    for first in parts:
+        for second in parts:
+            for third in (parts[0], parts[4], parts[2], "<image>", "<im_end>"):
+                question = first + second + third
+                turns = [{"from": "human", "value": question}]
+                record = {"conversations": turns, "image": ["a.png"] * question.count("<image>")}
+                text = "".join(piece for piece, _ in render(template, [question], [], True))
+                text = text.replace("<image>", "<im_start><image><im_end>")
+                expected = tokenize_prompt(record, template, trained_with).tolist()
+                assert slow.prompt(text, IMAGE_TOKEN_INDEX) == expected, repr(question)
+                assert tokenize_prompt(record, template, again).tolist() == expected, repr(question)
+
+
+@pytest.mark.parametrize("family", ["tokenizer_qwen", "tokenizer_llama"])
+def test_llavas_layout_without_a_tokenizer_model_has_names_that_transformers_4_knows(tmp_path, family):
+    base = shutil.copytree(FIXTURES / family, tmp_path / "base")
+    (base / "tokenizer.model").unlink(missing_ok=True)
+    trained_with, saved = load_tokenizer(base), tmp_path / "run"
+    save_llava(saved, build(), trained_with, projector_type="mlp2x_gelu", dtype=torch.float32, **LLAVA)
+    config = json.loads((saved / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not {"backend", "is_local", "local_files_only", "extra_special_tokens"} & config.keys()
+    if family == "tokenizer_qwen":
+        assert config["additional_special_tokens"] == ["<|im_start|>", "<|im_end|>"]
+    merges = json.loads((saved / "tokenizer.json").read_text(encoding="utf-8"))["model"]["merges"]
+    assert all(isinstance(merge, str) and merge.count(" ") == 1 for merge in merges)  # tokenizers before 0.20
+    again = load_tokenizer(saved)
+    for text in ("a  b", "  if x:\n        return", "<|im_start|>user\n  Hi<|im_end|>\n", " 你好  ", "ends</s>  next"):
+        assert again(text).input_ids == trained_with(text).input_ids
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp3x_gelu"])
