@@ -38,7 +38,14 @@ from mini_llava.training.norms import norms_are_due, step_norms
 from mini_llava.training.not_finite import stop_unless_fp16_overflow
 from mini_llava.training.optimizer import build_adamw, learning_rates, parameter_groups, set_learning_rates
 from mini_llava.training.order import choose_order
-from mini_llava.training.preemption import EXIT_CODE, Preemption, ignore_signals, marker, write_marker
+from mini_llava.training.preemption import (
+    EXIT_CODE,
+    INTERRUPTED,
+    Preemption,
+    ignore_signals,
+    marker,
+    write_marker,
+)
 from mini_llava.training.schedule import learning_rate_factor, warmup_steps
 from mini_llava.training.summary import write_summary
 
@@ -194,8 +201,9 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     gc.freeze()  # model and libraries stay: collections in the loop need not look through them again
 
     for work in meter.waiting_for(loader):
-        sums = distributed.sum_over_ranks(accelerator, [sum(work.trained_tokens), preemption.asked])
-        trained_tokens, stop = sums[0], sums[1].to("cpu", non_blocking=True)  # read once the step has synchronised
+        of_this_rank = [sum(work.trained_tokens), preemption.asked, preemption.interrupted]
+        sums = distributed.sum_over_ranks(accelerator, of_this_rank)
+        trained_tokens, stop = sums[0], sums[1:].to("cpu", non_blocking=True)  # read once the step has synchronised
         factor = learning_rate_factor(training.lr_scheduler_type, sampler.step, total_steps, warmup)
         set_learning_rates(optimizer, factor)  # before the last backward, inside which DeepSpeed steps
 
@@ -222,7 +230,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         with distributed.never_fatal(f"{output_dir}/skipped.jsonl lacks entries"):
             log_skipped(store, work.skipped, output_dir / "skipped.jsonl")
 
-        stopping = bool(stop)
+        stopping, interrupted = map(bool, stop)
         saving = stopping or (training.save_strategy == "steps" and sampler.step % training.save_steps == 0)
         evaluating = held_out.is_due(sampler.step)
         if saving or evaluating or sampler.step % training.logging_steps == 0 or sampler.step == total_steps:
@@ -258,11 +266,11 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     progress.close()
     preemption.restore()
     if stopping:
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and not interrupted:  # a person is there, and a scheduler shall not restart it
             write_marker(output_dir, sampler.step, total_steps)
         say(f"Stopped after step {sampler.step} as asked; --resume_from_checkpoint latest goes on.")
         distributed.end_training(accelerator, model)
-        sys.exit(EXIT_CODE)
+        sys.exit(INTERRUPTED if interrupted else EXIT_CODE)
 
     # --- The result --------------------------------------------------------------------------------------------------
     with output_folder.writing_the_result(output_dir):
@@ -293,7 +301,10 @@ def main() -> None:
     try:
         train(arguments, advice)
     except KeyboardInterrupt:
-        sys.exit("train.py: interrupted; --resume_from_checkpoint latest goes on from the last checkpoint.")
+        if distributed.launched_rank()[0] == 0:
+            text = "train.py: interrupted; --resume_from_checkpoint latest goes on from the last checkpoint."
+            print(text, file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except (ValueError, ImportError, OSError, checkpoint.CheckpointError) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         ours = Path(last.filename).is_relative_to(Path(__file__).resolve().parent / "mini_llava")
