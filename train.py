@@ -1,4 +1,4 @@
-"""Trains a LLaVA-1.5 style vision-language model: `accelerate launch train.py --stage {1,2}`.
+"""Trains a LLaVA-1.5 style vision-language model: `python train.py --stage {1,2}`.
 
 Read it from top to bottom: arguments, data, processes, order, model, optimizer, resume, then one loop, then the result.
 Stage 1 trains the projector between a frozen vision tower and a frozen language model; stage 2 trains projector and
@@ -29,6 +29,7 @@ from mini_llava.model.freeze import trainable_table, trained_in_full
 from mini_llava.model.sources import open_source
 from mini_llava.training import checkpoint, distributed, first_batch, liveness, output_folder, planning
 from mini_llava.training.build import build_model
+from mini_llava.training.early import check_files, check_what_a_run_needs
 from mini_llava.training.evaluation import HeldOut, read_held_out
 from mini_llava.training.identity import run_identity
 from mini_llava.training.inputs import choose_inputs
@@ -48,6 +49,7 @@ from mini_llava.training.preemption import (
 )
 from mini_llava.training.schedule import learning_rate_factor, warmup_steps
 from mini_llava.training.summary import write_summary
+from mini_llava.words import counted
 
 
 def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> None:
@@ -58,6 +60,10 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     say = print if rank == 0 else lambda *_: None
     if arguments.is_demo:
         say(demo.prepare_run(model_flags))
+    if training.dry_run:
+        check_files(arguments)
+    else:
+        check_what_a_run_needs(arguments)
 
     # --- What it starts from: a language model and a tower, or a LLaVA model, which then fixes some of the flags ------
     source = open_source(model_flags, arguments.explicit)
@@ -159,8 +165,9 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         if note:
             say(note)
     say(
-        f"{len(store):,} records, {int(lengths.has_image.sum()):,} with images, {int(lengths.length.sum()):,} tokens; "
-        f"{total_steps:,} steps of {sampler.global_batch_size} samples, {order.layout}."
+        f"{counted(len(store), 'record')}, {int(lengths.has_image.sum()):,} with images, "
+        f"{counted(int(lengths.length.sum()), 'token')}; {counted(total_steps, 'step')} of "
+        f"{counted(sampler.global_batch_size, 'sample')}, {order.layout}."
         + (f" Resumed from {resume_from} at step {sampler.step}." if resume_from else "")
     )
     if accelerator.is_main_process:

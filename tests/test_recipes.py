@@ -33,8 +33,8 @@ def test_all_systems_of_the_field_have_their_recipes():
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_launched_by_the_command_at_its_head(name):
     head = RECIPES[name].read_text(encoding="utf-8").split("stage:")[0].replace("# ", "").replace("\\\n", " ")
-    words = head[head.index("accelerate launch") :].split()
-    assert words[:3] == ["accelerate", "launch", "--config_file"] and words[4] == "train.py"
+    words = head[head.index("python launch.py") :].split()
+    assert words[:3] == ["python", "launch.py", "--config_file"] and words[4] == "train.py"
     assert (ROOT / words[3]).parent == CONFIGS and (ROOT / words[3]).is_file()
     arguments = flags.parse_arguments(
         [word.replace("mini_llava/recipes", str(RECIPES[name].parent)) for word in words[5:]]

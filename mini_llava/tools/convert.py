@@ -28,6 +28,7 @@ from ..data.json_lines import read_lines
 from ..data.loader import count_reasons
 from ..data.templates import IMAGE_MARK
 from ..data.tokenization import BadRecord, check_record, shorten
+from ..words import counted
 
 TEXT_COLUMNS = ("conversations", "messages", "texts", "caption", "text", "txt")
 IMAGE_COLUMNS = ("images", "image")
@@ -379,7 +380,7 @@ def convert(given: argparse.Namespace) -> int:
     }
     records, faults, plan_file = (output / name for name in ("records.jsonl", "bad_entries.jsonl", "conversion.json"))
     if not plan_file.exists() and output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output} is not empty and no conversion of ours: take another --output.")
+        raise ValueError(f"{output} is not empty and not a conversion of ours: take another --output.")
     if not plan_file.exists() or json.loads(plan_file.read_text(encoding="utf-8")) != plan:
         if records.exists() or any((output / "parts").glob("*.records.jsonl")):
             raise ValueError(f"{output} holds a conversion of other files or with other flags: take another --output.")
@@ -398,9 +399,10 @@ def convert(given: argparse.Namespace) -> int:
     with open(records, "rb") as lines:
         count = sum(1 for _ in lines)
     reasons = [entry["reason"] for entry in read_lines(faults)]
-    print(f"{count:,} records: train.py --data_path {records} --image_folder {output / 'images'}")
+    print(f"{counted(count, 'record')}: train.py --data_path {records} --image_folder {output / 'images'}")
     if reasons:
-        print(f"{len(reasons):,} entries became no record; they are listed in {faults}:")
+        which = "1 entry" if len(reasons) == 1 else f"{len(reasons):,} entries"
+        print(f"{which} became no record, listed in {faults}:")
         print("\n".join(f"  {line}" for line in count_reasons(reasons)))
     return len(reasons)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..arguments import ModelArguments
+from ..arguments import ModelArguments, check_model_place
 from ..data.templates import Template, get_template
 from ..data.tokenization import add_image_tokens, find_file, load_tokenizer, read_json
 from ..model.image_tokens import add_token_rows
@@ -112,12 +112,16 @@ def open_saved(
         ValueError: the directory holds no LLaVA model, or what it holds does not fit together.
         OSError: a directory or file is not there.
     """
+    if directory.startswith(("/", ".", "~")) and not Path(directory).is_dir():
+        raise ValueError(f"{directory} is not a directory; give a model's directory or its name on the hub.")
+    check_model_place("--model_base", base)
+    check_model_place("--vision_tower", vision_tower)
     kind, config = _kind(directory), read_json(directory, "config.json")
     if not config:
         raise FileNotFoundError(f"{directory} has no config.json, which says how the {kind} belongs to its base.")
     own = kind == WHOLE
     if own and layout_of(directory, config) == "language_model":
-        raise ValueError(f"{directory} is a language model ({config.get('model_type')}), no LLaVA model.")
+        raise ValueError(f"{directory} is a language model ({config.get('model_type')}), not a LLaVA model.")
     if own and base:
         raise ValueError(f"{directory} is a whole model: --model_base {base} has no part in it.")
     flags = ModelArguments(model_name_or_path=directory if own else base or _recorded_base(directory, kind, config))

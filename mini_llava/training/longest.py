@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from ..data.loader import RankSteps
 from ..data.records import Lengths
 from ..data.sampler import computed_tokens
+from ..words import counted
 from .distributed import discard_gradients, forward_and_backward
 from .memory import Shape
 
@@ -99,7 +100,8 @@ def try_longest(
     discard_gradients(accelerator, optimizer)
     for buffer, before in statistics:
         buffer.copy_(before)
-    took = f"the longest micro-batch ({longest.shape.tokens:,} tokens, {longest.shape.images} images through the tower)"
+    size = f"{counted(longest.shape.tokens, 'token')}, {counted(longest.shape.images, 'image')} through the tower"
+    took = f"the longest micro-batch ({size})"
     if not on_gpu:
         return f"Tried {took} in {time.perf_counter() - started:.1f} s."
     peak = torch.cuda.max_memory_allocated() / 2**30

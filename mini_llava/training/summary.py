@@ -14,6 +14,7 @@ from ..data.images import BadImage, image_path
 from ..data.json_lines import read_lines
 from ..data.records import RecordStore
 from ..data.tokenization import BadRecord
+from ..words import counted
 from .curves import draw_curves
 from .distributed import never_fatal
 
@@ -109,7 +110,8 @@ def describe(values: dict) -> str:
     took = ", ".join(f"{name} {duration(spent)}" for name, spent in values["seconds"].items())
     lines = [
         "",
-        f"{values['steps']:,} steps, {values['samples']:,} samples, {values['tokens']:,} tokens in {took}.",
+        f"{counted(values['steps'], 'step')}, {counted(values['samples'], 'sample')}, "
+        f"{counted(values['tokens'], 'token')} in {took}.",
         f"Loss {values['last_loss']:.4f} in the last entry of the log, {values['mean_loss_at_the_end']:.4f} on average "
         "over its last tenth.",
     ]

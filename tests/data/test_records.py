@@ -162,7 +162,7 @@ def test_missing_files_and_folders_and_unmatched_lists_are_named(tmp_path):
         RecordStore([str(tmp_path / "nothing.json")])
     with pytest.raises(NotADirectoryError, match=r"The image folder .*images \(--image_folder\) does not exist"):
         RecordStore([path], [str(tmp_path / "images")])
-    with pytest.raises(ValueError, match="lists 2 files and --image_folder 1 folders"):
+    with pytest.raises(ValueError, match="lists 2 files and --image_folder 1 folder;"):
         RecordStore([path, path], [str(tmp_path)])
     with pytest.raises(ValueError, match="No training data"):
         RecordStore([])
