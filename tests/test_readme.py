@@ -199,7 +199,7 @@ def test_a_command_is_run_or_read_by_its_program(command, users_folder, monkeypa
     [
         "make everything",
         "python -m mini_llava.tools.chat outputs/demo-merged --no_such_flag",
-        "python -m mini_llava.tools.doctor --data_path data.json",
+        "python -m mini_llava.tools.doctor --data_path data.json --tokens_per_image many",
         "python launch.py --config_file accelerate_configs/no_such.yaml train.py --stage 2",
         "accelerate launch train.py --stage 2 --config my_run.yaml --no_such_flag 1",
         "python benchmarks/throughput.py --setup /tmp/bench --stage 2 --no_such_flag 1",

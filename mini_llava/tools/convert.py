@@ -380,7 +380,7 @@ def convert(given: argparse.Namespace) -> int:
     }
     records, faults, plan_file = (output / name for name in ("records.jsonl", "bad_entries.jsonl", "conversion.json"))
     if not plan_file.exists() and output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output} is not empty and not a conversion of ours: take another --output.")
+        raise ValueError(f"{output} is not empty and no conversion of ours: take another --output.")
     if not plan_file.exists() or json.loads(plan_file.read_text(encoding="utf-8")) != plan:
         if records.exists() or any((output / "parts").glob("*.records.jsonl")):
             raise ValueError(f"{output} holds a conversion of other files or with other flags: take another --output.")

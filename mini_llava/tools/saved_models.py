@@ -121,7 +121,7 @@ def open_saved(
         raise FileNotFoundError(f"{directory} has no config.json, which says how the {kind} belongs to its base.")
     own = kind == WHOLE
     if own and layout_of(directory, config) == "language_model":
-        raise ValueError(f"{directory} is a language model ({config.get('model_type')}), not a LLaVA model.")
+        raise ValueError(f"{directory} is a language model ({config.get('model_type')}), no LLaVA model.")
     if own and base:
         raise ValueError(f"{directory} is a whole model: --model_base {base} has no part in it.")
     flags = ModelArguments(model_name_or_path=directory if own else base or _recorded_base(directory, kind, config))
