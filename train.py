@@ -1,4 +1,4 @@
-"""Trains a LLaVA-1.5 style vision-language model: `accelerate launch train.py --stage {1,2}`.
+"""Trains a LLaVA-1.5 style vision-language model: `python train.py --stage {1,2}`.
 
 Read it from top to bottom: arguments, data, processes, order, model, optimizer, resume, then one loop, then the result.
 Stage 1 trains the projector between a frozen vision tower and a frozen language model; stage 2 trains projector and
@@ -24,12 +24,12 @@ from mini_llava.data.loader import (
     refuse_or_report,
 )
 from mini_llava.data.records import RecordStore, measure
-from mini_llava.data.tokenization import counted
 from mini_llava.model import formats, lora
 from mini_llava.model.freeze import trainable_table, trained_in_full
 from mini_llava.model.sources import open_source
 from mini_llava.training import checkpoint, distributed, first_batch, liveness, output_folder, planning, preflight
 from mini_llava.training.build import build_model
+from mini_llava.training.early import check_files, check_what_a_run_needs
 from mini_llava.training.evaluation import HeldOut, read_held_out
 from mini_llava.training.identity import run_identity
 from mini_llava.training.inputs import choose_inputs
@@ -39,9 +39,17 @@ from mini_llava.training.norms import norms_are_due, step_norms
 from mini_llava.training.not_finite import stop_unless_fp16_overflow
 from mini_llava.training.optimizer import build_adamw, learning_rates, parameter_groups, set_learning_rates
 from mini_llava.training.order import choose_order
-from mini_llava.training.preemption import EXIT_CODE, Preemption, ignore_signals, marker, write_marker
+from mini_llava.training.preemption import (
+    EXIT_CODE,
+    INTERRUPTED,
+    Preemption,
+    ignore_signals,
+    marker,
+    write_marker,
+)
 from mini_llava.training.schedule import learning_rate_factor, warmup_steps
 from mini_llava.training.summary import write_summary
+from mini_llava.words import counted
 
 
 def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> None:
@@ -52,6 +60,10 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     say = print if rank == 0 else lambda *_: None
     if arguments.is_demo:
         say(demo.prepare_run(model_flags))
+    if training.dry_run:
+        check_files(arguments)
+    else:
+        check_what_a_run_needs(arguments)
 
     # --- What it starts from: a language model and a tower, or a LLaVA model, which then fixes some of the flags ------
     source = open_source(model_flags, arguments.explicit)
@@ -201,8 +213,9 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     gc.freeze()  # model and libraries stay: collections in the loop need not look through them again
 
     for work in meter.waiting_for(loader):
-        sums = distributed.sum_over_ranks(accelerator, [sum(work.trained_tokens), preemption.asked])
-        trained_tokens, stop = sums[0], sums[1].to("cpu", non_blocking=True)  # read once the step has synchronised
+        of_this_rank = [sum(work.trained_tokens), preemption.asked, preemption.interrupted]
+        sums = distributed.sum_over_ranks(accelerator, of_this_rank)
+        trained_tokens, stop = sums[0], sums[1:].to("cpu", non_blocking=True)  # read once the step has synchronised
         factor = learning_rate_factor(training.lr_scheduler_type, sampler.step, total_steps, warmup)
         set_learning_rates(optimizer, factor)  # before the last backward, inside which DeepSpeed steps
 
@@ -229,7 +242,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         with distributed.never_fatal(f"{output_dir}/skipped.jsonl lacks entries"):
             log_skipped(store, work.skipped, output_dir / "skipped.jsonl")
 
-        stopping = bool(stop)
+        stopping, interrupted = map(bool, stop)
         saving = stopping or (training.save_strategy == "steps" and sampler.step % training.save_steps == 0)
         evaluating = held_out.is_due(sampler.step)
         if saving or evaluating or sampler.step % training.logging_steps == 0 or sampler.step == total_steps:
@@ -265,11 +278,11 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     progress.close()
     preemption.restore()
     if stopping:
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and not interrupted:  # a person is there, and a scheduler shall not restart it
             write_marker(output_dir, sampler.step, total_steps)
         say(f"Stopped after step {sampler.step} as asked; --resume_from_checkpoint latest goes on.")
         distributed.end_training(accelerator, model)
-        sys.exit(EXIT_CODE)
+        sys.exit(INTERRUPTED if interrupted else EXIT_CODE)
 
     # --- The result --------------------------------------------------------------------------------------------------
     with output_folder.writing_the_result(output_dir):
@@ -302,7 +315,10 @@ def main() -> None:
     try:
         train(arguments, advice)
     except KeyboardInterrupt:
-        sys.exit("train.py: interrupted; --resume_from_checkpoint latest goes on from the last checkpoint.")
+        if distributed.launched_rank()[0] == 0:
+            text = "train.py: interrupted; --resume_from_checkpoint latest goes on from the last checkpoint."
+            print(text, file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except (ValueError, ImportError, OSError, checkpoint.CheckpointError) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         ours = Path(last.filename).is_relative_to(Path(__file__).resolve().parent / "mini_llava")

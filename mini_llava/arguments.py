@@ -12,7 +12,9 @@ import difflib
 import inspect
 import itertools
 import math
+import os
 import textwrap
+import time
 import types
 import typing
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ from pathlib import Path
 import yaml
 
 from .demo import STAGE_CONFIGS
+from .words import counted
 
 
 @dataclass
@@ -449,6 +452,90 @@ POSITIVE = (
 )
 
 
+# Flags of LLaVA's scripts and of transformers' TrainingArguments that are not here: what is done instead.
+_LAUNCHER = "several processes are started by python -m mini_llava.launch --config_file accelerate_configs/... train.py"
+_FIXED = "it cannot be chosen: "
+ELSEWHERE = {
+    "deepspeed": "ZeRO is chosen by the launcher's config: python -m mini_llava.launch --config_file "
+    "accelerate_configs/zero3.yaml train.py ... (also zero2.yaml, zero3_offload.yaml; a DeepSpeed JSON is named in "
+    "such a file as deepspeed_config_file).",
+    **dict.fromkeys(("fsdp", "fsdp_config"), "FSDP is not; ZeRO-3 divides the same: accelerate_configs/zero3.yaml."),
+    **dict.fromkeys(("local_rank", "use_cpu", "no_cuda"), f"{_LAUNCHER}; cpu.yaml is for the CPU."),
+    **dict.fromkeys(
+        ("ddp_find_unused_parameters", "ddp_backend", "ddp_timeout", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"),
+        f"DDP is set up by the program; {_LAUNCHER}.",
+    ),
+    "accelerator_config": f"{_LAUNCHER}.",
+    "run_name": "a run is named by its --output_dir, where log, curves and TensorBoard's files go (wandb: WANDB_NAME).",
+    "logging_dir": "TensorBoard's files are in runs/ of --output_dir.",
+    **dict.fromkeys(("logging_first_step", "log_level", "disable_tqdm"), "every --logging_steps steps are logged."),
+    "logging_strategy": "give --logging_steps; every entry is in log.jsonl too.",
+    "save_only_model": "a state holds the optimizer too, so that it can be resumed; with --save_strategy no only the "
+    "result is written.",
+    "save_safetensors": f"{_FIXED}weights and states are safetensors.",
+    "save_on_each_node": "all machines share one --output_dir.",
+    "load_best_model_at_end": "the last state is the result; summary.json names the best evaluation, and "
+    "--save_strategy steps keeps states for mini_llava.tools.export.",
+    **dict.fromkeys(("metric_for_best_model", "greater_is_better"), "summary.json names the best evaluation."),
+    "overwrite_output_dir": "use --resume_from_checkpoint latest to go on, or another --output_dir.",
+    "ignore_data_skip": f"{_FIXED}a resumed run goes on with the record it had come to.",
+    "warmup_steps": "give the share of all steps: --warmup_ratio 0.03.",
+    "eval_strategy": "it is --evaluation_strategy here, and --eval_steps alone does the same.",
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "it always trains; --eval_data_path evaluates too."),
+    "eval_accumulation_steps": "evaluation keeps sums only; --per_device_eval_batch_size bounds its memory.",
+    "optim": f"{_FIXED}AdamW with fp32 masters (--adam_beta1, --adam_beta2, --adam_epsilon, --weight_decay).",
+    **dict.fromkeys(("optim_args", "adafactor", "lr_scheduler_kwargs"), f"{_FIXED}AdamW and --lr_scheduler_type."),
+    "gradient_checkpointing_kwargs": "give --gradient_checkpointing True, and --gradient_checkpointing_share.",
+    "auto_find_batch_size": "--longest_batch_first shows at once what does not fit, and --dry_run says what would; "
+    "--max_tokens_per_micro_batch bounds a micro-batch.",
+    "torch_compile": "nothing is compiled; --packing and --use_liger_kernel are what makes it faster.",
+    "neftune_noise_alpha": "noise on embeddings is not implemented.",
+    "label_smoothing_factor": "the loss is the plain cross entropy; README shows where another goes.",
+    "remove_unused_columns": f"{_FIXED}a record is read whole.",
+    **dict.fromkeys(("group_by_length", "length_column_name"), "it is --group_by_modality_length, as in LLaVA."),
+    **dict.fromkeys(
+        (
+            "dataloader_pin_memory",
+            "dataloader_prefetch_factor",
+            "dataloader_persistent_workers",
+            "dataloader_drop_last",
+        ),
+        "the loader is set up by the program; --dataloader_num_workers is its one flag.",
+    ),
+    "data_seed": "--seed is the seed of the order too.",
+    "full_determinism": "--seed decides order, new weights and dropout; on a CPU runs are equal to the last bit.",
+    "half_precision_backend": "precision is --bf16 or --fp16.",
+    "fp16_full_eval": "evaluation computes as training does.",
+    "bf16_full_eval": "evaluation computes as training does.",
+    **dict.fromkeys(
+        ("push_to_hub", "hub_model_id", "hub_token", "hub_strategy"),
+        "nothing is uploaded; hf upload NAME OUTPUT_DIR does it afterwards.",
+    ),
+    "cache_dir": "models from the hub are kept where HF_HOME says: HF_HOME=DIR python train.py ...",
+    "model_base": "--model_name_or_path is what a run starts from; mini_llava.tools.chat and export take --model_base.",
+    "model_path": "it is --model_name_or_path.",
+    "model_max_len": "it is --model_max_length.",
+    "mpt_attn_impl": "attention is --attn_implementation; MPT is not among the models that are known.",
+    "use_flash_attn": "attention is --attn_implementation flash_attention_2.",
+    "attn_impl": "it is --attn_implementation.",
+    "mm_tunable_parts": "what is trained is said by --tune_mm_mlp_adapter, --freeze_mm_mlp_adapter, --freeze_backbone, "
+    "--unfreeze_mm_vision_tower and --lora_enable.",
+    "unfreeze_language_model": "it is trained in stage 2 unless --freeze_backbone True.",
+    "tune_vision_tower": "it is --unfreeze_mm_vision_tower.",
+    **dict.fromkeys(
+        ("s2", "s2_scales"), "S2 features are not implemented; more detail is --image_aspect_ratio anyres."
+    ),
+    "image_crop_resolution": "the tower's size is --image_size.",
+    "is_multimodal": "a record with an image is multimodal, one without is text.",
+    "early_mix_text": "text records may stand in --data_path; --data_weights mixes files.",
+    "lora_target_modules": "adapters are on all linear layers of the language model but its head.",
+    "modules_to_save": "with adapters the projector is trained whole, and with --lora_bias biases.",
+    "max_seq_length": "it is --model_max_length.",
+    "per_gpu_train_batch_size": "it is --per_device_train_batch_size.",
+    "train_batch_size": "it is --global_batch_size, of all devices.",
+}
+
+
 @dataclass
 class Arguments:
     """All resolved arguments of a run; `explicit` names those given on the command line or in the file."""
@@ -472,21 +559,29 @@ def parse_arguments(command_line: list[str] | None = None) -> Arguments:
     """Command line over `--config` file over preset over default; a fault ends the program with one sentence."""
     parser = _build_parser()
     given = vars(parser.parse_args(command_line))
-    stage, config_file = given.pop("stage"), given.pop("config", None)
+    stage, config_file = given.pop("stage", None), given.pop("config", None)
     try:
         return resolve(stage, given, config_file)
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
 
-def resolve(stage: int, command_line: dict, config_file: str | None = None) -> Arguments:
-    """The arguments of one run. Raises ValueError with a sentence for the person at the terminal."""
+def resolve(stage: int | None, command_line: dict, config_file: str | None = None) -> Arguments:
+    """The arguments of one run, whose stage may stand in the file. Raises ValueError with a sentence."""
+    from_file = read_config(config_file) if config_file else {}
+    of_file = from_file.pop("stage", None)
+    stage = of_file if stage is None else stage
+    if stage is None:
+        where = f"on the command line or as `stage: 2` in {config_file}" if config_file else "(see --help)"
+        raise ValueError(f"--stage is missing: give --stage 1 or --stage 2 {where}.")
+    if stage not in PRESETS:
+        raise ValueError(f"{config_file}: stage is 1 or 2, not {stage}.")
+    if of_file not in (None, stage):
+        raise ValueError(f"{config_file} is written for stage {of_file}, which contradicts --stage {stage}.")
     is_demo = config_file is None and _wants_demo(command_line)
     if is_demo:
-        config_file = str(STAGE_CONFIGS[stage])
-    from_file = _read_config(config_file) if config_file else {}
-    if from_file.pop("stage", stage) != stage:
-        raise ValueError(f"{config_file} is written for another stage than --stage {stage}.")
+        from_file = read_config(str(STAGE_CONFIGS[stage]))
+        from_file.pop("stage", None)
     explicit = from_file | command_line
     preset = PRESETS[stage] | (LORA_PRESET if stage == 2 and explicit.get("lora_enable") else {})
     values = preset | explicit
@@ -513,8 +608,8 @@ def _wants_demo(given: dict) -> bool:
     return False
 
 
-def _read_config(path: str) -> dict:
-    """A YAML mapping of flag names to values, checked like the command line."""
+def read_config(path: str) -> dict:
+    """A `--config` file: flag names to values, checked like the command line. Raises ValueError with a sentence."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -537,7 +632,12 @@ def _read_config(path: str) -> dict:
 
 def parse_for_a_tool(command_line: list[str]) -> Arguments:
     """`train.py`'s arguments for a tool that shows what a run does: of stage 2 if no stage is named."""
-    named = any(word == "--stage" or word.startswith("--stage=") for word in command_line)
+    parser = _build_parser()
+    named, file = (getattr(parser.parse_args(command_line), name, None) for name in ("stage", "config"))
+    try:
+        named = named or (file and read_config(file).get("stage"))
+    except ValueError as error:
+        parser.error(str(error))
     return parse_arguments(command_line if named else ["--stage", "2", *command_line])
 
 
@@ -551,10 +651,7 @@ def _check(arguments: Arguments) -> None:
         if not values[name]:
             raise ValueError(f"--{name} is missing.")
     for name in ("model_name_or_path", "vision_tower"):
-        value, path = values[name] or "", Path(values[name] or ".")
-        if (value.startswith(("/", ".")) or path.is_dir()) and value and not (path / "config.json").is_file():
-            found = "a directory without config.json" if path.is_dir() else "no directory"
-            raise ValueError(f"--{name} {path} is {found}; give a model's directory or its name on the hub.")
+        check_model_place(f"--{name}", values[name])
     if unknown := sorted(set(training.allow or []) - set(ALLOWABLE)):
         raise ValueError(f"--allow {unknown[0]}: known checks are {', '.join(ALLOWABLE)}.")
     comparable = {"data", "model", "per_device_train_batch_size", *OTHER_NAMES, *(values.keys() - DECIDES_NOTHING)}
@@ -604,7 +701,8 @@ def _check(arguments: Arguments) -> None:
     if data.data_weights is not None:
         if len(data.data_weights) != len(data.data_path):
             raise ValueError(
-                f"--data_weights lists {len(data.data_weights)} numbers and --data_path {len(data.data_path)} files; "
+                f"--data_weights lists {counted(len(data.data_weights), 'number')} and --data_path "
+                f"{counted(len(data.data_path), 'file')}; "
                 "they are matched by position, so give one number for each file."
             )
         if wrong := [weight for weight in data.data_weights if not 0 < weight < math.inf]:
@@ -630,6 +728,17 @@ def _check(arguments: Arguments) -> None:
         training.evaluation_strategy = "steps"
 
 
+def check_model_place(what: str, value: str | None) -> None:
+    """Raises ValueError for a path that is not a model's directory; a hub name is asked for when it is read.
+
+    what: the flag, for the sentence.
+    """
+    path = Path(value or ".")
+    if value and (value.startswith(("/", ".", "~")) or path.exists()) and not (path / "config.json").is_file():
+        found = "a directory without config.json" if path.is_dir() else "not a directory"
+        raise ValueError(f"{what} {path} is {found}; give a model's directory or its name on the hub.")
+
+
 def choose_batch(arguments: Arguments, devices: int) -> tuple[int, int, str | None]:
     """Global batch size and micro-batches a step for this number of devices, and a sentence if it is not the preset's.
 
@@ -644,8 +753,8 @@ def choose_batch(arguments: Arguments, devices: int) -> tuple[int, int, str | No
         actual = product * accumulation
         if wanted is not None and wanted != actual:
             arithmetic = (
-                f"{devices} devices x --per_device_train_batch_size {training.per_device_train_batch_size} x "
-                f"--gradient_accumulation_steps {accumulation} = {actual}"
+                f"{counted(devices, 'device')} x --per_device_train_batch_size "
+                f"{training.per_device_train_batch_size} x --gradient_accumulation_steps {accumulation} = {actual}"
             )
             if "global_batch_size" in arguments.explicit:
                 raise ValueError(f"--global_batch_size {wanted} contradicts {arithmetic}. Leave one of them out.")
@@ -662,13 +771,16 @@ def choose_batch(arguments: Arguments, devices: int) -> tuple[int, int, str | No
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         """Faults are one sentence; the usage of a hundred flags would hide it."""
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(5)  # rank 0 says the same, and the launcher then ends this process
         self.exit(2, f"train.py: error: {message}\n")
 
     def parse_args(self, args=None, namespace=None):
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flags = {action.dest for action in self._actions}
-            self.error(_unknown(unknown[0].split("=")[0].lstrip("-"), flags))
+            name = unknown[0].split("=")[0]
+            self.error(_unknown(name.lstrip("-"), flags) if name.startswith("-") else f"{name!r} belongs to no flag.")
         return namespace
 
 
@@ -680,14 +792,17 @@ def _build_parser() -> argparse.ArgumentParser:
             "tower and a frozen language model; stage 2 trains projector and language model on visual instructions."
         ),
         epilog=(
-            "Without model and data flags a miniature demo is trained. Your own data: accelerate launch train.py "
-            "--stage 1 --model_name_or_path lmsys/vicuna-7b-v1.5 --vision_tower openai/clip-vit-large-patch14-336 "
+            "Without model and data flags a miniature demo is trained. Your own data: python train.py --stage 1 "
+            "--model_name_or_path lmsys/vicuna-7b-v1.5 --vision_tower openai/clip-vit-large-patch14-336 "
             "--data_path captions.json --image_folder images"
         ),
         allow_abbrev=False,
-        usage="accelerate launch [--config_file accelerate_configs/...] train.py --stage {1,2} [flags]",
+        usage="python train.py --stage {1,2} [flags], in several processes: "
+        "python -m mini_llava.launch --config_file accelerate_configs/FILE.yaml train.py --stage {1,2} [flags]",
     )
-    parser.add_argument("--stage", type=int, choices=(1, 2), required=True, help="which preset of LLaVA-1.5")
+    parser.add_argument(
+        "--stage", type=int, choices=(1, 2), default=argparse.SUPPRESS, help="which preset; may stand in --config too"
+    )
     parser.add_argument("--config", metavar="FILE.yaml", default=argparse.SUPPRESS, help="file with any of these flags")
     for part in (ModelArguments, DataArguments, TrainingArguments):
         group = parser.add_argument_group(part.__doc__)
@@ -764,6 +879,8 @@ def _describe(kind) -> str:
 
 
 def _unknown(name: str, known) -> str:
+    if name in ELSEWHERE:
+        return f"--{name} is not a flag here: {ELSEWHERE[name]}"
     close = difflib.get_close_matches(name, known, n=1)
     return f"unknown flag --{name}" + (f", did you mean --{close[0]}?" if close else "; see --help.")
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 
 import pytest
 import yaml
@@ -145,7 +146,8 @@ def test_a_file_may_hold_everything_and_the_saved_arguments_are_such_a_file(tmp_
         ("seed: 1.5", "seed: 1.5 is not a whole number"),
         ("bf16: 1", "bf16: 1 is not True or False"),
         ("learning_rate: fast", "learning_rate: 'fast' is not a number"),
-        ("stage: 2", "another stage than --stage 1"),
+        ("stage: 2", "is written for stage 2, which contradicts --stage 1"),
+        ("run_name: x", "--run_name is not a flag here: a run is named by its --output_dir"),
         ("save_strategy: epoch", "known values are steps, no"),
     ],
 )
@@ -227,15 +229,26 @@ def test_every_field_has_a_text_and_help_shows_all_of_them(capsys):
         (["--loss_normalization", "micro_batch", "--packing", "True"], "use --packing False."),
         (["--freeze_mm_mlp_adapter", "True"], "leave nothing to train."),
         (["--unfreeze_mm_vision_tower", "True"], "--unfreeze_mm_vision_tower contradicts it."),
-        (["--data_weights", "1", "2"], "--data_weights lists 2 numbers and --data_path 1 files;"),
+        (["--data_weights", "1", "2"], "--data_weights lists 2 numbers and --data_path 1 file;"),
         (["--data_weights", "-1"], "--data_weights -1: weights are above 0;"),
         (["--data_weights", "nan"], "--data_weights nan: weights are above 0;"),
         (["--data_weights", "2", "--sample_order", "a.json"], "--data_weights contradicts it."),
         (["--leave_unread", "video", "image"], "--leave_unread image: that is what is read; give keys and marks that"),
         (["--leave_unread", "<image>"], "--leave_unread <image>: that is what is read"),
         (["--eval_max_samples", "5"], "--eval_max_samples needs --eval_data_path."),
-        (["--model_name_or_path", "/no/such/model"], "--model_name_or_path /no/such/model is no directory"),
+        (["--model_name_or_path", "/no/such/model"], "--model_name_or_path /no/such/model is not a directory"),
+        (["--model_name_or_path", str(ROOT / "README.md")], "README.md is not a directory"),
         (["--vision_tower", str(ROOT / "tests")], "is a directory without config.json"),
+        (
+            ["--deepspeed", "zero3.json"],
+            "python -m mini_llava.launch --config_file accelerate_configs/zero3.yaml train.py",
+        ),
+        (["--warmup_steps=3"], "--warmup_steps is not a flag here: give the share of all steps: --warmup_ratio"),
+        (["--save_only_model", "True"], "--save_strategy no"),
+        (["--cache_dir", "d"], "HF_HOME"),
+        (["--fsdp", "full_shard"], "accelerate_configs/zero3.yaml"),
+        (["--ddp_find_unused_parameters", "False"], "DDP is set up by the program"),
+        (["--seed", "1", "stray"], "'stray' belongs to no flag."),
     ],
 )
 def test_a_faulty_flag_is_one_sentence(words, sentence, capsys):
@@ -277,6 +290,26 @@ def test_stage_2_with_lora_has_the_values_of_llavas_script_and_flags_win():
     assert rates() == (64, 16, 2e-5, None)
 
 
+def test_a_flag_that_is_answered_with_how_it_is_done_here_is_none_of_ours():
+    known = {action.dest for action in flags._build_parser()._actions}
+    assert not known & flags.ELSEWHERE.keys()
+    named = set(re.findall(r"--(\w+)", " ".join(flags.ELSEWHERE.values()))) - {"config_file", "model_base"}
+    assert named <= known, "an answer names a flag that is not there"
+
+
+def test_the_stage_may_stand_in_the_file(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("stage: 1\nseed: 3\n")
+    words = [*MODEL, *DATA, "--config", str(tmp_path / "mine.yaml")]
+    for command_line in (words, ["--stage", "1", *words]):
+        arguments = flags.parse_arguments(command_line)
+        assert (arguments.stage, arguments.training.learning_rate, arguments.training.seed) == (1, 1e-3, 3)
+    assert flags.parse_for_a_tool(words).stage == 1
+    assert flags.parse_for_a_tool([*MODEL, *DATA]).stage == 2
+    assert "contradicts --stage 2" in parse_error(capsys, "--stage", "2", *words)
+    (tmp_path / "mine.yaml").write_text("stage: 3\n")
+    assert "stage is 1 or 2, not 3" in parse_error(capsys, *words)
+
+
 def test_the_stage_is_needed(capsys):
     assert "--stage" in parse_error(capsys, *MODEL, *DATA)
 
@@ -312,7 +345,8 @@ def test_explicit_accumulation_decides_as_in_llava_and_says_so(devices, actual):
     batch, micro_batches, note = flags.choose_batch(parse("--gradient_accumulation_steps", "4"), devices)
     assert (batch, micro_batches) == (actual, 4)
     assert f"The global batch is {actual} instead of the preset's 256" in note
-    assert f"{devices} devices x --per_device_train_batch_size 32 x --gradient_accumulation_steps 4 = {actual}" in note
+    counted = f"{devices} device{'s' * (devices > 1)}"
+    assert f"{counted} x --per_device_train_batch_size 32 x --gradient_accumulation_steps 4 = {actual}" in note
 
 
 def test_explicit_accumulation_that_gives_the_presets_batch_is_not_remarked_on():
@@ -439,11 +473,11 @@ def failing_runs(tmp_path_factory):
         ("broken json", ["broken.json is not a whole JSON array", "byte 11, line 1"]),
         ("no file", ["The data file ", "none.json (--data_path) does not exist."]),
         ("no folder", ["The image folder ", "none (--image_folder) does not exist."]),
-        ("lists", ["--data_path lists 2 files and --image_folder 1 folders", "one folder for each file"]),
+        ("lists", ["--data_path lists 2 files and --image_folder 1 folder;", "one folder for each file"]),
         ("template", ["Unknown conversation template 'v7' (--version). Known: chatml_direct, "]),
         ("projector", ["--mm_projector_type 'mlp' is unknown. Known are linear, identity and mlpNx_gelu"]),
         ("adapter", ["There is no projector at ", "none.bin. --pretrain_mm_mlp_adapter takes"]),
-        ("order", ["No such file or directory", "none.json"]),
+        ("order", ["The order ", "none.json (--sample_order) does not exist."]),
         ("flag", ["unknown flag --learning_rte, did you mean --learning_rate?"]),
     ],
 )

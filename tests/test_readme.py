@@ -37,9 +37,9 @@ OWN = "tests/test_readme_commands.py::test_both_stages_of_ones_own_model"
 LOOK = "tests/test_readme_commands.py::test_a_look_at_a_run_and_at_its_data"
 # Commands of other sections that are run, by how they begin, and by what.
 RUN_ALONE = {
-    "accelerate launch --config_file accelerate_configs/zero2.yaml train.py --stage 1 --model_name_or_path": OWN,
-    "accelerate launch --config_file accelerate_configs/zero3.yaml train.py --stage 2 --model_name_or_path": OWN,
-    "accelerate launch --config_file accelerate_configs/zero3.yaml train.py --stage 2 --config mini_llava": OWN,
+    "python -m mini_llava.launch --config_file accelerate_configs/zero2.yaml train.py --stage 1 --model_name_or_path": OWN,
+    "python -m mini_llava.launch --config_file accelerate_configs/zero3.yaml train.py --stage 2 --model_name_or_path": OWN,
+    "python -m mini_llava.launch --config_file accelerate_configs/zero3.yaml train.py --stage 2 --config mini_llava": OWN,
     "tensorboard --logdir": OWN,
     "python train.py --help": LOOK,
     "python train.py --stage 2 --config my_run.yaml --dry_run": LOOK,
@@ -87,7 +87,8 @@ def heads_of_recipes() -> list[str]:
     found = []
     for file in (ROOT / "mini_llava" / "recipes").glob("*.yaml"):
         head = file.read_text(encoding="utf-8").replace(" \\\n#", "")
-        found += [" ".join(command.split()) for command in re.findall(r"^# (accelerate launch .*)", head, re.MULTILINE)]
+        heads = re.findall(r"^# (python -m mini_llava.launch .*)", head, re.MULTILINE)
+        found += [" ".join(command.split()) for command in heads]
     return found
 
 
@@ -143,8 +144,8 @@ def check_flags(command: str, monkeypatch) -> None:
     words = shlex.split(command)
     while "=" in words[0]:
         words.pop(0)  # a variable
-    if words[:2] == ["accelerate", "launch"]:
-        given = launch_command_parser().parse_args(words[2:])
+    if words[:2] == ["accelerate", "launch"] or words[:3] == ["python", "-m", "mini_llava.launch"]:
+        given = launch_command_parser().parse_args(words[2 + (words[0] == "python") :])
         assert given.config_file is None or Path(given.config_file).is_file()
         script, words = given.training_script, given.training_script_args
     elif words[0] == "torchrun":
@@ -199,8 +200,8 @@ def test_a_command_is_run_or_read_by_its_program(command, users_folder, monkeypa
     [
         "make everything",
         "python -m mini_llava.tools.chat outputs/demo-merged --no_such_flag",
-        "python -m mini_llava.tools.doctor --data_path data.json",
-        "accelerate launch --config_file accelerate_configs/no_such.yaml train.py --stage 2",
+        "python -m mini_llava.tools.doctor --data_path data.json --tokens_per_image many",
+        "python -m mini_llava.launch --config_file accelerate_configs/no_such.yaml train.py --stage 2",
         "accelerate launch train.py --stage 2 --config my_run.yaml --no_such_flag 1",
         "python benchmarks/throughput.py --setup /tmp/bench --stage 2 --no_such_flag 1",
     ],
@@ -229,9 +230,9 @@ def test_the_two_commands_train_both_stages(users_folder):
     """As they stand, but in this environment, with fewer steps and fewer questions."""
     command = blocks(README.split("\n## Two commands\n")[1])[0]
     command = command.split("requirements.txt && ")[1].strip()
-    assert command.count("accelerate launch train.py --stage") == 2
+    assert command.count("python train.py --stage") == 2
     shorter = re.sub(r"(--stage \d)", r"\1 --max_steps 2 --eval_max_samples 4", command)
-    shorter = shorter.replace("accelerate launch", f"{sys.executable} -m accelerate.commands.launch")
+    shorter = shorter.replace("python", sys.executable)
     run = subprocess.run(shorter, shell=True, cwd=users_folder, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     assert "The projector comes from stage 1: outputs/demo-stage1/mm_projector.bin." in run.stdout

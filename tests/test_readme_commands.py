@@ -54,11 +54,10 @@ def printed_by(start: str, folder: Path) -> str:
     inline = [" ".join(text.split()) for text in re.findall(r"`(python [^`]+)`", README)]
     found = [text for block in blocks(README) for text in commands(block)] + inline
     [command] = {text for text in found if text.startswith(start)}
-    if command.startswith("accelerate launch"):
-        launcher = f"{sys.executable} -m accelerate.commands.launch --num_processes 2 --main_process_port 0"
-        command = command.replace("accelerate launch", launcher) + f" {SMALLER}"
-    else:
-        command = command.replace("python", sys.executable, 1)
+    if command.startswith("python -m mini_llava.launch"):
+        two = "mini_llava.launch --num_processes 2 --main_process_port 0"
+        command = command.replace("mini_llava.launch", two) + f" {SMALLER}"
+    command = command.replace("python", sys.executable, 1)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     run = subprocess.run(command, shell=True, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
     assert run.returncode == 0, run.stdout[-5000:]
@@ -83,9 +82,9 @@ def scalars_in_tensorboard(folder: Path) -> list[str]:
 
 
 def test_both_stages_of_ones_own_model(folder):
-    first = "accelerate launch --config_file accelerate_configs/zero2.yaml train.py --stage 1"
+    first = "python -m mini_llava.launch --config_file accelerate_configs/zero2.yaml train.py --stage 1"
     assert "2 processes, DeepSpeed ZeRO-2, bf16" in printed_by(first, folder)
-    second = "accelerate launch --config_file accelerate_configs/zero3.yaml train.py --stage 2 --model_name_or_path"
+    second = "python -m mini_llava.launch --config_file accelerate_configs/zero3.yaml train.py --stage 2 --model_name_or_path"
     assert "2 processes, DeepSpeed ZeRO-3, bf16" in printed_by(second, folder)
     assert (folder / "outputs" / "stage2" / "model.safetensors").is_file()
     assert {"loss", "norms/gradient_norm", "speed/tokens_per_second"} <= set(scalars_in_tensorboard(folder))

@@ -33,11 +33,11 @@ def test_all_systems_of_the_field_have_their_recipes():
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_launched_by_the_command_at_its_head(name):
     head = RECIPES[name].read_text(encoding="utf-8").split("stage:")[0].replace("# ", "").replace("\\\n", " ")
-    words = head[head.index("accelerate launch") :].split()
-    assert words[:3] == ["accelerate", "launch", "--config_file"] and words[4] == "train.py"
-    assert (ROOT / words[3]).parent == CONFIGS and (ROOT / words[3]).is_file()
+    words = head[head.index("python -m mini_llava.launch") :].split()
+    assert words[:4] == ["python", "-m", "mini_llava.launch", "--config_file"] and words[5] == "train.py"
+    assert (ROOT / words[4]).parent == CONFIGS and (ROOT / words[4]).is_file()
     arguments = flags.parse_arguments(
-        [word.replace("mini_llava/recipes", str(RECIPES[name].parent)) for word in words[5:]]
+        [word.replace("mini_llava/recipes", str(RECIPES[name].parent)) for word in words[6:]]
     )
     # One global batch on eight GPUs without accumulation, as the scripts have it.
     assert flags.choose_batch(arguments, 8) == (arguments.training.global_batch_size, 1, None)

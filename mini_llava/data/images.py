@@ -20,7 +20,8 @@ from transformers import LlavaImageProcessorPil
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .tokenization import counted, shorten
+from ..words import counted
+from .tokenization import shorten
 
 CONVERTED, SCALED, REFUSED = "by Pillow's convert", "scaled to 8 bits", "refused"
 # Each of Pillow's modes, as its formats give them, and how it becomes RGB. Pillow's own convert is right up to 8 bits;

@@ -5,7 +5,7 @@ and sends each worker the record indices of this rank. Accelerate never sees the
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +15,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..words import counted
 from .anyres import Tiles, Tiling
 from .collator import MicroBatch, collate, sample_of_targets
 from .images import BadImage, load_image, pixel_values
 from .json_lines import append_lines, read_lines
 from .records import DataFileError, RecordStore
-from .tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, BadRecord, Sample, counted, shorten
+from .tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, BadRecord, Sample, shorten
 
 
 def open_pixels(
@@ -43,20 +44,31 @@ def open_pixels(
 
 
 def refuse_or_report(store: RecordStore, bad: dict[int, str], on_bad_sample: str) -> list[str]:
-    """How many records of each fault measuring found; with `--on_bad_sample error` BadRecord with all of them."""
-    sentences = [f"{store.describe(index)}: {reason}" for index, reason in sorted(bad.items())]
-    if sentences and on_bad_sample == "error":
-        raise BadRecord(
-            f"{len(sentences)} of {len(store)} records cannot be trained on; mend them, or leave them out with "
-            f"--on_bad_sample skip, or with --exclude and the list that mini_llava.tools.doctor writes:\n"
-            f"{first_of(sentences)}"
-        )
+    """How many records of each fault measuring found; with `--on_bad_sample error` BadRecord, grouped by cause."""
+    if bad and on_bad_sample == "error":
+        advice = "fix them, or leave them out with --on_bad_sample skip, or with --exclude and the list that "
+        advice += "mini_llava.tools.doctor writes."
+        if len(bad) == len(store):  # then a flag is wrong rather than the data
+            advice = "see which flag does not fit the data (--image_folder, --version, --model_max_length?)."
+        title = f"{len(bad):,} of {counted(len(store), 'record')} cannot be trained on; {advice}"
+        raise BadRecord("\n".join([title, *fault_table(store, sorted(bad.items()))]))
     return count_reasons(bad.values())
 
 
-def first_of(sentences: list[str]) -> str:
-    """Twenty of them, a line each, and how many more there are."""
-    return "\n".join(sentences[:20]) + (f"\n... and {len(sentences) - 20} more" if len(sentences) > 20 else "")
+def fault_table(
+    store: RecordStore, sentences: Iterable[tuple[int, str]], examples: int = 2, most: int = 20
+) -> list[str]:
+    """The records of each of the `most` frequent kinds of fault: a line with their number, and some examples."""
+    kinds = defaultdict(list)
+    for index, sentence in sentences:
+        kinds[kind_of_fault(sentence)].append((index, sentence))
+    lines = []
+    for kind, found in sorted(kinds.items(), key=lambda item: -len(item[1]))[:most]:
+        lines.append(f"{len({index for index, _ in found}):>9,}  {kind}")
+        lines += [f"{'':13}{store.describe(index)}: {sentence}" for index, sentence in found[:examples]]
+    if len(kinds) > most:
+        lines.append(f"... and {counted(len(kinds) - most, 'other kind')} of fault")
+    return lines
 
 
 def log_skipped(store: RecordStore, skipped: Iterable[tuple[int, str]], file: Path) -> None:
@@ -157,7 +169,7 @@ class RankSteps(Dataset):
                 except (BadRecord, BadImage) as error:
                     if self.on_bad_sample == "error":
                         sentence = (
-                            f"{self.store.describe(index)}: {error} Mend it, or leave such records out with "
+                            f"{self.store.describe(index)}: {error} Fix it, or leave such records out with "
                             f"--on_bad_sample skip; mini_llava.tools.doctor finds all of them."
                         )
                         return RankStep([], [], fault=type(error)(sentence))

@@ -26,10 +26,11 @@ from filelock import FileLock
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..words import counted
 from .anyres import Tiling
 from .images import BadImage, image_path
 from .templates import Template
-from .tokenization import IGNORE_INDEX, BadRecord, Sample, counted, shorten
+from .tokenization import IGNORE_INDEX, BadRecord, Sample, shorten
 
 CHUNK_BYTES = 16 * 2**20
 INDEX_CACHED_FROM = 32 * 2**20  # bytes; a smaller file is indexed in less than a second
@@ -111,6 +112,32 @@ class DataFile:
         return DataFile, (self.path, self._stamp)
 
 
+def check_data_files(
+    data_path: list[str] | None, image_folder: list[str] | None, exclude: list[str] | None = None, flag_prefix: str = ""
+) -> None:
+    """Raises FileNotFoundError, NotADirectoryError or ValueError as `RecordStore` does, without reading anything."""
+    image_folder = list(image_folder or [])
+    data_flag, folder_flag = f"--{flag_prefix}data_path", f"--{flag_prefix}image_folder"
+    if not data_path:
+        raise ValueError(f"No training data: give at least one file as {data_flag}.")
+    if image_folder and len(image_folder) != len(data_path):
+        raise ValueError(
+            f"{data_flag} lists {counted(len(data_path), 'file')} and {folder_flag} "
+            f"{counted(len(image_folder), 'folder')}; they are matched by position, so give one folder for each file."
+        )
+    for folder in image_folder:
+        if not os.path.isdir(folder):
+            state = "is not a directory" if os.path.exists(folder) else "does not exist"
+            raise NotADirectoryError(f"The image folder {folder} ({folder_flag}) {state}.")
+    for path in data_path:
+        if not os.path.isfile(path):
+            state = "is a directory: give the file in it" if os.path.isdir(path) else "does not exist"
+            raise FileNotFoundError(f"The data file {path} ({data_flag}) {state}.")
+    for path in exclude or []:
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"The list {path} (--exclude) does not exist.")
+
+
 class RecordStore:
     """The records of several JSON files, in the order of the files, without a Python object per record.
 
@@ -131,25 +158,8 @@ class RecordStore:
         cache_folder: str | os.PathLike | None = None,
         flag_prefix: str = "",
     ):
-        image_folder = list(image_folder or [])
-        data_flag, self.folder_flag = f"--{flag_prefix}data_path", f"--{flag_prefix}image_folder"
-        if not data_path:
-            raise ValueError(f"No training data: give at least one file as {data_flag}.")
-        if image_folder and len(image_folder) != len(data_path):
-            raise ValueError(
-                f"{data_flag} lists {counted(len(data_path), 'file')} and {self.folder_flag} "
-                f"{counted(len(image_folder), 'folder')}; they "
-                f"are matched by position, so give one folder for each file."
-            )
-        for folder in image_folder:
-            if not os.path.isdir(folder):
-                raise NotADirectoryError(f"The image folder {folder} ({self.folder_flag}) does not exist.")
-        for path in data_path:
-            if not os.path.isfile(path):
-                raise FileNotFoundError(f"The data file {path} ({data_flag}) does not exist.")
-        for path in exclude or []:
-            if not os.path.isfile(path):
-                raise FileNotFoundError(f"The list {path} (--exclude) does not exist.")
+        check_data_files(data_path, image_folder, exclude, flag_prefix)
+        image_folder, self.folder_flag = list(image_folder or []), f"--{flag_prefix}image_folder"
         self.data_path = [str(path) for path in data_path]
         self._image_folder = [str(folder) for folder in image_folder]
         self._files = [DataFile(path) for path in self.data_path]

@@ -23,6 +23,8 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     CONFIG_MAPPING,
@@ -37,6 +39,7 @@ from .templates import IMAGE_MARK, BadRecord, Template, get_template, render
 from .unread import unread
 
 PATCH_TOKEN, START_TOKEN, END_TOKEN = "<im_patch>", "<im_start>", "<im_end>"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 IGNORE_INDEX = -100
 IMAGE_TOKEN_INDEX = -200
 # Far beyond what a model can read. A record is tokenized whole before it is cut, and one of a million image marks would
@@ -50,11 +53,6 @@ def shorten(value: object) -> str:
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 200
     return short.repr(value)
-
-
-def counted(number: int, noun: str) -> str:
-    """A number and its noun, which agree: `1 step`, `2,000 steps`."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 @dataclass(slots=True)
@@ -164,7 +162,7 @@ def read_conversation(
     if template.captions_only and [role for role, _ in turns] != ["human", "gpt"]:
         raise BadRecord(
             f"the template {template.name} wants one human turn with the image and one gpt turn with its caption, "
-            f"found {counted(len(turns), 'turn')}."
+            f"found {len(turns)} turn{'s' * (len(turns) != 1)}."
         )
     if turns and turns[0][0] == "gpt":
         turns = turns[1:]
@@ -184,8 +182,8 @@ def read_conversation(
         raise BadRecord(f"it has {marks} {IMAGE_MARK} marks; more than {MAX_IMAGES} are refused.")
     if marks != len(images):
         raise BadRecord(
-            f"it has {counted(marks, f'{IMAGE_MARK} mark')} for {counted(len(images), 'image')}; "
-            f"each image needs exactly one mark in a question."
+            f"it has {marks:,} {IMAGE_MARK} mark{'s' * (marks != 1)} for {len(images):,} "
+            f"image{'s' * (len(images) != 1)}; each image needs exactly one mark in a question."
         )
     if template.captions_only:
         if not marks:
@@ -379,6 +377,8 @@ def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False) -> 
         config["tokenizer_class"] = "LlamaTokenizer"
     backend = _llama_backend(path, config)
     if backend is None:
+        if not config and not any(find_file(path, name) for name in TOKENIZER_FILES):
+            raise FileNotFoundError(f"{path} has no tokenizer: none of {', '.join(TOKENIZER_FILES)}.")
         about = {"trust_remote_code": trust_remote_code}
         if model_type.startswith("llava_") and model_type not in CONFIG_MAPPING:
             # LLaVA's own layout, which transformers does not know: it stumbles over Llama 3's RoPE scaling there.
@@ -709,11 +709,38 @@ def _why_not_exact(
 
 
 def find_file(path: str | os.PathLike, name: str) -> str | None:
-    """A file of a folder or of a hub repository, or None if it has none of that name."""
+    """A file of a folder or of a hub repository, or None if it has none of that name.
+
+    Raises OSError: there is no such repository, or nothing of it is here and the hub cannot be asked; a sentence.
+    """
     if os.path.isdir(path):
         file = os.path.join(path, name)
         return file if os.path.isfile(file) else None
-    return cached_file(str(path), name, _raise_exceptions_for_missing_entries=False)
+    try:
+        return cached_file(str(path), name)
+    except OSError as error:
+        reason = error.__cause__
+        if reason is None:  # the repository is there, and has no such file
+            return None
+        if isinstance(reason, LocalEntryNotFoundError) and isinstance(try_to_load_from_cache(path, "config.json"), str):
+            return None  # what is here is all that can be known
+        raise OSError(_why_not_on_the_hub(path, error, reason)) from error
+
+
+def _why_not_on_the_hub(path: str | os.PathLike, error: OSError, reason: BaseException) -> str:
+    hub, elsewhere = constants.ENDPOINT, f"fetch it where there is a network (hf download {path}), or give a directory."
+    if isinstance(reason, GatedRepoError):
+        return f"{path} is gated on {hub}: accept its conditions on its page there, and log in with hf auth login."
+    if isinstance(reason, RepositoryNotFoundError):
+        return f"{path} is neither a directory here nor a model on {hub} (a private one needs hf auth login)."
+    if isinstance(reason, ValueError):
+        return f"{path} is neither a directory here nor a name on the hub, which is owner/name."
+    if isinstance(reason, LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
+        return f"{path} is not here, and HF_HUB_OFFLINE keeps the hub from being asked: unset it, {elsewhere}"
+    if isinstance(reason, LocalEntryNotFoundError):
+        why = " ".join(str(reason.__cause__ or reason).split())
+        return f"{path} is not here, and the hub {hub} cannot be reached ({why}): {elsewhere}"
+    return f"{path} could not be read from {hub}: {' '.join(str(error).split())}"
 
 
 def read_json(path: str | os.PathLike, name: str) -> dict:

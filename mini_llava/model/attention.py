@@ -64,13 +64,18 @@ def choose_attention(
             f"--attn_implementation {requested} cannot cap attention scores as models of type {model_type!r} do: use "
             f"eager or flash_attention_2."
         )
-    if requested == "flash_attention_2" and not is_flash_attn_2_available():
-        raise ValueError("--attn_implementation flash_attention_2: the package flash-attn is not installed.")
+    check_flash_attention(requested)
     if requested in ("flash_attention_2", "varlen") and not on_gpu:
         raise ValueError(f"--attn_implementation {requested} needs a GPU and --bf16 True or --fp16 True.")
     if requested == "varlen" and not packing:
         raise ValueError("--attn_implementation varlen is for packed batches: use --packing True or sdpa.")
     return requested
+
+
+def check_flash_attention(requested: str | None) -> None:
+    """Raises ValueError if FlashAttention 2 is asked for and not installed."""
+    if requested == "flash_attention_2" and not is_flash_attn_2_available():
+        raise ValueError("--attn_implementation flash_attention_2: the package flash-attn is not installed.")
 
 
 def varlen_attention(

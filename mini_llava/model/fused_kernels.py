@@ -28,8 +28,7 @@ def choose_fused_kernels(requested: bool | None, model_type: str, device: torch.
     installed = importlib.util.find_spec("liger_kernel") is not None
     if requested is None:
         return installed and device.type == "cuda" and model_type in FUSABLE
-    if requested and not installed:
-        raise ValueError("--use_liger_kernel True: the package is not installed; pip install liger-kernel.")
+    check_liger_kernel(requested)
     if requested and device.type != "cuda":
         raise ValueError(f"--use_liger_kernel True: the kernels need a GPU, this process computes on {device.type}.")
     if requested and model_type not in FUSABLE:
@@ -37,6 +36,12 @@ def choose_fused_kernels(requested: bool | None, model_type: str, device: torch.
             f"--use_liger_kernel True: known for models of type {', '.join(FUSABLE)}, but this one is {model_type!r}."
         )
     return bool(requested)
+
+
+def check_liger_kernel(requested: bool | None) -> None:
+    """Raises ValueError if the kernels are asked for and not installed."""
+    if requested and importlib.util.find_spec("liger_kernel") is None:
+        raise ValueError("--use_liger_kernel True: the package is not installed; pip install liger-kernel.")
 
 
 def use_fused_kernels(language_model: PreTrainedModel) -> None:

@@ -243,10 +243,22 @@ def start_from(model: LlavaModel, directory: str | Path) -> None:
     _fill(model, directory)
 
 
-def _fill(model: LlavaModel, directory: Path) -> None:
+def find_adapter(directory: str | Path) -> Path:
+    """The file of a LoRA directory that holds its adapters. Raises FileNotFoundError: there is none."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        state = "is not a directory" if directory.exists() else "does not exist"
+        raise FileNotFoundError(f"{directory} (--lora_weight_path) {state}; give the directory of an earlier LoRA run.")
     file = next((directory / name for name in ADAPTER_FILES if (directory / name).is_file()), None)
     if file is None:
-        raise FileNotFoundError(f"{directory} has neither {' nor '.join(ADAPTER_FILES)}: it is no LoRA directory.")
+        raise FileNotFoundError(f"{directory} has neither {' nor '.join(ADAPTER_FILES)}: it is not a LoRA directory.")
+    if not (directory / ADAPTER_CONFIG).is_file():
+        raise FileNotFoundError(f"{directory} has no {ADAPTER_CONFIG}, which says what its adapters are.")
+    return file
+
+
+def _fill(model: LlavaModel, directory: Path) -> None:
+    file = find_adapter(directory)
     [adapter] = model.language_model.peft_config
     targets = {}
     for name, parameter in model.language_model.named_parameters():

@@ -119,6 +119,19 @@ def save_projector(
     os.replace(unfinished, path)
 
 
+def find_projector(path: str | Path) -> Path:
+    """The file of a projector, itself or the directory that holds it. Raises FileNotFoundError: there is none."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / PROJECTOR_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no projector at {path}. --pretrain_mm_mlp_adapter takes the {PROJECTOR_FILE} that stage 1 "
+            f"wrote, or the directory that holds it."
+        )
+    return path
+
+
 def load_projector(projector: nn.Module, path: str | Path, beside: tuple[str, ...] = ()) -> None:
     """Copy the weights in `path` into `projector`, in place and in the projector's own dtype; all of them or none.
 
@@ -136,14 +149,7 @@ def load_projector(projector: nn.Module, path: str | Path, beside: tuple[str, ..
     """
     if any(hasattr(parameter, "ds_id") for parameter in projector.parameters()):
         raise RuntimeError("load_projector must be called before the projector is partitioned by DeepSpeed ZeRO-3.")
-    path = Path(path)
-    if path.is_dir():
-        path = path / PROJECTOR_FILE
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"There is no projector at {path}. --pretrain_mm_mlp_adapter takes the {PROJECTOR_FILE} that stage 1 "
-            f"wrote, or the directory that holds it."
-        )
+    path = find_projector(path)
     found: dict[str, torch.Tensor] = {}
     foreign = []
     for key, tensor in read_tensors(path).items():

@@ -263,10 +263,13 @@ def load_vision_config(path: str, trust_remote_code: bool = False) -> PreTrained
 
     Raises:
         ValueError: it is none of `KINDS`, or it needs timm, which cannot be imported.
+        OSError: there is no such tower, or the hub cannot be asked for it.
     """
     if FASTVITHD.fullmatch(path):
         return _complete_timm(_timm_config(architecture="fastvit_mci3", model_args={"inference_mode": True}))
     written = read_json(path, "config.json")
+    if not written:
+        raise FileNotFoundError(f"{path} has no config.json, so it is not a vision tower (--vision_tower).")
     if tower := written.get("mm_vision_tower"):  # the layout of LLaVA's own code
         return load_vision_config(tower, trust_remote_code)
     if "architecture" in (written.get("vision_config") or written):  # timm's key

@@ -30,6 +30,7 @@ from ..data.loader import count_reasons
 from ..data.templates import IMAGE_MARK
 from ..data.tokenization import BadRecord, check_record, shorten
 from ..data.unread import allowed, kind_of_name
+from ..words import counted
 
 TEXT_COLUMNS = ("conversations", "messages", "texts", "caption", "text", "txt")
 IMAGE_COLUMNS = ("images", "image")
@@ -569,9 +570,10 @@ def convert(given: argparse.Namespace) -> int:
     with open(records, "rb") as lines:
         count = sum(1 for _ in lines)
     reasons = [entry["reason"] for entry in read_lines(faults)]
-    print(f"{count:,} records: train.py --data_path {records} --image_folder {output / 'images'}")
+    print(f"{counted(count, 'record')}: train.py --data_path {records} --image_folder {output / 'images'}")
     if reasons:
-        print(f"{len(reasons):,} entries became no record; they are listed in {faults}:")
+        which = "1 entry" if len(reasons) == 1 else f"{len(reasons):,} entries"
+        print(f"{which} became no record, listed in {faults}:")
         print("\n".join(f"  {line}" for line in count_reasons(reasons)))
     return len(reasons)
 

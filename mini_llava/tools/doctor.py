@@ -12,7 +12,6 @@ import hashlib
 import math
 import os
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +19,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..arguments import KNOWN_VALUES, PRESETS
+from ..arguments import KNOWN_VALUES, PRESETS, check_model_place, read_config
 from ..data.anyres import MERGE_TYPES, choose_tiling
 from ..data.images import MODES, SCALED, BadImage, image_path, load_image, pad_to_square
-from ..data.loader import kind_of_fault, log_skipped
-from ..data.records import RecordStore, map_ranges, missing_image
+from ..data.loader import fault_table, log_skipped
+from ..data.records import RecordStore, check_data_files, map_ranges, missing_image
 from ..data.sampler import GlobalBatchSampler, computed_tokens, deal
 from ..data.templates import get_template
 from ..data.tokenization import IGNORE_INDEX, BadRecord, Sample, load_tokenizer, tokenize
@@ -32,6 +31,7 @@ from ..data.unread import allowed
 from ..model.sources import read_language_config, tower_image_size
 from ..model.vision_tower import load_vision_config, tokens_per_image
 from ..training import preflight
+from ..words import counted
 
 LARGE_IMAGE = 20e6  # pixels; it takes half a second to open, which is more than the rest of its sample
 LAYOUTS = {
@@ -118,7 +118,7 @@ def _remarks(record: dict, sample: Sample, whole: Sample, max_length: int) -> li
         images = len(whole.images) - len(sample.images)
         remarks.append(
             f"it has {len(whole.input_ids)} tokens, more than --model_max_length {max_length}: {trained - kept} of "
-            f"{trained} trained ones are cut off{f', and {images} images' if images else ''}."
+            f"{trained} trained ones are cut off{', and ' + counted(images, 'image') if images else ''}."
         )
     return remarks
 
@@ -220,17 +220,10 @@ def batch_figures(
 # --- what a person sees ----------------------------------------------------------------------------------------------
 
 
-def fault_table(store: RecordStore, sentences: Iterable[tuple[int, str]], title: str, examples: int = 2) -> list[str]:
-    """The records of each kind of fault, the most frequent first, with some examples."""
-    kinds = defaultdict(list)
-    for index, sentence in sentences:
-        kinds[kind_of_fault(sentence)].append((index, sentence))
-    total = len({index for found in kinds.values() for index, _ in found})
-    lines = [f"{title}: {total:,} of {len(store):,} records"]
-    for kind, found in sorted(kinds.items(), key=lambda item: -len(item[1])):
-        lines.append(f"{len({index for index, _ in found}):>9,}  {kind}")
-        lines += [f"{'':13}{store.describe(index)}: {sentence}" for index, sentence in found[:examples]]
-    return lines
+def with_title(store: RecordStore, sentences: list[tuple[int, str]], title: str) -> str:
+    """The table of `fault_table` below a line that says how many records are in it."""
+    records = len({index for index, _ in sentences})
+    return "\n".join([f"{title}: {records:,} of {counted(len(store), 'record')}", *fault_table(store, sentences)])
 
 
 def histogram(lengths: np.ndarray, max_length: int, bins: int = 20) -> list[tuple[str, int]]:
@@ -278,19 +271,25 @@ def draw_histogram(rows: list[tuple[str, int]], title: str, file: Path) -> None:
 def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m mini_llava.tools.doctor", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--stage", type=int, choices=(1, 2), default=2, help="whose preset fills in the flags not given [2]")
-    add("--data_path", nargs="+", required=True, metavar="PATH", help="JSON or JSON-lines files of records")
+    add("--config", metavar="FILE.yaml", help="train.py's: what is in it need not be given here; other flags are left")
+    add("--stage", type=int, choices=(1, 2), help="whose preset fills in the flags not given [2]")
+    add("--data_path", nargs="+", metavar="PATH", help="JSON or JSON-lines files of records")
     add("--image_folder", nargs="+", metavar="PATH", help="image folder of each data file, in the same order")
     add("--exclude", nargs="+", metavar="PATH", help="lists of records to leave out, as train.py takes them")
     add("--leave_unread", nargs="+", default=[], metavar="NAME", help="keys and marks, as train.py takes them")
     add("--data_weights", nargs="+", type=_above_0, metavar="X", help="for the padding figures, as train.py takes them")
-    add("--model_name_or_path", required=True, metavar="TEXT", help="language model, for its tokenizer")
-    add("--trust_remote_code", action="store_true", help="let the models' own Python code run, where they bring any")
+    add("--model_name_or_path", metavar="TEXT", help="language model, for its tokenizer")
+    add(
+        "--trust_remote_code",
+        action="store_true",
+        default=None,
+        help="let the models' own Python code run, where they bring any",
+    )
     add("--version", metavar="TEXT", help="conversation template [stage 1: plain, stage 2: v1]")
-    tower = parser.add_mutually_exclusive_group(required=True)
+    tower = parser.add_mutually_exclusive_group()
     tower.add_argument("--vision_tower", metavar="TEXT", help="vision tower, for the number of tokens an image takes")
     tower.add_argument("--tokens_per_image", type=_positive, metavar="N", help="this number, without a tower (576)")
-    add("--mm_vision_select_feature", default="patch", metavar="TEXT", help="patch or cls_patch [patch]")
+    add("--mm_vision_select_feature", metavar="TEXT", help="patch or cls_patch [patch]")
     add("--model_max_length", type=_positive, metavar="N", help="longest sequence in tokens [2048]")
     add("--image_size", type=_positive, metavar="N", help="of the tower's pictures, pixels [as it was trained]")
     aspect_ratios = KNOWN_VALUES["image_aspect_ratio"]
@@ -304,11 +303,29 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
     add("--plot", metavar="FILE.png", help="draw the histogram of token counts")
     add("--output", default="bad_records.jsonl", metavar="FILE", help="where the bad records go [bad_records.jsonl]")
     given = parser.parse_args(command_line)
+    try:
+        from_file = read_config(given.config) if given.config else {}
+        given.stage = given.stage or from_file.get("stage") or 2
+        if given.stage != from_file.get("stage", given.stage):
+            raise ValueError(f"{given.config} is written for stage {from_file['stage']}, not --stage {given.stage}.")
+    except ValueError as error:
+        parser.error(str(error))
+    for name, value in vars(given).items():
+        if value is None and not (name == "vision_tower" and given.tokens_per_image):
+            setattr(given, name, from_file.get(name))
+    given.mm_vision_select_feature = given.mm_vision_select_feature or "patch"
+    for name in ("data_path", "model_name_or_path"):
+        if not getattr(given, name):
+            parser.error(f"--{name} is missing.")
+    if not (given.vision_tower or given.tokens_per_image):
+        parser.error("--vision_tower is missing, or --tokens_per_image instead of it.")
     for name, value in vars(given).items():
         if value is None and name in PRESETS[given.stage]:
             setattr(given, name, PRESETS[given.stage][name])
     if given.data_weights and len(given.data_weights) != len(given.data_path):
         parser.error("--data_weights and --data_path are matched by position, so give one number for each file.")
+    if not all(0 < weight < math.inf for weight in given.data_weights or []):
+        parser.error("--data_weights are above 0; a file with none is left out.")
     if given.image_aspect_ratio != "anyres" and (given.mm_patch_merge_type or given.image_grid_pinpoints):
         parser.error("--mm_patch_merge_type and --image_grid_pinpoints do nothing without --image_aspect_ratio anyres.")
     if given.image_size and not given.vision_tower:
@@ -344,6 +361,9 @@ def examine(given: argparse.Namespace) -> int:
     """Checks, prints, writes the list of bad records, and returns how many faults there are."""
     if os.path.exists(given.output) and any(os.path.samefile(given.output, path) for path in given.data_path):
         raise ValueError(f"--output {given.output} would overwrite the data.")
+    for name in ("model_name_or_path", "vision_tower"):
+        check_model_place(f"--{name}", getattr(given, name))
+    check_data_files(given.data_path, given.image_folder, given.exclude)
     image_tokens = given.tokens_per_image or _tokens_of_tower(given)
     tokenizer = load_tokenizer(given.model_name_or_path, given.trust_remote_code)
     template = get_template(given.version, tokenizer)
@@ -360,6 +380,7 @@ def examine(given: argparse.Namespace) -> int:
         left_unread=allowed(given.leave_unread),
     )
     store = RecordStore(given.data_path, given.image_folder, given.exclude)
+    print(f"{counted(len(store), 'record')}, measured with the template {template.name} (--version).\n")
     examine_part = functools.partial(examine_records, store, to_sample, given.model_max_length)
     found = Findings.join(list(map_ranges(examine_part, len(store), given.num_workers, "records")))
     if given.check_images == "all":
@@ -368,20 +389,20 @@ def examine(given: argparse.Namespace) -> int:
     warnings = [(index, sentence) for index, sentence in found.warnings if index not in found.faults]
 
     if found.faults:
-        print("\n".join(fault_table(store, sorted(found.faults.items()), "Cannot be trained on")), end="\n\n")
+        print(with_title(store, sorted(found.faults.items()), "Cannot be trained on"), end="\n\n")
     if warnings:
-        print("\n".join(fault_table(store, warnings, "To look at")), end="\n\n")
+        print(with_title(store, warnings, "To look at"), end="\n\n")
     good = np.flatnonzero(found.length)
     if len(good):
         lengths, whole = found.length[good], found.whole_length[good]
         rows = histogram(whole, given.model_max_length)
-        title = f"Tokens of {len(good):,} good records: mean {whole.mean():,.0f}, longest {whole.max():,}"
+        title = f"Tokens of {counted(len(good), 'good record')}: mean {whole.mean():,.0f}, longest {whole.max():,}"
         print(title, *histogram_lines(rows), sep="\n", end="\n\n")
         if given.plot:
             draw_histogram(rows, title, Path(given.plot))
         grouped = PRESETS[given.stage].get("group_by_modality_length", False)
         sizes = given.global_batch_size, given.per_device_train_batch_size
-        print(f"An epoch of global batches of {sizes[0]}, {sizes[1]} samples a device:")
+        print(f"An epoch of global batches of {sizes[0]}, {counted(sizes[1], 'sample')} a device:")
         of_files = np.bincount([store.source(index) for index in good.tolist()], minlength=len(given.data_path))
         weighted = of_files.tolist(), given.data_weights
         print(*batch_figures(lengths, found.has_image[good], grouped, *sizes, *weighted), sep="\n", end="\n\n")
@@ -397,9 +418,10 @@ def examine(given: argparse.Namespace) -> int:
     output.write_bytes(b"")
     log_skipped(store, sorted(found.faults.items()), output)
     if found.faults:
-        print(f"{len(found.faults):,} bad records are listed in {output}: train.py --exclude {output} leaves them out.")
+        listed = "1 bad record is" if len(found.faults) == 1 else f"{len(found.faults):,} bad records are"
+        print(f"{listed} listed in {output}: train.py --exclude {output} leaves out what it lists.")
     else:
-        print(f"All {len(store):,} records can be trained on.")
+        print("The 1 record can" if len(store) == 1 else f"All {len(store):,} records can", "be trained on.")
     if refused:
         print("train.py would refuse to start:", *refused, sep="\n")
     return len(found.faults) + len(refused)

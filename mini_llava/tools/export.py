@@ -16,6 +16,7 @@ from ..model import formats
 from ..model.llava import LlavaModel
 from ..model.sources import map_parts
 from ..training.checkpoint import CheckpointError
+from ..training.output_folder import check_place
 from .saved_models import DTYPES, LORA, WHOLE, SavedModel, open_saved
 
 
@@ -65,6 +66,17 @@ def export(
     )
 
 
+def check_empty(directory: Path, overwrite: bool) -> None:
+    """Raises OSError if OUT is a file, cannot be written, or holds something and shall not be overwritten."""
+    check_place(directory, "OUT")
+    if not overwrite and directory.is_dir() and (found := sorted(path.name for path in directory.iterdir())):
+        more = ", ..." if len(found) > 3 else ""
+        raise FileExistsError(
+            f"{directory} is not empty ({', '.join(found[:3])}{more}): take another OUT, or --overwrite, which "
+            "replaces files of the same names."
+        )
+
+
 def main(command_line: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m mini_llava.tools.export", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
@@ -78,9 +90,11 @@ def main(command_line: list[str] | None = None) -> None:
     add("--image_aspect_ratio", choices=KNOWN_VALUES["image_aspect_ratio"], help="[as DIR says]")
     add("--vision_tower", metavar="TEXT", help="name of the tower, for LLaVA's layout, where DIR does not say it")
     add("--save_vision_tower", action="store_true", help="the tower's weights too, in LLaVA's layout")
+    add("--overwrite", action="store_true", help="write into OUT although it holds something")
     given = parser.parse_args(command_line)
 
     try:
+        check_empty(given.directory, given.overwrite)
         saved = open_saved(given.source, given.model_base, given.vision_tower, given.version)
         print(saved.describe())
         if given.merge != (saved.kind == LORA):

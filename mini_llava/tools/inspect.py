@@ -20,7 +20,9 @@ from ..data.records import RecordStore, missing_image
 from ..data.spans import IMAGE, TRAINED, spans
 from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, BadRecord, Sample
 from ..model.sources import open_source
+from ..training.early import check_files
 from ..training.inputs import choose_inputs
+from ..words import counted
 
 COLOURS = {TRAINED: ("\033[1;32m", "\033[0m"), IMAGE: ("\033[36m", "\033[0m")}
 MARKS = {TRAINED: ("[[", "]]")}
@@ -56,7 +58,7 @@ def show(
         return f"{head}cannot be trained on: {error}"
     of_images = int((sample.input_ids == IMAGE_TOKEN_INDEX).sum())
     trained = int((sample.labels != IGNORE_INDEX).sum())
-    lines = [f"{head}{len(sample.input_ids):,} tokens, {of_images:,} of images, {trained:,} trained"]
+    lines = [f"{head}{counted(len(sample.input_ids), 'token')}, {of_images:,} of images, {trained:,} trained"]
     lines += [f"image: {os.path.join(folder, name)}" for name in sample.images]
     text = []
     for span in spans(sample, tokenizer):
@@ -92,12 +94,16 @@ def main(command_line: Sequence[str] | None = None) -> int:
     try:
         if arguments.is_demo:
             demo.prepare_run(arguments.model)
+        check_files(arguments)
         store, to_sample, tokenizer = open_data(arguments)
         chosen = given.record or range(min(given.samples, len(store)))
         if wrong := [index for index in chosen if not 0 <= index < len(store)]:
-            raise ValueError(f"--record {wrong[0]}: there are {len(store):,} records, counted from 0.")
+            raise ValueError(f"--record {wrong[0]}: the data have {counted(len(store), 'record')}, counted from 0.")
         begin, end = marks[TRAINED]
-        print(f"{len(store):,} records, template {arguments.model.version}; trained tokens look {begin}like this{end}.")
+        print(
+            f"{counted(len(store), 'record')}, template {arguments.model.version}; trained tokens look {begin}like "
+            f"this{end}."
+        )
         for index in chosen:
             print(f"\n{show(store, index, to_sample, tokenizer, marks)}")
     except (ValueError, OSError) as error:

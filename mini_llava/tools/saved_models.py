@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..arguments import ModelArguments
+from ..arguments import ModelArguments, check_model_place
 from ..data.templates import Template, get_template
 from ..data.tokenization import add_image_tokens, find_file, load_tokenizer, read_json
 from ..model.image_tokens import add_token_rows, missing_rows
@@ -112,6 +112,10 @@ def open_saved(
         ValueError: the directory holds no LLaVA model, or what it holds does not fit together.
         OSError: a directory or file is not there.
     """
+    if directory.startswith(("/", ".", "~")) and not Path(directory).is_dir():
+        raise ValueError(f"{directory} is not a directory; give a model's directory or its name on the hub.")
+    check_model_place("--model_base", base)
+    check_model_place("--vision_tower", vision_tower)
     kind, config = _kind(directory), read_json(directory, "config.json")
     if not config:
         raise FileNotFoundError(f"{directory} has no config.json, which says how the {kind} belongs to its base.")

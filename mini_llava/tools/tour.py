@@ -37,7 +37,9 @@ from ..model.sources import open_source
 from ..model.vision_tower import VisionTower
 from ..training import distributed
 from ..training.build import build_model
+from ..training.early import check_files
 from ..training.inputs import choose_inputs
+from ..words import counted
 
 
 def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
@@ -50,6 +52,7 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
     model_flags, data_flags, training = arguments.model, arguments.data, arguments.training
     if arguments.is_demo:
         print(demo.prepare_run(model_flags))
+    check_files(arguments)
     source = open_source(model_flags, arguments.explicit)
     inputs = choose_inputs(arguments, source)
     tokenizer, template, image_size, tiling = inputs.tokenizer, inputs.template, inputs.image_size, inputs.tiling
@@ -59,7 +62,7 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
         first = next((number for number in range(len(store)) if "image" in store[number]), 0)
         records = [number for number in (first, first + 1) if number < len(store)]
     if wrong := [number for number in records if not 0 <= number < len(store)]:
-        raise ValueError(f"--record {wrong[0]}: the data have {len(store):,} records, counted from 0.")
+        raise ValueError(f"--record {wrong[0]}: the data have {counted(len(store), 'record')}, counted from 0.")
     precision = distributed.choose_precision(training.bf16, training.fp16, arguments.explicit)
     accelerator = distributed.build_accelerator(precision, 1.0, "none", Path(training.output_dir))
     torch.manual_seed(training.seed)
@@ -84,7 +87,7 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
     show("labels", torch.from_numpy(sample.labels))
     trained = sample.labels != IGNORE_INDEX
     print(
-        f"  {len(trained)} tokens, {(sample.input_ids == IMAGE_TOKEN_INDEX).sum()} of them of images, "
+        f"  {counted(len(trained), 'token')}, {(sample.input_ids == IMAGE_TOKEN_INDEX).sum()} of them of images, "
         f"{trained.sum()} trained: {decode(sample.labels[trained])!r}"
     )
 
@@ -97,7 +100,7 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
 
     # --- A micro-batch -----------------------------------------------------------------------------------------------
     how = "behind each other, told apart by cu_seqlens" if data_flags.packing else "padded to the longest"
-    step(5, collate, f"a micro-batch of records {', '.join(map(str, records))}, {how}")
+    step(5, collate, f"a micro-batch of record{'s' * (len(records) > 1)} {', '.join(map(str, records))}, {how}")
     work = RankSteps(store, to_sample, to_pixels, image_size, data_flags.packing)[[records]]
     if work.fault is not None:
         raise work.fault
@@ -139,7 +142,7 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
     for target, lost, best in list(zip(*(row[of_trained].tolist() for row in rows), strict=True))[:8]:
         token, likeliest = (repr(tokenizer.convert_ids_to_tokens(number)) for number in (target, best))
         print(f"  {token:14} {lost + 0.0:7.3f} {math.exp(-lost):7.1%}  {likeliest}")
-    print(f"  loss {loss:.4f} = {losses.sum():.4f} / {work.trained_tokens[0]} tokens")
+    print(f"  loss {loss:.4f} = {losses.sum():.4f} / {counted(work.trained_tokens[0], 'token')}")
 
     # --- The gradients -----------------------------------------------------------------------------------------------
     step(11, apply_plan, "which parts get gradients in backward, here their norms, in this stage and in the other")

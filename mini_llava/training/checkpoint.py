@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..data.tokenization import counted
+from ..words import counted
 from .distributed import gather_from_ranks, is_deepspeed, versions, zero_stage
 from .identity import differences
 
@@ -465,6 +465,7 @@ def find_checkpoint(
                 f"{'them' if none else 'it'} away to start anew."
             )
         return None
+    _check_requested(output_dir, requested)
     if requested is not None:
         step = verify(accelerator, path := Path(requested))["step"]
         elsewhere = path.resolve().parent != output_dir.resolve()
@@ -475,12 +476,38 @@ def find_checkpoint(
                 "--save_total_limit would mix it with what this run saves. Move it away, or use another --output_dir."
             )
         return path
+    _refuse_earlier_run(present)
+    return None
+
+
+def check_resume(output_dir: Path, requested: str | None) -> None:
+    """What of `find_checkpoint` can be said by one process before anything is loaded. Raises CheckpointError."""
+    if requested is None:
+        _refuse_earlier_run(complete_checkpoints(output_dir))
+    elif requested != "latest":
+        _check_requested(output_dir, requested)
+        try:
+            read_manifest(Path(requested))
+        except CheckpointError as error:
+            raise CheckpointError(f"{requested} is torn: {error}") from error
+
+
+def _refuse_earlier_run(present: list[Path]) -> None:
     if present:
         raise CheckpointError(
             f"{present[-1]} is there from an earlier run. Use --resume_from_checkpoint latest to go on from it, "
             "another --output_dir to start anew, or delete it."
         )
-    return None
+
+
+def _check_requested(output_dir: Path, requested: str | None) -> None:
+    """Raises CheckpointError unless a directory is there; the sentence lists the checkpoints that are."""
+    if requested in (None, "latest") or (path := Path(requested)).is_dir():
+        return
+    beside = complete_checkpoints(path.parent) or complete_checkpoints(output_dir)
+    there = f"There are {', '.join(map(str, beside))}." if beside else f"There is none in {output_dir} either."
+    state = "is not a directory" if path.exists() else "does not exist"
+    raise CheckpointError(f"--resume_from_checkpoint {path} {state}. {there} `latest` takes the newest one.")
 
 
 def verify(accelerator: Accelerator, directory: Path) -> dict:

@@ -61,8 +61,8 @@ def choose_precision(bf16: bool, fp16: bool, explicit: set[str]) -> str:
     return wanted
 
 
-def build_accelerator(precision: str, max_grad_norm: float, report_to: str, output_dir: Path) -> Accelerator:
-    """The Accelerator for what the launcher started: one process, DDP, DeepSpeed ZeRO-2 or ZeRO-3, on GPU or CPU."""
+def check_tracker(report_to: str) -> None:
+    """Raises ValueError if it is not one that can report here."""
     installed = [str(tracker) for tracker in get_available_trackers()]
     if report_to not in ("none", "all", *installed):
         # accelerate leaves out a tracker whose package is missing, and says so at level DEBUG only.
@@ -71,6 +71,11 @@ def build_accelerator(precision: str, max_grad_norm: float, report_to: str, outp
             f"--report_to {report_to}: not installed or unknown. "
             f"Installed: {', '.join(installed)}; also known: {known}."
         )
+
+
+def build_accelerator(precision: str, max_grad_norm: float, report_to: str, output_dir: Path) -> Accelerator:
+    """The Accelerator for what the launcher started: one process, DDP, DeepSpeed ZeRO-2 or ZeRO-3, on GPU or CPU."""
+    check_tracker(report_to)
     handlers, plugin = [], None
     launched = "WORLD_SIZE" in os.environ
     if launched:
@@ -208,6 +213,12 @@ def compute_dtype(accelerator: Accelerator) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[accelerator.mixed_precision]
 
 
+def check_bitsandbytes(bits: int) -> None:
+    """Raises ValueError if weights are to be quantised and the package is not installed."""
+    if bits != 16 and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"--bits {bits} needs the package bitsandbytes: pip install bitsandbytes.")
+
+
 def quantisation(accelerator: Accelerator, bits: int, double_quant: bool, quant_type: str) -> dict:
     """What transformers' `from_pretrained` needs to read the language model in 4 or 8 bits; nothing for 16.
 
@@ -216,8 +227,7 @@ def quantisation(accelerator: Accelerator, bits: int, double_quant: bool, quant_
     """
     if bits == 16:
         return {}
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(f"--bits {bits} needs the package bitsandbytes: pip install bitsandbytes.")
+    check_bitsandbytes(bits)
     if bits == 8:
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     config = BitsAndBytesConfig(

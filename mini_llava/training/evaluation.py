@@ -25,11 +25,12 @@ from ..data.anyres import Tiles
 from ..data.collator import image_tokens, join_images, sample_of_targets
 from ..data.images import BadImage
 from ..data.json_lines import append_lines, read_lines
-from ..data.loader import RankSteps, first_of, loss_group, rank_step_loader
+from ..data.loader import RankSteps, fault_table, loss_group, rank_step_loader
 from ..data.records import RecordStore, missing_image
 from ..data.sampler import deal
 from ..data.templates import IMAGE_MARK, Template, written_answer
-from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, BadRecord, Sample, counted, expand_images
+from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, BadRecord, Sample, expand_images
+from ..words import counted
 from .distributed import gather_from_ranks, log, never_fatal, show, sum_over_ranks, to_device, zero_stage
 from .meter import append_json_line, loss_parts, questions_bar
 from .preemption import ignore_signals
@@ -106,12 +107,13 @@ def read_held_out(
             known = (answer["value"], metric_of(record), len(sample.input_ids))
             questions.append(Question(index, prompt, images, text, *known))
         except (BadRecord, BadImage) as error:
-            faults.append(f"{store.describe(index)}: {error}")
+            faults.append((index, str(error)))
     if len(faults) == 1:
-        raise BadRecord(f"--eval_data_path: {faults[0]}")
+        [(index, sentence)] = faults
+        raise BadRecord(f"--eval_data_path: {store.describe(index)}: {sentence}")
     if faults:
-        count = f"{len(faults)} of {len(chosen)}"
-        raise BadRecord(f"--eval_data_path: {count} records cannot be asked; mend them:\n{first_of(faults)}")
+        title = f"--eval_data_path: {len(faults):,} of {counted(len(chosen), 'record')} cannot be asked; fix them."
+        raise BadRecord("\n".join([title, *fault_table(store, faults)]))
     return RankSteps(store, to_sample, load_pixels, image_size, data_flags.packing, on_bad_sample="skip"), questions
 
 

@@ -19,7 +19,8 @@ from ..data.anyres import Tiles
 from ..data.images import BadImage
 from ..data.loader import RankSteps
 from ..data.spans import IMAGE, MASKED, TRAINED, Span, spans
-from ..data.tokenization import IGNORE_INDEX, BadRecord, counted
+from ..data.tokenization import IGNORE_INDEX, BadRecord
+from ..words import counted
 from .distributed import never_fatal
 
 SAMPLES = 8

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from ..arguments import DECIDES_NOTHING, OTHER_NAMES
 from ..data.records import RecordStore
 from ..data.templates import CHAT_TEMPLATE
-from ..data.tokenization import counted
+from ..words import counted
 from .distributed import zero_stage
 
 # Elements looked at in one go: int64 copies of a 7B model's weights would not fit beside it.

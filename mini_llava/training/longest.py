@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from ..data.loader import RankSteps
 from ..data.records import Lengths
 from ..data.sampler import computed_tokens
-from ..data.tokenization import counted
+from ..words import counted
 from .distributed import discard_gradients, forward_and_backward
 from .memory import Shape
 
@@ -100,8 +100,8 @@ def try_longest(
     discard_gradients(accelerator, optimizer)
     for buffer, before in statistics:
         buffer.copy_(before)
-    size = f"{counted(longest.shape.tokens, 'token')}, {counted(longest.shape.images, 'image')}"
-    took = f"the longest micro-batch ({size} through the tower)"
+    size = f"{counted(longest.shape.tokens, 'token')}, {counted(longest.shape.images, 'image')} through the tower"
+    took = f"the longest micro-batch ({size})"
     if not on_gpu:
         return f"Tried {took} in {time.perf_counter() - started:.1f} s."
     peak = torch.cuda.max_memory_allocated() / 2**30

@@ -6,6 +6,7 @@ What is found out here in a second costs hours if it is found out at the first s
 import os
 import shutil
 import socket
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,8 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
 
-from ..data.tokenization import counted
 from ..model.freeze import numel
+from ..words import counted
 from .checkpoint import KINDS, CheckpointError, agreement, complete_checkpoints, remove_oldest
 from .distributed import compute_dtype, gather_from_ranks
 
@@ -40,6 +41,21 @@ def remove_leftovers(output_dir: Path, step: int, keep: int | None) -> list[str]
             state = "could not be removed; remove it yourself" if path.exists() else "is removed"
             sentences.append(f"{path}, left behind by a run that was killed while it saved, {state}.")
     return sentences
+
+
+def check_place(output_dir: Path, flag: str = "--output_dir") -> None:
+    """Raises OSError unless the directory is there, or can be made, and can be written to. Leaves nothing behind."""
+    what = f"{output_dir} ({flag})"
+    there = next(path for path in (output_dir, *output_dir.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        kind = "a file" if there.exists() else "a link that leads nowhere"
+        inside = "is" if there == output_dir else f"cannot be made: {there} is"
+        raise NotADirectoryError(f"{what} {inside} {kind}. Choose another, or move it away.")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise OSError(f"{what} cannot be written: {there}: {error.strerror or error}. Choose another.") from error
 
 
 def check_shared(accelerator: Accelerator, output_dir: Path) -> None:
@@ -112,10 +128,8 @@ class DiskNeeds(NamedTuple):
 
     def __str__(self) -> str:
         there = f" ({self.present} there already)" if self.present else ""
-        return (
-            f"{self.bytes / 1e9:,.3f} GB: {counted(self.states, 'training state')} of "
-            f"{self.bytes_of_state / 1e9:,.3f} GB{there} and {self.bytes_of_result / 1e9:,.3f} GB for the result"
-        )
+        states = f"{counted(self.states, 'training state')} of {self.bytes_of_state / 1e9:,.3f} GB{there}"
+        return f"{self.bytes / 1e9:,.3f} GB: {states} and {self.bytes_of_result / 1e9:,.3f} GB for the result"
 
 
 def disk_needs(

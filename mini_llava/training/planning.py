@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerBase
 
 from ..arguments import Arguments, TrainingArguments
 from ..data.records import Lengths, RecordStore, measure_some
-from ..data.tokenization import counted
 from ..model import lora
 from ..model.attention import CAPPED, choose_attention
 from ..model.freeze import apply_plan, trainable_table, trained_in_full
@@ -27,6 +26,7 @@ from ..model.fused_kernels import FUSABLE, choose_fused_kernels
 from ..model.image_tokens import add_token_rows
 from ..model.llava import LlavaModel
 from ..model.sources import Source, empty_parts
+from ..words import counted
 from . import preflight
 from .build import plan_of
 from .distributed import choose_precision, complete_zero, launched_rank, zero_stage

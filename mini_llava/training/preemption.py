@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 as a wish to stop: schedulers send them before they take the machine away.
+"""SIGTERM, SIGUSR1 and SIGINT as a wish to stop: of a scheduler that takes the machine away, of a person at Ctrl-C.
 
 The first signal sets a flag and nothing else. The loop adds the flag to the all-reduce that every step begins with, so
 that all ranks stop after the same step although only one of them may have been signalled, and no step waits for it.
@@ -15,20 +15,27 @@ import threading
 import time
 from pathlib import Path
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-EXIT_CODE = 128 + signal.SIGTERM  # not 0: a script that runs stage 2 after stage 1 must not go on
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# Not 0: a script that runs stage 2 after stage 1 must not go on.
+EXIT_CODE = 128 + signal.SIGTERM
+INTERRUPTED = 128 + signal.SIGINT
 # Slurm signals the launcher and the ranks, and the launcher passes its own signal on to the ranks: one wish, not two.
 SECONDS_OF_ONE_WISH = 2
+# A launcher may pass on what the terminal has sent to the ranks too, but a person who presses twice means it.
+SECONDS_OF_ONE_PRESS = 0.5
 
 
 class Preemption:
-    """Watches for the signals from its creation until `restore`; `asked` says whether this process has had one.
+    """Watches for the signals from its creation until `restore`.
+
+    asked: whether this process has had one; interrupted: whether it was SIGINT, from a person, who need not be told by
+    a `preempted` file and whose run nothing shall start again.
 
     A thread takes them, because the main thread may wait for another rank outside of Python, where no handler runs.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self.interrupted = False
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._fd_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
@@ -43,10 +50,12 @@ class Preemption:
             if number not in SIGNALS:
                 continue
             if not self.asked:
+                self.interrupted = number == signal.SIGINT
                 self.asked, asked_at = True, time.monotonic()
-                text = "saving after this step or the next, then ending; a second signal ends it at once."
+                second = "a second Ctrl-C" if self.interrupted else "a second signal"
+                text = f"saving after this step or the next, then ending; {second} ends it at once."
                 print(f"\n{signal.Signals(number).name}: {text}", file=sys.stderr, flush=True)
-            elif time.monotonic() - asked_at > SECONDS_OF_ONE_WISH:
+            elif time.monotonic() - asked_at > (SECONDS_OF_ONE_PRESS if self.interrupted else SECONDS_OF_ONE_WISH):
                 os._exit(128 + number)
 
     def restore(self) -> None:
@@ -79,5 +88,5 @@ def write_marker(output_dir: Path, step: int, total_steps: int) -> None:
 
 def ignore_signals(_worker: int = 0) -> None:
     """For loader workers: a signal to the whole job must not kill them while their rank finishes the step."""
-    for number in (*SIGNALS, signal.SIGINT):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

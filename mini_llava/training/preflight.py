@@ -17,11 +17,12 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from ..arguments import Arguments, ModelArguments, TrainingArguments
 from ..data.records import Lengths
 from ..data.templates import CHAT_TEMPLATE, TEMPLATES, ChatTemplate, Template
-from ..data.tokenization import counted, read_json
+from ..data.tokenization import read_json
 from ..model.image_tokens import token_ids_end
 from ..model.lora import linear_layers
 from ..model.projector import list_some
 from ..model.sources import FAMILIES, Source, empty_language_model, same_layer
+from ..words import counted
 from .inputs import Inputs
 from .order import Order
 from .schedule import learning_rate_factor, warmup_steps

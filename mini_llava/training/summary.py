@@ -13,7 +13,8 @@ from pathlib import Path
 from ..data.images import BadImage, image_path
 from ..data.json_lines import read_lines
 from ..data.records import RecordStore
-from ..data.tokenization import BadRecord, counted
+from ..data.tokenization import BadRecord
+from ..words import counted
 from .curves import draw_curves
 from .distributed import never_fatal
 

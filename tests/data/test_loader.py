@@ -98,11 +98,33 @@ def test_what_measuring_finds_is_reported_all_at_once(store):
     assert refuse_or_report(store, {}, "error") == []
 
 
-def test_a_long_list_of_faults_is_cut_and_counted(tmp_path):
+def test_faults_are_grouped_by_cause_the_most_frequent_first_and_skipping_all_is_not_advised(tmp_path):
     (tmp_path / "long.json").write_text(json.dumps([{}] * 23))
     store = RecordStore([str(tmp_path / "long.json")])
-    with pytest.raises(BadRecord, match=r"record 19: it is bad\.\n\.\.\. and 3 more$"):
-        refuse_or_report(store, dict.fromkeys(range(23), "it is bad."), "error")
+    bad = {index: f"the image '{index}.png' is not there." for index in range(20)} | {
+        20: "it is bad.",
+        21: "it is bad.",
+    }
+    with pytest.raises(BadRecord) as refused:
+        refuse_or_report(store, bad, "error")
+    title, *table = str(refused.value).splitlines()
+    assert title.startswith("22 of 23 records cannot be trained on; ") and "--on_bad_sample skip" in title
+    assert [line.split() for line in table if line[:9].strip()] == [
+        ["20", *["the", "image", "…", "is", "not", "there."]],
+        ["2", *["it", "is", "bad."]],
+    ]
+    assert len(table) == 6 and table[1].endswith("long.json, record 0: the image '0.png' is not there.")
+    with pytest.raises(BadRecord, match=r"^23 of 23 records cannot be trained on; ") as refused:
+        refuse_or_report(store, bad | {22: "it is bad."}, "error")
+    assert "skip" not in str(refused.value) and "--image_folder" in str(refused.value)
+
+
+def test_a_long_list_of_kinds_of_fault_is_split_off_and_counted(tmp_path):
+    (tmp_path / "long.json").write_text(json.dumps([{}] * 23))
+    store = RecordStore([str(tmp_path / "long.json")])
+    bad = {index: f"it is {'very ' * index}bad." for index in range(22)}
+    with pytest.raises(BadRecord, match=r"record 19: it is (very ){19}bad\.\n\.\.\. and 2 other kinds of fault$"):
+        refuse_or_report(store, bad, "error")
 
 
 def test_loading_draws_nothing_from_the_global_generator(store):

@@ -141,7 +141,7 @@ def test_all_faults_that_a_scan_can_find_are_reported_together_before_step_1(run
     code, text = runs["scan"]
     assert code == 1 and "Traceback" not in text and not (folder / "scan" / "log.jsonl").exists()
     message = text.split("train.py: error: ")[1]
-    assert message.startswith("3 of 24 records cannot be trained on; mend them, or leave them out with --on_bad_sample")
+    assert message.startswith("3 of 24 records cannot be trained on; fix them, or leave them out with --on_bad_sample")
     for index, record in enumerate(records):
         assert (f"record {index} (id " in message) == (index == NO_MARK or record.get("image") == GONE)
 
@@ -162,4 +162,4 @@ def test_an_image_that_turns_out_torn_ends_the_run_with_one_sentence(runs, folde
     assert re.search(
         r"train\.py: error: .*torn\.json, record \d+ \(id [^)]+\): the image '.*wide_rgb\.png' cannot", line
     )
-    assert "Mend it, or leave such records out" in line and "Traceback" not in text
+    assert "Fix it, or leave such records out" in line and "Traceback" not in text

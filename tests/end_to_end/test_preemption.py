@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 
-from mini_llava.training.preemption import SECONDS_OF_ONE_WISH
+from mini_llava.training.preemption import SECONDS_OF_ONE_PRESS, SECONDS_OF_ONE_WISH
 from tests.end_to_end import runs
 from tests.forked_runs import ROOT, start
 
@@ -98,6 +98,49 @@ def test_all_processes_signalled_twice_at_once_as_a_scheduler_and_a_launcher_do_
                 process.send_signal(signal.SIGTERM)
     assert run.wait(60) == 128 + signal.SIGTERM, run.text
     assert (tmp_path / "run" / "preempted").exists() and "Traceback" not in run.text
+
+
+@pytest.mark.parametrize(("config", "processes"), [("cpu", 1), ("zero3", 2)], ids=["one process", "ZeRO-3 on two"])
+def test_ctrl_c_saves_and_asks_nobody_to_start_the_run_again(config, processes, tmp_path):
+    run, output = started(tmp_path, config, processes, max_steps=500), tmp_path / "run"
+    run.wait_until(lambda: (output / "log.jsonl").exists())
+    for _ in range(2):  # of the terminal, and of a launcher that passes it on
+        for rank in ranks(run):
+            for process in (rank, *rank.children()):
+                process.send_signal(signal.SIGINT)
+    assert run.wait(60) == 128 + signal.SIGINT, run.text
+    assert "SIGINT: saving after this step or the next" in run.text and "Traceback" not in run.text
+    [state] = output.glob("checkpoint-*")
+    assert f"Stopped after step {state.name.split('-')[1]} as asked" in run.text
+    assert (state / "manifest.json").is_file() and not (output / "preempted").exists() and not weights(output)
+
+
+def test_a_second_ctrl_c_ends_a_rank_at_once_even_if_it_waits_for_another_for_ever(tmp_path):
+    run = started(tmp_path, "cpu", 2, max_steps=500)
+    run.wait_until(lambda: (tmp_path / "run" / "log.jsonl").exists())
+    waiting, stopped = ranks(run)
+    stopped.suspend()
+    time.sleep(1)
+    pressed = time.monotonic()
+    waiting.send_signal(signal.SIGINT)
+    time.sleep(SECONDS_OF_ONE_PRESS + 0.2)
+    assert waiting.is_running() and waiting.status() != psutil.STATUS_ZOMBIE
+    waiting.send_signal(signal.SIGINT)
+    psutil.wait_procs([waiting], timeout=10)
+    ended, seconds = not waiting.is_running(), time.monotonic() - pressed
+    with contextlib.suppress(psutil.NoSuchProcess):
+        stopped.kill()
+    assert ended and seconds < SECONDS_OF_ONE_WISH and not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_ctrl_c_before_the_first_step_ends_with_a_sentence(tmp_path):
+    run = started(tmp_path, "cpu", 1)
+    run.wait_until(lambda: "is a language model" in run.text)
+    ranks(run)[0].send_signal(signal.SIGINT)
+    assert run.wait(60) == 128 + signal.SIGINT
+    assert run.text.rstrip().endswith(
+        "train.py: interrupted; --resume_from_checkpoint latest goes on from the last checkpoint."
+    )
 
 
 def test_a_second_signal_ends_a_rank_at_once_even_if_it_waits_for_another_for_ever(tmp_path):

@@ -178,7 +178,7 @@ def story(shell):
     killed = time.monotonic()
     seen["codes"] = end(*machines, within=60)
     seen["seconds"] = time.monotonic() - killed
-    seen["machine 0"] = machines[0].text
+    seen["machine 0"], seen["machine 1"] = (machine.text for machine in machines)
     seen["steps before the kill"] = log(folder)[-1]["step"]
 
     command = on_this_machine(torchrun, folder)
@@ -194,8 +194,9 @@ def test_a_slurm_job_that_is_stopped_saves_and_is_queued_again(story):
 
 
 def test_a_rank_killed_on_one_machine_is_named_on_the_other_and_ends_both_launchers(story):
-    assert story["codes"] == [1, 1] and story["steps before the kill"] < STEPS
+    assert story["codes"] == [1, 128 + signal.SIGKILL] and story["steps before the kill"] < STEPS
     assert f"error: Rank 1 (pid {story['pid']} on {socket.gethostname()}) has ended" in story["machine 0"]
+    assert f"launch: rank 1 (pid {story['pid']}) was ended by SIGKILL" in story["machine 1"].splitlines()[-1]
     print(f"both launchers had ended {story['seconds']:.1f} s after the kill")
     assert story["seconds"] < 15  # the launchers look at their processes now and then
 

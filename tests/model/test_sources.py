@@ -431,7 +431,7 @@ def test_export_says_what_it_needs(published, tmp_path, capsys):
     cases = [
         ([FIXTURES / "llm", tmp_path / "out", "--vision_tower", CLIP], "is a language model"),
         ([published["transformers 4's"], tmp_path / "out", "--export_format", "llava"], "Give it as --vision_tower"),
-        ([published["LLaVA's, bin"], published["LLaVA's, bin"]], "which it is made from"),
+        ([published["LLaVA's, bin"], published["LLaVA's, bin"], "--overwrite"], "which it is made from"),
     ]
     for words, sentence in cases:
         with pytest.raises(SystemExit) as error:

@@ -215,7 +215,7 @@ def test_export_merges_adapters_only_if_asked_to(folder, capsys, tmp_path):
     for words, sentence in (
         ([folder / "lora", tmp_path / "out"], "--merge adds its adapters"),
         ([folder / "transformers", tmp_path / "out", "--merge"], "nothing to merge"),
-        ([folder / "lora", folder / "lora", "--merge"], "written over"),
+        ([folder / "lora", folder / "lora", "--merge", "--overwrite"], "written over"),
     ):
         with pytest.raises(SystemExit, match=sentence):
             export.main([str(word) for word in words])

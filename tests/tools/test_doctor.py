@@ -305,3 +305,35 @@ def test_what_cannot_be_read_at_all_is_one_sentence(data, tmp_path, capsys):
     ]:
         assert doctor.main([words[0], str(place), *words[2:]]) == 2
         assert sentence in capsys.readouterr().err
+
+
+def test_the_flags_of_a_run_come_from_its_file_and_the_template_is_said(tmp_path, capsys):
+    config, listed = tmp_path / "mine.yaml", str(tmp_path / "bad.jsonl")
+    config.write_text(
+        f"stage: 1\nmodel_name_or_path: {FIXTURES / 'llm'}\nvision_tower: {FIXTURES / 'clip'}\nlearning_rate: 1e-3\n"
+        f"data_path: [{FIXTURES / 'data' / 'train_stage1.json'}]\nimage_folder: [{FIXTURES / 'data' / 'images'}]\n"
+    )
+    doctor.main(["--config", str(config), "--output", listed, "--num_workers", "1"])
+    printed = capsys.readouterr().out
+    assert "records, measured with the template plain (--version)." in printed
+    assert "An epoch of global batches of 256, 32 samples a device:" in printed  # stage 1's
+    config.write_text(config.read_text() + "version: v0\nglobal_batch_size: 6\n")
+    words = ["--config", str(config), "--output", listed, "--num_workers", "1"]
+    doctor.main([*words, "--per_device_train_batch_size", "1", "--version", "v1"])  # the command line wins
+    printed = capsys.readouterr().out
+    assert "measured with the template v1 " in printed and "batches of 6, 1 sample a device:" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--config", "none.yaml"], "--config none.yaml: No such file or directory."),
+        (["--model_name_or_path", "a/b", "--tokens_per_image", "4"], "--data_path is missing."),
+        (["--data_path", "a.json", "--tokens_per_image", "4"], "--model_name_or_path is missing."),
+        (["--data_path", "a.json", "--model_name_or_path", "a/b"], "--vision_tower is missing, or --tokens_per_image"),
+    ],
+)
+def test_what_neither_flags_nor_file_say_is_missed(words, sentence, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        doctor.main(words)
+    assert sentence in capsys.readouterr().err

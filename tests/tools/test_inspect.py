@@ -50,7 +50,7 @@ def test_the_first_records_are_shown_and_what_cannot_be_trained_on_says_why(caps
 
 def test_a_record_that_is_not_there_is_a_sentence(capsys):
     assert inspect.main([*flags_of(2, "unused", {}), "--record", "99999"]) == 2
-    assert "--record 99999: there are " in capsys.readouterr().err
+    assert "--record 99999: the data have 80 records, " in capsys.readouterr().err
 
 
 def test_without_flags_it_shows_the_embedded_demo(capsys, tmp_path, monkeypatch):

@@ -92,8 +92,8 @@ def test_where_nothing_may_be_written_the_save_fails_with_a_sentence(accelerator
             save(disk, 2)
         verify(accelerator, disk / "checkpoint-1")
         run = runs.flags_of(2, disk, FOUR_STEPS)
-        with pytest.warns(UserWarning, match="Lengths are not cached"), pytest.raises(CheckpointError) as refused:
-            runs.train_here(run)
+        with pytest.raises(OSError) as refused:
+            runs.train_here([*run, "--resume_from_checkpoint", "latest"])
         assert f"{disk} (--output_dir) cannot be written: " in str(refused.value)
 
 

@@ -1,0 +1,59 @@
+"""Starts the ranks of a run: `python -m mini_llava.launch --config_file accelerate_configs/zero3.yaml train.py --stage 2 ...`.
+
+It is `accelerate launch`, with its flags, but the sentence in which a run says what is wrong is the last thing printed:
+accelerate and torchrun add tracebacks and a report of their own behind it. The exit code is the run's, and a run of one
+process takes this one's place, so that signals and Ctrl-C reach it.
+"""
+
+import logging
+import os
+import signal
+import sys
+
+from accelerate.commands import launch
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+
+def become(given) -> None:
+    """In place of accelerate's `simple_launcher`, which starts the one process as a child and passes no signal on."""
+    command, environment = prepare_simple_launcher_cmd_env(given)
+    sys.stdout.flush()
+    os.execvpe(command[0], command, environment)
+
+
+def first_to_fail(error: ChildFailedError) -> tuple[int, ProcessFailure]:
+    """The rank that failed by itself: torchrun ends the others by SIGTERM."""
+    of_ranks = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
+    by_themselves = [item for item in of_ranks if item[1].exitcode != -signal.SIGTERM]
+    return (by_themselves or of_ranks)[0]
+
+
+def main() -> None:
+    given = launch.launch_command_parser().parse_args()
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):  # tells which processes it ends, behind the sentence
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    launch.simple_launcher = become
+    try:
+        launch.launch_command(given)
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
+    except ChildFailedError as error:
+        rank, failure = first_to_fail(error)
+        if failure.exitcode > 0:
+            sys.exit(failure.exitcode)  # it has said why
+        print(
+            f"launch: rank {rank} (pid {failure.pid}) was ended by {failure.signal_name()}; the system's log "
+            "(dmesg: out of memory?) may say why.",
+            file=sys.stderr,
+        )
+        sys.exit(128 - failure.exitcode)
+    except (ValueError, OSError, ImportError, AssertionError) as error:  # about the launcher's own flags
+        nothing = f"with --num_processes {given.num_processes} there is nothing to start; name how many, or a config."
+        sys.exit(f"launch: error: {str(error) or nothing}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""What the flags name is there: files, folders, packages, a place to write. Looked at before anything is loaded.
+
+A run that lacks one of them would find out by itself, some after hours of reading and measuring. Each sentence is the
+one of the function that needs the thing, which looks for it again when it does.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+
+from ..arguments import Arguments
+from ..data.records import check_data_files
+from ..model.attention import check_flash_attention
+from ..model.fused_kernels import check_liger_kernel
+from ..model.lora import find_adapter
+from ..model.projector import find_projector
+from .checkpoint import check_resume
+from .distributed import check_bitsandbytes, check_tracker
+from .output_folder import check_place
+
+
+def check_files(arguments: Arguments) -> None:
+    """Raises OSError or ValueError, a sentence that names the flag, for a file or folder to read that is not there."""
+    data, training = arguments.data, arguments.training
+    check_data_files(data.data_path, data.image_folder, data.exclude)
+    if data.eval_data_path:
+        check_data_files(data.eval_data_path, data.eval_image_folder, flag_prefix="eval_")
+    if data.sample_order and not Path(data.sample_order).is_file():
+        raise FileNotFoundError(f"The order {data.sample_order} (--sample_order) does not exist.")
+    if arguments.model.pretrain_mm_mlp_adapter:
+        find_projector(arguments.model.pretrain_mm_mlp_adapter)
+    if training.lora_weight_path:
+        find_adapter(training.lora_weight_path)
+
+
+def check_what_a_run_needs(arguments: Arguments) -> None:
+    """`check_files`, and what training needs besides: packages, the processes asked for, a place for what it writes.
+
+    Raises:
+        CheckpointError: `--resume_from_checkpoint` is not there, or checkpoints of an earlier run are.
+        OSError: `--output_dir` cannot be written.
+        ValueError: a package is missing, or the launcher has started fewer processes than it was asked for.
+    """
+    training = arguments.training
+    check_launch(os.environ)
+    check_files(arguments)
+    check_tracker(training.report_to)
+    check_bitsandbytes(training.bits)
+    check_liger_kernel(training.use_liger_kernel)
+    check_flash_attention(arguments.model.attn_implementation)
+    check_place(Path(training.output_dir))
+    check_resume(Path(training.output_dir), training.resume_from_checkpoint)
+
+
+def check_launch(environment) -> None:
+    """Raises ValueError if `accelerate launch` was asked for several processes and has started one.
+
+    Without GPUs it does so silently, unless told to use MPI: the address for the others is then all that is left.
+    """
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in environment
+    of_mpi = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"} & environment.keys()
+    if by_accelerate and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment and not of_mpi:
+        here = "it does so with use_cpu: true, and where no config names a kind of distribution"
+        here += "" if torch.cuda.is_available() else "; there is no GPU here"
+        raise ValueError(
+            f"The launcher was asked for several processes or machines and has started one process alone ({here}). "
+            "Several on CPUs: torchrun --nproc_per_node 2 train.py ..., or a config of DeepSpeed; else leave "
+            "--num_processes out."
+        )

@@ -1,0 +1,72 @@
+"""Behind the sentence in which a run ends nothing is printed, and its exit code is the launcher's."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from tests.end_to_end import runs
+from tests.forked_runs import ROOT
+
+TWO = ["--config_file", "accelerate_configs/zero3.yaml", "--num_processes", "2", "--main_process_port", "0"]
+ONE = ["--config_file", "accelerate_configs/cpu.yaml"]
+pytestmark = pytest.mark.slow
+
+
+def launched(launcher: list, words: list, program="train.py") -> tuple[int, list[str]]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "mini_llava.launch", *launcher, str(program), *words]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    return run.returncode, run.stderr.strip().splitlines()
+
+
+@pytest.mark.parametrize("launcher", [ONE, TWO], ids=["one process", "ZeRO-3 on two"])
+def test_a_faulty_flag_is_said_once_and_last(launcher, tmp_path):
+    code, lines = launched(launcher, runs.flags_of(2, tmp_path / "out", {"learning_rte": 1}))
+    sentence = "train.py: error: unknown flag --learning_rte, did you mean --learning_rate?"
+    assert (code, lines[-1]) == (2, sentence)
+    assert "Traceback" not in "\n".join(lines) and lines.count(sentence) == 1
+
+
+def test_a_sentence_in_mid_run_is_the_last_thing_printed(tmp_path):
+    """Of a picture that is torn, which the rank that opens it finds out."""
+    shutil.copytree(runs.FIXTURES / "data" / "images", tmp_path / "images")
+    for image in (tmp_path / "images").iterdir():
+        image.write_bytes(image.read_bytes()[:200])
+    words = runs.flags_of(2, tmp_path / "out", {"image_folder": tmp_path / "images", "global_batch_size": 4})
+    code, lines = launched(TWO, words)
+    assert code == 1 and "Traceback" not in "\n".join(lines)
+    assert re.match(r"train.py: error( on rank 1)?: .*, record \d+ \(id .*\): the image '.*' cannot be read", lines[-1])
+
+
+def test_what_is_wrong_with_the_launchers_own_flags_is_a_sentence():
+    code, lines = launched(["--config_file", "none.yaml"], [])
+    assert code == 1 and lines[0].startswith("launch: error: ") and "none.yaml" in lines[0] and len(lines) == 1
+
+
+def test_ctrl_c_at_the_launcher_saves_and_the_runs_sentence_is_the_last(tmp_path):
+    words = runs.flags_of(2, tmp_path / "out", {"max_steps": 5000, "global_batch_size": 4})
+    command = [sys.executable, "-m", "mini_llava.launch", *TWO, "train.py", *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with psutil.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes) as launcher:
+        try:
+            deadline = time.monotonic() + 300
+            while not (tmp_path / "out" / "log.jsonl").exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            launcher.send_signal(signal.SIGINT)
+            text, _ = launcher.communicate(timeout=120)
+        finally:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for process in [*launcher.children(recursive=True), launcher]:
+                    process.kill()
+    assert launcher.returncode == 128 + signal.SIGINT and list((tmp_path / "out").glob("checkpoint-*")), text
+    assert "Traceback" not in text and not (tmp_path / "out" / "preempted").exists()
+    assert re.match(r"Stopped after step \d+ as asked; ", text.strip().splitlines()[-1])

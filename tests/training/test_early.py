@@ -1,0 +1,140 @@
+"""What is not there is missed before anything is loaded, with the sentence that the run itself would end with."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+from transformers.utils import is_flash_attn_2_available
+
+from mini_llava import arguments as flags
+from mini_llava.model import sources
+from mini_llava.tools import inspect, tour
+from mini_llava.training.checkpoint import CheckpointError
+from mini_llava.training.early import check_launch
+from tests.end_to_end import runs
+from tests.forked_runs import ROOT
+
+IMAGES, RECORDS = runs.FIXTURES / "data" / "images", runs.FIXTURES / "data" / "train_stage2.json"
+LORA = {"lora_enable": True}
+TO_READ = [
+    ({"data_path": "none.json"}, "The data file none.json (--data_path) does not exist."),
+    ({"data_path": IMAGES}, "images (--data_path) is a directory: give the file in it."),
+    ({"image_folder": RECORDS}, "train_stage2.json (--image_folder) is not a directory."),
+    ({"image_folder": "none"}, "The image folder none (--image_folder) does not exist."),
+    ({"exclude": "none.jsonl"}, "The list none.jsonl (--exclude) does not exist."),
+    ({"eval_data_path": "none.json"}, "The data file none.json (--eval_data_path) does not exist."),
+    ({"eval_data_path": RECORDS, "eval_image_folder": "none"}, "folder none (--eval_image_folder) does not exist."),
+    ({"sample_order": "none.json"}, "The order none.json (--sample_order) does not exist."),
+    ({"pretrain_mm_mlp_adapter": "none.bin"}, "There is no projector at none.bin."),
+    ({"pretrain_mm_mlp_adapter": IMAGES}, "There is no projector at "),
+    (LORA | {"lora_weight_path": "none"}, "none (--lora_weight_path) does not exist; give the directory of an earlier"),
+    (LORA | {"lora_weight_path": IMAGES}, "images has neither adapter_model.safetensors nor adapter_model.bin: it is"),
+]
+TO_RUN = [
+    ({"report_to": "clearml"}, "--report_to clearml: not installed or unknown."),
+    ({"resume_from_checkpoint": "none/checkpoint-3"}, "--resume_from_checkpoint none/checkpoint-3 does not exist."),
+    ({"resume_from_checkpoint": RECORDS}, "train_stage2.json is not a directory."),
+    ({"resume_from_checkpoint": IMAGES}, "images is torn: "),
+]
+if importlib.util.find_spec("liger_kernel") is None:
+    TO_RUN += [({"use_liger_kernel": True}, "--use_liger_kernel True: the package is not installed;")]
+if not is_flash_attn_2_available():
+    TO_RUN += [({"attn_implementation": "flash_attention_2"}, "flash_attention_2: the package flash-attn is not")]
+if importlib.util.find_spec("bitsandbytes") is None:
+    TO_RUN += [(LORA | {"bits": 4}, "--bits 4 needs the package bitsandbytes: pip install bitsandbytes.")]
+
+
+@pytest.fixture
+def nothing_is_opened(monkeypatch):
+    """Reading the model would fail: whatever is missed is missed before."""
+    for name in ("read_json", "find_file"):
+        monkeypatch.setattr(sources, name, lambda *_: pytest.fail("the model was looked at"))
+
+
+def names(values: list) -> list[str]:
+    return [", ".join(values) for values, _ in values]
+
+
+@pytest.mark.parametrize(("values", "sentence"), [*TO_READ, *TO_RUN], ids=names([*TO_READ, *TO_RUN]))
+def test_a_run_misses_it_before_the_model_is_looked_at(values, sentence, nothing_is_opened, tmp_path):
+    with pytest.raises((OSError, ValueError, CheckpointError)) as refused:
+        runs.train_here(runs.flags_of(2, tmp_path / "out", values))
+    assert sentence in str(refused.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("values", "sentence"), TO_READ, ids=names(TO_READ))
+def test_the_plan_and_the_tools_miss_a_file_with_the_same_sentence(
+    values, sentence, nothing_is_opened, tmp_path, capsys
+):
+    words = runs.flags_of(2, tmp_path / "out", values)
+    with pytest.raises((OSError, ValueError)) as refused:
+        runs.train_here([*words, "--dry_run"])
+    assert sentence in str(refused.value)
+    for tool in (inspect, tour):
+        assert tool.main(words) == 2
+        assert sentence in capsys.readouterr().err
+
+
+# --- what is written -------------------------------------------------------------------------------------------------
+
+
+def refused(output_dir, **values) -> str:
+    with pytest.raises((OSError, CheckpointError)) as error:
+        runs.train_here(runs.flags_of(2, output_dir, values))
+    return str(error.value)
+
+
+def test_an_output_directory_that_cannot_be_is_refused(nothing_is_opened, tmp_path):
+    (tmp_path / "file").touch()
+    assert "file (--output_dir) is a file." in refused(tmp_path / "file")
+    assert f"cannot be made: {tmp_path / 'file'} is a file." in refused(tmp_path / "file" / "inside" / "it")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert "link (--output_dir) is a link that leads nowhere." in refused(tmp_path / "link")
+
+
+@pytest.mark.skipif(os.name != "posix" or not os.path.isdir("/proc/self"), reason="needs a folder nobody can write to")
+def test_an_output_directory_where_nothing_can_be_written_is_refused(nothing_is_opened):
+    assert "/proc/run (--output_dir) cannot be written: /proc: " in refused("/proc/run")
+
+
+def test_checkpoints_of_an_earlier_run_and_of_none_are_named(nothing_is_opened, tmp_path):
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "manifest.json").write_text("{}")
+    assert "checkpoint-10 is there from an earlier run." in refused(tmp_path)
+    text = refused(tmp_path, resume_from_checkpoint=tmp_path / "checkpoint-3")
+    assert text == (
+        f"--resume_from_checkpoint {tmp_path}/checkpoint-3 does not exist. There are {tmp_path}/checkpoint-2, "
+        f"{tmp_path}/checkpoint-10. `latest` takes the newest one."
+    )
+    elsewhere = refused(tmp_path, resume_from_checkpoint="elsewhere/checkpoint-3")
+    assert f"There are {tmp_path}/checkpoint-2, " in elsewhere
+    assert f"There is none in {tmp_path}/new either." in refused(tmp_path / "new", resume_from_checkpoint="none")
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+BY_ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no"}
+FEWER = BY_ACCELERATE | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+def test_fewer_processes_than_asked_for_are_missed_and_nothing_else():
+    with pytest.raises(ValueError, match="was asked for several processes or machines and has started one"):
+        check_launch(FEWER)
+    for environment in ({}, BY_ACCELERATE, FEWER | {"WORLD_SIZE": "2"}, FEWER | {"OMPI_COMM_WORLD_SIZE": "2"}):
+        check_launch(environment)
+
+
+@pytest.mark.slow
+def test_accelerate_is_asked_for_two_processes_on_a_cpu(tmp_path):
+    words = runs.flags_of(2, tmp_path / "out", {"max_steps": 1})
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "2"]
+    run = subprocess.run([*command, "train.py", *words], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert run.stderr.splitlines()[-1].startswith("train.py: error: The launcher was asked for several processes")
+
+
+def test_every_tool_takes_a_stage_from_the_file():
+    assert flags.parse_for_a_tool(["--config", str(ROOT / "mini_llava/recipes/llava-1.5-7b-pretrain.yaml")]).stage == 1
