@@ -1,4 +1,4 @@
-"""Starts the ranks of a run: `python -m mini_llava.launch --config_file accelerate_configs/zero3.yaml train.py --stage 2 ...`.
+"""Starts the ranks of a run: `python -m mini_llava.launch --config_file accelerate_configs/zero3.yaml train.py ...`.
 
 It is `accelerate launch`, with its flags, but the sentence in which a run says what is wrong is the last thing printed:
 accelerate and torchrun add tracebacks and a report of their own behind it. The exit code is the run's, and a run of one

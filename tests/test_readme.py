@@ -36,10 +36,11 @@ RUN = {
 OWN = "tests/test_readme_commands.py::test_both_stages_of_ones_own_model"
 LOOK = "tests/test_readme_commands.py::test_a_look_at_a_run_and_at_its_data"
 # Commands of other sections that are run, by how they begin, and by what.
+LAUNCH = "python -m mini_llava.launch --config_file accelerate_configs"
 RUN_ALONE = {
-    "python -m mini_llava.launch --config_file accelerate_configs/zero2.yaml train.py --stage 1 --model_name_or_path": OWN,
-    "python -m mini_llava.launch --config_file accelerate_configs/zero3.yaml train.py --stage 2 --model_name_or_path": OWN,
-    "python -m mini_llava.launch --config_file accelerate_configs/zero3.yaml train.py --stage 2 --config mini_llava": OWN,
+    f"{LAUNCH}/zero2.yaml train.py --stage 1 --model_name_or_path": OWN,
+    f"{LAUNCH}/zero3.yaml train.py --stage 2 --model_name_or_path": OWN,
+    f"{LAUNCH}/zero3.yaml train.py --stage 2 --config mini_llava": OWN,
     "tensorboard --logdir": OWN,
     "python train.py --help": LOOK,
     "python train.py --stage 2 --config my_run.yaml --dry_run": LOOK,

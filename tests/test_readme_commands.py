@@ -82,9 +82,10 @@ def scalars_in_tensorboard(folder: Path) -> list[str]:
 
 
 def test_both_stages_of_ones_own_model(folder):
-    first = "python -m mini_llava.launch --config_file accelerate_configs/zero2.yaml train.py --stage 1"
+    launch = "python -m mini_llava.launch --config_file accelerate_configs"
+    first = f"{launch}/zero2.yaml train.py --stage 1"
     assert "2 processes, DeepSpeed ZeRO-2, bf16" in printed_by(first, folder)
-    second = "python -m mini_llava.launch --config_file accelerate_configs/zero3.yaml train.py --stage 2 --model_name_or_path"
+    second = f"{launch}/zero3.yaml train.py --stage 2 --model_name_or_path"
     assert "2 processes, DeepSpeed ZeRO-3, bf16" in printed_by(second, folder)
     assert (folder / "outputs" / "stage2" / "model.safetensors").is_file()
     assert {"loss", "norms/gradient_norm", "speed/tokens_per_second"} <= set(scalars_in_tensorboard(folder))
