@@ -61,7 +61,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     if arguments.is_demo:
         say(demo.prepare_run(model_flags))
     if training.dry_run:
-        check_files(arguments)
+        check_files(arguments, weights=False)
     else:
         check_what_a_run_needs(arguments)
 

@@ -20,17 +20,20 @@ from .distributed import check_bitsandbytes, check_tracker
 from .output_folder import check_place
 
 
-def check_files(arguments: Arguments) -> None:
-    """Raises OSError or ValueError, a sentence that names the flag, for a file or folder to read that is not there."""
+def check_files(arguments: Arguments, weights: bool = True) -> None:
+    """Raises OSError or ValueError, a sentence that names the flag, for a file or folder to read that is not there.
+
+    weights: whether those of an earlier stage are looked for too; a plan may be made before that stage has run.
+    """
     data, training = arguments.data, arguments.training
     check_data_files(data.data_path, data.image_folder, data.exclude)
     if data.eval_data_path:
         check_data_files(data.eval_data_path, data.eval_image_folder, flag_prefix="eval_")
     if data.sample_order and not Path(data.sample_order).is_file():
         raise FileNotFoundError(f"The order {data.sample_order} (--sample_order) does not exist.")
-    if arguments.model.pretrain_mm_mlp_adapter:
+    if weights and arguments.model.pretrain_mm_mlp_adapter:
         find_projector(arguments.model.pretrain_mm_mlp_adapter)
-    if training.lora_weight_path:
+    if weights and training.lora_weight_path:
         find_adapter(training.lora_weight_path)
 
 

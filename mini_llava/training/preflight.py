@@ -225,6 +225,9 @@ def check_projector(flags: ModelArguments, source: Source) -> Iterator[Finding]:
             why = "It starts at random, without a stage 1: --pretrain_mm_mlp_adapter takes the projector of one."
             yield Finding("projector", why, ODD)
         return
+    if not Path(given).exists():  # in a plan; a run has looked for it
+        yield Finding("projector", f"It starts as {given}, which is not there yet.", ODD)
+        return
     directory = Path(given) if Path(given).is_dir() else Path(given).parent
     said = read_json(directory, "config.json") if (directory / "config.json").is_file() else {}
     differing = list(_projector_differences(said, flags, source))

@@ -210,8 +210,8 @@ def test_training_names_them_before_step_1_and_trains_without_what_is_named(file
         train(files, "refused")
     sentences = str(refused.value).splitlines()
     assert sentences[0].startswith("3 of 5 records cannot be trained on")
-    for line, name in zip(sentences[1:], ("images", "video", "system"), strict=True):
-        assert f"its key '{name}' looks like" in line
+    for name in ("images", "video", "system"):
+        assert any(f"its key '{name}' looks like" in sentence for sentence in sentences)
     assert not (files / "refused" / "log.jsonl").exists()
     with pytest.raises(BadRecord, match=r"has the mark '<video>'.*--leave_unread '<video>'"):
         train(files, "refused", leave_unread=ALL[:2] + ALL[3:])

@@ -101,7 +101,7 @@ def shell(tmp_path_factory):
     """`shell(name, script)`: starts it as a process group of its own, in the folder that all of the test share."""
     folder = tmp_path_factory.mktemp("two_machines")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     environment["PATH"] = f"{folder}:{os.environ['PATH']}"
     environment |= {"SLURM_JOB_NODELIST": "this[0-1]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "17"}
     started = []

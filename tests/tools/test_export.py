@@ -10,7 +10,7 @@ from tests.launching import ROOT
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "model"
-    train_here(flags_of(2, folder, {"max_steps": 1, "global_batch_size": 2, "save_strategy": "no"}))
+    train_here(flags_of(2, folder, {"max_steps": 1, "warmup_ratio": 0, "global_batch_size": 2, "save_strategy": "no"}))
     return folder
 
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 def launched(launcher: list, words: list, program="train.py") -> tuple[int, list[str]]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     command = [sys.executable, "-m", "mini_llava.launch", *launcher, str(program), *words]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     return run.returncode, run.stderr.strip().splitlines()
