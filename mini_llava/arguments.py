@@ -459,7 +459,9 @@ ELSEWHERE = {
     "deepspeed": "ZeRO is chosen by the launcher's config: python -m mini_llava.launch --config_file "
     "accelerate_configs/zero3.yaml train.py ... (also zero2.yaml, zero3_offload.yaml; a DeepSpeed JSON is named in "
     "such a file as deepspeed_config_file).",
-    **dict.fromkeys(("fsdp", "fsdp_config"), "FSDP is not; ZeRO-3 divides the same: accelerate_configs/zero3.yaml."),
+    **dict.fromkeys(
+        ("fsdp", "fsdp_config"), "FSDP is not supported; ZeRO-3 partitions the same: accelerate_configs/zero3.yaml."
+    ),
     **dict.fromkeys(("local_rank", "use_cpu", "no_cuda"), f"{_LAUNCHER}; cpu.yaml is for the CPU."),
     **dict.fromkeys(
         ("ddp_find_unused_parameters", "ddp_backend", "ddp_timeout", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"),
@@ -515,7 +517,7 @@ ELSEWHERE = {
     "model_base": "--model_name_or_path is what a run starts from; mini_llava.tools.chat and export take --model_base.",
     "model_path": "it is --model_name_or_path.",
     "model_max_len": "it is --model_max_length.",
-    "mpt_attn_impl": "attention is --attn_implementation; MPT is not among the models that are known.",
+    "mpt_attn_impl": "attention is --attn_implementation.",
     "use_flash_attn": "attention is --attn_implementation flash_attention_2.",
     "attn_impl": "it is --attn_implementation.",
     "mm_tunable_parts": "what is trained is said by --tune_mm_mlp_adapter, --freeze_mm_mlp_adapter, --freeze_backbone, "
