@@ -134,7 +134,7 @@ def test_a_second_ctrl_c_ends_a_rank_at_once_even_if_it_waits_for_another_for_ev
 
 
 def test_ctrl_c_before_the_first_step_ends_with_a_sentence(tmp_path):
-    for attempt in range(3):  # Python drops the exception of a press that comes amid a callback: the run goes on
+    for attempt in range(3):  # one press was lost under load, for a reason not yet known: the run went on to its end
         run = started(tmp_path / str(attempt), "cpu", 1)
         run.wait_until(lambda run=run: "is a language model" in run.text)
         ranks(run)[0].send_signal(signal.SIGINT)
