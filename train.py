@@ -12,6 +12,18 @@ import time
 import traceback
 from pathlib import Path
 
+from mini_llava.training.preemption import (
+    EXIT_CODE,
+    INTERRUPTED,
+    Preemption,
+    ignore_signals,
+    write_marker,
+)
+
+preemption = Preemption()
+if __name__ == "__main__":
+    preemption.watch()  # before the imports below, which take seconds
+
 import torch
 
 from mini_llava import arguments as flags
@@ -33,20 +45,13 @@ from mini_llava.training.early import check_files, check_what_a_run_needs
 from mini_llava.training.evaluation import HeldOut, read_held_out
 from mini_llava.training.identity import run_identity
 from mini_llava.training.inputs import choose_inputs
+from mini_llava.training.lockstep import STEPS_LOOKED_AT, Lockstep
 from mini_llava.training.longest import try_longest
 from mini_llava.training.meter import Meter, ProgressLine, append_json_line, loss_parts, prepare_reports
 from mini_llava.training.norms import norms_are_due, step_norms
 from mini_llava.training.not_finite import stop_unless_fp16_overflow
 from mini_llava.training.optimizer import build_adamw, learning_rates, parameter_groups, set_learning_rates
 from mini_llava.training.order import choose_order
-from mini_llava.training.preemption import (
-    EXIT_CODE,
-    INTERRUPTED,
-    Preemption,
-    ignore_signals,
-    marker,
-    write_marker,
-)
 from mini_llava.training.schedule import learning_rate_factor, warmup_steps
 from mini_llava.training.summary import write_summary
 from mini_llava.words import counted
@@ -64,6 +69,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         check_files(arguments, weights=False)
     else:
         check_what_a_run_needs(arguments)
+        preemption.output_dir = output_dir
 
     # --- What it starts from: a language model and a tower, or a LLaVA model, which then fixes some of the flags ------
     source = open_source(model_flags, arguments.explicit)
@@ -179,7 +185,6 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         for note in output_folder.remove_leftovers(output_dir, sampler.step, training.save_total_limit):
             say(note)
         flags.save_arguments(arguments, output_dir / "arguments.yaml", distributed.versions())
-        marker(output_dir).unlink(missing_ok=True)
         if note := prepare_reports(output_dir, sampler.step if resume_from else None):
             say(note)
         if not resume_from:
@@ -193,9 +198,12 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     first_batch.show(accelerator, rank_steps, order.dealt_batches(), tokenizer, sampler.step + 1)
     if training.longest_batch_first and sampler.step < total_steps:
         say(try_longest(accelerator, model, optimizer, rank_steps, planned.longest))
-    held_out = HeldOut(arguments, accelerator, model, questions, tokenizer, inputs.eval_template, total_steps)
-    if held_out.is_due(sampler.step):  # before step 1, and where a kill came between a save and its evaluation
-        held_out.evaluate(sampler.step, say)
+    max_skipped = data_flags.max_skipped_share * STEPS_LOOKED_AT * sampler.global_batch_size
+    lockstep = Lockstep(accelerator, preemption, max_skipped)
+    held_out = HeldOut(arguments, accelerator, model, questions, tokenizer, inputs.eval_template, total_steps, lockstep)
+    # Before step 1, and where a kill came between a save and its evaluation.
+    if held_out.is_due(sampler.step) and not held_out.evaluate(sampler.step, say):
+        lockstep.raise_fault()
 
     # --- The loop ----------------------------------------------------------------------------------------------------
     loader = rank_step_loader(
@@ -204,48 +212,70 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         data_flags.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
         worker_init_fn=ignore_signals,
+        patience=data_flags.dataloader_timeout,
+        stop_waiting=lambda: preemption.asked,
     )
     warmup = warmup_steps(training.warmup_ratio, total_steps)
     progress = ProgressLine(total_steps, sampler.step, enabled=rank == 0)
     meter = Meter(accelerator, accelerator.unwrap_model(model), loss_parts(store.source_names(), lengths.has_image))
-    preemption, stopping = Preemption(), False
+    saved_step = sampler.step  # what a resumed run knows is on disk, and a fresh one can make again
+
+    def save() -> None:
+        nonlocal saved_step
+        description = {"stage": arguments.stage, "sampler": sampler.state_dict(), "arguments": arguments.as_dict()}
+        saved = checkpoint.save_or_warn(
+            accelerator,
+            model,
+            optimizer,
+            output_dir,
+            sampler.step,
+            description | {"identity": identity},
+            training.save_total_limit,
+            write_weights=functools.partial(save_trained, **described),
+        )
+        saved_step = sampler.step if saved.is_whole else saved_step
+        progress.say(saved.text)
+        meter.pause_ends(save_seconds=saved.seconds)
+
     gc.collect()
     gc.freeze()  # model and libraries stay: collections in the loop need not look through them again
+    preemption.heed(output_dir)
 
-    for work in meter.waiting_for(loader):
-        of_this_rank = [sum(work.trained_tokens), preemption.asked, preemption.interrupted]
-        sums = distributed.sum_over_ranks(accelerator, of_this_rank)
-        trained_tokens, stop = sums[0], sums[1:].to("cpu", non_blocking=True)  # read once the step has synchronised
-        factor = learning_rate_factor(training.lr_scheduler_type, sampler.step, total_steps, warmup)
+    for work in meter.waiting_for(lockstep.steps(loader)):
+        factor = learning_rate_factor(training.lr_scheduler_type, sampler.steps_taken, total_steps, warmup)
         set_learning_rates(optimizer, factor)  # before the last backward, inside which DeepSpeed steps
 
-        def losses(work=work, trained_tokens=trained_tokens):
+        def losses(work=work):
             parts = zip(work.micro_batches, work.trained_tokens, work.loss_groups, strict=True)
             for batch, own_tokens, groups in parts:
                 token_losses = model(**distributed.to_device(batch, accelerator.device), reduction="none")
                 meter.add_token_losses(token_losses, groups)
                 sum_of_losses = token_losses.sum()
                 if training.loss_normalization == "global_batch":
-                    loss = sum_of_losses / trained_tokens.float().clamp(min=1)
+                    loss = sum_of_losses / lockstep.trained_tokens.float().clamp(min=1)
                 else:  # LLaVA's mean of means, blind to how many tokens a micro-batch trains
                     loss = sum_of_losses / (max(own_tokens, 1) * len(work.micro_batches) * world_size)
                 meter.add_loss(loss)
                 yield loss * world_size  # every backend averages the ranks' gradients
 
-        gradient_norm, finite = distributed.backward_and_step(
-            accelerator, model, optimizer, losses(), len(work.micro_batches), training.max_grad_norm
-        )
-        if not finite:
-            stop_unless_fp16_overflow(accelerator, meter, sampler.step + 1, work, store, output_dir)
+        if lockstep.samples:
+            gradient_norm, finite = distributed.backward_and_step(
+                accelerator, model, optimizer, losses(), len(work.micro_batches), training.max_grad_norm
+            )
+            if not finite:
+                stop_unless_fp16_overflow(accelerator, meter, sampler.step + 1, work, store, output_dir)
+            meter.add_step(work)
+        else:  # every sample of the global batch was skipped: AdamW would still decay and move the weights
+            sampler.empty_steps += 1
         sampler.step += 1
-        meter.add_step(work)
         with distributed.never_fatal(f"{output_dir}/skipped.jsonl lacks entries"):
             log_skipped(store, work.skipped, output_dir / "skipped.jsonl")
 
-        stopping, interrupted = map(bool, stop)
-        saving = stopping or (training.save_strategy == "steps" and sampler.step % training.save_steps == 0)
+        stopping = lockstep.read()
+        saving = training.save_strategy == "steps" and sampler.step % training.save_steps == 0
         evaluating = held_out.is_due(sampler.step)
-        if saving or evaluating or sampler.step % training.logging_steps == 0 or sampler.step == total_steps:
+        logging = sampler.step % training.logging_steps == 0 or sampler.step == total_steps
+        if (logging or saving or evaluating or stopping) and meter.steps:
             values = meter.read()  # here the host waits for the device
             values |= {"learning_rate": training.learning_rate * factor, "gradient_norm": float(gradient_norm)}
             values |= learning_rates(optimizer)
@@ -257,32 +287,28 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
             if rank == 0:
                 append_json_line(output_dir / "log.jsonl", {"step": sampler.step, **values})
         if saving:
-            description = {"stage": arguments.stage, "sampler": sampler.state_dict(), "arguments": arguments.as_dict()}
-            saved = checkpoint.save_or_warn(
-                accelerator,
-                model,
-                optimizer,
-                output_dir,
-                sampler.step,
-                description | {"identity": identity},
-                training.save_total_limit,
-                write_weights=functools.partial(save_trained, **described),
-            )
-            progress.say(saved.text)
-            meter.pause_ends(save_seconds=saved.seconds)
+            save()
+            stopping = lockstep.agree()  # asked during a save, the run ends with that one
+        if evaluating and not stopping:
+            stopping = not held_out.evaluate(sampler.step, progress.say)
+            meter.pause_ends()
         if stopping:
             break
-        if evaluating:
-            held_out.evaluate(sampler.step, progress.say)
-            meter.pause_ends()
     progress.close()
-    preemption.restore()
-    if stopping:
-        if accelerator.is_main_process and not interrupted:  # a person is there, and a scheduler shall not restart it
+
+    def end_early() -> None:
+        """Save what is not saved yet and end the process, with an error if the data is why."""
+        if sampler.step != saved_step:
+            save()
+        lockstep.raise_fault()
+        if accelerator.is_main_process and not lockstep.interrupted:  # a person is there; nothing shall start it again
             write_marker(output_dir, sampler.step, total_steps)
         say(f"Stopped after step {sampler.step} as asked; --resume_from_checkpoint latest goes on.")
         distributed.end_training(accelerator, model)
-        sys.exit(INTERRUPTED if interrupted else EXIT_CODE)
+        sys.exit(INTERRUPTED if lockstep.interrupted else EXIT_CODE)
+
+    if lockstep.stopping:
+        end_early()
 
     # --- The result --------------------------------------------------------------------------------------------------
     with output_folder.writing_the_result(output_dir):
@@ -301,7 +327,8 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     with distributed.never_fatal(f"{output_dir}/skipped.jsonl cannot be counted"):
         for line in count_skipped(output_dir / "skipped.jsonl"):
             say(f"skipped: {line}")
-    held_out.evaluate(total_steps, say)
+    if not held_out.evaluate(total_steps, say):
+        end_early()
     if accelerator.is_main_process:
         say(write_summary(output_dir, training.logging_steps, meter.pauses, store))
         if arguments.is_demo:
@@ -314,11 +341,6 @@ def main() -> None:
     arguments, advice = flags.parse_arguments(), planning.Advice()
     try:
         train(arguments, advice)
-    except KeyboardInterrupt:
-        if distributed.launched_rank()[0] == 0:
-            text = "train.py: interrupted; --resume_from_checkpoint latest goes on from the last checkpoint."
-            print(text, file=sys.stderr)
-        sys.exit(INTERRUPTED)
     except (ValueError, ImportError, OSError, checkpoint.CheckpointError) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         ours = Path(last.filename).is_relative_to(Path(__file__).resolve().parent / "mini_llava")

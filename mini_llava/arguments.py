@@ -142,12 +142,20 @@ class DataArguments:
     on_bad_sample: str = "error"
     """error stops and names the record; skip leaves it out (the global batch shrinks) and lists it in skipped.jsonl."""
 
+    max_skipped_share: float = 0.1
+    """With --on_bad_sample skip: the share of the samples of ten steps that may turn out bad. When there are more, the
+    run saves its state and ends."""
+
     leave_unread: list[str] | None = field(default=None, metadata={"metavar": "NAME"})
     """Keys and marks of records that look like media or a prompt and are meant to be left unread: video "<video>"
     system. A number in one stands for any. Without it such records are bad samples."""
 
     dataloader_num_workers: int = 0
     """Processes that read, tokenize and open images ahead of the step."""
+
+    dataloader_timeout: int = 300
+    """Seconds that such a process may give nothing; then the run saves its state and ends, naming the records. NCCL
+    waits 600."""
 
     sample_order: str | None = None
     """JSON file with the recorded order of a run, a list of global batches of record indices, to replay."""
@@ -432,7 +440,7 @@ DECIDES_NOTHING = {
     *("save_steps", "save_total_limit", "resume_from_checkpoint", "resume_ignore"),
     *("export_format", "save_vision_tower"),
     # a bad record ends the run or is left out, so that a run it has ended can go on without it
-    "on_bad_sample",
+    *("on_bad_sample", "max_skipped_share", "dataloader_timeout"),
     # evaluation draws from generators of its own
     *("eval_data_path", "eval_image_folder", "eval_version", "eval_max_samples", "eval_samples_shown"),
     *("eval_steps", "evaluation_strategy", "per_device_eval_batch_size"),
@@ -448,7 +456,7 @@ POSITIVE = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size", "num_train_epochs"),
     *("logging_steps", "save_steps", "save_total_limit", "model_max_length", "max_tokens_per_micro_batch"),
     *("per_device_eval_batch_size", "eval_max_samples", "lora_r", "lora_alpha", "image_size"),
-    *("num_gpus", "gpu_memory_gib", "expected_mfu"),
+    *("num_gpus", "gpu_memory_gib", "expected_mfu", "dataloader_timeout"),
 )
 
 
@@ -666,6 +674,8 @@ def _check(arguments: Arguments) -> None:
     for name in POSITIVE:
         if values[name] is not None and values[name] <= 0:
             raise ValueError(f"--{name} must be positive, not {values[name]}.")
+    if not 0 <= data.max_skipped_share <= 1:
+        raise ValueError(f"--max_skipped_share {data.max_skipped_share}: give a share of the samples, from 0 to 1.")
     if not 0 < training.gradient_checkpointing_share <= 1:
         share = training.gradient_checkpointing_share
         raise ValueError(f"--gradient_checkpointing_share {share}: give a share of the layers above 0 and up to 1.")

@@ -5,7 +5,9 @@ and sends each worker the record indices of this rank. Accelerate never sees the
 """
 
 import re
-from collections import Counter, defaultdict
+import signal
+import time
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,39 +199,93 @@ def _check_tiles(sample: Sample, images: list[torch.Tensor] | list[Tiles]) -> No
         )
 
 
+class LoaderError(OSError):
+    """One sentence about a loader's worker that gives nothing any more."""
+
+
 def rank_step_loader(
     dataset: RankSteps,
     dealt: Iterable[list[list[int]]],
     num_workers: int,
     pin_memory: bool,
     worker_init_fn: Callable[[int], None] | None = None,
+    patience: int = 300,
+    stop_waiting: Callable[[], bool] = lambda: False,
 ) -> Iterator[RankStep]:
-    """Yields this rank's steps, prepared ahead by `num_workers` processes.
+    """Yield this rank's steps, prepared ahead by `num_workers` processes.
 
     Args:
         dealt: for each step, the record indices of each micro-batch of this rank.
         worker_init_fn: called with its number in every worker when it starts.
+        patience: seconds after which a worker that gives nothing is given up.
+        stop_waiting: asked every second while nothing comes; True ends the steps here.
 
     Raises:
         BadRecord, BadImage: with `--on_bad_sample error`, when the step with the bad sample is reached.
         DataFileError: a data file has changed.
+        LoaderError: a worker was killed, or has given nothing for so long; the sentence names its records.
     """
-    steps = DataLoader(
+    asked_for = deque()  # of the steps that workers are at, in order
+    loader = DataLoader(
         dataset,
-        sampler=_Once(dealt),
+        sampler=_Once(_noted(dealt, asked_for)),
         batch_size=None,
         num_workers=num_workers,
         pin_memory=pin_memory,
         collate_fn=_as_it_is,
         worker_init_fn=worker_init_fn,
+        timeout=1 if num_workers else 0,  # in seconds: how often the wait for a worker is looked at
         # A generator of its own: the loader would otherwise draw its workers' seed from the global one, and a resumed
         # run, which builds a second loader, would see other dropout masks.
         generator=torch.Generator().manual_seed(0),
     )
-    for step in steps:
+    steps, number, waited_since = iter(loader), 0, time.monotonic()
+    if num_workers:
+        # torch would raise from whatever line is running when a worker dies; so it shows when its step is waited for.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    while True:
+        try:
+            step = next(steps)
+        except StopIteration:
+            return
+        except RuntimeError as error:  # torch has no class for either
+            if str(error).startswith("DataLoader worker"):
+                raise LoaderError(
+                    f"A worker of the loader was ended from outside ({error}), while "
+                    f"{_records_of(dataset.store, asked_for)} were to be read; the system's log (dmesg: out of "
+                    "memory?) may say why. Fewer --dataloader_num_workers need less memory."
+                ) from None
+            if not str(error).startswith("DataLoader timed out"):
+                raise
+            if stop_waiting():
+                return
+            if (waited := time.monotonic() - waited_since) > patience:
+                worker = number % num_workers  # they take turns
+                raise LoaderError(
+                    f"Worker {worker} of the loader (pid {steps._workers[worker].pid}) has given nothing for "
+                    f"{waited:.0f} s, as long as --dataloader_timeout waits, while "
+                    f"{_records_of(dataset.store, asked_for)} were to be read. Does their storage answer?"
+                ) from None
+            continue
+        asked_for.popleft()
+        number, waited_since = number + 1, time.monotonic()
         if step.fault is not None:  # raised here because a worker's exception comes with the worker's traceback as text
             raise step.fault
         yield step
+        waited_since = time.monotonic()
+
+
+def _noted(dealt: Iterable[list[list[int]]], asked_for: deque) -> Iterator[list[list[int]]]:
+    for step in dealt:
+        asked_for.append(step)
+        yield step
+
+
+def _records_of(store: RecordStore, asked_for: deque) -> str:
+    """Name the first records of the step that is waited for."""
+    records = [index for micro_batch in (asked_for[0] if asked_for else []) for index in micro_batch]
+    shown = ", ".join(store.describe(index) for index in records[:3])
+    return shown + (f" and {counted(len(records) - 3, 'other record')}" if len(records) > 3 else "") or "no records"
 
 
 class _Once(torch.utils.data.Sampler):

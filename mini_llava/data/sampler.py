@@ -114,8 +114,9 @@ def _concatenate(lists: Sequence[Sequence[int]]) -> list[int]:
 class GlobalBatchSampler:
     """Global batches as a function of (seed, epoch), and a cursor over them that is saved with a checkpoint.
 
-    The cursor `step` counts finished optimizer steps. The training loop moves it when a step is done; loading ahead
-    (`batches`) does not move it, so a checkpoint never skips samples that were prefetched but not trained on.
+    The cursor `step` counts global batches that are done, `empty_steps` those of them without a sample that could be
+    trained on, for which no optimizer step was taken. The training loop moves both; loading ahead (`batches`) does not,
+    so a checkpoint never skips samples that were prefetched but not trained on.
     """
 
     def __init__(
@@ -154,7 +155,7 @@ class GlobalBatchSampler:
                     f"raise it, or leave "
                     f"the source out."
                 )
-        self.step = 0
+        self.step = self.empty_steps = 0
         order = repr((self.lengths, self.has_image, recorded)).encode()
         self._lengths_digest = hashlib.blake2b(order, digest_size=8).hexdigest()
         self._cached_epoch: tuple[int, list[list[int]]] | None = None
@@ -165,6 +166,11 @@ class GlobalBatchSampler:
             return len(self.recorded)
         samples = sum(map(samples_an_epoch, self.source_sizes, self.weights or [1]))
         return math.ceil(samples / self.global_batch_size)
+
+    @property
+    def steps_taken(self) -> int:
+        """Optimizer steps: where the run is in its learning rate schedule."""
+        return self.step - self.empty_steps
 
     def global_batches(self, epoch: int) -> list[list[int]]:
         """All global batches of an epoch; the last one may be smaller, no sample comes twice unless weights ask."""
@@ -202,6 +208,7 @@ class GlobalBatchSampler:
         """The cursor, and what the order is a function of (but for slots, which change no global batch)."""
         return {
             "step": self.step,
+            "empty_steps": self.empty_steps,
             "seed": self.seed,
             "samples": len(self.lengths),
             "batch": self.global_batch_size,
@@ -215,11 +222,11 @@ class GlobalBatchSampler:
         differing = [
             f"{key} {state.get(key)} there, {mine.get(key)} here"
             for key in mine | state
-            if key != "step" and state.get(key) != mine.get(key)
+            if key not in ("step", "empty_steps") and state.get(key) != mine.get(key)
         ]
         if differing and not order_may_differ:
             raise ValueError(f"The checkpoint's sample order is not the one of this run: {'; '.join(differing)}.")
-        self.step = state["step"]
+        self.step, self.empty_steps = state["step"], state.get("empty_steps", 0)
 
 
 def deal(

@@ -231,13 +231,15 @@ class Report:
 
     text: str
     seconds: float
+    is_whole: bool
 
 
 def save_or_warn(accelerator: Accelerator, model: nn.Module, optimizer, output_dir: Path, *rest, **named) -> Report:
     """`save_checkpoint`, whose failure is a warning: a full disk must not cost the work that is still in memory."""
-    started = time.perf_counter()
+    started, is_whole = time.perf_counter(), False
     try:
         saved = save_checkpoint(accelerator, model, optimizer, output_dir, *rest, **named)
+        is_whole = True
         text = "\n".join([str(saved), *saved.warnings])
     except CheckpointError as error:
         present = complete_checkpoints(output_dir)
@@ -245,7 +247,7 @@ def save_or_warn(accelerator: Accelerator, model: nn.Module, optimizer, output_d
             f"Warning: {error} The run goes on, and the next save is the next try; a crash before it loses the work "
             f"since {present[-1].name if present else 'the beginning'}."
         )
-    return Report(text, time.perf_counter() - started)
+    return Report(text, time.perf_counter() - started, is_whole)
 
 
 def _write_pieces(accelerator: Accelerator, model: nn.Module, optimizer, directory: Path) -> dict[str, dict]:

@@ -25,13 +25,14 @@ from ..data.anyres import Tiles
 from ..data.collator import image_tokens, join_images, sample_of_targets
 from ..data.images import BadImage
 from ..data.json_lines import append_lines, read_lines
-from ..data.loader import RankSteps, fault_table, loss_group, rank_step_loader
+from ..data.loader import RankStep, RankSteps, fault_table, loss_group, rank_step_loader
 from ..data.records import RecordStore, missing_image
 from ..data.sampler import deal
 from ..data.templates import IMAGE_MARK, Template, written_answer
 from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, BadRecord, Sample, expand_images
 from ..words import counted
 from .distributed import gather_from_ranks, log, never_fatal, show, sum_over_ranks, to_device, zero_stage
+from .lockstep import Lockstep
 from .meter import append_json_line, loss_parts, questions_bar
 from .preemption import ignore_signals
 from .scoring import CHOICE, EXACT_MATCH, is_right, metric_of
@@ -40,6 +41,10 @@ from .shown_answers import ShownAnswer, as_picture, as_table
 # An answer longer than the longest expected one is wrong in any case; a choice may be put into a sentence.
 LONGER_THAN_EXPECTED = {EXACT_MATCH: 4, CHOICE: 32}  # tokens
 IN_WORDS = {EXACT_MATCH: "answered exactly", CHOICE: "chosen right"}
+
+
+class _Ended(Exception):
+    """The run ends within this evaluation."""
 
 
 @dataclass
@@ -143,17 +148,20 @@ class HeldOut:
         tokenizer: PreTrainedTokenizerBase,
         template: Template,
         total_steps: int,
+        lockstep: Lockstep,
     ):
         """
         Args:
             model: prepared, a `LlavaModel`.
             held_out: what `read_held_out` gave.
             template: which says what ends an answer.
+            lockstep: asked between two batches whether the run ends here.
         """
         self.data_flags, self.training = arguments.data, arguments.training
         self.accelerator, self.model = accelerator, model
         self.tokenizer, self.template = tokenizer, template
         self.total_steps, self.output_dir = total_steps, Path(arguments.training.output_dir)
+        self.lockstep = lockstep
         self.rank_steps, self.questions = held_out or (None, [])
         self.history: list[dict] = []
         if not self.questions:
@@ -183,13 +191,14 @@ class HeldOut:
         steps = self.training.eval_steps
         return step == 0 or (steps > 0 and step % steps == 0)
 
-    def evaluate(self, step: int, say: Callable[[str], None]) -> None:
-        """Measures, writes `log.jsonl` and `eval_samples.jsonl`, feeds the trackers. All ranks must call it.
+    def evaluate(self, step: int, say: Callable[[str], None]) -> bool:
+        """Measure, write `log.jsonl` and `eval_samples.jsonl`, feed the trackers. All ranks must call it.
 
-        Raises BadRecord or BadImage for a picture that cannot be opened, and ValueError where memory does not suffice.
+        Return False if the run ends here, and this evaluation with it: it was asked to stop, or a picture cannot be
+        opened any more; `lockstep` knows which. Raises ValueError where memory does not suffice.
         """
         if not self.questions:
-            return
+            return True
         started = time.perf_counter()
         blind = None
         try:
@@ -201,6 +210,8 @@ class HeldOut:
                     blind = self._answers(
                         shuffle_images(self.questions, self.training.seed), "the same, images shuffled"
                     )
+        except _Ended:
+            return False
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"Memory has run out while held-out questions were answered, "
@@ -209,12 +220,18 @@ class HeldOut:
         values = self._values(losses, trained, answers, blind) | {"eval/seconds": time.perf_counter() - started}
         self.evaluated.add(step)
         if not self.accelerator.is_main_process:
-            return
+            return True
         self.history.append({"step": step, **values})
         append_json_line(self.output_dir / "log.jsonl", self.history[-1])
         log(self.accelerator, values, step)
         self._show(step, losses / trained, answers)
         say(self._in_a_sentence(self.history[-1]))
+        return True
+
+    def _go_on(self, fault: Exception | None = None) -> None:
+        """Between two batches: raise `_Ended` on all ranks if one of them has a fault or was asked to stop."""
+        if self.lockstep.agree(fault):
+            raise _Ended
 
     @property
     def best(self) -> dict | None:
@@ -265,12 +282,13 @@ class HeldOut:
             self.data_flags.dataloader_num_workers,
             pin_memory=device.type == "cuda",
             worker_init_fn=ignore_signals,
+            patience=self.data_flags.dataloader_timeout,
+            stop_waiting=lambda: self.lockstep.preemption.asked,
         )
         sums = torch.zeros(2, len(lengths), dtype=torch.float64, device=device)
         with self._bar("held-out loss") as bar:
-            for step, work in zip(mine, loader, strict=True):
-                for index, reason in work.skipped:
-                    raise BadRecord(f"--eval_data_path: {self.store.describe(index)}: {reason}")
+            for step in mine:
+                work = self._next_work(loader)
                 for places, batch in zip(step, work.micro_batches, strict=True):
                     losses = self.model(**to_device(batch, device), reduction="none")
                     if places:
@@ -281,6 +299,17 @@ class HeldOut:
                 bar.update(min(size, len(lengths) - bar.n))  # those of all ranks
         losses, trained = sum_over_ranks(self.accelerator, sums).cpu().numpy()
         return losses, trained
+
+    def _next_work(self, loader: Iterator[RankStep]) -> RankStep:
+        work, fault = None, None
+        try:
+            work = next(loader, None)  # None: asked to stop while it waited
+            for index, reason in work.skipped if work else ():
+                fault = BadRecord(f"--eval_data_path: {self.store.describe(index)}: {reason}")
+        except Exception as error:  # also of a loader's worker: the state of the training is to be saved first
+            fault = error
+        self._go_on(fault)
+        return work
 
     def _bar(self, what: str) -> tqdm:
         return questions_bar(len(self.questions), what, enabled=self.accelerator.is_main_process)
@@ -294,6 +323,13 @@ class HeldOut:
         attention = llava.language_model.config._attn_implementation
         if attention == "varlen":  # for packed rows without a cache only
             llava.language_model.set_attn_implementation("sdpa")
+        try:
+            return self._answer_all(llava, questions, what)
+        finally:
+            if attention == "varlen":
+                llava.language_model.set_attn_implementation(attention)
+
+    def _answer_all(self, llava: nn.Module, questions: Sequence[Question], what: str) -> list[str]:
         stop = [text for text in self.template.stop if text in self.tokenizer.get_vocab()]
         stop_ids = self.tokenizer.convert_tokens_to_ids(stop) or self.tokenizer.eos_token_id
         batch_size, rank = self.training.per_device_eval_batch_size, self.accelerator.process_index
@@ -309,21 +345,29 @@ class HeldOut:
                 first = start + rank * batch_size
                 places = by_length[first : first + batch_size]
                 asked = places or by_length[:1]
+                images, fault = [], None
+                try:
+                    images = [[self._pixels(*image) for image in questions[place].images] for place in asked]
+                except Exception as error:
+                    fault = error
+                self._go_on(fault)
                 most_tokens = max(self.most_tokens[place] for place in asked)
-                texts = self._generate(llava, [questions[place] for place in asked], most_tokens, stop_ids)
+                texts = self._generate(llava, [questions[place] for place in asked], images, most_tokens, stop_ids)
                 answers |= zip(places, texts, strict=False)
                 bar.update(min(size, len(by_length) - start))
-        if attention == "varlen":
-            llava.language_model.set_attn_implementation(attention)
         of_all = ChainMap(*gather_from_ranks(self.accelerator, answers))
         return [of_all[place] for place in range(len(questions))]
 
     def _generate(
-        self, llava: nn.Module, batch: Sequence[Question], most_tokens: int, stop_ids: int | list[int]
+        self,
+        llava: nn.Module,
+        batch: Sequence[Question],
+        images_of_questions: Sequence[Sequence[torch.Tensor | Tiles]],
+        most_tokens: int,
+        stop_ids: int | list[int],
     ) -> list[str]:
         images, ids = [], []
-        for question in batch:
-            images_of_question = [self._pixels(index, name) for index, name in question.images]
+        for question, images_of_question in zip(batch, images_of_questions, strict=True):
             tokens = image_tokens(images_of_question, llava.vision_tower.tokens_per_image)
             ids.append(torch.from_numpy(expand_images(question.input_ids, tokens).astype(np.int64)))
             images += images_of_question

@@ -1,10 +1,12 @@
-"""SIGTERM, SIGUSR1 and SIGINT as a wish to stop: of a scheduler that takes the machine away, of a person at Ctrl-C.
+"""SIGTERM, SIGUSR1, SIGHUP and SIGINT as a request to stop: of a scheduler, of a terminal that is gone, of a person.
 
-The first signal sets a flag and nothing else. The loop adds the flag to the all-reduce that every step begins with, so
-that all ranks stop after the same step although only one of them may have been signalled, and no step waits for it.
+Until the loop begins, a signal ends the process at once: nothing is lost that is not on disk. From then on the first
+signal sets a flag and nothing else. The ranks agree on it (`lockstep.py`), so that all of them stop after the same step
+although only one of them may have been signalled, and the state is saved once.
 """
 
 import atexit
+import contextlib
 import json
 import multiprocessing
 import os
@@ -15,78 +17,138 @@ import threading
 import time
 from pathlib import Path
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+# Ignored where whoever started the run ignores them: nohup does the one, a shell's background job the other.
+MAY_BE_IGNORED = (signal.SIGHUP, signal.SIGINT)
 # Not 0: a script that runs stage 2 after stage 1 must not go on.
 EXIT_CODE = 128 + signal.SIGTERM
 INTERRUPTED = 128 + signal.SIGINT
-# Slurm signals the launcher and the ranks, and the launcher passes its own signal on to the ranks: one wish, not two.
-SECONDS_OF_ONE_WISH = 2
+# Slurm signals the launcher and the ranks, and the launcher passes its own signal on to the ranks: one request.
+SECONDS_OF_ONE_REQUEST = 2
 # A launcher may pass on what the terminal has sent to the ranks too, but a person who presses twice means it.
 SECONDS_OF_ONE_PRESS = 0.5
 
 
 class Preemption:
-    """Watches for the signals from its creation until `restore`.
+    """Whether this process was asked to stop.
 
-    asked: whether this process has had one; interrupted: whether it was SIGINT, from a person, who need not be told by
-    a `preempted` file and whose run nothing shall start again.
-
-    A thread takes them, because the main thread may wait for another rank outside of Python, where no handler runs.
+    asked: it has had a signal since `heed`; interrupted: that was SIGINT, from a person, who need not be told by a
+    `preempted` file and whose run nothing shall start again.
+    output_dir: where a run that ends before the loop leaves its `preempted` file; None as long as it owns none.
     """
 
     def __init__(self) -> None:
         self.asked = self.interrupted = False
+        self.output_dir: Path | None = None
+        self._heeded, self._lock = False, threading.Lock()
+        self._watched: list[int] = []
+
+    def watch(self) -> None:
+        """Take the signals from here on, in a thread: the main thread may wait outside of Python, where no handler
+        runs, or be in a callback that swallows what a handler raises."""
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        self._fd_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        self._handlers_before = {number: signal.signal(number, _do_nothing) for number in SIGNALS}
-        threading.Thread(target=self._listen, daemon=True).start()
-        atexit.register(_end_workers)
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        for number in SIGNALS:
+            if number not in MAY_BE_IGNORED or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, _do_nothing)
+                self._watched.append(number)
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+        os.register_at_fork(after_in_child=self._leave_to_parent)
+        atexit.register(end_workers)
+
+    def heed(self, output_dir: Path) -> None:
+        """Let the run itself answer from here on. Remove the `preempted` file of an earlier run."""
+        with self._lock:  # which a thread that is ending this process keeps
+            self._heeded = True
+            marker(output_dir).unlink(missing_ok=True)
 
     def _listen(self) -> None:
         asked_at = 0.0
         while received := self._reader.recv(1):  # the number of a signal as one byte, from Python's handler in C
             number = received[0]
-            if number not in SIGNALS:
+            if number not in self._watched:
                 continue
+            with self._lock:
+                if not self._heeded:
+                    self._end_at_once(number)
             if not self.asked:
                 self.interrupted = number == signal.SIGINT
                 self.asked, asked_at = True, time.monotonic()
-                second = "a second Ctrl-C" if self.interrupted else "a second signal"
-                text = f"saving after this step or the next, then ending; {second} ends it at once."
-                print(f"\n{signal.Signals(number).name}: {text}", file=sys.stderr, flush=True)
-            elif time.monotonic() - asked_at > (SECONDS_OF_ONE_PRESS if self.interrupted else SECONDS_OF_ONE_WISH):
+                second = "Ctrl-C" if self.interrupted else "signal"
+                _say(
+                    f"{_name(number)}: once this step, save or batch of an evaluation is done, the run saves its state "
+                    f"and ends; a second {second} ends it at once."
+                )
+            elif time.monotonic() - asked_at > (SECONDS_OF_ONE_PRESS if self.interrupted else SECONDS_OF_ONE_REQUEST):
+                end_workers()
                 os._exit(128 + number)
 
-    def restore(self) -> None:
-        """From here on a signal does what it did before."""
-        for number, handler in self._handlers_before.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._fd_before)
-        self._writer.close()  # which ends the thread
+    def _end_at_once(self, number: int) -> None:
+        by_a_person = number == signal.SIGINT
+        if self.output_dir is not None and not by_a_person:
+            with contextlib.suppress(OSError):
+                self.output_dir.mkdir(parents=True, exist_ok=True)
+                write_marker(self.output_dir)
+        # Of several ranks that a launcher has signalled, one is enough to say so.
+        if os.environ.get("RANK", "0") == "0":
+            what = "interrupted" if by_a_person else f"ended by {_name(number)}"
+            _say(f"train.py: {what} before the first step; --resume_from_checkpoint latest goes on from what is saved.")
+        end_workers()
+        flush_output()
+        os._exit(INTERRUPTED if by_a_person else EXIT_CODE)
+
+    def _leave_to_parent(self) -> None:
+        """In a forked child, which would write to the parent's socket: a signal to the whole job is the parent's."""
+        if self._watched:
+            signal.set_wakeup_fd(-1)
+            ignore_signals()
 
 
 def _do_nothing(*_) -> None:
     pass
 
 
-def _end_workers() -> None:
-    """At exit after an exception Python asks the loader's workers to end by the SIGTERM that they ignore, and waits."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise that a worker was killed
+def _name(number: int) -> str:
+    return signal.Signals(number).name
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # the terminal may be gone, and this thread must live
+        print(f"\n{text}", file=sys.stderr, flush=True)
+
+
+def flush_output() -> None:
+    """Flush stdout, for two seconds at most: the main thread may hold it."""
+    thread = threading.Thread(target=_flush_stdout, daemon=True)
+    thread.start()
+    thread.join(2)
+
+
+def _flush_stdout() -> None:
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+
+
+def end_workers() -> None:
+    """Kill the child processes. At exit Python asks them to end by the SIGTERM that they ignore, and waits."""
+    with contextlib.suppress(ValueError):  # of another thread than the main one, which ends the process anyway
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise that a worker was killed
     for worker in multiprocessing.active_children():
         worker.kill()
 
 
 def marker(output_dir: Path) -> Path:
-    """The file by which a job script knows that the run wants to be started again; launchers hide exit codes."""
+    """Return the file by which a job script knows that the run wants to be started again; launchers hide exit codes."""
     return output_dir / "preempted"
 
 
-def write_marker(output_dir: Path, step: int, total_steps: int) -> None:
+def write_marker(output_dir: Path, step: int | None = None, total_steps: int | None = None) -> None:
+    """step: after which the run has stopped; None before the loop."""
     marker(output_dir).write_text(json.dumps({"step": step, "total_steps": total_steps}) + "\n", encoding="utf-8")
 
 
 def ignore_signals(_worker: int = 0) -> None:
-    """For loader workers: a signal to the whole job must not kill them while their rank finishes the step."""
+    """Ignore the signals, in a child: one to the whole job must not kill it while its rank finishes the step."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
