@@ -176,6 +176,7 @@ def _fork_ranks(program: str, flags: list[str], processes: int, inside) -> None:
 
 
 def _become(program: str, flags: list[str]) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, as tests may be, ignores it
     sys.argv = [program, *flags]
     code = 0
     try:
