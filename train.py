@@ -300,6 +300,8 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         """Save what is not saved yet and end the process, with an error if the data is why."""
         if sampler.step != saved_step:
             save()
+        if lockstep.fault and lockstep.ahead:  # too much was skipped, and its last step is not in the list yet
+            log_skipped(store, lockstep.ahead.skipped, output_dir / "skipped.jsonl")
         lockstep.raise_fault()
         if accelerator.is_main_process and not lockstep.interrupted:  # a person is there; nothing shall start it again
             write_marker(output_dir, sampler.step, total_steps)

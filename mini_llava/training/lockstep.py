@@ -31,6 +31,8 @@ class Lockstep:
         samples: in that global batch; without any there is no step to take.
         stopping: whether the run ends here; the same on all ranks.
         interrupted: whether it does because a person pressed Ctrl-C.
+        fault: why this rank cannot go on.
+        ahead: this rank's data of the step after the one that was yielded last.
     """
 
     def __init__(self, accelerator: Accelerator, preemption: Preemption, max_skipped: float):
@@ -40,7 +42,7 @@ class Lockstep:
         self.samples = self._samples_ahead = 0
         self.stopping = self.interrupted = False
         self._sums, self._copied = torch.zeros(5, dtype=torch.float64), None
-        self._fault: Exception | None = None
+        self.fault: Exception | None = None
         self._skipped: deque[int] = deque(maxlen=STEPS_LOOKED_AT)
         self.ahead: RankStep | None = None
 
@@ -62,7 +64,7 @@ class Lockstep:
         try:
             self.ahead = next(loader, None)
         except Exception as error:  # a bug in a loader's worker, too, shall not cost what was trained
-            self.ahead, self._fault = None, error
+            self.ahead, self.fault = None, error
 
     def _begin_to_agree(self, trained_tokens: int) -> None:
         ahead = self.ahead or RankStep([], [])
@@ -80,8 +82,8 @@ class Lockstep:
             self._copied.synchronize()
         self._samples_ahead, skipped, *reasons = map(int, self._sums.tolist())
         self._skipped.append(skipped)
-        if sum(self._skipped) > self.max_skipped and self._fault is None:  # the same on all ranks
-            self._fault = DataFault(self._too_many_skipped())
+        if sum(self._skipped) > self.max_skipped and self.fault is None:  # the same on all ranks
+            self.fault = DataFault(self._too_many_skipped())
             reasons[0] += 1
         return self._decide(*reasons)
 
@@ -90,11 +92,11 @@ class Lockstep:
 
         fault: why this rank cannot go on.
         """
-        self._fault = self._fault or fault
+        self.fault = self.fault or fault
         return self._decide(*sum_over_ranks(self.accelerator, self._reasons_to_stop()).tolist())
 
     def _reasons_to_stop(self) -> list[bool]:
-        return [self._fault is not None, self.preemption.asked, self.preemption.interrupted]
+        return [self.fault is not None, self.preemption.asked, self.preemption.interrupted]
 
     def _decide(self, faults: float, asked: float, interrupted: float) -> bool:
         self.stopping, self.interrupted = faults + asked > 0, interrupted > 0
@@ -109,9 +111,9 @@ class Lockstep:
 
     def raise_fault(self) -> None:
         """Raise on every rank what ended the run on one of them, if anything did. All ranks must call it."""
-        faults = gather_from_ranks(self.accelerator, None if self._fault is None else str(self._fault))
-        if self._fault is not None:
-            raise self._fault
+        faults = gather_from_ranks(self.accelerator, None if self.fault is None else str(self.fault))
+        if self.fault is not None:
+            raise self.fault
         for rank, sentence in enumerate(faults):
             if sentence is not None:
                 raise DataFault(sentence if rank == 0 else f"rank {rank}: {sentence}")
