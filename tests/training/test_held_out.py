@@ -11,6 +11,8 @@ from mini_llava import arguments as flags
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import load_tokenizer, tokenize, tokenize_prompt
 from mini_llava.training.evaluation import HeldOut, read_held_out
+from mini_llava.training.lockstep import Lockstep
+from mini_llava.training.preemption import Preemption
 from mini_llava.training.shown_answers import ShownAnswer, as_picture, as_table
 from tests.end_to_end import runs
 from tests.training.tiny_llava import IMAGE_SIZE, TOKENS_PER_IMAGE, tiny_llava
@@ -33,7 +35,9 @@ def make(tmp_path):
         arguments = flags.parse_arguments(runs.flags_of(2, tmp_path, values))
         held_out = read_held_out(arguments.data, 42, to_sample, to_prompt, blank, IMAGE_SIZE)
         accelerator, model = Accelerator(cpu=True), tiny_llava()
-        return HeldOut(arguments, accelerator, model, held_out, textual["tokenizer"], textual["template"], 20)
+        textual_flags = (textual["tokenizer"], textual["template"])
+        lockstep = Lockstep(accelerator, Preemption(), max_skipped=0)
+        return HeldOut(arguments, accelerator, model, held_out, *textual_flags, 20, lockstep)
 
     return make
 
