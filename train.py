@@ -49,7 +49,7 @@ from mini_llava.training.lockstep import STEPS_LOOKED_AT, Lockstep
 from mini_llava.training.longest import try_longest
 from mini_llava.training.meter import Meter, ProgressLine, append_json_line, loss_parts, prepare_reports
 from mini_llava.training.norms import norms_are_due, step_norms
-from mini_llava.training.not_finite import stop_unless_fp16_overflow
+from mini_llava.training.not_finite import why_not_taken
 from mini_llava.training.optimizer import build_adamw, learning_rates, parameter_groups, set_learning_rates
 from mini_llava.training.order import choose_order
 from mini_llava.training.schedule import learning_rate_factor, warmup_steps
@@ -230,7 +230,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
             output_dir,
             sampler.step,
             description | {"identity": identity},
-            training.save_total_limit,
+            None if lockstep.fault else training.save_total_limit,  # a state that a fault has ended replaces none
             write_weights=functools.partial(save_trained, **described),
         )
         saved_step = sampler.step if saved.is_whole else saved_step
@@ -262,8 +262,10 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
             gradient_norm, finite = distributed.backward_and_step(
                 accelerator, model, optimizer, losses(), len(work.micro_batches), training.max_grad_norm
             )
-            if not finite:
-                stop_unless_fp16_overflow(accelerator, meter, sampler.step + 1, work, store, output_dir)
+            if not finite and lockstep.stop(
+                why_not_taken(accelerator, meter, sampler.step + 1, work, store, output_dir)
+            ):
+                break
             meter.add_step(work)
         else:  # every sample of the global batch was skipped: AdamW would still decay and move the weights
             sampler.empty_steps += 1

@@ -95,6 +95,12 @@ class Lockstep:
         self.fault = self.fault or fault
         return self._decide(*sum_over_ranks(self.accelerator, self._reasons_to_stop()).tolist())
 
+    def stop(self, fault: Exception | None) -> bool:
+        """Return whether the run ends here, because of a fault that all ranks have found themselves; None goes on."""
+        if fault is not None:
+            self.fault, self.stopping, self.ahead = fault, True, None
+        return self.stopping
+
     def _reasons_to_stop(self) -> list[bool]:
         return [self.fault is not None, self.preemption.asked, self.preemption.interrupted]
 
