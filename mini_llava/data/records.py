@@ -47,33 +47,40 @@ class DataFile:
 
     A memory map would be as fast, but kills the process by a signal when the file is cut short while it is mapped.
     Reading by position needs no offset of its own, so forked workers share the descriptor. A pickled copy opens the
-    file again. Raises DataFileError where the file has changed, for then no record is sure to be where it was.
+    file again. Raises DataFileError where the file has changed, for then no record is sure to be where it was. A file
+    that was only touched, or replaced in place by an equal one, has not: its content is compared, once for each touch.
+
+    known_digest: of the content; None where nobody has needed it, and then any other time of change is a change.
     """
 
-    def __init__(self, path: str, stamp: tuple[int, int] | None = None):
-        """stamp: size and time of change that it must have; None takes those that it has."""
+    def __init__(self, path: str, stamp: tuple[int, int] | None = None, digest: str | None = None):
+        """stamp: size and time of change that it must have; None takes those that it has. digest: `known_digest`."""
         self.path = path
         self._descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
-        self._stamp = stamp or self._stamp_now()
+        self._stamp, self.known_digest = stamp or self._stamp_now(), digest
         self.size = self._stamp[0]
-        if self._stamp_now() != self._stamp:
+        if not self._is_unchanged():
             raise self._changed()
 
     def read(self, start: int, end: int) -> bytes:
         """The bytes from `start` up to `end`, which may lie beyond the end of the file."""
-        wanted, content = min(end, self.size) - start, b""
         try:
-            while len(content) < wanted:  # the system may give less than is asked for, 2 GiB at most
-                more = os.pread(self._descriptor, wanted - len(content), start + len(content))
-                if not more:
-                    break
-                content = content + more if content else more
-            same = self._stamp_now() == self._stamp
+            content = self._read(start, end)
+            unchanged = self._is_unchanged()
         except OSError as error:
             raise DataFileError(f"The data file {self.path} cannot be read any more: {error.strerror}.") from error
-        if len(content) < wanted or not same:
+        if len(content) < min(end, self.size) - start or not unchanged:
             raise self._changed()
+        return content
+
+    def _read(self, start: int, end: int) -> bytes:
+        wanted, content = min(end, self.size) - start, b""
+        while len(content) < wanted:  # the system may give less than is asked for, 2 GiB at most
+            more = os.pread(self._descriptor, wanted - len(content), start + len(content))
+            if not more:
+                break
+            content = content + more if content else more
         return content
 
     def chunks(self, start: int, end: int | None = None) -> Iterator[bytes]:
@@ -83,11 +90,15 @@ class DataFile:
             yield self.read(position, min(position + CHUNK_BYTES, end))
 
     def digest(self) -> str:
-        """A digest of the content."""
-        digest = hashlib.blake2b(digest_size=16)
-        for chunk in self.chunks(0):
-            digest.update(chunk)
-        return digest.hexdigest()
+        """Return a digest of the content, computed once."""
+        if self.known_digest is None:
+            digest = hashlib.blake2b(digest_size=16)
+            for chunk in self.chunks(0):
+                digest.update(chunk)
+            self.known_digest = digest.hexdigest()
+        if not self._is_unchanged():
+            raise self._changed()
+        return self.known_digest
 
     def identity(self) -> str:
         """Another one whenever the file is; without reading it, for nobody can set the time of its last change."""
@@ -97,6 +108,20 @@ class DataFile:
     def _stamp_now(self) -> tuple[int, int]:
         status = os.fstat(self._descriptor)
         return status.st_size, status.st_mtime_ns
+
+    def _is_unchanged(self) -> bool:
+        now = self._stamp_now()
+        if now == self._stamp:
+            return True
+        if now[0] != self.size or self.known_digest is None:
+            return False
+        digest = hashlib.blake2b(digest_size=16)
+        for position in range(0, self.size, CHUNK_BYTES):
+            digest.update(self._read(position, position + CHUNK_BYTES))
+        if digest.hexdigest() != self.known_digest or self._stamp_now() != now:
+            return False
+        self._stamp = now
+        return True
 
     def _changed(self) -> DataFileError:
         size = self._stamp_now()[0]
@@ -109,7 +134,7 @@ class DataFile:
         )
 
     def __reduce__(self):
-        return DataFile, (self.path, self._stamp)
+        return DataFile, (self.path, self._stamp, self.known_digest)
 
 
 def check_data_files(
@@ -163,7 +188,7 @@ class RecordStore:
         self.data_path = [str(path) for path in data_path]
         self._image_folder = [str(folder) for folder in image_folder]
         self._files = [DataFile(path) for path in self.data_path]
-        spans, self._digests = zip(*(_index(file, cache_folder) for file in self._files), strict=True)
+        spans = [_index(file, cache_folder) for file in self._files]
         self._spans = np.concatenate(spans)
         self._first = np.cumsum([0, *map(len, spans)])
         self._kept_before = np.zeros(0, np.int64)  # for each excluded record, how many kept ones are before it
@@ -260,9 +285,7 @@ class RecordStore:
 
     def digests(self) -> list[str]:
         """A digest of the content of each file, in order."""
-        known = zip(self._files, self._digests, strict=True)
-        self._digests = [digest or file.digest() for file, digest in known]
-        return self._digests
+        return [file.digest() for file in self._files]
 
     def digest(self) -> str:
         """A digest of the content of all files, in order, and of what is excluded; names and dates do not count."""
@@ -270,15 +293,19 @@ class RecordStore:
         return hashlib.blake2b(parts, digest_size=16).hexdigest()
 
 
-def _index(file: DataFile, cache_folder: str | os.PathLike | None) -> tuple[np.ndarray, str | None]:
-    """The spans of a file and, of a large one, its digest: out of the cache if this very file was indexed before."""
+def _index(file: DataFile, cache_folder: str | os.PathLike | None) -> np.ndarray:
+    """Return the spans of a file, and let it know its digest: out of the cache if this very file was indexed before."""
     if cache_folder is None or file.size < INDEX_CACHED_FROM:
-        return _spans(file), None
+        spans = _spans(file)
+        if file.size < INDEX_CACHED_FROM:
+            file.digest()
+        return spans
     name = hashlib.blake2b(file.identity().encode() + Path(__file__).read_bytes(), digest_size=16).hexdigest()
     cache = Path(cache_folder) / f"index-{name}.npz"
     try:
         with np.load(cache, allow_pickle=False) as arrays:
-            return arrays["spans"], str(arrays["digest"])
+            spans, file.known_digest = arrays["spans"], str(arrays["digest"])
+            return spans
     except Exception:  # there is none, or it is damaged, which raises zipfile, zlib, KeyError, ValueError or OSError
         spans, digest = _spans(file), file.digest()
     try:
@@ -286,7 +313,7 @@ def _index(file: DataFile, cache_folder: str | os.PathLike | None) -> tuple[np.n
         _write_arrays(cache, spans=spans, digest=np.array(digest))
     except OSError as error:
         warnings.warn(f"The index is not cached: {cache_folder} cannot be written ({error}).", stacklevel=3)
-    return spans, digest
+    return spans
 
 
 def _write_arrays(file: Path, **arrays: np.ndarray) -> None:

@@ -276,6 +276,25 @@ def changing(tmp_path):
     return path, RecordStore([str(path)])
 
 
+def test_a_file_that_is_touched_or_written_again_with_the_same_content_has_not_changed(changing):
+    path, store = changing
+    for touch in (lambda: os.utime(path), lambda: path.write_text(path.read_text())):
+        copies = [pickle.loads(pickle.dumps(store)), store]  # a pool's workers have pickled ones
+        touch()
+        assert [copy[19]["id"] for copy in copies] == [19, 19]
+        assert store.digest() == RecordStore([str(path)]).digest()
+        assert pickle.loads(pickle.dumps(store))[0]["id"] == 0
+
+
+def test_a_file_that_is_touched_and_then_written_to_has_changed(changing):
+    path, store = changing
+    os.utime(path)
+    assert store[0]
+    CHANGES["written to"](path)
+    with pytest.raises(DataFileError):
+        store[0]
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_file_that_changes_while_it_is_open_is_named_and_nothing_dies(change, changing):
     path, store = changing
