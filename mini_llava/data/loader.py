@@ -239,7 +239,7 @@ def rank_step_loader(
         # run, which builds a second loader, would see other dropout masks.
         generator=torch.Generator().manual_seed(0),
     )
-    steps, number, waited_since = iter(loader), 0, time.monotonic()
+    steps, number, waited_since, waiting = iter(loader), 0, time.monotonic(), False
     if num_workers:
         # torch would raise from whatever line is running when a worker dies; so it shows when its step is waited for.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -250,6 +250,7 @@ def rank_step_loader(
             except StopIteration:
                 return
             except RuntimeError as error:  # torch has no class for either
+                waiting = True
                 if str(error).startswith("DataLoader worker"):
                     raise LoaderError(
                         f"A worker of the loader was ended from outside ({error}), while "
@@ -269,14 +270,16 @@ def rank_step_loader(
                     ) from None
                 continue
             asked_for.popleft()
-            number, waited_since = number + 1, time.monotonic()
+            number, waited_since, waiting = number + 1, time.monotonic(), False
             if step.fault is not None:  # raised here, for a worker's exception comes with its traceback as text
                 raise step.fault
             yield step
             waited_since = time.monotonic()
     finally:
-        for worker in getattr(steps, "_workers", []):  # torch asks them to end by a signal, which they may not hear
-            worker.kill()
+        if num_workers:  # at once, because an error that is kept somewhere keeps them too
+            for worker in steps._workers if waiting else []:
+                worker.kill()  # torch asks a hanging one to end by a signal, which it may not hear
+            steps._shutdown_workers()
 
 
 def _noted(dealt: Iterable[list[list[int]]], asked_for: deque) -> Iterator[list[list[int]]]:
