@@ -139,6 +139,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         model,
         arguments.as_dict(),
         store,
+        lengths.has_image,
         sampler.state_dict(),
         tokenizer,
         inputs.image_processor,
@@ -151,6 +152,8 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
             accelerator, model, optimizer, resume_from, identity, training.resume_ignore
         )
         sampler.load_state_dict(manifest["sampler"], order_may_differ=bool(training.resume_ignore))
+        if note := checkpoint.rounding_note(accelerator, manifest):
+            say(note)
     described = dict(
         model=accelerator.unwrap_model(model),
         projector_type=model_flags.mm_projector_type,

@@ -281,6 +281,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+def computed_on(accelerator: Accelerator) -> dict[str, str | int]:
+    """Return what decides, beside versions, how sums are rounded: equal numbers need equal values."""
+    on_gpu = accelerator.device.type == "cuda"
+    return {
+        "processes": accelerator.num_processes,
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU with {torch.backends.cpu.get_cpu_capability()}",
+    } | ({} if on_gpu else {"CPU threads": torch.get_num_threads()})
+
+
 def backward_and_step(
     accelerator: Accelerator,
     model: nn.Module,

@@ -1,27 +1,32 @@
 """What decides the numbers of a run: written into its checkpoints and compared when one is resumed.
 
 LLaVA resumes with whatever flags, data and models it is given, so that half of a run may be trained on other data than
-the other half without a word. Here everything that decides the numbers must be equal or be named in `--resume_ignore`.
-Data and models are compared by their content, not by their names, so that what was moved can be resumed.
+the other half. Here everything that decides the numbers must be equal or be named in `--resume_ignore`. Data and models
+are compared by their content, not by their names or dates, so that what was moved or copied can be resumed.
 """
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ..arguments import DECIDES_NOTHING, OTHER_NAMES
+from ..data.images import BadImage, image_path
 from ..data.records import RecordStore
 from ..data.templates import CHAT_TEMPLATE
 from ..words import counted
-from .distributed import zero_stage
+from .distributed import gather_from_ranks, zero_stage
 
 # Elements looked at in one go: int64 copies of a 7B model's weights would not fit beside it.
 ELEMENTS_AT_ONCE = 2**24
+# Of how many records the images are compared, and how much of each end of a file: a few seconds on a slow disk.
+RECORDS_LOOKED_AT, BYTES_LOOKED_AT = 256, 4096
 # What a configuration holds besides the model: where it came from, in which precision and by which kernels it runs.
 NOT_THE_MODEL = ("transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "output_hidden_states")
 
@@ -31,6 +36,7 @@ def run_identity(
     model: nn.Module,
     arguments: dict,
     store: RecordStore,
+    has_image: np.ndarray,
     order: dict,
     tokenizer: PreTrainedTokenizerBase,
     image_processor,
@@ -42,6 +48,7 @@ def run_identity(
     Args:
         model: the prepared `LlavaModel`.
         arguments: flag name to value.
+        has_image: which records have images, bool [n].
         order: the sampler's `state_dict()`.
         slots: micro-batches of a step on all ranks, which matter to LLaVA's mean of means alone.
     """
@@ -66,6 +73,9 @@ def run_identity(
             "all": store.digest(),
             "lengths": order["lengths"],
         },
+        "images": gather_from_ranks(
+            accelerator, fingerprints_of_images(store, has_image) if accelerator.is_main_process else None
+        )[0],
         "model": {
             "frozen": frozen_fingerprints(accelerator, llava),
             "tokenizer": _digest(texts_to_ids.encode()),
@@ -81,6 +91,7 @@ def differences(theirs: dict, mine: dict, may_differ: list[str]) -> tuple[list[s
     ignored = {OTHER_NAMES.get(name, name) for name in may_differ}
     found = [(name, f"{_label(name)}: {line}") for name, line in _flag_lines(theirs["flags"], mine["flags"])]
     found += [("data", f"data: {line}") for line in _data_lines(theirs["data"], mine["data"])]
+    found += [("images", f"images: {line}") for line in _image_lines(theirs.get("images", {}), mine["images"])]
     found += [("model", f"model: {line}") for line in _model_lines(theirs["model"], mine["model"])]
     found = [(name, line) for name, line in found if name not in ignored]
     return [line for _, line in found], list(dict.fromkeys(name for name, _ in found))
@@ -107,6 +118,45 @@ def _data_lines(theirs: dict, mine: dict) -> list[str]:
     if not lines and theirs["lengths"] != mine["lengths"]:
         lines.append("the samples have other lengths: through other flags, another tokenizer or images missing now")
     return lines
+
+
+def fingerprints_of_images(store: RecordStore, has_image: np.ndarray) -> dict[str, list | None]:
+    """Return name to [bytes, digest] of the images of some records, evenly spread; None for one that is not there.
+
+    The digest is of both ends of the file: another picture, or the same one written again by another program, shows in
+    them, and a copy with another date does not.
+    """
+    with_image = np.flatnonzero(has_image)
+    places = np.linspace(0, len(with_image) - 1, min(RECORDS_LOOKED_AT, len(with_image))).astype(int)
+    found = {}
+    for index in with_image[places].tolist():
+        names = store[index]["image"]
+        for name in [names] if isinstance(names, str) else names:
+            try:
+                file = _both_ends(image_path(store.image_folder(index), name))
+            except (OSError, BadImage):
+                file = None
+            found[f"{store.source(index)} {name}"] = file
+    return found
+
+
+def _both_ends(path: str) -> list:
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(BYTES_LOOKED_AT)
+        file.seek(max(0, size - BYTES_LOOKED_AT))
+        return [size, _digest(content + file.read(BYTES_LOOKED_AT))]
+
+
+def _image_lines(theirs: dict, mine: dict) -> list[str]:
+    both = [name for name in theirs if name in mine]  # other records, where data may differ, have other images
+    if not (changed := [name for name in both if theirs[name] != mine[name]]):
+        return []
+    was, now = theirs[changed[0]], mine[changed[0]]
+    show = lambda file: "not there" if file is None else counted(file[0], "byte")  # noqa: E731
+    what = f"{show(was)} in the checkpoint, {show(now)} now" + (", of other content" if was and now else "")
+    name = changed[0].split(" ", 1)[1]
+    return [f"{len(changed):,} of {counted(len(both), 'file')} looked at have changed, first {name}: {what}"]
 
 
 def _model_lines(theirs: dict, mine: dict) -> list[str]:
