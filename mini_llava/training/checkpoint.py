@@ -27,6 +27,7 @@ from torch import nn
 from ..words import counted
 from .distributed import gather_from_ranks, is_deepspeed, versions, zero_stage
 from .identity import differences
+from .ownership import check_still_owned
 
 FORMAT = 2
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -187,6 +188,7 @@ def save_checkpoint(
     try:
         with agreement(accelerator, failure):
             if accelerator.is_main_process:
+                check_still_owned()
                 if temporary.exists():
                     shutil.rmtree(temporary)
                 temporary.mkdir(parents=True)

@@ -21,6 +21,7 @@ from ..model.freeze import numel
 from ..words import counted
 from .checkpoint import KINDS, CheckpointError, agreement, complete_checkpoints, remove_oldest
 from .distributed import compute_dtype, gather_from_ranks
+from .ownership import check_still_owned
 
 SEEN_BY_ALL = ".seen-by-all-"
 
@@ -147,6 +148,7 @@ def disk_needs(
 def writing_the_result(output_dir: Path) -> Iterator[None]:
     """Raises OSError with what to do, if files written inside fail; the training states are as they were."""
     try:
+        check_still_owned()
         yield
     except (OSError, SafetensorError) as error:
         present = complete_checkpoints(output_dir)
