@@ -145,7 +145,8 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
 
     # --- Resume ------------------------------------------------------------------------------------------------------
     torch.manual_seed((training.seed << 16) + rank)  # from here on each rank has dropout masks of its own
-    output_folder.check_shared(accelerator, output_dir)
+    if note := output_folder.check_shared(accelerator, output_dir):
+        say(note)
     identity = run_identity(
         accelerator,
         model,
