@@ -39,7 +39,16 @@ from mini_llava.data.records import RecordStore, measure
 from mini_llava.model import formats, lora
 from mini_llava.model.freeze import trainable_table, trained_in_full
 from mini_llava.model.sources import open_source
-from mini_llava.training import checkpoint, distributed, first_batch, liveness, output_folder, planning, preflight
+from mini_llava.training import (
+    checkpoint,
+    distributed,
+    first_batch,
+    liveness,
+    output_folder,
+    ownership,
+    planning,
+    preflight,
+)
 from mini_llava.training.build import build_model
 from mini_llava.training.early import check_files, check_what_a_run_needs
 from mini_llava.training.evaluation import HeldOut, read_held_out
@@ -57,6 +66,7 @@ from mini_llava.training.summary import write_summary
 from mini_llava.words import counted
 
 
+@ownership.released_at_the_end()
 def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> None:
     """Trains as the flags say. `advice` comes to know what to change if memory runs out."""
     model_flags, data_flags, training = arguments.model, arguments.data, arguments.training
@@ -69,6 +79,8 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         check_files(arguments, weights=False)
     else:
         check_what_a_run_needs(arguments)
+        if rank == 0:
+            ownership.own(output_dir)
         preemption.output_dir = output_dir
 
     # --- What it starts from: a language model and a tower, or a LLaVA model, which then fixes some of the flags ------
@@ -133,7 +145,8 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
 
     # --- Resume ------------------------------------------------------------------------------------------------------
     torch.manual_seed((training.seed << 16) + rank)  # from here on each rank has dropout masks of its own
-    output_folder.check_shared(accelerator, output_dir)
+    if note := output_folder.check_shared(accelerator, output_dir):
+        say(note)
     identity = run_identity(
         accelerator,
         model,

@@ -25,7 +25,7 @@ from ..data.anyres import Tiling
 from ..data.templates import IMAGE_MARK, Template, chat_template
 from ..data.tokenization import SENTENCEPIECE_FILE, find_file, image_token_tokenizer, slow_llama_config
 from .image_newline import KEY
-from .projector import PROJECTOR_FILE, gathered_state_dict, save_projector
+from .projector import PROJECTOR_FILE, flush, gathered_state_dict, save_projector
 from .vision_tower import VisionTower, published_name
 
 SHARD_BYTES = 5_000_000_000
@@ -654,14 +654,16 @@ def staged(directory: Path) -> Iterator[Path]:
         yield staging
         for file in sorted(staging.iterdir()):
             with open(file, "rb") as content:
-                os.fsync(content.fileno())
+                flush(content.fileno())
             os.replace(file, directory / file.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     # The names too must be on the disk before the next file's are, config.json last.
     descriptor = os.open(directory, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    try:
+        flush(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(directory: Path, name: str, content: dict) -> None:

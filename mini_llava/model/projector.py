@@ -5,6 +5,7 @@ is LLaVA's own `mm_projector.bin`, so that weights travel both ways; no pickle i
 This module stands alone: it needs torch and safetensors, and DeepSpeed only where parameters are partitioned.
 """
 
+import errno
 import io
 import os
 import pickle
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 PROJECTOR_FILE = "mm_projector.bin"
+NO_FLUSH = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # of fsync, where a file system has none
 
 
 def build_projector(kind: str, vision_width: int, text_width: int) -> nn.Module:
@@ -115,8 +117,23 @@ def save_projector(
     with open(unfinished, "wb") as file:
         file.write(content.getbuffer())
         file.flush()
-        os.fsync(file.fileno())
+        flush(file.fileno())
     os.replace(unfinished, path)
+
+
+def flush(descriptor: int) -> str | None:
+    """Have the disk write a file or directory before this returns. Raises OSError if it fails.
+
+    Some network file systems and FUSE's have no such operation, or none for directories. What is written there is
+    written when they please: the reason is returned, and nothing is lost unless the machine goes down.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FLUSH:
+            raise
+        return error.strerror
+    return None
 
 
 def find_projector(path: str | Path) -> Path:

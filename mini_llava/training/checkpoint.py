@@ -24,9 +24,11 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..model.projector import flush
 from ..words import counted
 from .distributed import computed_on, gather_from_ranks, is_deepspeed, versions, zero_stage
 from .identity import differences
+from .ownership import check_still_owned
 
 FORMAT = 2
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -187,6 +189,8 @@ def save_checkpoint(
     try:
         with agreement(accelerator, failure):
             if accelerator.is_main_process:
+                check_still_owned()
+                _refuse_to_replace(final)
                 if temporary.exists():
                     shutil.rmtree(temporary)
                 temporary.mkdir(parents=True)
@@ -294,7 +298,7 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict:
             file.write(part)
             checksum.update(part)
         file.flush()
-        os.fsync(file.fileno())
+        flush(file.fileno())
     return {"bytes": 8 + len(text) + end, "sha256": checksum.hexdigest()}
 
 
@@ -328,18 +332,19 @@ def _manifest_checksum(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _write_flushed(path: Path, content: bytes) -> None:
+def _write_flushed(path: Path, content: bytes) -> str | None:
+    """Returns why it could not be flushed, if it could not."""
     with open(path, "wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
+        return flush(file.fileno())
 
 
-def _flush_directory(path: Path) -> None:
-    """Makes renames and new entries of a directory durable."""
+def _flush_directory(path: Path) -> str | None:
+    """Makes renames and new entries of a directory durable; returns why it could not be, if it could not."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        return flush(descriptor)
     finally:
         os.close(descriptor)
 
@@ -353,20 +358,24 @@ def _flush_weights(directory: Path, besides: dict[str, dict]) -> dict[str, dict]
             _flush_directory(path)
         elif name not in besides:
             with open(path, "rb") as file:
-                os.fsync(file.fileno())
+                flush(file.fileno())
             digests[name] = digest(path)
     return digests
 
 
 def _rename_into_place(temporary: Path, final: Path) -> None:
-    """Gives a whole checkpoint its name; one that has it already (torn, or of a run that went back) makes way."""
+    """Gives a whole checkpoint its name; one of ours that has it already (torn, or of a run that went back) makes way.
+
+    Raises CheckpointError: what has the name is not ours.
+    """
+    _refuse_to_replace(final)
     replaced = _out_of_sight(final) if final.exists() else None
     try:
         os.rename(temporary, final)
-    except OSError:
+    except OSError as error:
         if replaced:
             os.rename(replaced, final)
-        raise
+        raise OSError(f"the directory {temporary.name} cannot be renamed: {error.strerror}") from error
     _flush_directory(final.parent)
     if replaced:
         shutil.rmtree(replaced, ignore_errors=True)  # what is left is removed by the next run
@@ -382,12 +391,34 @@ def _out_of_sight(checkpoint: Path) -> Path:
     return removed
 
 
+def is_ours(checkpoint: Path) -> bool:
+    """Whether this program wrote a directory, whole or torn: it has our manifest, or files that nothing else writes."""
+    if any(checkpoint.glob("state-rank*.safetensors")):
+        return True
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("kind") == "training state"
+
+
+def foreign_checkpoints(output_dir: Path) -> list[Path]:
+    """What has the name of a checkpoint and is none of ours, such as those of LLaVA's own trainer; oldest first."""
+    return [path for path in _checkpoints(output_dir) if not is_ours(path)]
+
+
+def _refuse_to_replace(final: Path) -> None:
+    if os.path.lexists(final) and not is_ours(final):
+        raise CheckpointError(f"{final} is there, which this program did not write. Move it away.")
+
+
 def remove_oldest(output_dir: Path, newest: int, keep: int | None) -> list[str]:
     """Removes what `keep` leaves no room for; returns a sentence for each checkpoint that could not be removed."""
     if keep is None:
         return []
     warnings = []
-    for path in [path for path in complete_checkpoints(output_dir) if _step_of(path) <= newest][:-keep]:
+    ours = [path for path in complete_checkpoints(output_dir) if is_ours(path) and _step_of(path) <= newest]
+    for path in ours[:-keep]:
         try:
             shutil.rmtree(_out_of_sight(path))
         except OSError as error:
@@ -395,6 +426,30 @@ def remove_oldest(output_dir: Path, newest: int, keep: int | None) -> list[str]:
                 f"Warning: the old {path} could not be removed ({error}); it takes space until you remove it."
             )
     return warnings
+
+
+def try_a_save(output_dir: Path, name: str) -> str | None:
+    """Does with a small directory what a save does with a large one; returns a sentence if it cannot be flushed.
+
+    Raises:
+        OSError: it cannot be written, or not renamed. Nothing is left behind.
+    """
+    temporary, final = output_dir / f"{name}.incomplete", output_dir / name
+    try:
+        temporary.mkdir()
+        no_flush = _write_flushed(temporary / "file", bytes(2**16))
+        no_flush = _flush_directory(temporary) or no_flush
+        _rename_into_place(temporary, final)
+    finally:
+        for path in (temporary, final):
+            shutil.rmtree(path, ignore_errors=True)
+    if no_flush is None:
+        return None
+    return (
+        f"Warning: {output_dir} is on a file system that does not flush files and directories when it is told to "
+        f"({no_flush}). The run goes on without: a training state is whole after a crash of the run, but perhaps not "
+        "after one of the machine."
+    )
 
 
 # --- agreement of the ranks ------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ What is found out here in a second costs hours if it is found out at the first s
 """
 
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -13,16 +14,38 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
 
+from ..model.formats import MODEL_FILES
 from ..model.freeze import numel
 from ..words import counted
-from .checkpoint import KINDS, CheckpointError, agreement, complete_checkpoints, remove_oldest
+from .checkpoint import (
+    KINDS,
+    CheckpointError,
+    agreement,
+    complete_checkpoints,
+    foreign_checkpoints,
+    is_ours,
+    remove_oldest,
+    try_a_save,
+)
 from .distributed import compute_dtype, gather_from_ranks
+from .ownership import check_still_owned
 
 SEEN_BY_ALL = ".seen-by-all-"
+# The names that a run gives to what it has not finished, and nothing else may be removed by.
+OF_A_CHECK = re.compile(rf"{re.escape(SEEN_BY_ALL)}[0-9a-f]{{32}}(-\d+(\.incomplete)?)?")
+OF_A_SAVE = re.compile(r"\.checkpoint-\d+\.(incomplete|removed)")
+# What a run writes over, unlinks or empties: its result, its reports, and where the result is prepared. Not what it
+# writes before arguments.yaml, which a killed run leaves alone: `cache`, `preempted`, `.owner`.
+REPLACED = (
+    *MODEL_FILES,
+    *("arguments.yaml", "log.jsonl", "eval_samples.jsonl", "skipped.jsonl", "summary.json", "curves.png"),
+    *(".unfinished", "mm_projector.bin.unfinished"),
+)
 
 
 def remove_leftovers(output_dir: Path, step: int, keep: int | None) -> list[str]:
@@ -33,10 +56,10 @@ def remove_leftovers(output_dir: Path, step: int, keep: int | None) -> list[str]
             between its last save and the removal of an old one would else leave one too many for good.
     """
     sentences = remove_oldest(output_dir, step, keep)
-    for path in output_dir.glob(f"{SEEN_BY_ALL}*"):
-        path.unlink(missing_ok=True)
-    for path in sorted(output_dir.glob(".checkpoint-*")):
-        if path.name.endswith((".incomplete", ".removed")):
+    for path in sorted(output_dir.glob(".*")):
+        if OF_A_CHECK.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        elif OF_A_SAVE.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
             state = "could not be removed; remove it yourself" if path.exists() else "is removed"
             sentences.append(f"{path}, left behind by a run that was killed while it saved, {state}.")
@@ -58,10 +81,38 @@ def check_place(output_dir: Path, flag: str = "--output_dir") -> None:
         raise OSError(f"{what} cannot be written: {there}: {error.strerror or error}. Choose another.") from error
 
 
-def check_shared(accelerator: Accelerator, output_dir: Path) -> None:
+def check_nothing_is_replaced(output_dir: Path) -> None:
+    """Raises FileExistsError if a run would remove or overwrite what no run of this program wrote.
+
+    A run writes `arguments.yaml` before all else. Where it or a training state is, this check has been passed, so the
+    results and reports there are a run's own. Checkpoints are looked at one by one: their names are LLaVA's too.
+    """
+    foreign = foreign_checkpoints(output_dir)
+    if not _is_ours(output_dir):
+        foreign += sorted(path for pattern in REPLACED for path in output_dir.glob(pattern))
+    if foreign:
+        more = f" and {len(foreign) - 3:,} more" if len(foreign) > 3 else ""
+        names = ", ".join(path.name for path in foreign[:3])
+        raise FileExistsError(
+            f"{output_dir} (--output_dir) holds {names}{more}, which no run of this program wrote and this one would "
+            f"overwrite. Move {'them' if len(foreign) > 1 else 'it'} away, or choose another --output_dir."
+        )
+
+
+def _is_ours(output_dir: Path) -> bool:
+    if any(map(is_ours, complete_checkpoints(output_dir))):
+        return True
+    try:
+        arguments = yaml.safe_load((output_dir / "arguments.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(arguments, dict) and {"stage", "output_dir", "run"} <= arguments.keys()
+
+
+def check_shared(accelerator: Accelerator, output_dir: Path) -> str | None:
     """Raises CheckpointError on all ranks unless all see the same output directory, and can save there.
 
-    Each rank does with a small file what a save does with large ones: writes, flushes, renames and removes it.
+    Returns a sentence if they can, but nothing is flushed to the disk there.
     """
     name = f"{SEEN_BY_ALL}{uuid.uuid4().hex}"
     with agreement(accelerator, f"{output_dir} (--output_dir) cannot be written"):
@@ -69,28 +120,17 @@ def check_shared(accelerator: Accelerator, output_dir: Path) -> None:
             output_dir.mkdir(parents=True, exist_ok=True)
             (output_dir / name).touch()
     name, host = gather_from_ranks(accelerator, (name, socket.gethostname()))[0]
+    note = None
     try:
         with agreement(accelerator, f"{output_dir} (--output_dir) must be one folder that all machines share"):
             if not (output_dir / name).exists():
                 raise CheckpointError(f"{socket.gethostname()} does not see what rank 0 wrote there on {host}.")
-        with agreement(accelerator, f"{output_dir} (--output_dir) cannot hold what this run will save"):
-            _write_and_remove(output_dir / f"{name}-{accelerator.process_index}")
+        with agreement(accelerator, f"{output_dir} (--output_dir) cannot hold what this run will save; choose another"):
+            note = try_a_save(output_dir, f"{name}-{accelerator.process_index}")
     finally:
         if accelerator.is_main_process:
             (output_dir / name).unlink(missing_ok=True)
-
-
-def _write_and_remove(file: Path) -> None:
-    renamed = file.with_name(f"{file.name}-renamed")
-    try:
-        with open(file, "wb") as opened:
-            opened.write(bytes(2**16))
-            opened.flush()
-            os.fsync(opened.fileno())
-        os.rename(file, renamed)
-    finally:
-        for path in (file, renamed):
-            path.unlink(missing_ok=True)
+    return next(filter(None, gather_from_ranks(accelerator, note)), None)
 
 
 def disk_note(
@@ -147,6 +187,7 @@ def disk_needs(
 def writing_the_result(output_dir: Path) -> Iterator[None]:
     """Raises OSError with what to do, if files written inside fail; the training states are as they were."""
     try:
+        check_still_owned()
         yield
     except (OSError, SafetensorError) as error:
         present = complete_checkpoints(output_dir)

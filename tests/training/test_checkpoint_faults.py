@@ -3,9 +3,12 @@
 What a kill leaves behind is the subject of end_to_end/test_resume.py.
 """
 
+import errno
 import json
+import os
 import re
 import shutil
+import stat
 import subprocess
 from pathlib import Path
 
@@ -173,6 +176,97 @@ def test_a_checkpoint_of_the_same_step_is_replaced(accelerator, save, tmp_path):
     assert not (tmp_path / "checkpoint-1" / "foreign").exists() and not hidden(tmp_path)
 
 
+# --- what this program did not write ---------------------------------------------------------------------------------
+
+
+def of_llava(folder: Path, step: int) -> Path:
+    """A training state as transformers' Trainer lays it out, which LLaVA's is."""
+    checkpoint = folder / f"checkpoint-{step}"
+    (checkpoint / f"global_step{step}").mkdir(parents=True)
+    for name in ("trainer_state.json", "model.safetensors", f"global_step{step}/zero_pp_rank_0_mp_rank_00.pt"):
+        (checkpoint / name).write_text(f"of LLaVA, {step}")
+    return checkpoint
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_checkpoint_of_another_program_is_named_before_step_1(saved, tmp_path):
+    for folder, values in ((tmp_path / "new", {}), (saved, {"resume_from_checkpoint": "latest"})):
+        of_llava(folder, 6)
+        before = contents(folder)
+        with pytest.raises(FileExistsError) as refused:
+            runs.train_here(runs.flags_of(2, folder, FOUR_STEPS | values))
+        assert str(refused.value) == (
+            f"{folder} (--output_dir) holds checkpoint-6, which no run of this program wrote and this one would "
+            "overwrite. Move it away, or choose another --output_dir."
+        )
+        assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    "names, listed",
+    [
+        (["log.jsonl"], "log.jsonl"),
+        (["arguments.yaml"], "arguments.yaml"),
+        (["config.json", "mm_projector.bin", "tokenizer.model", "model-00001-of-00002.safetensors"], "and 1 more"),
+        (["adapter_config.json", "adapter_model.safetensors"], "adapter_config.json, adapter_model.safetensors, which"),
+        ([".unfinished/notes"], ".unfinished"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_no_file_of_another_program_is_replaced(names, listed, tmp_path):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"model_type": "llava"}')
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match=re.escape(listed)):
+        runs.train_here(runs.flags_of(1, tmp_path, FOUR_STEPS))
+    assert contents(tmp_path) == before
+
+
+def test_files_that_no_run_would_replace_may_be_there_and_stay(tmp_path):
+    for name in ("notes.txt", "trainer_state.json", ".checkpoint-best.removed/weights", ".seen-by-all-of-us"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("of somebody else")
+    before = contents(tmp_path)
+    runs.train_here(runs.flags_of(1, tmp_path, FOUR_STEPS))
+    assert before.items() <= contents(tmp_path).items()
+
+
+def test_what_a_run_left_behind_before_its_first_step_blocks_no_other(tmp_path):
+    for name in ("cache/lengths", "preempted", ".owner", f".seen-by-all-{'0' * 32}", ".arguments.yaml.incomplete"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / f".seen-by-all-{'0' * 32}-1.incomplete").mkdir()
+    for _ in range(2):
+        runs.train_here(runs.flags_of(1, tmp_path, FOUR_STEPS | {"save_strategy": "no"}))
+        assert not list(tmp_path.glob(".*"))
+
+
+def test_one_that_appears_in_mid_run_stays_and_the_save_fails(accelerator, save, tmp_path):
+    save(tmp_path, 1)
+    there = of_llava(tmp_path, 2)
+    before = contents(there)
+    with pytest.raises(CheckpointError) as failed:
+        save(tmp_path, 2)
+    assert str(failed.value) == (
+        f"{there} could not be written: {there} is there, which this program did not write. Move it away."
+    )
+    assert contents(there) == before and not hidden(tmp_path)
+    verify(accelerator, save(tmp_path, 3).path)
+
+
+def test_the_removal_of_old_checkpoints_spares_those_of_others(save, tmp_path):
+    there = of_llava(tmp_path, 1)
+    (there / "manifest.json").write_text('{"kind": "photographs"}')
+    for step in (2, 3, 4):
+        save(tmp_path, step, keep=1)
+    assert complete_checkpoints(tmp_path) == [there, tmp_path / "checkpoint-4"]
+    assert (there / "model.safetensors").read_text() == "of LLaVA, 1"
+
+
 # --- torn and foreign checkpoints ------------------------------------------------------------------------------------
 
 
@@ -329,3 +423,61 @@ def test_an_unknown_name_in_resume_ignore_is_an_error_that_lists_the_known_ones(
     for name in ("learning_rat", "save_steps"):
         with pytest.raises(ValueError, match=rf"--resume_ignore {name}: .*data.*learning_rate.*model.*seed"):
             flags.resolve(2, {**known, "data_path": ["x.json"], "resume_ignore": [name]})
+
+
+# --- file systems that lack something --------------------------------------------------------------------------------
+
+
+def without(monkeypatch, name: str, code: int, of=lambda *_: True) -> list:
+    """`os.NAME` fails as where a file system does not have it; the calls that failed."""
+    real, failed = getattr(os, name), []
+
+    def lacking(*arguments):
+        if not of(*arguments):
+            return real(*arguments)
+        failed.append(arguments)
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, name, lacking)
+    return failed
+
+
+def is_directory(path_or_descriptor, *_) -> bool:
+    return stat.S_ISDIR(os.stat(path_or_descriptor).st_mode)
+
+
+def test_where_no_directory_can_be_renamed_the_run_does_not_start(tmp_path, monkeypatch):
+    without(monkeypatch, "rename", errno.EXDEV, of=is_directory)
+    with pytest.raises(CheckpointError) as refused:
+        runs.train_here(runs.flags_of(2, tmp_path, FOUR_STEPS))
+    assert re.search(
+        r"\(--output_dir\) cannot hold what this run will save; choose another: "
+        r"the directory \S+ cannot be renamed: Invalid cross-device link\.",
+        str(refused.value),
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+@pytest.mark.parametrize(
+    "code, of",
+    [(errno.EINVAL, is_directory), (errno.ENOTSUP, lambda *_: True), (errno.ENOSYS, lambda *_: True)],
+    ids=["EINVAL of directories", "ENOTSUP", "ENOSYS"],
+)
+def test_where_nothing_is_flushed_the_run_says_so_once_and_saves(code, of, accelerator, tmp_path, monkeypatch, capsys):
+    failed = without(monkeypatch, "fsync", code, of)
+    stage = 1 if code == errno.ENOSYS else 2
+    runs.train_here(runs.flags_of(stage, tmp_path, FOUR_STEPS))
+    printed = capsys.readouterr().out
+    sentence = f"Warning: {tmp_path} is on a file system that does not flush files and directories when it is told to "
+    assert printed.count(f"{sentence}({os.strerror(code)}). The run goes on") == 1
+    assert len(failed) > 4 and "could not be written" not in printed
+    for step in (2, 4):
+        verify(accelerator, tmp_path / f"checkpoint-{step}")
+    assert runs.saved_weights(tmp_path)
+
+
+def test_a_flush_that_fails_for_another_reason_is_a_failed_save(save, tmp_path, monkeypatch):
+    without(monkeypatch, "fsync", errno.EIO)
+    with pytest.raises(CheckpointError, match=r"checkpoint-1 could not be written: .*Input/output error"):
+        save(tmp_path, 1)
+    assert not list(tmp_path.glob("*checkpoint*"))

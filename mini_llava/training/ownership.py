@@ -1,0 +1,174 @@
+"""One run owns an output directory: two that write into one would mix their logs, training states and results.
+
+Rank 0 holds a lock on the file `.owner`, which says who it is. The kernel lets go of the lock when the process ends,
+however it ends, so what a killed run leaves behind blocks nobody; on a file system that machines share its server does
+the same. Where a file system has no locks, what the file says decides. It is a POSIX record lock, which forked loader
+workers do not inherit; closing any other descriptor of the file in this process would lose it, so none is opened.
+The state is the module's, since a process runs one training at a time.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+NAME = ".owner"
+HELD_BY_ANOTHER = (errno.EAGAIN, errno.EACCES)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
+
+
+class Owner(NamedTuple):
+    """Who owns an output directory, as its file says."""
+
+    host: str
+    pid: int
+    since: str  # ISO 8601, seconds
+
+    def __str__(self) -> str:
+        return f"the run of process {self.pid} on {self.host}, since {self.since}"
+
+    @property
+    def has_ended(self) -> bool | None:
+        """None: it is on another host, about whose processes nothing is known here."""
+        if self.host != socket.gethostname():
+            return None
+        try:
+            process = psutil.Process(self.pid)
+            # A process that began later has the number of one that has ended, as in a container that starts again.
+            is_another = process.create_time() > datetime.fromisoformat(self.since).timestamp() + 1
+            return is_another or process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+
+class _Held(NamedTuple):
+    file: Path
+    descriptor: int
+    owner: Owner
+
+
+_held: _Held | None = None
+
+
+def own(output_dir: Path) -> None:
+    """Make this process the owner of an output directory, made if it is not there, instead of any it owned before.
+
+    Raises:
+        BlockingIOError: another run owns it; the sentence says which and what to do. Nothing is written then.
+        OSError: the file cannot be opened.
+    """
+    global _held
+    release()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    file = output_dir / NAME
+    while True:
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise OSError(
+                f"{file}, which says whose run writes here, cannot be opened: {error.strerror}. If no run is going on "
+                "there, delete it; else choose another --output_dir."
+            ) from error
+        try:
+            _lock(descriptor, output_dir)
+            if _is_named(file, descriptor):  # not removed by a run that ended just now
+                owner = Owner(socket.gethostname(), os.getpid(), datetime.now().astimezone().isoformat(" ", "seconds"))
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps(owner._asdict()).encode() + b"\n", 0)
+                _held = _Held(file, descriptor, owner)
+                return
+        finally:
+            if _held is None:
+                os.close(descriptor)
+
+
+def check_free(output_dir: Path) -> None:
+    """Raises what `own` would, for a directory that may not be there yet and need not be made."""
+    if (output_dir / NAME).exists():
+        own(output_dir)
+        release()
+
+
+def release() -> None:
+    """Own nothing any more."""
+    global _held
+    if _held is None:
+        return
+    held, _held = _held, None
+    with contextlib.suppress(OSError):  # the folder may be gone, or read-only by now
+        is_whose = _written_in(held.descriptor) if _is_named(held.file, held.descriptor) else None
+        if is_whose == held.owner and held.owner.pid == os.getpid():  # not in a forked child, whose parent owns it
+            held.file.unlink()  # before the lock goes: nobody else can have it
+    os.close(held.descriptor)
+
+
+@contextmanager
+def released_at_the_end() -> Iterator[None]:
+    """Release what is owned when the block ends, by an error too."""
+    try:
+        yield
+    finally:
+        release()
+
+
+def check_still_owned() -> None:
+    """Raises BlockingIOError if another run has taken what this one owned, where locks hold on one machine only."""
+    if _held is None:
+        return
+    with contextlib.suppress(FileNotFoundError):  # removed by a person: nobody has taken it
+        if _is_named(_held.file, _held.descriptor):
+            found = _written_in(_held.descriptor)
+        else:
+            found = _parse(_held.file.read_bytes())
+        if found not in (None, _held.owner):
+            raise BlockingIOError(f"{_held.file.parent} is owned by {found}. End one of the two.")
+
+
+def _lock(descriptor: int, output_dir: Path) -> None:
+    """Raises BlockingIOError if another run holds the lock, or may be there where no locks are to be had."""
+    try:
+        return fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in HELD_BY_ANOTHER + NO_LOCKS:
+            raise
+        owner, has_locks = _written_in(descriptor), error.errno in HELD_BY_ANOTHER
+    if has_locks:
+        who = owner or "a run that has not written who it is yet"
+        raise BlockingIOError(f"{output_dir} (--output_dir) is owned by {who}. End it, or choose another --output_dir.")
+    if owner is None or owner.has_ended:
+        return
+    if owner.has_ended is None:
+        raise BlockingIOError(
+            f"{output_dir} (--output_dir) was last owned by {owner}, and this file system has no locks that would tell "
+            f"whether it has ended. If it has, delete {output_dir / NAME}; else choose another --output_dir."
+        )
+    raise BlockingIOError(f"{output_dir} (--output_dir) is owned by {owner}. End it, or choose another --output_dir.")
+
+
+def _is_named(file: Path, descriptor: int) -> bool:
+    """Whether the path still leads to the open file."""
+    try:
+        return os.path.samestat(os.stat(file), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _written_in(descriptor: int) -> Owner | None:
+    return _parse(os.pread(descriptor, 4096, 0))
+
+
+def _parse(content: bytes) -> Owner | None:
+    """None: it is empty, or was killed while it was written."""
+    try:
+        return Owner(**json.loads(content))
+    except (ValueError, TypeError):
+        return None
