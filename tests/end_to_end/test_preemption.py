@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 
-from mini_llava.training.preemption import SECONDS_OF_ONE_PRESS, SECONDS_OF_ONE_WISH
+from mini_llava.training.preemption import SECONDS_OF_ONE_PRESS, SECONDS_OF_ONE_REQUEST
 from tests.end_to_end import runs
 from tests.forked_runs import ROOT, start
 
@@ -130,7 +130,7 @@ def test_a_second_ctrl_c_ends_a_rank_at_once_even_if_it_waits_for_another_for_ev
     ended, seconds = not waiting.is_running(), time.monotonic() - pressed
     with contextlib.suppress(psutil.NoSuchProcess):
         stopped.kill()
-    assert ended and seconds < SECONDS_OF_ONE_WISH and not list((tmp_path / "run").glob("checkpoint-*"))
+    assert ended and seconds < SECONDS_OF_ONE_REQUEST and not list((tmp_path / "run").glob("checkpoint-*"))
 
 
 def test_ctrl_c_before_the_first_step_ends_with_a_sentence(tmp_path):
@@ -154,7 +154,7 @@ def test_a_second_signal_ends_a_rank_at_once_even_if_it_waits_for_another_for_ev
     time.sleep(1)  # the step that the first is in cannot end from here on
     for _ in range(2):
         waiting.send_signal(signal.SIGTERM)
-        time.sleep(SECONDS_OF_ONE_WISH + 0.5)
+        time.sleep(SECONDS_OF_ONE_REQUEST + 0.5)
     psutil.wait_procs([waiting], timeout=10)
     ended = not waiting.is_running()
     with contextlib.suppress(psutil.NoSuchProcess):
