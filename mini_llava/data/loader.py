@@ -243,36 +243,41 @@ def rank_step_loader(
     if num_workers:
         # torch would raise from whatever line is running when a worker dies; so it shows when its step is waited for.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    while True:
-        try:
-            step = next(steps)
-        except StopIteration:
-            return
-        except RuntimeError as error:  # torch has no class for either
-            if str(error).startswith("DataLoader worker"):
-                raise LoaderError(
-                    f"A worker of the loader was ended from outside ({error}), while "
-                    f"{_records_of(dataset.store, asked_for)} were to be read; the system's log (dmesg: out of "
-                    "memory?) may say why. Fewer --dataloader_num_workers need less memory."
-                ) from None
-            if not str(error).startswith("DataLoader timed out"):
-                raise
-            if stop_waiting():
+    try:
+        while True:
+            try:
+                step = next(steps)
+            except StopIteration:
                 return
-            if (waited := time.monotonic() - waited_since) > patience:
-                worker = number % num_workers  # they take turns
-                raise LoaderError(
-                    f"Worker {worker} of the loader (pid {steps._workers[worker].pid}) has given nothing for "
-                    f"{waited:.0f} s, as long as --dataloader_timeout waits, while "
-                    f"{_records_of(dataset.store, asked_for)} were to be read. Does their storage answer?"
-                ) from None
-            continue
-        asked_for.popleft()
-        number, waited_since = number + 1, time.monotonic()
-        if step.fault is not None:  # raised here because a worker's exception comes with the worker's traceback as text
-            raise step.fault
-        yield step
-        waited_since = time.monotonic()
+            except RuntimeError as error:  # torch has no class for either
+                if str(error).startswith("DataLoader worker"):
+                    raise LoaderError(
+                        f"A worker of the loader was ended from outside ({error}), while "
+                        f"{_records_of(dataset.store, asked_for)} were to be read; the system's log (dmesg: out of "
+                        "memory?) may say why. Fewer --dataloader_num_workers need less memory."
+                    ) from None
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+                if stop_waiting():
+                    return
+                if (waited := time.monotonic() - waited_since) > patience:
+                    worker = number % num_workers  # they take turns
+                    raise LoaderError(
+                        f"Worker {worker} of the loader (pid {steps._workers[worker].pid}) has given nothing for "
+                        f"{waited:.0f} s, as long as --dataloader_timeout waits, while "
+                        f"{_records_of(dataset.store, asked_for)} were to be read. Does their storage answer?"
+                    ) from None
+                continue
+            asked_for.popleft()
+            number, waited_since = number + 1, time.monotonic()
+            if step.fault is not None:  # raised here because a worker's exception comes with its traceback as text
+                raise step.fault
+            yield step
+            waited_since = time.monotonic()
+    finally:
+        # torch would wait five seconds for each that hangs, and again after a SIGTERM, which workers here ignore.
+        for worker in getattr(steps, "_workers", ()):
+            worker.kill()
 
 
 def _noted(dealt: Iterable[list[list[int]]], asked_for: deque) -> Iterator[list[list[int]]]:
