@@ -116,7 +116,7 @@ def send(run: Run, folder: Path, where: Signal) -> Sent | None:
 def mark(folder: Path, hold: str | None = None) -> None:
     """Lists the marks of this rank in the file `marks.RANK`, and its exit code.
 
-    hold: a mark behind which every rank waits `SECONDS_HELD` the first time; behind `HUNG_WORKER` a worker for ever.
+    hold: a mark behind which every rank waits `SECONDS_HELD` the first time. `HUNG_WORKER`: a worker of each hangs.
     """
     _Marker(folder / f"marks.{os.environ.get('RANK', 0)}", hold).begin()
 
@@ -136,7 +136,7 @@ class _Marker:
     def begin(self) -> None:
         from mini_llava.data import loader, records
         from mini_llava.model import formats
-        from mini_llava.training import checkpoint, distributed, early, evaluation, longest
+        from mini_llava.training import checkpoint, distributed, early, evaluation, lockstep, longest
         from mini_llava.training.preemption import Preemption
 
         self.after(Preemption, "watch", FIRST_LINE)
@@ -156,7 +156,7 @@ class _Marker:
 
         evaluation.HeldOut.evaluate = marked
         if self.hold == HUNG_WORKER:
-            self.hang(loader.RankSteps)
+            self.hang(loader.RankSteps, lockstep.Lockstep)
 
         leave = os._exit
 
@@ -188,17 +188,21 @@ class _Marker:
 
         setattr(owner, attribute, marked)
 
-    def hang(self, rank_steps: type) -> None:
-        """The loader's only worker hangs in this step, having read those before."""
-        get, calls = rank_steps.__getitem__, []
+    def hang(self, rank_steps: type, lockstep: type) -> None:
+        """The loader's only worker hangs in this step, having read those before; marked when the rank waits for it."""
+        get, look_ahead, of_worker, of_rank = rank_steps.__getitem__, lockstep._look_ahead, [], []
 
         def hanging(steps, micro_batches):
             if os.getpid() != self.process:
-                calls.append(1)
-                if len(calls) == STEP_OF_THE_HUNG_WORKER:
-                    self.hold = None
-                    self.write(HUNG_WORKER)
+                of_worker.append(1)
+                if len(of_worker) == STEP_OF_THE_HUNG_WORKER:
                     time.sleep(3600)
             return get(steps, micro_batches)
 
-        rank_steps.__getitem__ = hanging
+        def waiting(*arguments):
+            of_rank.append(1)
+            if len(of_rank) == STEP_OF_THE_HUNG_WORKER:
+                self.write(HUNG_WORKER)
+            look_ahead(*arguments)
+
+        rank_steps.__getitem__, lockstep._look_ahead = hanging, waiting

@@ -102,7 +102,7 @@ def test_everything_in_a_checkpoint_is_flushed_to_the_disk_before_it_gets_its_na
 
 
 def test_readmes_command_says_that_all_runs_ended_as_if_nobody_had_killed_them():
-    command = [sys.executable, "tests/end_to_end/crash_loop.py", "--kills", "2"]
+    command = [sys.executable, "tests/end_to_end/crash_loop.py", "--kills", "1", "--signals", "1"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert re.search(r"^(\d+) of \1 runs ended as if nobody had killed them; ", run.stdout, re.MULTILINE), run.stdout
