@@ -17,6 +17,7 @@ from mini_llava.training.preemption import (
     INTERRUPTED,
     Preemption,
     ignore_signals,
+    remove_marker,
     write_marker,
 )
 
@@ -367,11 +368,14 @@ def main() -> None:
         if isinstance(error, (ValueError, ImportError)) and not (ours and last.line.startswith("raise ")):
             raise  # nobody has written a sentence about it
         rank, _ = distributed.launched_rank()
+        if not isinstance(error, BlockingIOError):  # of another run, which owns the directory
+            remove_marker(Path(arguments.training.output_dir))  # started again, it would end like this again
         if rank > 0:
             time.sleep(5)  # mostly rank 0 has said the same by then, and the launcher has ended this process
         sys.exit(f"train.py: error{f' on rank {rank}' if rank else ''}: {error}")
     except RuntimeError as error:
         if sentence := advice.if_memory_has_run_out(error):
+            remove_marker(Path(arguments.training.output_dir))
             sys.exit(f"train.py: error on rank {distributed.launched_rank()[0]}: {sentence}")
         liveness.wait_for_the_sentence()
         raise

@@ -195,9 +195,10 @@ class HeldOut:
         """Measure, write `log.jsonl` and `eval_samples.jsonl`, feed the trackers. All ranks must call it.
 
         Return False if the run ends here, and this evaluation with it: it was asked to stop, or a picture cannot be
-        opened any more; `lockstep` knows which. Raises ValueError where memory does not suffice.
+        opened any more; `lockstep` knows which. An evaluation that the log has is not repeated: a run that was killed
+        after its last one, or is started again after its end. Raises ValueError where memory does not suffice.
         """
-        if not self.questions:
+        if not self.questions or step in self.evaluated:
             return True
         started = time.perf_counter()
         blind = None

@@ -86,10 +86,13 @@ class Preemption:
 
     def _end_at_once(self, number: int) -> None:
         by_a_person = number == signal.SIGINT
-        if self.output_dir is not None and not by_a_person:
-            with contextlib.suppress(OSError):
-                self.output_dir.mkdir(parents=True, exist_ok=True)
-                write_marker(self.output_dir)
+        if self.output_dir is not None:
+            if by_a_person:
+                remove_marker(self.output_dir)
+            else:
+                with contextlib.suppress(OSError):
+                    self.output_dir.mkdir(parents=True, exist_ok=True)
+                    write_marker(self.output_dir)
         # Of several ranks that a launcher has signalled, one is enough to say so.
         if os.environ.get("RANK", "0") == "0":
             what = "interrupted" if by_a_person else f"ended by {_name(number)}"
@@ -146,6 +149,13 @@ def marker(output_dir: Path) -> Path:
 def write_marker(output_dir: Path, step: int | None = None, total_steps: int | None = None) -> None:
     """step: after which the run has stopped; None before the loop."""
     marker(output_dir).write_text(json.dumps({"step": step, "total_steps": total_steps}) + "\n", encoding="utf-8")
+
+
+def remove_marker(output_dir: Path) -> None:
+    """Of an earlier run that was started again for it: where this one ends for good before its loop, it would be so
+    for ever."""
+    with contextlib.suppress(OSError):
+        marker(output_dir).unlink(missing_ok=True)
 
 
 def ignore_signals(_worker: int = 0) -> None:
