@@ -12,6 +12,7 @@ import time
 import traceback
 from pathlib import Path
 
+from mini_llava.output_streams import drop_what_cannot_be_printed
 from mini_llava.training.preemption import (
     EXIT_CODE,
     INTERRUPTED,
@@ -22,6 +23,7 @@ from mini_llava.training.preemption import (
 
 preemption = Preemption()
 if __name__ == "__main__":
+    drop_what_cannot_be_printed()
     preemption.watch()  # before the imports below, which take seconds
 
 import torch

@@ -12,10 +12,11 @@ import multiprocessing
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from pathlib import Path
+
+from ..output_streams import flush_before_the_end, say_before_the_end
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 # Ignored where whoever started the run ignores them: nohup does the one, a shell's background job the other.
@@ -76,7 +77,7 @@ class Preemption:
                 self.interrupted = number == signal.SIGINT
                 self.asked, asked_at = True, time.monotonic()
                 second = "Ctrl-C" if self.interrupted else "signal"
-                _say(
+                say_before_the_end(
                     f"{_name(number)}: once this step, save or batch of an evaluation is done, the run saves its state "
                     f"and ends; a second {second} ends it at once."
                 )
@@ -93,9 +94,11 @@ class Preemption:
         # Of several ranks that a launcher has signalled, one is enough to say so.
         if os.environ.get("RANK", "0") == "0":
             what = "interrupted" if by_a_person else f"ended by {_name(number)}"
-            _say(f"train.py: {what} before the first step; --resume_from_checkpoint latest goes on from what is saved.")
+            say_before_the_end(
+                f"train.py: {what} before the first step; --resume_from_checkpoint latest goes on from what is saved."
+            )
         end_workers()
-        flush_output()
+        flush_before_the_end()
         os._exit(INTERRUPTED if by_a_person else EXIT_CODE)
 
     def _leave_to_parent(self) -> None:
@@ -111,23 +114,6 @@ def _do_nothing(*_) -> None:
 
 def _name(number: int) -> str:
     return signal.Signals(number).name
-
-
-def _say(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # the terminal may be gone, and this thread must live
-        print(f"\n{text}", file=sys.stderr, flush=True)
-
-
-def flush_output() -> None:
-    """Flush stdout, for two seconds at most: the main thread may hold it."""
-    thread = threading.Thread(target=_flush_stdout, daemon=True)
-    thread.start()
-    thread.join(2)
-
-
-def _flush_stdout() -> None:
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
 
 
 def end_workers() -> None:
