@@ -43,7 +43,8 @@ def drop_what_cannot_be_printed() -> None:
         if stream is None:  # started with it closed: Python has no stream then
             stream = _stream_to_nowhere(descriptor)
         if not isinstance(stream, LossyStream):
-            stream.reconfigure(errors="backslashreplace")  # a terminal need not know every character
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # it flushes; somebody's own stream lacks it
+                stream.reconfigure(errors="backslashreplace")  # a terminal need not know every character
             setattr(sys, name, LossyStream(stream))
 
 
