@@ -17,7 +17,7 @@ from mini_llava.training.preemption import (
     EXIT_CODE,
     INTERRUPTED,
     Preemption,
-    ignore_signals,
+    start_worker,
     write_marker,
 )
 
@@ -213,7 +213,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         ([of_ranks[rank] for of_ranks in dealt] for dealt in order.dealt_batches()),
         data_flags.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
-        worker_init_fn=ignore_signals,
+        worker_init_fn=start_worker,
         patience=data_flags.dataloader_timeout,
         stop_waiting=lambda: preemption.asked,
     )
