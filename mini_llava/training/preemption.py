@@ -20,7 +20,7 @@ from ..output_streams import flush_before_the_end, say_before_the_end
 from ..processes import end_with_parent, end_worker_with_parent, launcher
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
-# Sent by the kernel alone, so that it never counts as somebody's second signal. There is none where no launcher is known.
+# Sent by the kernel alone, and so never somebody's second signal. Not everywhere, but where a launcher can be known.
 LAUNCHER_HAS_ENDED = getattr(signal, "SIGRTMIN", None)
 # Ignored where whoever started the run ignores them: nohup does the one, a shell's background job the other.
 MAY_BE_IGNORED = (signal.SIGHUP, signal.SIGINT)

@@ -12,6 +12,7 @@ import pytest
 from mini_llava import processes
 from mini_llava.data import records
 from mini_llava.data.records import WorkerKilled, map_ranges
+from mini_llava.training import preemption
 from mini_llava.training.checkpoint import read_manifest
 from tests.end_to_end import runs
 from tests.forked_runs import start
@@ -81,25 +82,13 @@ def trained_by_a_launcher(folder, config, count):
     return run
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_whose_launcher_alone_is_signalled_saves_and_ends(number, tmp_path):
+def test_a_run_whose_launcher_alone_is_signalled_saves_and_ends(tmp_path):
     """accelerate's, which waits for the one process and passes nothing on."""
     run = trained_by_a_launcher(tmp_path, CONFIGS / "cpu.yaml", 1)
     everything = below(run)
-    os.kill(run.process.pid, number)
+    os.kill(run.process.pid, signal.SIGTERM)
     wait_for_all(run, everything)
     assert_it_has_saved(tmp_path / "run", run)
-
-
-def test_ctrl_c_of_a_terminal_saves_although_the_launcher_dies_of_it_first(tmp_path):
-    run = trained_by_a_launcher(tmp_path, CONFIGS / "cpu.yaml", 1)
-    everything = below(run)
-    everything[0].send_signal(signal.SIGINT)
-    time.sleep(1)  # longer than two signals are one press
-    if everything[0].is_running():
-        os.kill(run.process.pid, signal.SIGKILL)
-    wait_for_all(run, everything)
-    assert list((tmp_path / "run").glob("checkpoint-*/manifest.json")) and not (tmp_path / "run" / "preempted").exists()
 
 
 def test_the_ranks_of_a_killed_torchrun_save_and_end(tmp_path):
@@ -113,7 +102,27 @@ def test_the_ranks_of_a_killed_torchrun_save_and_end(tmp_path):
 def assert_it_has_saved(output, run) -> None:
     step = json.loads((output / "preempted").read_text())["step"]
     assert read_manifest(output / f"checkpoint-{step}")["step"] == step >= 1
-    assert "the launcher of this run has ended" in run.text and "Traceback" not in run.text
+    assert "The launcher of this run has ended" in run.text and "Traceback" not in run.text
+
+
+def take_the_parent_for_a_launcher() -> None:
+    """In the rank."""
+    preemption.launcher = os.getppid
+
+
+def test_after_ctrl_c_the_end_of_the_launcher_is_no_second_signal(tmp_path):
+    flags = runs.flags_of(2, tmp_path / "run", SETTINGS)
+    run = start(flags, tmp_path / "printed.txt", inside=take_the_parent_for_a_launcher)
+    run.wait_until((tmp_path / "run" / "log.jsonl").exists)
+    rank, *workers = below(run)
+    rank.send_signal(signal.SIGINT)
+    run.wait_until(lambda: "SIGINT: once" in run.text)
+    rank.suspend()
+    time.sleep(preemption.SECONDS_OF_ONE_PRESS + 0.2)
+    os.kill(run.process.pid, signal.SIGKILL)
+    rank.resume()
+    wait_for_all(run, [rank, *workers])
+    assert list((tmp_path / "run").glob("checkpoint-*/manifest.json")) and not (tmp_path / "run" / "preempted").exists()
 
 
 @pytest.mark.parametrize(
