@@ -622,11 +622,14 @@ def map_ranges(
     if num_workers > 1 and len(parts) > 1 and "fork" in multiprocessing.get_all_start_methods():
         # The tokenizer's own threads would give nothing here, and it complains when a process that used them forks.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        context = multiprocessing.get_context("fork")
+        context, others = multiprocessing.get_context("fork"), multiprocessing.active_children()
         with ProcessPoolExecutor(min(num_workers, len(parts)), context, _start_worker, (function,)) as workers:
             try:
                 yield from with_progress(workers.map(_do_work, parts))
             except BrokenProcessPool:
+                # The pool asks the others to end by a SIGTERM, which a run's children ignore, and would wait for ever.
+                for process in set(multiprocessing.active_children()).difference(others):
+                    process.kill()
                 raise WorkerKilled(
                     f"A process was ended from outside while {what}, after {progress.n:,} of {count:,}; the system's "
                     f"log (dmesg: out of memory?) may say why. Fewer {workers_flag} need less memory."
