@@ -12,17 +12,19 @@ import time
 import traceback
 from pathlib import Path
 
+from mini_llava.output_streams import drop_what_cannot_be_printed
 from mini_llava.training.preemption import (
     EXIT_CODE,
     INTERRUPTED,
     Preemption,
-    ignore_signals,
     remove_marker,
+    start_worker,
     write_marker,
 )
 
 preemption = Preemption()
 if __name__ == "__main__":
+    drop_what_cannot_be_printed()
     preemption.watch()  # before the imports below, which take seconds
 
 import torch
@@ -228,7 +230,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         ([of_ranks[rank] for of_ranks in dealt] for dealt in order.dealt_batches()),
         data_flags.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
-        worker_init_fn=ignore_signals,
+        worker_init_fn=start_worker,
         patience=data_flags.dataloader_timeout,
         stop_waiting=lambda: preemption.asked,
     )

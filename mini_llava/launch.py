@@ -15,6 +15,8 @@ from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from .output_streams import drop_what_cannot_be_printed
+
 
 def become(given) -> None:
     """In place of accelerate's `simple_launcher`, which starts the one process as a child and passes no signal on."""
@@ -31,6 +33,7 @@ def first_to_fail(error: ChildFailedError) -> tuple[int, ProcessFailure]:
 
 
 def main() -> None:
+    drop_what_cannot_be_printed()
     given = launch.launch_command_parser().parse_args()
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):  # tells which processes it ends, behind the sentence

@@ -18,6 +18,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from filelock import FileLock
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..processes import end_worker_with_parent
 from ..words import counted
 from .anyres import Tiling
 from .images import BadImage, image_path
@@ -617,10 +619,23 @@ class _Scan:
         return scan if len(scan.length) == count else None
 
 
-def map_ranges(function: Callable[[range], object], count: int, num_workers: int, what: str) -> Iterator:
+class WorkerKilled(OSError):
+    """One sentence about a process of a pool that the system, or somebody, has killed."""
+
+
+def map_ranges(
+    function: Callable[[range], object], count: int, num_workers: int, what: str, workers_flag: str = "--num_workers"
+) -> Iterator:
     """Yields `function(part)` for the consecutive parts of `range(count)`, computed by forked processes, in order.
 
     The processes share what the function refers to (store, tokenizer); nothing is pickled but the results.
+
+    Args:
+        what: is done, for the progress bar and errors: "measuring records".
+        workers_flag: the flag that `num_workers` comes from, for errors.
+
+    Raises:
+        WorkerKilled: the sentence says how far they had come.
     """
     parts = [range(start, min(start + 512, count)) for start in range(0, count, 512)]
     progress = tqdm(total=count, desc=what, unit=f" {what.split()[-1]}", delay=2, mininterval=1)
@@ -634,15 +649,25 @@ def map_ranges(function: Callable[[range], object], count: int, num_workers: int
     if num_workers > 1 and len(parts) > 1 and "fork" in multiprocessing.get_all_start_methods():
         # The tokenizer's own threads would give nothing here, and it complains when a process that used them forks.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        context = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(min(num_workers, len(parts)), context, _set_work, (function,)) as workers:
-            yield from with_progress(workers.map(_do_work, parts))
+        context, others = multiprocessing.get_context("fork"), multiprocessing.active_children()
+        with ProcessPoolExecutor(min(num_workers, len(parts)), context, _start_worker, (function,)) as workers:
+            try:
+                yield from with_progress(workers.map(_do_work, parts))
+            except BrokenProcessPool:
+                # The pool asks the others to end by a SIGTERM, which a run's children ignore, and would wait for ever.
+                for process in set(multiprocessing.active_children()).difference(others):
+                    process.kill()
+                raise WorkerKilled(
+                    f"A process was ended from outside while {what}, after {progress.n:,} of {count:,}; the system's "
+                    f"log (dmesg: out of memory?) may say why. Fewer {workers_flag} need less memory."
+                ) from None
     else:
         yield from with_progress(map(function, parts))
 
 
-def _set_work(function: Callable[[range], object]) -> None:
+def _start_worker(function: Callable[[range], object]) -> None:
     global _work
+    end_worker_with_parent()
     _work = function
 
 
@@ -651,7 +676,7 @@ def _do_work(part: range) -> object:
 
 
 def _scan(look_at: Callable[[range], _Scan], count: int, num_workers: int) -> _Scan:
-    parts = list(map_ranges(look_at, count, num_workers, "measuring records"))
+    parts = list(map_ranges(look_at, count, num_workers, "measuring records", "--dataloader_num_workers"))
     return _Scan(
         *(np.concatenate([getattr(part, name) for part in parts]) for name in _MEASURED),
         faults={index: sentence for part in parts for index, sentence in part.faults.items()},

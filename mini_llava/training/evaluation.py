@@ -34,7 +34,7 @@ from ..words import counted
 from .distributed import gather_from_ranks, log, never_fatal, show, sum_over_ranks, to_device, zero_stage
 from .lockstep import Lockstep
 from .meter import append_json_line, loss_parts, questions_bar
-from .preemption import ignore_signals
+from .preemption import start_worker
 from .scoring import CHOICE, EXACT_MATCH, is_right, metric_of
 from .shown_answers import ShownAnswer, as_picture, as_table
 
@@ -282,7 +282,7 @@ class HeldOut:
             ([[self.questions[place].index for place in places] for places in step] for step in mine),
             self.data_flags.dataloader_num_workers,
             pin_memory=device.type == "cuda",
-            worker_init_fn=ignore_signals,
+            worker_init_fn=start_worker,
             patience=self.data_flags.dataloader_timeout,
             stop_waiting=lambda: self.lockstep.preemption.asked,
         )

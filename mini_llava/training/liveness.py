@@ -19,6 +19,8 @@ import time
 
 import torch
 
+from ..output_streams import flush_before_the_end, say_before_the_end
+
 PATIENCE = 30  # seconds within which all ranks reach rank 0
 KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}  # seconds, seconds, times: a minute in all
 OWN_MESSAGE = 6  # seconds for a rank to end with the error that ended another: mostly all of them find the same one
@@ -156,10 +158,8 @@ def _end_with(notice: dict) -> None:
             "this run ends. Its own message or its machine's system log (dmesg: out of memory?) says why; go on with "
             "--resume_from_checkpoint latest."
         )
-    os.write(2, f"\n{sentence}\n".encode())  # not through sys.stderr, which the main thread may hold
-    flushing = threading.Thread(target=sys.stdout.flush, daemon=True)
-    flushing.start()
-    flushing.join(2)
+    say_before_the_end(sentence)
+    flush_before_the_end()
     os._exit(1)  # the main thread waits in a collective that will not end
 
 

@@ -12,12 +12,16 @@ import multiprocessing
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from pathlib import Path
 
+from ..output_streams import flush_before_the_end, say_before_the_end
+from ..processes import end_with_parent, end_worker_with_parent, launcher
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+# Sent by the kernel alone, and so never somebody's second signal. Not everywhere, but where a launcher can be known.
+LAUNCHER_HAS_ENDED = getattr(signal, "SIGRTMIN", None)
 # Ignored where whoever started the run ignores them: nohup does the one, a shell's background job the other.
 MAY_BE_IGNORED = (signal.SIGHUP, signal.SIGINT)
 # Not 0: a script that runs stage 2 after stage 1 must not go on.
@@ -56,6 +60,11 @@ class Preemption:
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
         os.register_at_fork(after_in_child=self._leave_to_parent)
         atexit.register(end_workers)
+        if (parent := launcher()) is not None:
+            # accelerate's dies of the SIGTERM that a scheduler sends to it alone, and the run would go on as an orphan.
+            signal.signal(LAUNCHER_HAS_ENDED, _do_nothing)
+            self._watched.append(LAUNCHER_HAS_ENDED)
+            end_with_parent(LAUNCHER_HAS_ENDED, parent)
 
     def heed(self, output_dir: Path) -> None:
         """Let the run itself answer from here on. Remove the `preempted` file of an earlier run."""
@@ -75,11 +84,14 @@ class Preemption:
             if not self.asked:
                 self.interrupted = number == signal.SIGINT
                 self.asked, asked_at = True, time.monotonic()
+                why = "The launcher of this run has ended" if number == LAUNCHER_HAS_ENDED else _name(number)
                 second = "Ctrl-C" if self.interrupted else "signal"
-                _say(
-                    f"{_name(number)}: once this step, save or batch of an evaluation is done, the run saves its state "
-                    f"and ends; a second {second} ends it at once."
+                say_before_the_end(
+                    f"{why}: once this step, save or batch of an evaluation is done, the run saves its state and ends; "
+                    f"a second {second} ends it at once."
                 )
+            elif number == LAUNCHER_HAS_ENDED:
+                pass  # of Ctrl-C, a moment after that has asked this process
             elif time.monotonic() - asked_at > (SECONDS_OF_ONE_PRESS if self.interrupted else SECONDS_OF_ONE_REQUEST):
                 end_workers()
                 os._exit(128 + number)
@@ -95,10 +107,13 @@ class Preemption:
                     write_marker(self.output_dir)
         # Of several ranks that a launcher has signalled, one is enough to say so.
         if os.environ.get("RANK", "0") == "0":
-            what = "interrupted" if by_a_person else f"ended by {_name(number)}"
-            _say(f"train.py: {what} before the first step; --resume_from_checkpoint latest goes on from what is saved.")
+            what = "ended with its launcher" if number == LAUNCHER_HAS_ENDED else f"ended by {_name(number)}"
+            what = "interrupted" if by_a_person else what
+            say_before_the_end(
+                f"train.py: {what} before the first step; --resume_from_checkpoint latest goes on from what is saved."
+            )
         end_workers()
-        flush_output()
+        flush_before_the_end()
         os._exit(INTERRUPTED if by_a_person else EXIT_CODE)
 
     def _leave_to_parent(self) -> None:
@@ -114,23 +129,6 @@ def _do_nothing(*_) -> None:
 
 def _name(number: int) -> str:
     return signal.Signals(number).name
-
-
-def _say(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # the terminal may be gone, and this thread must live
-        print(f"\n{text}", file=sys.stderr, flush=True)
-
-
-def flush_output() -> None:
-    """Flush stdout, for two seconds at most: the main thread may hold it."""
-    thread = threading.Thread(target=_flush_stdout, daemon=True)
-    thread.start()
-    thread.join(2)
-
-
-def _flush_stdout() -> None:
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
 
 
 def end_workers() -> None:
@@ -158,7 +156,13 @@ def remove_marker(output_dir: Path) -> None:
         marker(output_dir).unlink(missing_ok=True)
 
 
-def ignore_signals(_worker: int = 0) -> None:
+def start_worker(_worker: int) -> None:
+    """Make the loader's worker one that ends with its rank and by nothing else."""
+    ignore_signals()
+    end_worker_with_parent()
+
+
+def ignore_signals() -> None:
     """Ignore the signals, in a child: one to the whole job must not kill it while its rank finishes the step."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
