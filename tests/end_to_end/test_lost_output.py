@@ -10,6 +10,7 @@ import pytest
 
 from tests.end_to_end import runs
 from tests.forked_runs import ROOT, start
+from tests.launching import small_disk
 
 pytestmark = pytest.mark.slow
 
@@ -58,8 +59,8 @@ def test_no_step_is_lost_with_the_output(lost, tmp_path):
     assert_it_is_whole(tmp_path / "run")
 
 
-def flags(folder) -> list[str]:
-    return runs.flags_of(2, folder / "run", SETTINGS | runs.held_out_flags(folder))
+def flags(folder, **more) -> list[str]:
+    return runs.flags_of(2, folder / "run", SETTINGS | runs.held_out_flags(folder) | more)
 
 
 def assert_it_is_whole(run) -> None:
@@ -72,6 +73,13 @@ def test_a_python_of_its_own_ends_with_exit_code_0(tmp_path):
     command = ["bash", "-c", 'exec "$@" > /dev/full 2>&-', "bash", sys.executable, "train.py", *flags(tmp_path)]
     assert subprocess.run(command, cwd=ROOT, timeout=300).returncode == 0
     assert_it_is_whole(tmp_path / "run")
+
+
+def test_a_full_disk_under_tensorboard_ends_no_run_and_holds_none_up(tmp_path):
+    with small_disk(tmp_path / "run" / "runs", "4k"):  # less than the arguments take as text
+        run = start(flags(tmp_path, report_to="tensorboard"), tmp_path / "printed.txt")
+        assert run.wait(120) == 0 and "which log.jsonl has" in run.text, run.text
+        assert_it_is_whole(tmp_path / "run")
 
 
 def print_in_ascii() -> None:
