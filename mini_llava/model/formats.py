@@ -42,6 +42,7 @@ MODEL_FILES = (
     *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin"),
     "chat_template.jinja",
 )
+STAGING = ".unfinished"  # a folder in the directory that is written
 # What transformers adds to every configuration, and where the weights lay on somebody's disk.
 CONFIG_NOISE = (
     *("_name_or_path", "id2label", "label2id", "problem_type", "chunk_size_feed_forward"),
@@ -647,7 +648,7 @@ def begin_directory(directory: Path) -> None:
 @contextmanager
 def staged(directory: Path) -> Iterator[Path]:
     """A folder whose files are flushed to the disk and moved into `directory` when the block ends well."""
-    staging = directory / ".unfinished"
+    staging = directory / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     try:

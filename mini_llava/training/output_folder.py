@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
 
-from ..model.formats import MODEL_FILES
+from ..model.formats import MODEL_FILES, STAGING
 from ..model.freeze import numel
 from ..words import counted
 from .checkpoint import (
@@ -44,7 +44,7 @@ OF_A_SAVE = re.compile(r"\.checkpoint-\d+\.(incomplete|removed)")
 REPLACED = (
     *MODEL_FILES,
     *("arguments.yaml", "log.jsonl", "eval_samples.jsonl", "skipped.jsonl", "summary.json", "curves.png"),
-    *(".unfinished", "mm_projector.bin.unfinished"),
+    *(STAGING, "mm_projector.bin.unfinished"),
 )
 
 
@@ -89,7 +89,8 @@ def check_nothing_is_replaced(output_dir: Path) -> None:
     """
     foreign = foreign_checkpoints(output_dir)
     if not _is_ours(output_dir):
-        foreign += sorted(path for pattern in REPLACED for path in output_dir.glob(pattern))
+        there = sorted(path for pattern in REPLACED for path in output_dir.glob(pattern))
+        foreign += [path for path in there if path.is_file() or path.name == STAGING]
     if foreign:
         more = f" and {len(foreign) - 3:,} more" if len(foreign) > 3 else ""
         names = ", ".join(path.name for path in foreign[:3])

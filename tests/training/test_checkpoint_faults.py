@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mini_llava import arguments as flags
+from mini_llava.training import ownership
 from mini_llava.training.checkpoint import (
     CheckpointError,
     complete_checkpoints,
@@ -27,6 +28,7 @@ from mini_llava.training.checkpoint import (
     save_checkpoint,
     verify,
 )
+from mini_llava.training.output_folder import writing_the_result
 from tests.end_to_end import runs
 from tests.launching import small_disk, train_in_turn
 
@@ -206,7 +208,7 @@ def test_a_checkpoint_of_another_program_is_named_before_step_1(saved, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "names, listed",
+    ("names", "listed"),
     [
         (["log.jsonl"], "log.jsonl"),
         (["arguments.yaml"], "arguments.yaml"),
@@ -256,6 +258,25 @@ def test_one_that_appears_in_mid_run_stays_and_the_save_fails(accelerator, save,
     )
     assert contents(there) == before and not hidden(tmp_path)
     verify(accelerator, save(tmp_path, 3).path)
+
+
+def test_a_run_whose_folder_was_taken_by_another_machine_saves_nothing_more(save, tmp_path):
+    """As where the locks of a file system hold on one machine only."""
+    with ownership.released_at_the_end():
+        ownership.own(tmp_path)
+        save(tmp_path, 1)
+        other = ownership.Owner("elsewhere", 7, "2026-01-02 03:04:05+00:00")
+        with open(ownership._held.descriptor, "r+", closefd=False) as file:  # closing it would lose the lock
+            file.truncate(0)
+            file.write(json.dumps(other._asdict()))
+        sentence = r"checkpoint-2 could not be written: .* is owned by the run of process 7 on elsewhere, since 2026-01"
+        with pytest.raises(CheckpointError, match=sentence):
+            save(tmp_path, 2)
+        sentence = r"The result could not be written .* is owned by the run of process 7"
+        with pytest.raises(OSError, match=sentence), writing_the_result(tmp_path):
+            pytest.fail("the result was written")
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-1"]
+    assert json.loads((tmp_path / ownership.NAME).read_text())["host"] == "elsewhere"
 
 
 def test_the_removal_of_old_checkpoints_spares_those_of_others(save, tmp_path):

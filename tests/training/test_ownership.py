@@ -153,17 +153,3 @@ def test_without_locks_what_the_file_says_decides(code, tmp_path, monkeypatch):
         "03:04:05+00:00, and this file system has no locks that would tell whether it has ended. If it has, delete "
         f"{tmp_path}/.owner; else choose another --output_dir."
     )
-
-
-def test_a_run_whose_folder_was_taken_on_another_machine_saves_nothing_more(tmp_path):
-    """As where the locks of a file system hold on one machine only."""
-    ownership.own(tmp_path)
-    ownership.check_still_owned()
-    other = ownership.Owner("elsewhere", 7, "2026-01-02 03:04:05+00:00")
-    with open(ownership._held.descriptor, "r+", closefd=False) as file:  # another descriptor's end would lose the lock
-        file.truncate(0)
-        file.write(json.dumps(other._asdict()))
-    with pytest.raises(BlockingIOError, match="is owned by the run of process 7 on elsewhere, since 2026-01-02"):
-        ownership.check_still_owned()
-    ownership.release()
-    assert (tmp_path / ownership.NAME).exists()
