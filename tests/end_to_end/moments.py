@@ -98,9 +98,9 @@ def end_in(crashes: Crashes, kind: Kind, signalled: Signal) -> End:
     )
 
 
-def table(crashes: Crashes, processes: int, at_once: int) -> str:
+def table(crashes: Crashes, processes: int, at_once: int, moments=tuple(MOMENTS), signals=SIGNALS) -> str:
     """Signals that end the same way share a row."""
-    cases = list(itertools.product(MOMENTS, SIGNALS))
+    cases = list(itertools.product(moments, signals))
     with ThreadPoolExecutor(at_once) as pool:
         ends = pool.map(
             lambda case: end_in(crashes, kind_of(case[0], processes), Signal(case[1], case[0], rank=processes - 1)),

@@ -16,7 +16,7 @@ from mini_llava.training.preemption import SECONDS_OF_ONE_PRESS, SECONDS_OF_ONE_
 from tests import signal_points
 from tests.end_to_end import runs
 from tests.end_to_end.crash_loop import Crashes
-from tests.end_to_end.moments import MOMENTS, SIGNALS, end_in, kind_of
+from tests.end_to_end.moments import MOMENTS, SIGNALS, end_in, kind_of, table
 from tests.forked_runs import ROOT, start
 from tests.signal_points import Signal
 
@@ -218,6 +218,17 @@ def test_at_every_moment_a_signal_is_answered_once_and_what_a_later_start_needs_
 def test_of_two_ranks_the_signal_to_one_during_a_save_or_an_evaluation_ends_both_with_one_save(moment, crashes):
     end = end_in(crashes, kind_of(moment, 2), Signal(signal.SIGUSR1, moment, rank=1))
     assert (end.code, end.marked_step, end.newest, end.steps, end.saves) == (143, *LEFT[moment]), end.printed
+
+
+def test_the_table_of_moments_has_a_row_for_signals_that_end_alike(crashes):
+    rows = table(crashes, 1, 2, [signal_points.FIRST_LINE, signal_points.LENGTHS], SIGNALS[2:]).splitlines()
+    cells = [[cell.strip() for cell in row.strip("|").split("|")][:-1] for row in rows[2:]]
+    assert cells == [
+        ["first line, imports", "HUP", "143", "no", "none", "0", "0"],
+        ["first line, imports", "INT", "130", "no", "none", "0", "0"],
+        ["length pass", "HUP", "143", "yes", "none", "0", "0"],
+        ["length pass", "INT", "130", "no", "none", "0", "0"],
+    ]
 
 
 def test_a_run_that_was_over_when_the_signal_came_is_not_evaluated_again(crashes):
