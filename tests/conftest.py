@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.undrawn import write_undrawn
+
 # As in an activated environment: DeepSpeed's operators are compiled by the ninja that is found first, and each version
 # compiles anew what another one did.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -47,6 +49,14 @@ def one_thread():
     Before any other fixture: runs that are compared to the last bit need the same number of threads.
     """
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def undrawn_curves():
+    """Runs in this process draw no curves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mini_llava.training.summary.draw_curves", write_undrawn)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,14 @@ from mini_llava.training.summary import duration, summarise, talk_command, write
 from tests.end_to_end.runs import FIXTURES, flags_of, train_here
 
 
+@pytest.fixture(autouse=True, scope="module")
+def drawn():
+    """What other tests' runs leave out."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mini_llava.training.summary.draw_curves", draw_curves)
+        yield
+
+
 def entry(step, loss, seconds=2.0, **more):
     rates = {"seconds_per_step": seconds, "samples_per_second": 4.0, "tokens_per_second": 100.0}
     return {"step": step, "loss": loss, **rates, "gradient_norm": loss, "learning_rate": 0.1, **more}
