@@ -267,6 +267,20 @@ def test_rates_that_are_0_as_asked_are_refused_unless_one_is_not(tmp_path):
     assert of("steps", findings(tmp_path, learning_rate=0, mm_projector_lr=1e-3, global_batch_size=4)).verdict == FINE
 
 
+@pytest.mark.parametrize(
+    "stage, values",
+    [
+        (1, {"mm_projector_lr": 0}),  # of the one part that is trained
+        (2, {"learning_rate": 0, "mm_vision_tower_lr": 1e-4}),  # of a tower that is frozen
+        (2, {"learning_rate": 0, "mm_projector_lr": 1e-4, "freeze_mm_mlp_adapter": True}),
+    ],
+)
+def test_only_the_rate_of_a_part_that_is_trained_counts(stage, values, tmp_path):
+    assert of("learning_rate", findings(tmp_path, stage, **values)).verdict == CONTRADICTION
+    trained = {"tune_mm_mlp_adapter": False, "freeze_mm_mlp_adapter": False, "unfreeze_mm_vision_tower": True}
+    assert of("steps", findings(tmp_path, stage, **values | trained, global_batch_size=4)).verdict == FINE
+
+
 def test_a_run_that_would_skip_all_of_its_records_is_refused(tmp_path):
     records = [{"conversations": [{"from": "human", "value": "What?"}]}] * 3
     (tmp_path / "bad.json").write_text(json.dumps(records))
