@@ -318,6 +318,20 @@ def test_the_doctor_says_what_train_would_refuse(tmp_path, capsys):
     assert "would refuse" not in capsys.readouterr().out
 
 
+def test_the_doctor_takes_from_the_file_of_a_run_what_that_run_allows(with_new_tokens, tmp_path, capsys):
+    turns = [{"from": "human", "value": "Where?"}, {"from": "gpt", "value": "<loc_1>"}]
+    (tmp_path / "data.json").write_text(json.dumps([{"video": "a.mp4", "conversations": turns}]))
+    config = tmp_path / "mine.yaml"
+    config.write_text(f"model_name_or_path: {with_new_tokens}\nversion: qwen_2\ndata_path: {tmp_path / 'data.json'}\n")
+    words = ["--config", str(config), "--tokens_per_image", "16", "--output", str(tmp_path / "bad.jsonl")]
+    assert doctor(words) == 1
+    printed = capsys.readouterr().out
+    assert "'video' looks like media" in printed and "--allow template" in printed and "3 rows missing" in printed
+    config.write_text(config.read_text() + "allow: template\nresize_token_embeddings: true\nleave_unread: video\n")
+    assert doctor(words) == 0
+    assert "would refuse" not in capsys.readouterr().out
+
+
 # --- rows for new tokens ---------------------------------------------------------------------------------------------
 
 
