@@ -21,6 +21,8 @@ from .output_streams import drop_what_cannot_be_printed
 def become(given) -> None:
     """In place of accelerate's `simple_launcher`, which starts the one process as a child and passes no signal on."""
     command, environment = prepare_simple_launcher_cmd_env(given)
+    if (given.num_processes or 1) == 1 and given.num_machines == 1:
+        environment.pop("MASTER_ADDR", None)  # of a job script: `check_launch` would take it for accelerate's
     sys.stdout.flush()
     os.execvpe(command[0], command, environment)
 

@@ -28,6 +28,7 @@ from ..data.sampler import GlobalBatchSampler, computed_tokens, deal
 from ..data.templates import get_template
 from ..data.tokenization import IGNORE_INDEX, BadRecord, Sample, load_tokenizer, tokenize
 from ..data.unread import allowed
+from ..model.image_tokens import missing_rows
 from ..model.sources import read_language_config, tower_image_size
 from ..model.vision_tower import load_vision_config, tokens_per_image
 from ..training import preflight
@@ -276,7 +277,9 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
     add("--data_path", nargs="+", metavar="PATH", help="JSON or JSON-lines files of records")
     add("--image_folder", nargs="+", metavar="PATH", help="image folder of each data file, in the same order")
     add("--exclude", nargs="+", metavar="PATH", help="lists of records to leave out, as train.py takes them")
-    add("--leave_unread", nargs="+", default=[], metavar="NAME", help="keys and marks, as train.py takes them")
+    add("--leave_unread", nargs="+", metavar="NAME", help="keys and marks, as train.py takes them")
+    add("--allow", nargs="+", metavar="CHECK", help="contradictions that are meant, as train.py takes them")
+    add("--resize_token_embeddings", action="store_true", default=None, help="train.py adds rows that are missing")
     add("--data_weights", nargs="+", type=_above_0, metavar="X", help="for the padding figures, as train.py takes them")
     add("--model_name_or_path", metavar="TEXT", help="language model, for its tokenizer")
     add(
@@ -371,13 +374,14 @@ def examine(given: argparse.Namespace) -> int:
     language_config = read_language_config(given.model_name_or_path, given.trust_remote_code)
     if language_config is not None:
         rows = language_config.get_text_config().vocab_size
-        findings += preflight.check_token_rows(tokenizer, rows, new_tokens=0)
+        new_tokens = missing_rows(tokenizer, language_config) if given.resize_token_embeddings else 0
+        findings += preflight.check_token_rows(tokenizer, rows, new_tokens)
     to_sample = functools.partial(
         tokenize,
         template=template,
         tokenizer=tokenizer,
         tokens_per_image=image_tokens,
-        left_unread=allowed(given.leave_unread),
+        left_unread=allowed(given.leave_unread or []),
     )
     store = RecordStore(given.data_path, given.image_folder, given.exclude)
     print(f"{counted(len(store), 'record')}, measured with the template {template.name} (--version).\n")
@@ -410,7 +414,7 @@ def examine(given: argparse.Namespace) -> int:
     if language_config is not None:
         longest = int(found.length.max(initial=0))
         findings += preflight.check_positions(longest, language_config)
-    refused = preflight.refusals(findings)
+    refused = preflight.refusals(findings, given.allow or [])
     print(*(finding.line() for finding in findings), sep="\n", end="\n\n")
 
     output = Path(given.output)

@@ -73,5 +73,5 @@ def check_launch(environment) -> None:
         raise ValueError(
             f"The launcher was asked for several processes or machines and has started one process alone ({here}). "
             "Several on CPUs: torchrun --nproc_per_node 2 train.py ..., or a config of DeepSpeed; else leave "
-            "--num_processes out."
+            "--num_processes out. If one is meant, and MASTER_ADDR is your own: unset it."
         )

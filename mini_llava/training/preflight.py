@@ -7,7 +7,7 @@ tokenizer and lengths, and read no weight.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from ..model.lora import linear_layers
 from ..model.projector import list_some
 from ..model.sources import FAMILIES, Source, empty_language_model, same_layer
 from ..words import counted
+from .build import plan_of
 from .inputs import Inputs
 from .order import Order
 from .schedule import learning_rate_factor, warmup_steps
@@ -69,7 +70,8 @@ def check_run(
     yield from check_projector(arguments.model, source)
     if training.lora_enable:
         yield from check_adapters(source.language_config, inputs.new_tokens)
-    yield from check_steps(training, order, lengths)
+    plan = plan_of(arguments, source)
+    yield from check_steps(training, [part for part, how in plan.items() if how != "frozen"], order, lengths)
 
 
 def refusals(findings: Iterable[Finding], allowed: Iterable[str] = ()) -> list[str]:
@@ -331,14 +333,22 @@ def _is_table(module: nn.Module, model: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) or module is model.get_output_embeddings()
 
 
-def check_steps(training: TrainingArguments, order: Order, lengths: Lengths) -> Iterator[Finding]:
-    """Yield whether there is a step to take, and one whose learning rate is not 0."""
+def check_steps(
+    training: TrainingArguments, trained: Collection[str], order: Order, lengths: Lengths
+) -> Iterator[Finding]:
+    """Yield whether there is a step to take, and one in which a learning rate is not 0.
+
+    Args:
+        trained: the parts that are, with adapters or in full: a rate of any other changes nothing.
+    """
     records, total, sampler = len(lengths.length), order.total_steps, order.sampler
     if len(order.bad) == records:
         yield Finding("steps", f"All {records:,} records would be skipped: nothing is left to train on.", IMPOSSIBLE)
         return
     warmup = warmup_steps(training.warmup_ratio, total)
-    peaks = (training.learning_rate, training.mm_projector_lr, training.mm_vision_tower_lr)
+    own = {"projector": training.mm_projector_lr, "vision_tower": training.mm_vision_tower_lr}
+    own["image_newline"] = own["projector"]
+    peaks = [training.learning_rate if own.get(part) is None else own[part] for part in trained]
     factors = (learning_rate_factor(training.lr_scheduler_type, step, total, warmup) for step in range(total))
     few = ""
     if records < sampler.global_batch_size:

@@ -4,11 +4,14 @@ import importlib.util
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
+from accelerate.commands import launch as accelerate_launch
 from transformers.utils import is_flash_attn_2_available
 
 from mini_llava import arguments as flags
+from mini_llava import launch
 from mini_llava.model import sources
 from mini_llava.tools import inspect, tour
 from mini_llava.training.checkpoint import CheckpointError
@@ -126,6 +129,17 @@ def test_fewer_processes_than_asked_for_are_missed_and_nothing_else():
         check_launch(FEWER)
     for environment in ({}, BY_ACCELERATE, FEWER | {"WORLD_SIZE": "2"}, FEWER | {"OMPI_COMM_WORLD_SIZE": "2"}):
         check_launch(environment)
+
+
+@pytest.mark.parametrize("processes, missed", [("1", False), ("2", True)])
+def test_an_address_that_a_job_script_exports_is_no_wish_for_several_processes(processes, missed, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "node1")
+    monkeypatch.setattr(os, "execvpe", lambda file, command, environment: check_launch(environment))
+    words = ["--config_file", str(ROOT / "accelerate_configs/cpu.yaml"), "--num_processes", processes, "train.py"]
+    given = accelerate_launch.launch_command_parser().parse_args(words)
+    monkeypatch.setattr(accelerate_launch, "simple_launcher", launch.become)
+    with pytest.raises(ValueError, match="has started one") if missed else nullcontext():
+        accelerate_launch.launch_command(given)
 
 
 @pytest.mark.slow

@@ -267,6 +267,20 @@ def test_rates_that_are_0_as_asked_are_refused_unless_one_is_not(tmp_path):
     assert of("steps", findings(tmp_path, learning_rate=0, mm_projector_lr=1e-3, global_batch_size=4)).verdict == FINE
 
 
+@pytest.mark.parametrize(
+    "stage, values",
+    [
+        (1, {"mm_projector_lr": 0}),  # of the one part that is trained
+        (2, {"learning_rate": 0, "mm_vision_tower_lr": 1e-4}),  # of a tower that is frozen
+        (2, {"learning_rate": 0, "mm_projector_lr": 1e-4, "freeze_mm_mlp_adapter": True}),
+    ],
+)
+def test_only_the_rate_of_a_part_that_is_trained_counts(stage, values, tmp_path):
+    assert of("learning_rate", findings(tmp_path, stage, **values)).verdict == CONTRADICTION
+    trained = {"tune_mm_mlp_adapter": False, "freeze_mm_mlp_adapter": False, "unfreeze_mm_vision_tower": True}
+    assert of("steps", findings(tmp_path, stage, **values | trained, global_batch_size=4)).verdict == FINE
+
+
 def test_a_run_that_would_skip_all_of_its_records_is_refused(tmp_path):
     records = [{"conversations": [{"from": "human", "value": "What?"}]}] * 3
     (tmp_path / "bad.json").write_text(json.dumps(records))
@@ -301,6 +315,20 @@ def test_the_doctor_says_what_train_would_refuse(tmp_path, capsys):
     assert "train.py would refuse to start:\nThe tokenizer of" in printed and "10 rows missing" in printed
     assert "positions     Warning: The longest sample has" in printed
     assert doctor([str(word) for word in (*words, FIXTURES / "llm")]) == 0
+    assert "would refuse" not in capsys.readouterr().out
+
+
+def test_the_doctor_takes_from_the_file_of_a_run_what_that_run_allows(with_new_tokens, tmp_path, capsys):
+    turns = [{"from": "human", "value": "Where?"}, {"from": "gpt", "value": "<loc_1>"}]
+    (tmp_path / "data.json").write_text(json.dumps([{"video": "a.mp4", "conversations": turns}]))
+    config = tmp_path / "mine.yaml"
+    config.write_text(f"model_name_or_path: {with_new_tokens}\nversion: qwen_2\ndata_path: {tmp_path / 'data.json'}\n")
+    words = ["--config", str(config), "--tokens_per_image", "16", "--output", str(tmp_path / "bad.jsonl")]
+    assert doctor(words) == 1
+    printed = capsys.readouterr().out
+    assert "'video' looks like media" in printed and "--allow template" in printed and "3 rows missing" in printed
+    config.write_text(config.read_text() + "allow: template\nresize_token_embeddings: true\nleave_unread: video\n")
+    assert doctor(words) == 0
     assert "would refuse" not in capsys.readouterr().out
 
 
