@@ -43,36 +43,35 @@ class DataFileError(OSError):
 
 
 class DataFile:
-    """The bytes of a file, read by position, as long as it stays what it was.
+    """The bytes of a file, read by position, as long as its content stays what it was.
 
     A memory map would be as fast, but kills the process by a signal when the file is cut short while it is mapped.
     Reading by position needs no offset of its own, so forked workers share the descriptor. A pickled copy opens the
-    file again. Raises DataFileError where the file has changed, for then no record is sure to be where it was.
+    file again. Raises DataFileError where the file has changed, for then no record is sure to be where it was. One that
+    has another time but the same content (`touch`, a backup put back) has not: it is read once more as a whole, which
+    takes a second for each GB, in every process that reads it.
     """
 
-    def __init__(self, path: str, stamp: tuple[int, int] | None = None):
-        """stamp: size and time of change that it must have; None takes those that it has."""
+    def __init__(self, path: str, stamp: tuple[int, int] | None = None, digest: str | None = None):
+        """stamp, digest: size and time of change, and content, that it must have; None takes those that it has."""
         self.path = path
         self._descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
         self._stamp = stamp or self._stamp_now()
         self.size = self._stamp[0]
+        self._digest = digest
         if self._stamp_now() != self._stamp:
-            raise self._changed()
+            self._accept_another_time()
 
     def read(self, start: int, end: int) -> bytes:
         """The bytes from `start` up to `end`, which may lie beyond the end of the file."""
-        wanted, content = min(end, self.size) - start, b""
-        try:
-            while len(content) < wanted:  # the system may give less than is asked for, 2 GiB at most
-                more = os.pread(self._descriptor, wanted - len(content), start + len(content))
-                if not more:
-                    break
-                content = content + more if content else more
-            same = self._stamp_now() == self._stamp
-        except OSError as error:
-            raise DataFileError(f"The data file {self.path} cannot be read any more: {error.strerror}.") from error
-        if len(content) < wanted or not same:
+        wanted = min(end, self.size) - start
+        while True:
+            content = self._read_unchecked(start, wanted)
+            if self._stamp_now() == self._stamp:
+                break
+            self._accept_another_time()
+        if len(content) < wanted:
             raise self._changed()
         return content
 
@@ -83,20 +82,54 @@ class DataFile:
             yield self.read(position, min(position + CHUNK_BYTES, end))
 
     def digest(self) -> str:
-        """A digest of the content."""
-        digest = hashlib.blake2b(digest_size=16)
-        for chunk in self.chunks(0):
-            digest.update(chunk)
-        return digest.hexdigest()
+        """A digest of the content, which is read for it the first time only."""
+        if self._digest is None:
+            self._digest = _digest_of(self.chunks(0))
+        elif self._stamp_now() != self._stamp:
+            self._accept_another_time()
+        return self._digest
 
     def identity(self) -> str:
         """Another one whenever the file is; without reading it, for nobody can set the time of its last change."""
         status = os.fstat(self._descriptor)
         return f"{os.path.realpath(self.path)} {self._stamp} {status.st_ino} {status.st_ctime_ns}"
 
+    def known_digest(self, digest: str) -> None:
+        """Takes the digest that a cache has of this very file, so that it need not be read."""
+        self._digest = digest
+
+    def _accept_another_time(self) -> None:
+        """Takes the file's new time of change if size and content are the old ones; DataFileError if not."""
+        stamp = self._stamp_now()  # before the content is read: what changes meanwhile has another one yet
+        if stamp[0] != self.size or self._digest is None:
+            raise self._changed()
+        starts = range(0, self.size, CHUNK_BYTES)
+        if _digest_of(self._read_unchecked(start, CHUNK_BYTES) for start in starts) != self._digest:
+            raise self._changed()
+        self._stamp = stamp
+
+    def _read_unchecked(self, start: int, wanted: int) -> bytes:
+        """So many bytes, or those up to the end of the file, whatever has become of it."""
+        content = b""
+        try:
+            while len(content) < wanted:  # the system may give less than is asked for, 2 GiB at most
+                more = os.pread(self._descriptor, wanted - len(content), start + len(content))
+                if not more:
+                    break
+                content = content + more if content else more
+        except OSError as error:
+            raise self._unreadable(error) from error
+        return content
+
     def _stamp_now(self) -> tuple[int, int]:
-        status = os.fstat(self._descriptor)
+        try:
+            status = os.fstat(self._descriptor)
+        except OSError as error:
+            raise self._unreadable(error) from error
         return status.st_size, status.st_mtime_ns
+
+    def _unreadable(self, error: OSError) -> DataFileError:
+        return DataFileError(f"The data file {self.path} cannot be read any more: {error.strerror}.")
 
     def _changed(self) -> DataFileError:
         size = self._stamp_now()[0]
@@ -109,7 +142,14 @@ class DataFile:
         )
 
     def __reduce__(self):
-        return DataFile, (self.path, self._stamp)
+        return DataFile, (self.path, self._stamp, self._digest)
+
+
+def _digest_of(chunks: Iterable[bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def check_data_files(
@@ -163,7 +203,7 @@ class RecordStore:
         self.data_path = [str(path) for path in data_path]
         self._image_folder = [str(folder) for folder in image_folder]
         self._files = [DataFile(path) for path in self.data_path]
-        spans, self._digests = zip(*(_index(file, cache_folder) for file in self._files), strict=True)
+        spans = [_index(file, cache_folder) for file in self._files]
         self._spans = np.concatenate(spans)
         self._first = np.cumsum([0, *map(len, spans)])
         self._kept_before = np.zeros(0, np.int64)  # for each excluded record, how many kept ones are before it
@@ -260,9 +300,7 @@ class RecordStore:
 
     def digests(self) -> list[str]:
         """A digest of the content of each file, in order."""
-        known = zip(self._files, self._digests, strict=True)
-        self._digests = [digest or file.digest() for file, digest in known]
-        return self._digests
+        return [file.digest() for file in self._files]
 
     def digest(self) -> str:
         """A digest of the content of all files, in order, and of what is excluded; names and dates do not count."""
@@ -270,23 +308,29 @@ class RecordStore:
         return hashlib.blake2b(parts, digest_size=16).hexdigest()
 
 
-def _index(file: DataFile, cache_folder: str | os.PathLike | None) -> tuple[np.ndarray, str | None]:
-    """The spans of a file and, of a large one, its digest: out of the cache if this very file was indexed before."""
+def _index(file: DataFile, cache_folder: str | os.PathLike | None) -> np.ndarray:
+    """The spans of a file: of a large one, out of the cache if this very file was indexed before.
+
+    Its digest is known from here on, so that a file which is only touched can be told from one that has changed.
+    """
     if cache_folder is None or file.size < INDEX_CACHED_FROM:
-        return _spans(file), None
+        file.digest()
+        return _spans(file)
     name = hashlib.blake2b(file.identity().encode() + Path(__file__).read_bytes(), digest_size=16).hexdigest()
     cache = Path(cache_folder) / f"index-{name}.npz"
     try:
         with np.load(cache, allow_pickle=False) as arrays:
-            return arrays["spans"], str(arrays["digest"])
+            spans, digest = arrays["spans"], str(arrays["digest"])
+        file.known_digest(digest)
+        return spans
     except Exception:  # there is none, or it is damaged, which raises zipfile, zlib, KeyError, ValueError or OSError
-        spans, digest = _spans(file), file.digest()
+        digest, spans = file.digest(), _spans(file)
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         _write_arrays(cache, spans=spans, digest=np.array(digest))
     except OSError as error:
         warnings.warn(f"The index is not cached: {cache_folder} cannot be written ({error}).", stacklevel=3)
-    return spans, digest
+    return spans
 
 
 def _write_arrays(file: Path, **arrays: np.ndarray) -> None:
