@@ -31,7 +31,7 @@ from mini_llava.training import checkpoint, distributed, first_batch, liveness, 
 from mini_llava.training.build import build_model
 from mini_llava.training.early import check_files, check_what_a_run_needs
 from mini_llava.training.evaluation import HeldOut, read_held_out
-from mini_llava.training.identity import run_identity
+from mini_llava.training.identity import resume_notes, run_identity
 from mini_llava.training.inputs import choose_inputs
 from mini_llava.training.longest import try_longest
 from mini_llava.training.meter import Meter, ProgressLine, append_json_line, loss_parts, prepare_reports
@@ -133,7 +133,9 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         model,
         arguments.as_dict(),
         store,
+        lengths.has_image,
         sampler.state_dict(),
+        (questions[0].store, questions[1]) if questions else None,
         tokenizer,
         inputs.image_processor,
         total_steps,
@@ -145,6 +147,8 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
             accelerator, model, optimizer, resume_from, identity, training.resume_ignore
         )
         sampler.load_state_dict(manifest["sampler"], order_may_differ=bool(training.resume_ignore))
+        for note in resume_notes(manifest, identity):
+            say(note)
     described = dict(
         model=accelerator.unwrap_model(model),
         projector_type=model_flags.mm_projector_type,

@@ -257,6 +257,23 @@ class RecordStore:
         """The folder that the record's image names are relative to."""
         return self._image_folder[self.source(index)] if self._image_folder else None
 
+    def image_names(self, index: int) -> list[str]:
+        """The record's images as it names them. Raises BadRecord if the record cannot be read."""
+        names = self[index].get("image") or []
+        return [names] if isinstance(names, str) else list(names)
+
+    def sample(self, among: np.ndarray, most: int) -> list[int]:
+        """Up to `most` records, the same ones whenever the files are the same; of other exclusions nearly so.
+
+        among: bool [records], those that may be taken.
+        """
+        kept = np.delete(np.arange(len(self._spans)), self._kept_before + np.arange(len(self._kept_before)))
+        seed = int(hashlib.blake2b(" ".join(self.digests()).encode(), digest_size=4).hexdigest(), 16)
+        # Not default_rng, whose numbers may be others in another version of numpy.
+        place = np.random.RandomState(seed).permutation(len(self._spans))[kept]
+        candidates = np.flatnonzero(among)
+        return candidates[np.argsort(place[candidates])[:most]].tolist()
+
     def describe(self, index: int) -> str:
         """Where a record is, for messages: file, position in the file counted from 0, and its id if it has one."""
         source = self.source(index)

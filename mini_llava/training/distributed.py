@@ -243,11 +243,16 @@ def quantisation(accelerator: Accelerator, bits: int, double_quant: bool, quant_
 
 def describe(accelerator: Accelerator) -> str:
     """`2 processes, DeepSpeed ZeRO-3, bf16, cuda`"""
-    kind = f"DeepSpeed ZeRO-{zero_stage(accelerator)}" if is_deepspeed(accelerator) else None
-    kind = kind or ("DDP" if accelerator.num_processes > 1 else "no distribution")
     count = f"{accelerator.num_processes} process" + ("es" if accelerator.num_processes > 1 else "")
     precision = accelerator.mixed_precision.replace("no", "fp32")
-    return f"{count}, {kind}, {precision}, {accelerator.device.type}"
+    return f"{count}, {backend(accelerator)}, {precision}, {accelerator.device.type}"
+
+
+def backend(accelerator: Accelerator) -> str:
+    """`DeepSpeed ZeRO-3`, `DDP`, `no distribution`"""
+    if is_deepspeed(accelerator):
+        return f"DeepSpeed ZeRO-{zero_stage(accelerator)}"
+    return "DDP" if accelerator.num_processes > 1 else "no distribution"
 
 
 def memory_note(accelerator: Accelerator, model: nn.Module) -> str | None:
