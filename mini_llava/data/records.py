@@ -49,7 +49,7 @@ class DataFile:
     Reading by position needs no offset of its own, so forked workers share the descriptor. A pickled copy opens the
     file again. Raises DataFileError where the file has changed, for then no record is sure to be where it was. One that
     has another time but the same content (`touch`, a backup put back) has not: it is read once more as a whole, which
-    takes a second for each GB, in every process that reads it.
+    takes one or two seconds for each GB, in every process that reads it.
     """
 
     def __init__(self, path: str, stamp: tuple[int, int] | None = None, digest: str | None = None):
