@@ -55,7 +55,7 @@ from mini_llava.training import (
 from mini_llava.training.build import build_model
 from mini_llava.training.early import check_files, check_what_a_run_needs
 from mini_llava.training.evaluation import HeldOut, read_held_out
-from mini_llava.training.identity import run_identity
+from mini_llava.training.identity import resume_notes, run_identity
 from mini_llava.training.inputs import choose_inputs
 from mini_llava.training.lockstep import STEPS_LOOKED_AT, Lockstep
 from mini_llava.training.longest import try_longest
@@ -155,8 +155,8 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         model,
         arguments.as_dict(),
         store,
-        lengths.has_image,
         sampler.state_dict(),
+        (questions[0].store, questions[1]) if questions else None,
         tokenizer,
         inputs.image_processor,
         total_steps,
@@ -168,7 +168,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
             accelerator, model, optimizer, resume_from, identity, training.resume_ignore
         )
         sampler.load_state_dict(manifest["sampler"], order_may_differ=bool(training.resume_ignore))
-        if note := checkpoint.rounding_note(accelerator, manifest):
+        for note in resume_notes(manifest, identity):
             say(note)
     described = dict(
         model=accelerator.unwrap_model(model),

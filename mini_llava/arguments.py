@@ -421,18 +421,21 @@ NEEDED = {
     **dict.fromkeys(("accelerate_config", "num_gpus", "gpu_memory_gib", "gpu_name", "expected_mfu"), ("dry_run", True)),
 }
 
+# Change how a step is computed, and its numbers by no more than rounding: a resumed run says which of them differ.
+ROUNDING = {
+    *("per_device_train_batch_size", "packing", "max_tokens_per_micro_batch", "attn_implementation"),
+    *("gradient_checkpointing", "gradient_checkpointing_share", "use_liger_kernel"),
+}
 # Flags that may differ between a run and the one it resumes, because they do not decide its numbers; all others do.
 DECIDES_NOTHING = {
-    # compared by their content instead of by their names
+    *ROUNDING,
+    # compared by their content instead of by their names; of what is in the image folders a sample is compared
     *("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter", "lora_weight_path"),
     *("data_path", "image_folder", "exclude"),
     # compared as the lengths of the records that it lets pass
     "leave_unread",
     # compared as what they come to: steps in all, samples in a step, precision
-    *("stage", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "fp16"),
-    # change how a step is computed, and its numbers by no more than rounding
-    *("packing", "max_tokens_per_micro_batch", "attn_implementation", "gradient_checkpointing"),
-    *("gradient_checkpointing_share", "use_liger_kernel"),
+    *("stage", "num_train_epochs", "gradient_accumulation_steps", "fp16"),
     # what was refused and is trained all the same
     "allow",
     # where, when and how fast things are read, written and shown

@@ -45,44 +45,36 @@ class DataFileError(OSError):
 
 
 class DataFile:
-    """The bytes of a file, read by position, as long as it stays what it was.
+    """The bytes of a file, read by position, as long as its content stays what it was.
 
     A memory map would be as fast, but kills the process by a signal when the file is cut short while it is mapped.
     Reading by position needs no offset of its own, so forked workers share the descriptor. A pickled copy opens the
-    file again. Raises DataFileError where the file has changed, for then no record is sure to be where it was. A file
-    that was only touched, or replaced in place by an equal one, has not: its content is compared, once for each touch.
-
-    known_digest: of the content; None where nobody has needed it, and then any other time of change is a change.
+    file again. Raises DataFileError where the file has changed, for then no record is sure to be where it was. One that
+    has another time but the same content (`touch`, a backup put back) has not: it is read once more as a whole, which
+    takes one or two seconds for each GB, in every process that reads it.
     """
 
     def __init__(self, path: str, stamp: tuple[int, int] | None = None, digest: str | None = None):
-        """stamp: size and time of change that it must have; None takes those that it has. digest: `known_digest`."""
+        """stamp, digest: size and time of change, and content, that it must have; None takes those that it has."""
         self.path = path
         self._descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
-        self._stamp, self.known_digest = stamp or self._stamp_now(), digest
+        self._stamp = stamp or self._stamp_now()
         self.size = self._stamp[0]
-        if not self._is_unchanged():
-            raise self._changed()
+        self._digest = digest
+        if self._stamp_now() != self._stamp:
+            self._accept_another_time()
 
     def read(self, start: int, end: int) -> bytes:
         """The bytes from `start` up to `end`, which may lie beyond the end of the file."""
-        try:
-            content = self._read(start, end)
-            unchanged = self._is_unchanged()
-        except OSError as error:
-            raise DataFileError(f"The data file {self.path} cannot be read any more: {error.strerror}.") from error
-        if len(content) < min(end, self.size) - start or not unchanged:
-            raise self._changed()
-        return content
-
-    def _read(self, start: int, end: int) -> bytes:
-        wanted, content = min(end, self.size) - start, b""
-        while len(content) < wanted:  # the system may give less than is asked for, 2 GiB at most
-            more = os.pread(self._descriptor, wanted - len(content), start + len(content))
-            if not more:
+        wanted = min(end, self.size) - start
+        while True:
+            content = self._read_unchecked(start, wanted)
+            if self._stamp_now() == self._stamp:
                 break
-            content = content + more if content else more
+            self._accept_another_time()
+        if len(content) < wanted:
+            raise self._changed()
         return content
 
     def chunks(self, start: int, end: int | None = None) -> Iterator[bytes]:
@@ -92,38 +84,54 @@ class DataFile:
             yield self.read(position, min(position + CHUNK_BYTES, end))
 
     def digest(self) -> str:
-        """Return a digest of the content, computed once."""
-        if self.known_digest is None:
-            digest = hashlib.blake2b(digest_size=16)
-            for chunk in self.chunks(0):
-                digest.update(chunk)
-            self.known_digest = digest.hexdigest()
-        if not self._is_unchanged():
-            raise self._changed()
-        return self.known_digest
+        """A digest of the content, which is read for it the first time only."""
+        if self._digest is None:
+            self._digest = _digest_of(self.chunks(0))
+        elif self._stamp_now() != self._stamp:
+            self._accept_another_time()
+        return self._digest
 
     def identity(self) -> str:
         """Another one whenever the file is; without reading it, for nobody can set the time of its last change."""
         status = os.fstat(self._descriptor)
         return f"{os.path.realpath(self.path)} {self._stamp} {status.st_ino} {status.st_ctime_ns}"
 
+    def known_digest(self, digest: str) -> None:
+        """Takes the digest that a cache has of this very file, so that it need not be read."""
+        self._digest = digest
+
+    def _accept_another_time(self) -> None:
+        """Takes the file's new time of change if size and content are the old ones; DataFileError if not."""
+        stamp = self._stamp_now()  # before the content is read: what changes meanwhile has another one yet
+        if stamp[0] != self.size or self._digest is None:
+            raise self._changed()
+        starts = range(0, self.size, CHUNK_BYTES)
+        if _digest_of(self._read_unchecked(start, CHUNK_BYTES) for start in starts) != self._digest:
+            raise self._changed()
+        self._stamp = stamp
+
+    def _read_unchecked(self, start: int, wanted: int) -> bytes:
+        """So many bytes, or those up to the end of the file, whatever has become of it."""
+        content = b""
+        try:
+            while len(content) < wanted:  # the system may give less than is asked for, 2 GiB at most
+                more = os.pread(self._descriptor, wanted - len(content), start + len(content))
+                if not more:
+                    break
+                content = content + more if content else more
+        except OSError as error:
+            raise self._unreadable(error) from error
+        return content
+
     def _stamp_now(self) -> tuple[int, int]:
-        status = os.fstat(self._descriptor)
+        try:
+            status = os.fstat(self._descriptor)
+        except OSError as error:
+            raise self._unreadable(error) from error
         return status.st_size, status.st_mtime_ns
 
-    def _is_unchanged(self) -> bool:
-        now = self._stamp_now()
-        if now == self._stamp:
-            return True
-        if now[0] != self.size or self.known_digest is None:
-            return False
-        digest = hashlib.blake2b(digest_size=16)
-        for position in range(0, self.size, CHUNK_BYTES):
-            digest.update(self._read(position, position + CHUNK_BYTES))
-        if digest.hexdigest() != self.known_digest or self._stamp_now() != now:
-            return False
-        self._stamp = now
-        return True
+    def _unreadable(self, error: OSError) -> DataFileError:
+        return DataFileError(f"The data file {self.path} cannot be read any more: {error.strerror}.")
 
     def _changed(self) -> DataFileError:
         size = self._stamp_now()[0]
@@ -136,7 +144,14 @@ class DataFile:
         )
 
     def __reduce__(self):
-        return DataFile, (self.path, self._stamp, self.known_digest)
+        return DataFile, (self.path, self._stamp, self._digest)
+
+
+def _digest_of(chunks: Iterable[bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def check_data_files(
@@ -244,6 +259,23 @@ class RecordStore:
         """The folder that the record's image names are relative to."""
         return self._image_folder[self.source(index)] if self._image_folder else None
 
+    def image_names(self, index: int) -> list[str]:
+        """The record's images as it names them. Raises BadRecord if the record cannot be read."""
+        names = self[index].get("image") or []
+        return [names] if isinstance(names, str) else list(names)
+
+    def sample(self, among: np.ndarray, most: int) -> list[int]:
+        """Up to `most` records, the same ones whenever the files are the same; of other exclusions nearly so.
+
+        among: bool [records], those that may be taken.
+        """
+        kept = np.delete(np.arange(len(self._spans)), self._kept_before + np.arange(len(self._kept_before)))
+        seed = int(hashlib.blake2b(" ".join(self.digests()).encode(), digest_size=4).hexdigest(), 16)
+        # Not default_rng, whose numbers may be others in another version of numpy.
+        place = np.random.RandomState(seed).permutation(len(self._spans))[kept]
+        candidates = np.flatnonzero(among)
+        return candidates[np.argsort(place[candidates])[:most]].tolist()
+
     def describe(self, index: int) -> str:
         """Where a record is, for messages: file, position in the file counted from 0, and its id if it has one."""
         source = self.source(index)
@@ -296,20 +328,22 @@ class RecordStore:
 
 
 def _index(file: DataFile, cache_folder: str | os.PathLike | None) -> np.ndarray:
-    """Return the spans of a file, and let it know its digest: out of the cache if this very file was indexed before."""
+    """The spans of a file: of a large one, out of the cache if this very file was indexed before.
+
+    Its digest is known from here on, so that a file which is only touched can be told from one that has changed.
+    """
     if cache_folder is None or file.size < INDEX_CACHED_FROM:
-        spans = _spans(file)
-        if file.size < INDEX_CACHED_FROM:
-            file.digest()
-        return spans
+        file.digest()
+        return _spans(file)
     name = hashlib.blake2b(file.identity().encode() + Path(__file__).read_bytes(), digest_size=16).hexdigest()
     cache = Path(cache_folder) / f"index-{name}.npz"
     try:
         with np.load(cache, allow_pickle=False) as arrays:
-            spans, file.known_digest = arrays["spans"], str(arrays["digest"])
-            return spans
+            spans, digest = arrays["spans"], str(arrays["digest"])
+        file.known_digest(digest)
+        return spans
     except Exception:  # there is none, or it is damaged, which raises zipfile, zlib, KeyError, ValueError or OSError
-        spans, digest = _spans(file), file.digest()
+        digest, spans = file.digest(), _spans(file)
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         _write_arrays(cache, spans=spans, digest=np.array(digest))

@@ -26,7 +26,7 @@ from torch import nn
 
 from ..model.projector import flush
 from ..words import counted
-from .distributed import computed_on, gather_from_ranks, is_deepspeed, versions, zero_stage
+from .distributed import gather_from_ranks, is_deepspeed, versions, zero_stage
 from .identity import differences
 from .ownership import check_still_owned
 
@@ -211,7 +211,6 @@ def save_checkpoint(
                     "optimizer_steps": steps_taken(accelerator, optimizer),
                     "world_size": accelerator.num_processes,
                     "versions": versions(),
-                    "computed_on": computed_on(accelerator),
                     "parameters": trained_shapes(accelerator, model),
                     "loss_scaler": _loss_scaler_state(accelerator, optimizer),
                     **description,
@@ -654,19 +653,6 @@ def load_checkpoint(
         if torch.cuda.is_available() and "cuda" in rng:
             torch.cuda.set_rng_state(rng["cuda"])
     return manifest
-
-
-def rounding_note(accelerator: Accelerator, manifest: dict) -> str | None:
-    """Return a sentence if the run goes on where sums are rounded otherwise than where its state was written."""
-    then = manifest.get("computed_on", {"processes": manifest["world_size"]}) | manifest["versions"]
-    now = computed_on(accelerator) | versions()
-    changes = [f"{name} {then[name]} then, {now[name]} now" for name in then if now.get(name, then[name]) != then[name]]
-    if not changes:
-        return None
-    return (
-        f"The state was written under other conditions: {'; '.join(changes)}. The run goes on, but its numbers may "
-        "differ by rounding from an uninterrupted run's."
-    )
 
 
 @torch.no_grad()

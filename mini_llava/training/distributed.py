@@ -243,11 +243,16 @@ def quantisation(accelerator: Accelerator, bits: int, double_quant: bool, quant_
 
 def describe(accelerator: Accelerator) -> str:
     """`2 processes, DeepSpeed ZeRO-3, bf16, cuda`"""
-    kind = f"DeepSpeed ZeRO-{zero_stage(accelerator)}" if is_deepspeed(accelerator) else None
-    kind = kind or ("DDP" if accelerator.num_processes > 1 else "no distribution")
     count = f"{accelerator.num_processes} process" + ("es" if accelerator.num_processes > 1 else "")
     precision = accelerator.mixed_precision.replace("no", "fp32")
-    return f"{count}, {kind}, {precision}, {accelerator.device.type}"
+    return f"{count}, {backend(accelerator)}, {precision}, {accelerator.device.type}"
+
+
+def backend(accelerator: Accelerator) -> str:
+    """`DeepSpeed ZeRO-3`, `DDP`, `no distribution`"""
+    if is_deepspeed(accelerator):
+        return f"DeepSpeed ZeRO-{zero_stage(accelerator)}"
+    return "DDP" if accelerator.num_processes > 1 else "no distribution"
 
 
 def memory_note(accelerator: Accelerator, model: nn.Module) -> str | None:
@@ -279,15 +284,6 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
-
-
-def computed_on(accelerator: Accelerator) -> dict[str, str | int]:
-    """Return what decides, beside versions, how sums are rounded: equal numbers need equal values."""
-    on_gpu = accelerator.device.type == "cuda"
-    return {
-        "processes": accelerator.num_processes,
-        "device": torch.cuda.get_device_name() if on_gpu else f"CPU with {torch.backends.cpu.get_cpu_capability()}",
-    } | ({} if on_gpu else {"CPU threads": torch.get_num_threads()})
 
 
 def backward_and_step(

@@ -1,13 +1,16 @@
 """What decides the numbers of a run: written into its checkpoints and compared when one is resumed.
 
 LLaVA resumes with whatever flags, data and models it is given, so that half of a run may be trained on other data than
-the other half. Here everything that decides the numbers must be equal or be named in `--resume_ignore`. Data and models
-are compared by their content, not by their names or dates, so that what was moved or copied can be resumed.
+the other half without a word. Here everything that decides the numbers must be equal or be named in `--resume_ignore`.
+Data, pictures and models are compared by their content, not by their names or times, so that what was moved, copied or
+unpacked again can be resumed. What differs by no more than rounding is said and not refused.
 """
 
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +19,20 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from ..arguments import DECIDES_NOTHING, OTHER_NAMES
+from ..arguments import DECIDES_NOTHING, OTHER_NAMES, ROUNDING
 from ..data.images import BadImage, image_path
 from ..data.records import RecordStore
 from ..data.templates import CHAT_TEMPLATE
+from ..data.tokenization import shorten
 from ..words import counted
-from .distributed import gather_from_ranks, zero_stage
+from .distributed import backend, gather_from_ranks, is_offloaded, versions, zero_stage
+from .evaluation import Question
 
 # Elements looked at in one go: int64 copies of a 7B model's weights would not fit beside it.
 ELEMENTS_AT_ONCE = 2**24
-# Of how many records the images are compared, and how much of each end of a file: a few seconds on a slow disk.
-RECORDS_LOOKED_AT, BYTES_LOOKED_AT = 256, 4096
+# Of all pictures so many are looked at: if 1 in 100 was replaced, that is noticed 92 times in 100.
+PICTURES = 256
+PIECE = 64 * 2**10  # bytes; a picture of up to three pieces, as most are, is read whole
 # What a configuration holds besides the model: where it came from, in which precision and by which kernels it runs.
 NOT_THE_MODEL = ("transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "output_hidden_states")
 
@@ -38,6 +44,7 @@ def run_identity(
     store: RecordStore,
     has_image: np.ndarray,
     order: dict,
+    held_out: tuple[RecordStore, Sequence[Question]] | None,
     tokenizer: PreTrainedTokenizerBase,
     image_processor,
     total_steps: int,
@@ -45,11 +52,15 @@ def run_identity(
 ) -> dict:
     """JSON values that are equal for two runs if and only if their numbers should be. All ranks must call it.
 
+    Two entries are never refused: `computation`, by which the numbers differ in their last digits, and `held out`, by
+    which scores do that are drawn as one curve.
+
     Args:
         model: the prepared `LlavaModel`.
         arguments: flag name to value.
-        has_image: which records have images, bool [n].
+        has_image: bool [records].
         order: the sampler's `state_dict()`.
+        held_out: the questions and the records they are of.
         slots: micro-batches of a step on all ranks, which matter to LLaVA's mean of means alone.
     """
     flags = {name: value for name, value in arguments.items() if name not in DECIDES_NOTHING}
@@ -66,6 +77,8 @@ def run_identity(
     texts_to_ids = tokenizer.backend_tokenizer.to_str()
     if arguments["version"] == CHAT_TEMPLATE:
         texts_to_ids += str(tokenizer.chat_template)
+    seen = _pictures_seen(store, has_image, held_out) if accelerator.is_main_process else None
+    pictures, of_questions = gather_from_ranks(accelerator, seen)[0]  # one rank asks the file system
     return {
         "flags": flags,
         "data": {
@@ -73,9 +86,7 @@ def run_identity(
             "all": store.digest(),
             "lengths": order["lengths"],
         },
-        "images": gather_from_ranks(
-            accelerator, fingerprints_of_images(store, has_image) if accelerator.is_main_process else None
-        )[0],
+        "images": pictures,
         "model": {
             "frozen": frozen_fingerprints(accelerator, llava),
             "tokenizer": _digest(texts_to_ids.encode()),
@@ -83,6 +94,8 @@ def run_identity(
             "language model": _settings(llava.language_model.config),
             "vision tower": _settings(llava.vision_tower.model.config),
         },
+        "computation": _computation(accelerator, arguments),
+        "held out": held_out and {"questions": digest_of_questions(held_out[1]), "images": of_questions},
     }
 
 
@@ -91,7 +104,8 @@ def differences(theirs: dict, mine: dict, may_differ: list[str]) -> tuple[list[s
     ignored = {OTHER_NAMES.get(name, name) for name in may_differ}
     found = [(name, f"{_label(name)}: {line}") for name, line in _flag_lines(theirs["flags"], mine["flags"])]
     found += [("data", f"data: {line}") for line in _data_lines(theirs["data"], mine["data"])]
-    found += [("images", f"images: {line}") for line in _image_lines(theirs.get("images", {}), mine["images"])]
+    # Checkpoints of before have no entry.
+    found += [("images", f"images: {line}") for line in _image_lines(theirs.get("images", []), mine["images"])]
     found += [("model", f"model: {line}") for line in _model_lines(theirs["model"], mine["model"])]
     found = [(name, line) for name, line in found if name not in ignored]
     return [line for _, line in found], list(dict.fromkeys(name for name, _ in found))
@@ -120,43 +134,20 @@ def _data_lines(theirs: dict, mine: dict) -> list[str]:
     return lines
 
 
-def fingerprints_of_images(store: RecordStore, has_image: np.ndarray) -> dict[str, list | None]:
-    """Return name to [bytes, digest] of the images of some records, evenly spread; None for one that is not there.
-
-    The digest is of both ends of the file: another picture, or the same one written again by another program, shows in
-    them, and a copy with another date does not.
-    """
-    with_image = np.flatnonzero(has_image)
-    places = np.linspace(0, len(with_image) - 1, min(RECORDS_LOOKED_AT, len(with_image))).astype(int)
-    found = {}
-    for index in with_image[places].tolist():
-        names = store[index]["image"]
-        for name in [names] if isinstance(names, str) else names:
-            try:
-                file = _both_ends(image_path(store.image_folder(index), name))
-            except (OSError, BadImage):
-                file = None
-            found[f"{store.source(index)} {name}"] = file
-    return found
-
-
-def _both_ends(path: str) -> list:
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        content = file.read(BYTES_LOOKED_AT)
-        file.seek(max(0, size - BYTES_LOOKED_AT))
-        return [size, _digest(content + file.read(BYTES_LOOKED_AT))]
-
-
-def _image_lines(theirs: dict, mine: dict) -> list[str]:
-    both = [name for name in theirs if name in mine]  # other records, where data may differ, have other images
-    if not (changed := [name for name in both if theirs[name] != mine[name]]):
-        return []
-    was, now = theirs[changed[0]], mine[changed[0]]
-    show = lambda file: "not there" if file is None else counted(file[0], "byte")  # noqa: E731
-    what = f"{show(was)} in the checkpoint, {show(now)} now" + (", of other content" if was and now else "")
-    name = changed[0].split(" ", 1)[1]
-    return [f"{len(changed):,} of {counted(len(both), 'file')} looked at have changed, first {name}: {what}"]
+def _image_lines(theirs: list[dict], mine: list[dict]) -> list[str]:
+    """Of the pictures that both have looked at; with other data these may be few."""
+    both = [(name, was[name], now[name]) for was, now in zip(theirs, mine) for name in was if name in now]  # noqa: B905
+    gone = [name for name, was, now in both if was and not now]
+    changed = [(name, was[0], now[0]) for name, was, now in both if was and now and was != now]
+    lines = []
+    if changed:
+        name, was, now = changed[0]
+        sizes = f"{counted(was, 'byte')} in the checkpoint, {now:,} now" if was != now else "of the same size"
+        verb = "has" if len(changed) == 1 else "have"
+        lines.append(f"{len(changed)} of {len(both)} looked at {verb} changed, first {shorten(name)} ({sizes})")
+    if gone:
+        lines.append(f"{len(gone)} of {len(both)} looked at cannot be read now, first {shorten(gone[0])}")
+    return lines
 
 
 def _model_lines(theirs: dict, mine: dict) -> list[str]:
@@ -177,6 +168,112 @@ def _model_lines(theirs: dict, mine: dict) -> list[str]:
             if was[key] != now[key]
         ]
     return sorted(lines)
+
+
+def resume_notes(manifest: dict, identity: dict) -> list[str]:
+    """What a resumed run has to say though it is not refused: a sentence or two for each.
+
+    Args:
+        manifest: of the checkpoint that was loaded.
+        identity: of this run.
+    """
+    known = manifest["identity"]
+    mine = versions() | identity["computation"]
+    theirs = manifest["versions"] | {"processes": manifest["world_size"]} | known.get("computation", {})
+    differing = [name for name in mine if name in theirs and theirs[name] != mine[name]]
+    notes = []
+    if differing:
+        listed = "; ".join(f"{name}: {theirs[name]} then, {mine[name]} now" for name in differing)
+        dropout = " Dropout, where there is any, draws other masks." if "processes" in differing else ""
+        notes.append(
+            f"Resumed, but not to the last bit, because it is computed in another way ({listed}): the numbers may "
+            f"differ from an uninterrupted run's by rounding.{dropout}"
+        )
+    was, now = known.get("held out"), identity["held out"]
+    if was and now:
+        changed = _image_lines(was["images"], now["images"])
+        if was["questions"] != now["questions"]:
+            changed = ["the questions are others"]
+        if changed:
+            notes.append(
+                f"Held-out scores from here on are of something else than those up to step {manifest['step']:,}, with "
+                f"which log.jsonl and the curves show them as one ({'; '.join(changed)})."
+            )
+    return notes
+
+
+def _computation(accelerator: Accelerator, arguments: dict) -> dict:
+    """What the last digits of the numbers depend on, besides versions; of all ranks together. A collective."""
+    on_cpu = accelerator.device.type == "cpu"
+    own = {"device": _cpu_name() if on_cpu else torch.cuda.get_device_name(accelerator.device)}
+    if on_cpu:  # sums are divided among them
+        own["CPU threads"] = torch.get_num_threads()
+    ranks = gather_from_ranks(accelerator, own)
+    together = {name: " and ".join(sorted({str(rank[name]) for rank in ranks})) for name in own}
+    flags = {f"--{name}": arguments[name] for name in sorted(ROUNDING)}
+    kind = backend(accelerator) + (", offloaded" if is_offloaded(accelerator) else "")
+    return {"processes": accelerator.num_processes, "backend": kind} | together | flags
+
+
+def _cpu_name() -> str:
+    """`AMD EPYC 7B13, AVX2`: kernels are chosen by both."""
+    name = "CPU"
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:  # not Linux
+        pass
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def _pictures_seen(
+    store: RecordStore, has_image: np.ndarray, held_out: tuple[RecordStore, Sequence[Question]] | None
+) -> tuple[list[dict], list[dict]]:
+    """`picture_fingerprints` of a sample of the records and of the held-out questions."""
+    names = [(index, name) for index in store.sample(has_image, PICTURES) for name in store.image_names(index)]
+    of_questions = [image for question in held_out[1] for image in question.images] if held_out else []
+    return picture_fingerprints(store, names), picture_fingerprints(held_out[0], of_questions) if held_out else []
+
+
+def picture_fingerprints(store: RecordStore, images: Iterable[tuple[int, str]]) -> list[dict[str, list | None]]:
+    """For each data file: image name to bytes and digest, or None if it cannot be read, of the first `PICTURES`.
+
+    Times say nothing: a copy, a checkout or an archive unpacked again has others. At most 48 MB are read, by several
+    threads, because a network file system is slow to answer.
+    """
+    chosen = list(dict.fromkeys((store.source(index), store.image_folder(index), name) for index, name in images))
+    chosen = chosen[:PICTURES]
+    found: list[dict] = [{} for _ in store.data_path]
+    with ThreadPoolExecutor(16) as pool:
+        fingerprints = pool.map(lambda picture: _picture_fingerprint(*picture[1:]), chosen)
+        for (source, _, name), fingerprint in zip(chosen, fingerprints, strict=True):
+            found[source][name] = fingerprint
+    return found
+
+
+def _picture_fingerprint(folder: str | None, name: str) -> list | None:
+    """Size in bytes and digest of the content: all of a small one, else its beginning, middle and end."""
+    if folder is None:
+        return None
+    try:
+        with open(image_path(folder, name), "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            places = (0, (size - PIECE) // 2, size - PIECE) if size > 3 * PIECE else (0, PIECE, 2 * PIECE)
+            return [size, _digest(b"".join(os.pread(file.fileno(), PIECE, place) for place in places))]
+    except (OSError, BadImage):
+        return None
+
+
+def digest_of_questions(questions: Sequence[Question]) -> str:
+    """Of all that a held-out score depends on, besides pictures."""
+    texts = [[q.input_ids.tolist(), q.tokens, q.answer, q.metric, [name for _, name in q.images]] for q in questions]
+    return _digest(json.dumps(texts).encode())
+
+
+# --- model -----------------------------------------------------------------------------------------------------------
 
 
 def _settings(config: PretrainedConfig | dict) -> dict:

@@ -276,16 +276,6 @@ def changing(tmp_path):
     return path, RecordStore([str(path)])
 
 
-def test_a_file_that_is_touched_or_written_again_with_the_same_content_has_not_changed(changing):
-    path, store = changing
-    for touch in (lambda: os.utime(path), lambda: path.write_text(path.read_text())):
-        copies = [pickle.loads(pickle.dumps(store)), store]  # a pool's workers have pickled ones
-        touch()
-        assert [copy[19]["id"] for copy in copies] == [19, 19]
-        assert store.digest() == RecordStore([str(path)]).digest()
-        assert pickle.loads(pickle.dumps(store))[0]["id"] == 0
-
-
 def test_a_file_that_is_touched_and_then_written_to_has_changed(changing):
     path, store = changing
     os.utime(path)
@@ -311,6 +301,64 @@ def test_a_file_that_is_replaced_by_renaming_another_is_read_as_it_was(changing)
     assert store[19]["id"] == 19
     with pytest.raises(DataFileError, match="has changed"):
         pickle.loads(pickle.dumps(store))  # a spawned worker would see the other file
+
+
+def put_back(path):
+    """Writes the same content into the same file, as `rsync --inplace` and some backups do."""
+    path.write_bytes(path.read_bytes())
+
+
+@pytest.mark.parametrize("touch", [Path.touch, put_back])
+def test_a_file_that_is_only_touched_is_read_on(touch, changing):
+    path, store = changing
+    digest = store.digest()
+    uses = (
+        lambda: store[19]["id"],
+        lambda: store.describe(0),
+        store.digest,
+        lambda: ids(pickle.loads(pickle.dumps(store))),
+    )
+    for number, use in enumerate(uses):
+        touch(path)
+        os.utime(path, (2 + number, 2 + number))
+        use()
+    assert store.digest() == digest and ids(store) == list(range(20))
+    CHANGES["written to"](path)
+    with pytest.raises(DataFileError, match="it has been written to"):
+        store[19]
+
+
+def test_a_file_that_is_replaced_by_an_equal_one_is_the_same_for_new_workers_too(changing):
+    path, store = changing
+    path.with_name("copy.json").write_bytes(path.read_bytes())  # of now, not of 1970
+    os.replace(path.with_name("copy.json"), path)
+    assert ids(store) == ids(pickle.loads(pickle.dumps(store))) == list(range(20))
+
+
+def test_a_touched_file_is_read_as_a_whole_once(large):
+    path, cache = large
+    RecordStore([str(path)], cache_folder=cache)
+    store = RecordStore([str(path)], cache_folder=cache)  # the digest is the cache's: the file has not been read
+    path.touch()
+    before = bytes_read()
+    assert store[3]["id"] == 3
+    assert path.stat().st_size < bytes_read() - before < 1.1 * path.stat().st_size
+    before = bytes_read()
+    assert ids(store) == list(range(340)) and store.digest()
+    assert bytes_read() - before < 1.1 * path.stat().st_size  # the records, and nothing twice
+
+
+def test_forked_workers_read_a_touched_file_on(changing, tmp_path):
+    path, store = changing
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    for _ in range(2):  # of which each finds the time that the process it comes from does not know
+        path.touch()
+        process = context.Process(target=ids_in_another_process, args=(store, queue))
+        process.start()
+        assert queue.get(timeout=120) == list(range(20))
+        process.join()
+    assert measure(store, Words(tmp_path / "calls"), 2, None, "key").length.tolist() == [1] * 20
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

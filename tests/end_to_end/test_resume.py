@@ -218,7 +218,10 @@ def test_a_zero3_checkpoint_of_two_ranks_goes_on_elsewhere(config, processes, tw
     flags = case.flags(
         language_models["no dropout"], tmp_path / "run", max_steps=8, resume_from_checkpoint=checkpoint, save_steps=8
     )
-    finish(start(flags, tmp_path / "run.txt", config, processes))
+    finish(run := start(flags, tmp_path / "run.txt", config, processes))
+    said = {None: "processes: 2 then, 1 now; backend: DeepSpeed ZeRO-3 then, no distribution now"}
+    said |= {"cpu": "(backend: DeepSpeed ZeRO-3 then, DDP now)"}
+    assert run.text.count("Resumed, but not to the last bit") == 1 and said[config] in run.text
     before = [entry for entry in log(two_ranks) if entry["step"] > 4]
     after = log(tmp_path / "run")
     assert [entry["step"] for entry in after] == [5, 6, 7, 8]

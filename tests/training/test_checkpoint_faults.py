@@ -395,10 +395,12 @@ def test_every_difference_is_listed_in_a_line_of_its_own(trained, tmp_path):
 
 def test_what_does_not_decide_the_numbers_may_differ(trained, tmp_path):
     """Other cutting of the batch, and data and models that were moved: the weights are the same but for rounding."""
-    data, tower = tmp_path / "moved.json", tmp_path / "moved tower"
+    data, tower, images = tmp_path / "moved.json", tmp_path / "moved tower", tmp_path / "moved images"
     shutil.copy(runs.FIXTURES / "data" / "train_stage2.json", data)
     shutil.copytree(runs.FIXTURES / "clip", tower)
+    shutil.copytree(runs.FIXTURES / "data" / "images", images, copy_function=shutil.copyfile)  # with times of now
     changes = dict(data_path=data, vision_tower=tower, per_device_train_batch_size=4, packing=False, save_steps=1)
+    changes |= dict(image_folder=images)
     resume(trained, tmp_path / "run", **changes)
     expected = runs.saved_weights(trained)
     for name, tensor in runs.saved_weights(tmp_path / "run").items():
@@ -427,6 +429,46 @@ def test_data_and_model_are_compared_by_content(trained, tmp_path):
         "model: the weights of the frozen vision_tower are others",
         "Make them equal, or let them differ: --resume_ignore data model",
     ]
+
+
+def test_pictures_that_were_replaced_or_lost_are_listed_and_may_be_ignored(trained, tmp_path, capsys):
+    images = Path(shutil.copytree(runs.FIXTURES / "data" / "images", tmp_path / "images"))
+    with_image = [record["image"] for record in runs.RECORDS if "image" in record]
+    pictures = list(dict.fromkeys(with_image))
+    replaced, other, lost = pictures[1:4]
+    size = (images / replaced).stat().st_size
+    shutil.copyfile(images / pictures[0], images / replaced)
+    content = (images / other).read_bytes()
+    (images / other).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # of the same size
+    (images / lost).unlink()
+    # The length pass finds the lost one only if there is no cache of an earlier one.
+    shutil.copytree(trained / "cache", tmp_path / "run" / "cache")
+    [changed, gone, advice] = refused_lines(trained, tmp_path / "run", image_folder=images)
+    assert changed.startswith(f"images: 2 of {len(pictures)} looked at have changed, first '")
+    first = changed.split("'")[1]
+    now = (images / replaced).stat().st_size
+    ends = {replaced: f"({size:,} bytes in the checkpoint, {now:,} now)", other: "(of the same size)"}
+    assert changed.endswith(ends[first])
+    assert gone == f"images: 1 of {len(pictures)} looked at cannot be read now, first '{lost}'"
+    assert advice == "Make them equal, or let them differ: --resume_ignore images"
+    shutil.copyfile(runs.FIXTURES / "data" / "images" / lost, images / lost)
+    resume(trained, tmp_path / "run", image_folder=images, resume_ignore="images")
+    assert [entry["step"] for entry in runs.log(tmp_path / "run")] == [3, 4]
+    assert "not to the last bit" not in capsys.readouterr().out  # nothing else differs
+
+
+def test_what_a_resumed_run_computes_in_another_way_is_said_and_not_refused(trained, tmp_path, capsys):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        resume(trained, tmp_path, packing=False)
+    finally:
+        torch.set_num_threads(threads)
+    assert (
+        f"Resumed, but not to the last bit, because it is computed in another way (CPU threads: {threads} then, "
+        f"{threads + 1} now; --packing: True then, False now): the numbers may differ from an uninterrupted run's by "
+        "rounding.\n"
+    ) in capsys.readouterr().out
 
 
 def test_what_is_named_in_resume_ignore_may_differ(trained, tmp_path):
