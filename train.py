@@ -155,6 +155,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         model,
         arguments.as_dict(),
         store,
+        lengths.has_image,
         sampler.state_dict(),
         (questions[0].store, questions[1]) if questions else None,
         tokenizer,

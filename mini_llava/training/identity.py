@@ -1,7 +1,7 @@
 """What decides the numbers of a run: written into its checkpoints and compared when one is resumed.
 
 LLaVA resumes with whatever flags, data and models it is given, so that half of a run may be trained on other data than
-the other half without a word. Here everything that decides the numbers must be equal or be named in `--resume_ignore`.
+the other half, silently. Here everything that decides the numbers must be equal or be named in `--resume_ignore`.
 Data, pictures and models are compared by their content, not by their names or times, so that what was moved, copied or
 unpacked again can be resumed. What differs by no more than rounding is said and not refused.
 """
