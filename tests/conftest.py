@@ -15,6 +15,21 @@ from tests.undrawn import write_undrawn
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
+# The files that take more than a minute, longest first, by `--durations 0`.
+LONGEST = (
+    *(
+        "test_resume.py",
+        "test_crashes.py",
+        "test_families.py",
+        "test_curves.py",
+        "test_evaluation.py",
+        "test_memory.py",
+    ),
+    *("test_two_machines.py", "test_demo.py", "test_world_size.py", "test_five_steps.py", "test_other_settings.py"),
+    *("test_readme_commands.py", "test_any_layout.py", "test_launcher.py", "test_one_global_batch.py", "test_lora.py"),
+)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     """Whole folders are tested by a process for each core, file by file, where pytest-xdist is installed."""
@@ -38,8 +53,9 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     """For several processes the long files come first, so that none is left for the end."""
     if hasattr(config, "workerinput"):
-        long = {item.path for item in items if item.get_closest_marker("slow")}
-        items.sort(key=lambda item: item.path not in long)
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        places = {name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: places.get(item.path.name, len(places) + (item.path not in slow)))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -95,7 +95,7 @@ def start(
         config: a config file, or the name of one in accelerate_configs; `cpu` with several processes is DDP.
         launched: start by `accelerate launch --config_file` indeed.
         environment: further variables.
-        program: another one than train.py, relative to the repository.
+        program: another one than train.py, relative to the repository, or a module's name as `python -m` takes it.
         inside: called in every rank before the program begins, not with `launched`.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -180,7 +180,10 @@ def _become(program: str, flags: list[str]) -> None:
     sys.argv = [program, *flags]
     code = 0
     try:
-        runpy.run_path(program, run_name="__main__")
+        if program.endswith(".py"):
+            runpy.run_path(program, run_name="__main__")
+        else:
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
     except SystemExit as end:  # as the interpreter treats it
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if isinstance(end.code, str):

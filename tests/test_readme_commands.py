@@ -3,9 +3,11 @@
 Only their size is changed: two processes instead of eight, one step. Hub names are folders here.
 """
 
+import functools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import forked_runs
 from tests.end_to_end.runs import FIXTURES
 from tests.launching import ROOT
 from tests.test_readme import README, blocks, commands
@@ -49,11 +52,21 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def printed_by(start: str, folder: Path) -> str:
-    """Runs the one command of README that begins so."""
+def printed_by(start: str, folder: Path, as_fork: bool = True) -> str:
+    """Runs the one command of README that begins so, as a fork that has its imports or by an interpreter of its own."""
     inline = [" ".join(text.split()) for text in re.findall(r"`(python [^`]+)`", README)]
     found = [text for block in blocks(README) for text in commands(block)] + inline
     [command] = {text for text in found if text.startswith(start)}
+    output, inside = folder / "printed.txt", functools.partial(os.chdir, folder)
+    if as_fork:
+        _, *words = shlex.split(command)
+        config, processes = None, 1
+        if words[:3] == ["-m", "mini_llava.launch", "--config_file"]:
+            config, processes, words = folder / words[3], 2, words[4:] + SMALLER.split()
+        program, *flags = words[1:] if words[0] == "-m" else words
+        run = forked_runs.start(flags, output, config, processes, program=program, inside=inside)
+        assert run.wait() == 0, run.text[-5000:]
+        return run.text
     if command.startswith("python -m mini_llava.launch"):
         two = "mini_llava.launch --num_processes 2 --main_process_port 0"
         command = command.replace("mini_llava.launch", two) + f" {SMALLER}"
@@ -86,7 +99,7 @@ def test_both_stages_of_ones_own_model(folder):
     first = f"{launch}/zero2.yaml train.py --stage 1"
     assert "2 processes, DeepSpeed ZeRO-2, bf16" in printed_by(first, folder)
     second = f"{launch}/zero3.yaml train.py --stage 2 --model_name_or_path"
-    assert "2 processes, DeepSpeed ZeRO-3, bf16" in printed_by(second, folder)
+    assert "2 processes, DeepSpeed ZeRO-3, bf16" in printed_by(second, folder, as_fork=False)
     assert (folder / "outputs" / "stage2" / "model.safetensors").is_file()
     assert {"loss", "norms/gradient_norm", "speed/tokens_per_second"} <= set(scalars_in_tensorboard(folder))
 

@@ -115,7 +115,8 @@ def interrupt_and_resume(case: Case, language_model: Path, directory: Path, laun
     # `latest` from the beginning, as a job that may be requeued has it: without a checkpoint it starts anew.
     flags = case.flags(language_model, killed, resume_from_checkpoint="latest")
     for step in KILLED_BEYOND:
-        run = start(flags, directory / f"killed beyond {step}.txt", **backend, launched=launched)
+        by_launcher = launched and step == KILLED_BEYOND[-1]  # a run that has resumed and is killed: both there
+        run = start(flags, directory / f"killed beyond {step}.txt", **backend, launched=by_launcher)
         run.wait_until(is_beyond(killed, step))
         run.kill()
         assert not weights(killed), "the run was over before it was killed"

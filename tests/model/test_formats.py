@@ -1,10 +1,7 @@
 """What is saved is read by transformers as it stands, and computes what the trained parts compute."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +37,7 @@ from mini_llava.model.formats import (
 from mini_llava.model.llava import LlavaModel
 from mini_llava.model.projector import build_projector, load_projector
 from mini_llava.model.vision_tower import load_vision_tower
+from tests import forked_runs
 from tests.slow_llama import SlowLlama, configure, like_llama_2
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
@@ -524,16 +522,9 @@ def test_stage_one_leaves_a_projector_and_a_config_with_llavas_keys(tmp_path):
 
 @pytest.mark.slow
 def test_a_partitioned_model_is_saved_as_a_whole_one_is(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*command, "-m", "tests.model.zero3_save", str(tmp_path / "partitioned")],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    folder, program = tmp_path / "partitioned", "tests/model/zero3_save.py"
+    run = forked_runs.start([str(folder)], tmp_path / "printed.txt", "cpu", 2, program=program)
+    assert run.wait() == 0, run.text[-4000:]
 
     for name, language_model in (("llama", None), ("qwen", tied_language_model())):
         model, whole, partitioned = build(language_model=language_model), tmp_path / "whole", tmp_path / "partitioned"

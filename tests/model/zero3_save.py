@@ -1,4 +1,4 @@
-"""Run by test_formats.py under torchrun: saves a model partitioned by ZeRO-3 in every layout."""
+"""Run by test_formats.py in two processes: saves a model partitioned by ZeRO-3 in every layout."""
 
 import sys
 from pathlib import Path
