@@ -513,7 +513,7 @@ ELSEWHERE = {
             "dataloader_persistent_workers",
             "dataloader_drop_last",
         ),
-        "the loader is set up by the program; --dataloader_num_workers is its one flag.",
+        "the loader is set up by the program; its flags are --dataloader_num_workers and --dataloader_timeout.",
     ),
     "data_seed": "--seed is the seed of the order too.",
     "full_determinism": "--seed decides order, new weights and dropout; on a CPU runs are equal to the last bit.",

@@ -19,12 +19,14 @@ MEDIA_KEY = re.compile(
     r"|(video|audio|speech|sound|frame|depth|point_?cloud|pcd)s?_(path|file|list|dir|folder)s?",
     re.IGNORECASE,
 )
+IDENTIFIER = re.compile(r"(?<!v)(?<!gr)ids?$", re.IGNORECASE)  # but not a vid or a grid
+NOTHING = ("", "[]", "{}", "null")  # as text, too
 PROMPT_KEY = re.compile(r"sys(tem)?([_-]?(prompt|message|instruction))?s?|tools|functions", re.IGNORECASE)
 
 # A file name or an address that ends so, or the bytes of a file as text.
 MEDIA_FILE = re.compile(
-    r"[^\n]{1,1000}\.(jpe?g|png|webp|gif|bmp|tiff?|ppm|pgm|jp2|avif|heic|mp4|m4v|avi|mov|mkv|webm|flv|mpe?g|wav|mp3|flac"
-    r"|ogg|m4a|opus|ply|pcd|npy|npz)(\?[^\n ]{0,1000})?",
+    r"[^\n]{0,1000}[^\s]\.(jpe?g|png|webp|gif|bmp|tiff?|ppm|pgm|jp2|avif|heic|mp4|m4v|avi|mov|mkv|webm|flv|mpe?g|wav|mp3|flac"
+    r"|ogg|m4a|opus|ply|pcd|npy|npz)(\?[^\n ]{1,1000})?",
     re.IGNORECASE,
 )
 MEDIA_BYTES = ("data:image/", "data:video/", "data:audio/", "/9j/4", "iVBORw0KGgo", "R0lGOD")  # base64: JPEG, PNG, GIF
@@ -36,9 +38,10 @@ PLACEHOLDER = re.compile(
     r"|<start_of_(image|video|audio)>|<img>[^<>\n]+</img>",
     re.IGNORECASE,
 )
-# Those that are also HTML, or said of it: at the beginning of a question or alone on a line, and never closed.
+# Those that are also HTML, or said of it: at the beginning of a question or alone on a line, and never closed. <Image>
+# and <IMAGE> are others' marks, and text to us.
 TAG = re.compile(
-    r"<(images|img|video|vid|audio|speech|sound|frame|depth|point|point_?cloud|pcd)s?>"
+    r"<(?!(?-i:image>))(image|img|video|vid|audio|speech|sound|frame|depth|point|point_?cloud|pcd)s?>"
     r"|\[(img|image|video|audio)\]",
     re.IGNORECASE,
 )
@@ -85,8 +88,9 @@ def _without_numbers(name: str) -> str:
 def _kind_of(name: str, value: object, has_image: bool) -> str | None:
     """`media` or `prompt` if that is what a key and its value look like."""
     if kind := kind_of_name(name):
-        return kind if any(_strings(value)) else None  # numbers are boxes, points and seconds
-    if has_image or name.lower().endswith(("id", "ids")):
+        # Numbers are boxes, points and seconds.
+        return kind if any(isinstance(t, bytes) or t.strip() not in NOTHING for t in _strings(value)) else None
+    if has_image or IDENTIFIER.search(name):
         return None
     found = any(isinstance(text, bytes) or _is_media(text) for text in _strings(value))
     return "media" if found else None

@@ -62,7 +62,7 @@ def check_run(
     training = arguments.training
     yield from check_template(inputs.template, inputs.tokenizer)
     if inputs.eval_template != inputs.template:
-        yield from check_template(inputs.eval_template, inputs.tokenizer)
+        yield from check_template(inputs.eval_template, inputs.tokenizer, "--eval_version")
     rows = source.language_config.get_text_config().vocab_size
     yield from check_token_rows(inputs.tokenizer, rows, inputs.new_tokens)
     longest = max(int(lengths.length.max(initial=0)), held_out_tokens)
@@ -94,7 +94,9 @@ def report(findings: Iterable[Finding], allowed: Iterable[str] | None = None) ->
 # --- template and tokenizer ------------------------------------------------------------------------------------------
 
 
-def check_template(template: Template | ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
+def check_template(
+    template: Template | ChatTemplate, tokenizer: PreTrainedTokenizerBase, flag: str = "--version"
+) -> Iterator[Finding]:
     """Yield whether the special tokens that a template writes are tokens of this tokenizer, its end mark first of all.
 
     A mark that is split into ordinary tokens is learned as text: nothing then ends an answer, since `generate` stops
@@ -105,7 +107,8 @@ def check_template(template: Template | ChatTemplate, tokenizer: PreTrainedToken
         return
     if text_marks := [mark for mark in template.stop if not _is_one_token(mark, tokenizer)]:
         mark, pieces = text_marks[0], len(tokenizer.tokenize(text_marks[0]))
-        sentence = f"--version {template.name} ends an answer with {mark}, which {name} splits into {pieces} tokens"
+        what = f"splits into {pieces} tokens" if pieces > 1 else "takes for ordinary text"  # ### is a word to Llama
+        sentence = f"{flag} {template.name} ends an answer with {mark}, which {name} {what}"
         if not MARK.fullmatch(mark):
             yield Finding("template", f"{sentence}: transformers' generate does not stop there, tools.chat does.", ODD)
             return
@@ -117,7 +120,7 @@ def check_template(template: Template | ChatTemplate, tokenizer: PreTrainedToken
     if split:
         yield Finding(
             "template",
-            f"--version {template.name} writes {list_some(split)}, which {name} splits into ordinary tokens. "
+            f"{flag} {template.name} writes {list_some(split)}, which {name} splits into ordinary tokens. "
             f"{_fitting_templates(tokenizer)}",
             CONTRADICTION,
         )
@@ -142,7 +145,9 @@ def _fitting_templates(tokenizer: PreTrainedTokenizerBase) -> str:
     names = [
         name
         for name, template in TEMPLATES.items()
-        if MARK.search("".join(template.stop)) and all(_is_one_token(mark, tokenizer) for mark in _marks(template))
+        if name == template.name  # and no other name of it
+        and MARK.search("".join(template.stop))
+        and all(_is_one_token(mark, tokenizer) for mark in _marks(template))
     ]
     names += [CHAT_TEMPLATE] * bool(tokenizer.chat_template)
     return f"Templates whose marks are its tokens: {', '.join(names)}." if names else "No template here fits it."

@@ -49,6 +49,7 @@ MEDIA = {
     "base64": conversation(picture=BASE64),
     "an object": conversation(media=[{"type": "image", "path": "a.png"}]),
     "points": conversation(scan="scene/0001.ply"),
+    "a key that ends as one of an id": conversation(vid="clips/a.mp4"),
 }
 PROMPTS = {key: with_image(**{key: "Be short."}) for key in ("system", "system_prompt", "System", "tools")}
 IN_A_TURN = with_image()
@@ -80,6 +81,8 @@ NOT_MEDIA = {
     "a name before it was renamed": with_image(original_image="b.png", file_name="b.png", image_id="b.png"),
     "its source": with_image(data_source="coco", dataset="x", image_source="coco/a.jpg", source="b.png"),
     "other notes": with_image(metric="choice", score=0.3, model="", lang="en", metadata={"split": "train"}),
+    "nothing as text": conversation(tools="[]", functions="{}", system=" ", images=["null"]),
+    "a question about files": conversation(title="How do I convert HEIC to .jpg?", note="What opens a.mp4?"),
     "nothing": conversation(images=[], video=None, system="", audio={}, videos=[""], frames=[None]),
     "boxes, points, seconds": with_image(depth=3.5, frames=[0, 8], points=[[1, 2]], depths=[[1.5]], video=7),
     "an image of a text": conversation(image_id="coco/1.jpg"),
@@ -106,6 +109,8 @@ MARKS = {
     "<image_1>": ["What differs between <image_1> and <image_2>?"],
     "<image 1>": ["In <image 1>, what?"],
     "<ImageHere>": ["<Img><ImageHere></Img>What?"],
+    "<Image>": ["<Image>\nWhat?", "What?\n<Image>"],
+    "<IMAGE>": ["<IMAGE> What?"],
     "<|image_pad|>": ["A: <|image_pad|>"],
     "<|vision_start|>": ["<|vision_start|><|image_pad|><|vision_end|>What?"],
     "<|image_1|>": ["<|image_1|>\nWhat?"],
@@ -135,6 +140,7 @@ ABOUT_HTML = [
     'Why is <img src="a.png"> not shown?',
     "[IMG]http://x.org/a.png[/IMG] is BBCode, is it?",
     "Is a[image] or x[img] right? And <|im_start|>, <s>, <b>, i<img>j?",
+    "<Image><Text>x</Text></Image> is which framework's?",
     "The <imaginary> and the <videos of cats>",
 ]
 

@@ -5,10 +5,12 @@ import re
 import shutil
 
 import pytest
-from transformers import AutoConfig, AutoTokenizer
+from tokenizers import Tokenizer, models
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from mini_llava import arguments as flags
 from mini_llava.data.records import RecordStore, measure
+from mini_llava.data.templates import get_template
 from mini_llava.model.sources import open_source
 from mini_llava.tools.doctor import main as doctor
 from mini_llava.tools.export import main as export
@@ -68,7 +70,7 @@ def test_an_end_mark_that_the_tokenizer_splits_is_refused_with_the_templates_tha
         rf"--version {version} ends an answer with \S+, which .*{name}\S* splits into \d+ tokens", found.sentence
     )
     fitting = found.sentence.partition("its tokens: ")[2].rstrip(".").split(", ")
-    assert "chat_template" in fitting and "v1" not in fitting
+    assert "chat_template" in fitting and "v1" not in fitting and "mistral_direct" not in fitting
     for fits in fitting:
         assert (
             of("template", findings(tmp_path, model_name_or_path=family[name], version=fits, packing=False)).verdict
@@ -79,7 +81,7 @@ def test_an_end_mark_that_the_tokenizer_splits_is_refused_with_the_templates_tha
 def test_the_template_that_held_out_questions_are_asked_with_is_checked_too(tmp_path):
     eval_data = {"eval_data_path": FIXTURES / "data" / "train_stage2.json", "eval_version": "qwen_2"}
     fine, refused = [f for f in findings(tmp_path, **eval_data) if f.check == "template"]
-    assert fine.verdict == FINE and refused.verdict == CONTRADICTION and "--version qwen_2" in refused.sentence
+    assert fine.verdict == FINE and refused.verdict == CONTRADICTION and "--eval_version qwen_2" in refused.sentence
 
 
 def test_an_opening_mark_that_is_no_token_is_refused_too(tmp_path):
@@ -95,6 +97,9 @@ def test_an_opening_mark_that_is_no_token_is_refused_too(tmp_path):
 def test_marks_that_are_text_by_design_are_said_and_not_refused(tmp_path):
     assert of("template", findings(tmp_path, version="llava_v0")).verdict == ODD
     assert of("template", findings(tmp_path, version="v1")).verdict == FINE
+    words = Tokenizer(models.WordLevel({"###": 0, "<unk>": 1}, "<unk>"))  # Llama and Llama 3 have the piece ###, too
+    [found] = preflight.check_template(get_template("llava_v0"), PreTrainedTokenizerFast(tokenizer_object=words))
+    assert found.verdict == ODD and "takes for ordinary text: transformers' generate does not stop" in found.sentence
     assert not [
         f for f in findings(tmp_path, stage=1, packing=False) if f.check == "template"
     ]  # captions end with a line
