@@ -54,7 +54,9 @@ RUN_ALONE = {
     "python tests/end_to_end/crash_loop.py": (
         "tests/end_to_end/test_crashes.py::test_readmes_command_says_that_all_runs_ended_as_if_nobody_had_killed_them"
     ),
-    "python tests/end_to_end/moments.py": "tests/end_to_end/test_preemption.py::test_the_table_of_moments_has_a_row_for_signals_that_end_alike",
+    "python tests/end_to_end/moments.py": (
+        "tests/end_to_end/test_preemption.py::test_the_table_of_moments_has_a_row_for_signals_that_end_alike"
+    ),
 }
 NOT_RUN = ("vllm serve", "python -m sglang.launch_server", "python -m lmms_eval")
 CI = {
