@@ -11,6 +11,8 @@ from mini_llava import arguments as flags
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import load_tokenizer, tokenize, tokenize_prompt
 from mini_llava.training.evaluation import HeldOut, read_held_out
+from mini_llava.training.lockstep import Lockstep
+from mini_llava.training.preemption import Preemption
 from mini_llava.training.shown_answers import ShownAnswer, as_picture, as_table
 from tests.end_to_end import runs
 from tests.training.tiny_llava import IMAGE_SIZE, TOKENS_PER_IMAGE, tiny_llava
@@ -21,7 +23,7 @@ PICTURES = runs.MODEL_AND_DATA["image_folder"]
 @pytest.fixture
 def make(tmp_path):
     """`make(**flags)`: the evaluation of a tiny model on five questions and two choices, 20 steps in all."""
-    textual = dict(template=get_template("v1"), tokenizer=load_tokenizer(runs.FIXTURES / "llm"))
+    textual = dict(tokenizer=load_tokenizer(runs.FIXTURES / "llm"), template=get_template("v1"))
     to_sample = functools.partial(tokenize, tokens_per_image=TOKENS_PER_IMAGE, max_length=512, **textual)
     to_prompt = functools.partial(tokenize_prompt, **textual)
 
@@ -33,7 +35,8 @@ def make(tmp_path):
         arguments = flags.parse_arguments(runs.flags_of(2, tmp_path, values))
         held_out = read_held_out(arguments.data, 42, to_sample, to_prompt, blank, IMAGE_SIZE)
         accelerator, model = Accelerator(cpu=True), tiny_llava()
-        return HeldOut(arguments, accelerator, model, held_out, textual["tokenizer"], textual["template"], 20)
+        lockstep = Lockstep(accelerator, Preemption(), max_skipped=1)
+        return HeldOut(arguments, accelerator, model, held_out, *textual.values(), 20, lockstep)
 
     return make
 
@@ -73,6 +76,14 @@ def test_an_evaluation_is_due_before_training_and_every_eval_steps_steps_but_onc
     assert due(make(eval_steps=0)) == [0]
     write_log(tmp_path, (0, 3.0, 0.0, 0.5), (4, 1.0, 0.2, 0.0))
     assert due(make()) == [8, 12, 16], "the log of a resumed run has the others"
+
+
+def test_a_run_that_is_started_again_after_its_end_is_not_evaluated_again(make, tmp_path):
+    write_log(tmp_path, (0, 3.0, 0.0, 0.5), (20, 1.0, 0.2, 0.0))
+    before = (tmp_path / "log.jsonl").read_text()
+    held_out = make()
+    assert held_out.total_steps == 20 and held_out.evaluate(20, print)
+    assert (tmp_path / "log.jsonl").read_text() == before
 
 
 def test_memory_that_runs_out_is_said_with_the_flag_that_helps_and_the_model_trains_on(make):
