@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, deque
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -131,12 +132,16 @@ def complete_checkpoints(output_dir: Path) -> list[int]:
     return sorted(int(path.parent.name.split("-")[1]) for path in output_dir.glob("checkpoint-*/manifest.json"))
 
 
-def result(output_dir: Path) -> dict:
-    """All that must not depend on kills."""
+def result(output_dir: Path, asked_for: Collection[int] = ()) -> dict:
+    """All that must not depend on kills.
+
+    asked_for: steps whose states signals asked for, which are kept beside the others where all are kept.
+    """
     files = [path for path in output_dir.iterdir() if path.suffix in (".safetensors", ".bin")]
     newest = complete_checkpoints(output_dir)[-1]
     files += (output_dir / f"checkpoint-{newest}").glob("*.safetensors")
-    names = sorted(path.name for path in output_dir.iterdir() if path.name not in ("log.jsonl", "arguments.yaml"))
+    others = {"log.jsonl", "arguments.yaml", *(f"checkpoint-{step}" for step in asked_for)}
+    names = sorted(path.name for path in output_dir.iterdir() if path.name not in others)
     return {
         "losses": losses(output_dir),  # also none twice, though steps were taken again after a kill
         "evaluations": evaluations(output_dir),
@@ -227,6 +232,7 @@ class Crashes:
     def crash(self, kind: Kind, stops: list[Kill | Signal]) -> Outcome:
         """Trains with these kills and signals, one after the other, then to the end, and compares."""
         output_dir, outcome = self.folder / f"run {next(self.numbers)}", Outcome(kind)
+        asked_for = set()
         try:
             for stop in [*stops, None]:
                 newest = max(complete_checkpoints(output_dir), default=0)
@@ -242,7 +248,10 @@ class Crashes:
                 check_little_is_lost(kind, output_dir)
                 if attempt.sent is not None and stop.number != signal.SIGKILL:
                     check_answer(stop, attempt, output_dir, newest)
-            found, expected = result(output_dir), self.uninterrupted[kind]
+                    asked_for.add(max(complete_checkpoints(output_dir), default=0))
+            expected = self.uninterrupted[kind]
+            of_signals = {step for step in asked_for if f"checkpoint-{step}" not in expected["names"]}
+            found = result(output_dir, of_signals if kind.save_total_limit is None else ())
             for what in found:
                 assert found[what] == expected[what], f"other {what}: {found[what]} instead of {expected[what]}"
             shutil.rmtree(output_dir)

@@ -231,14 +231,6 @@ def test_the_table_of_moments_has_a_row_for_signals_that_end_alike(crashes):
     ]
 
 
-def test_a_run_that_was_over_when_the_signal_came_is_not_evaluated_again(crashes):
-    kind = kind_of(signal_points.LAST_EVALUATION, 1)
-    over = Signal(signal.SIGTERM, f"after {signal_points.LAST_EVALUATION}")
-    crashes.train_uninterrupted(kind)
-    outcome = crashes.crash(kind, [over])
-    assert outcome.stops == [over] and not outcome.fault, outcome
-
-
 FAIL_IN_STEP_2 = """
 import runpy
 from mini_llava.training import distributed

@@ -23,7 +23,7 @@ PICTURES = runs.MODEL_AND_DATA["image_folder"]
 @pytest.fixture
 def make(tmp_path):
     """`make(**flags)`: the evaluation of a tiny model on five questions and two choices, 20 steps in all."""
-    textual = dict(template=get_template("v1"), tokenizer=load_tokenizer(runs.FIXTURES / "llm"))
+    textual = dict(tokenizer=load_tokenizer(runs.FIXTURES / "llm"), template=get_template("v1"))
     to_sample = functools.partial(tokenize, tokens_per_image=TOKENS_PER_IMAGE, max_length=512, **textual)
     to_prompt = functools.partial(tokenize_prompt, **textual)
 
@@ -77,6 +77,14 @@ def test_an_evaluation_is_due_before_training_and_every_eval_steps_steps_but_onc
     assert due(make(eval_steps=0)) == [0]
     write_log(tmp_path, (0, 3.0, 0.0, 0.5), (4, 1.0, 0.2, 0.0))
     assert due(make()) == [8, 12, 16], "the log of a resumed run has the others"
+
+
+def test_a_run_that_is_started_again_after_its_end_is_not_evaluated_again(make, tmp_path):
+    write_log(tmp_path, (0, 3.0, 0.0, 0.5), (20, 1.0, 0.2, 0.0))
+    before = (tmp_path / "log.jsonl").read_text()
+    held_out = make()
+    assert held_out.total_steps == 20 and held_out.evaluate(20, print)
+    assert (tmp_path / "log.jsonl").read_text() == before
 
 
 def test_memory_that_runs_out_is_said_with_the_flag_that_helps_and_the_model_trains_on(make):
