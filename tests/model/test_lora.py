@@ -305,18 +305,28 @@ def test_another_run_starts_from_a_lora_directory(trained, tmp_path):
         runs.train_here(runs.flags_of(2, tmp_path / "other", values | {"lora_r": 8}))
 
 
+QUANTISED = {**LORA, "lora_dropout": 0, "max_steps": 3, "learning_rate": 1e-2, "warmup_ratio": 0}
+QUANTISED |= {"global_batch_size": 8, "per_device_train_batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def losses_of_one(tmp_path_factory):
+    """By bits, of a run on one process."""
+    folder = tmp_path_factory.mktemp("quantised")
+    for bits in (4, 8):
+        runs.train_here(runs.flags_of(2, folder / str(bits), QUANTISED | {"bits": bits}))
+    return {bits: [line["loss"] for line in runs.log(folder / str(bits))] for bits in (4, 8)}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["ddp", "zero2", "zero3"])
-def test_quantised_runs_on_two_processes_have_the_losses_of_one(tmp_path, backend):
-    values = {**LORA, "lora_dropout": 0, "max_steps": 3, "learning_rate": 1e-2, "warmup_ratio": 0}
-    values |= {"global_batch_size": 8, "per_device_train_batch_size": 2}
-    lines = [runs.flags_of(2, tmp_path / str(bits), values | {"bits": bits}) for bits in (4, 8)]
+def test_quantised_runs_on_two_processes_have_the_losses_of_one(tmp_path, backend, losses_of_one):
+    lines = [runs.flags_of(2, tmp_path / str(bits), QUANTISED | {"bits": bits}) for bits in (4, 8)]
     train_in_turn(None if backend == "ddp" else runs.config_file(backend, tmp_path), lines, tmp_path)
-    for bits in (4, 8):
-        runs.train_here(runs.flags_of(2, tmp_path / f"{bits} alone", values | {"bits": bits}))
-        found, expected = runs.log(tmp_path / str(bits)), runs.log(tmp_path / f"{bits} alone")
+    for bits, expected in losses_of_one.items():
         # The order of fp32 sums differs; the weights are the same 4 or 8 bits.
-        assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-6)
+        found = [line["loss"] for line in runs.log(tmp_path / str(bits))]
+        assert found == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
