@@ -6,6 +6,7 @@ checks, for `train.py` and for the plan; the doctor takes those that need no mod
 tokenizer and lengths, and read no weight.
 """
 
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -295,10 +296,11 @@ def _projector_differences(said: dict, flags: ModelArguments, source: Source) ->
 
 def _plain_name(name: str) -> str:
     """A model's name without where it lies and how it is spelled: vicuna-7b-v1-5 is lmsys/vicuna-7b-v1.5."""
-    for part in Path(name).parts:
+    path = Path(os.path.abspath(name))  # of . and .. too
+    for part in path.parts:
         if part.startswith("models--"):  # the hub's cache
             return _plain_name(part.rpartition("--")[2])
-    return re.sub(r"[^a-z0-9]", "", Path(name).name.lower())
+    return re.sub(r"[^a-z0-9]", "", path.name.lower())
 
 
 # --- what is trained, and how long -----------------------------------------------------------------------------------
@@ -359,7 +361,8 @@ def check_steps(
     if records < sampler.global_batch_size:
         few = (
             f" {counted(records, 'record')} {'is' if records == 1 else 'are'} fewer than a global batch: lower "
-            f"--global_batch_size ({sampler.global_batch_size}), or raise --num_train_epochs."
+            f"--global_batch_size ({sampler.global_batch_size}), or raise "
+            f"--{'max_steps' if training.max_steps > 0 else 'num_train_epochs'}."
         )
     if not any(peaks) or not any(factors):
         when = f"in all {total:,} steps" if total > 1 else "in the only step"
