@@ -21,7 +21,7 @@ from ..data.templates import CHAT_TEMPLATE, TEMPLATES, ChatTemplate, Template
 from ..data.tokenization import read_json
 from ..model.image_tokens import token_ids_end
 from ..model.lora import linear_layers
-from ..model.projector import list_some
+from ..model.projector import PROJECTOR_FILE, list_some
 from ..model.sources import FAMILIES, Source, empty_language_model, same_layer
 from ..words import counted
 from .build import plan_of
@@ -233,10 +233,11 @@ def check_projector(flags: ModelArguments, source: Source) -> Iterator[Finding]:
             why = "It starts at random, without a stage 1: --pretrain_mm_mlp_adapter takes the projector of one."
             yield Finding("projector", why, ODD)
         return
-    if not Path(given).exists():  # in a plan; a run has looked for it
+    file = Path(given) / PROJECTOR_FILE if Path(given).is_dir() else Path(given)
+    directory = file.parent
+    if not file.exists():  # in a plan; a run has looked for it
         yield Finding("projector", f"It starts as {given}, which is not there yet.", ODD)
         return
-    directory = Path(given) if Path(given).is_dir() else Path(given).parent
     said = read_json(directory, "config.json") if (directory / "config.json").is_file() else {}
     differing = list(_projector_differences(said, flags, source))
     if differing:

@@ -230,6 +230,9 @@ def test_a_projector_about_which_nothing_is_known_is_said_to_be_one(stage1, tmp_
     shutil.copy(stage1 / "mm_projector.bin", tmp_path)
     found = of("projector", findings(tmp_path, pretrain_mm_mlp_adapter=tmp_path / "mm_projector.bin"))
     assert found.verdict == ODD and "no config.json beside" in found.sentence
+    for planned in (tmp_path / "later" / "mm_projector.bin", FIXTURES / "data"):  # a folder may be there already
+        found = of("projector", findings(tmp_path, pretrain_mm_mlp_adapter=planned))
+        assert found.verdict == ODD and found.sentence == f"It starts as {planned}, which is not there yet."
 
 
 # --- what is trained, and how long -----------------------------------------------------------------------------------
