@@ -252,7 +252,7 @@ def test_after_stage_1_the_table_names_the_command_of_stage_2(tmp_path):
     write_scores(tmp_path / "demo-stage1", (0, 0.6, 0.55), (40, 0.9, 0.5))
     table = demo.table_of_scores(1, tmp_path / "demo-stage1", None)
     assert cells(table)[1:3] == [["before stage 1", "60.0%", "55.0%"], ["after stage 1", "90.0%", "50.0%"]]
-    assert table.endswith("\nThe next stage adds its row: accelerate launch train.py --stage 2")
+    assert table.endswith("\nThe next stage adds its row: python train.py --stage 2")
     assert "Missing" not in table
 
 

@@ -172,7 +172,9 @@ def _opened(path: str) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on odd EXIF data and palettes
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as file:
+            # From a stream: of a name Pillow maps uncompressed TIFFs into memory, and reads sideways ones by rows of
+            # their height.
+            with open(path, "rb") as stream, Image.open(stream, formats=FORMATS) as file:
                 yield file
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise BadImage(f"the image {shorten(path)} is too large to be read safely: {error}") from error

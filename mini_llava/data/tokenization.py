@@ -248,7 +248,7 @@ def _of_unread(found: dict[str, str]) -> str:
         )
     return (
         f"its key {shown} looks like media and is not read: images are read from the record's 'image' alone, other "
-        f"media not at all. Rename it to 'image', or train without it by {flag}."
+        f"media not at all. Put the name of an image under 'image', or train without it by {flag}."
     )
 
 

@@ -128,7 +128,7 @@ def table_of_scores(stage: int, output_dir: str | Path, projector: str | None) -
             missing.append(f"Missing {name}: {why}")
     rows.append(("best guess from the question alone", f"{question_only_baseline():.1%}", ""))
     lines = [f"  {row[0]:<35} {row[1]:>15}  {row[2]:>15}".rstrip() for row in rows]
-    after = [] if stage == 2 else ["The next stage adds its row: accelerate launch train.py --stage 2"]
+    after = [] if stage == 2 else ["The next stage adds its row: python train.py --stage 2"]
     return "\n".join(["", "Held-out questions answered exactly:", *lines, *missing, *after])
 
 

@@ -6,6 +6,7 @@ checks, for `train.py` and for the plan; the doctor takes those that need no mod
 tokenizer and lengths, and read no weight.
 """
 
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from ..data.templates import CHAT_TEMPLATE, TEMPLATES, ChatTemplate, Template
 from ..data.tokenization import read_json
 from ..model.image_tokens import token_ids_end
 from ..model.lora import linear_layers
-from ..model.projector import list_some
+from ..model.projector import PROJECTOR_FILE, list_some
 from ..model.sources import FAMILIES, Source, empty_language_model, same_layer
 from ..words import counted
 from .build import plan_of
@@ -232,10 +233,11 @@ def check_projector(flags: ModelArguments, source: Source) -> Iterator[Finding]:
             why = "It starts at random, without a stage 1: --pretrain_mm_mlp_adapter takes the projector of one."
             yield Finding("projector", why, ODD)
         return
-    if not Path(given).exists():  # in a plan; a run has looked for it
+    file = Path(given) / PROJECTOR_FILE if Path(given).is_dir() else Path(given)
+    directory = file.parent
+    if not file.exists():  # in a plan; a run has looked for it
         yield Finding("projector", f"It starts as {given}, which is not there yet.", ODD)
         return
-    directory = Path(given) if Path(given).is_dir() else Path(given).parent
     said = read_json(directory, "config.json") if (directory / "config.json").is_file() else {}
     differing = list(_projector_differences(said, flags, source))
     if differing:
@@ -295,10 +297,11 @@ def _projector_differences(said: dict, flags: ModelArguments, source: Source) ->
 
 def _plain_name(name: str) -> str:
     """A model's name without where it lies and how it is spelled: vicuna-7b-v1-5 is lmsys/vicuna-7b-v1.5."""
-    for part in Path(name).parts:
+    path = Path(os.path.abspath(name))  # of . and .. too
+    for part in path.parts:
         if part.startswith("models--"):  # the hub's cache
             return _plain_name(part.rpartition("--")[2])
-    return re.sub(r"[^a-z0-9]", "", Path(name).name.lower())
+    return re.sub(r"[^a-z0-9]", "", path.name.lower())
 
 
 # --- what is trained, and how long -----------------------------------------------------------------------------------
@@ -359,7 +362,8 @@ def check_steps(
     if records < sampler.global_batch_size:
         few = (
             f" {counted(records, 'record')} {'is' if records == 1 else 'are'} fewer than a global batch: lower "
-            f"--global_batch_size ({sampler.global_batch_size}), or raise --num_train_epochs."
+            f"--global_batch_size ({sampler.global_batch_size}), or raise "
+            f"--{'max_steps' if training.max_steps > 0 else 'num_train_epochs'}."
         )
     if not any(peaks) or not any(factors):
         when = f"in all {total:,} steps" if total > 1 else "in the only step"

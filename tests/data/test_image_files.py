@@ -218,6 +218,20 @@ def test_photographs_are_turned_upright(tmp_path):
     assert load_image(tmp_path, "a.png").tobytes() == image.transpose(Image.Transpose.ROTATE_270).tobytes()
 
 
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_an_uncompressed_tiff_on_its_side_is_turned_upright(mode, tmp_path):
+    """Pillow maps those of most modes into memory, and takes their height for their width."""
+    deep = Image.fromarray(np.arange(96, dtype=np.uint16).reshape(8, 12) * 680)
+    image = deep if mode == "I;16" else noise(mode)
+    image.save(tmp_path / "upright.tif")
+    upright = np.asarray(load_image(tmp_path, "upright.tif"))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "sideways.tif", exif=exif)
+    assert np.array_equal(np.asarray(load_image(tmp_path, "sideways.tif")), np.rot90(upright, -1))
+    assert image_size(tmp_path, "sideways.tif") == (8, 12)
+
+
 # --- the folder ------------------------------------------------------------------------------------------------------
 
 

@@ -221,10 +221,18 @@ def test_the_same_parts_under_other_names_are_the_same(key, value, stage1, tmp_p
     assert of("projector", findings(tmp_path, pretrain_mm_mlp_adapter=folder)).verdict == FINE
 
 
+def test_a_language_model_may_be_the_directory_that_one_stands_in(stage1, tmp_path, monkeypatch):
+    monkeypatch.chdir(FIXTURES / "llm")
+    assert of("projector", findings(tmp_path, pretrain_mm_mlp_adapter=stage1, model_name_or_path=".")).verdict == FINE
+
+
 def test_a_projector_about_which_nothing_is_known_is_said_to_be_one(stage1, tmp_path):
     shutil.copy(stage1 / "mm_projector.bin", tmp_path)
     found = of("projector", findings(tmp_path, pretrain_mm_mlp_adapter=tmp_path / "mm_projector.bin"))
     assert found.verdict == ODD and "no config.json beside" in found.sentence
+    for planned in (tmp_path / "later" / "mm_projector.bin", FIXTURES / "data"):  # a folder may be there already
+        found = of("projector", findings(tmp_path, pretrain_mm_mlp_adapter=planned))
+        assert found.verdict == ODD and found.sentence == f"It starts as {planned}, which is not there yet."
 
 
 # --- what is trained, and how long -----------------------------------------------------------------------------------
@@ -264,7 +272,10 @@ def test_a_run_whose_every_rate_is_0_is_refused_and_few_records_are_said(tmp_pat
     found = of("steps", findings(tmp_path, **twenty, num_train_epochs=3))
     assert found.verdict == ODD and "3 steps; the learning rate rises in the first 1." in found.sentence
     assert of("steps", findings(tmp_path, data_path=tmp_path / "twenty.json", global_batch_size=4)).verdict == FINE
-    assert of("steps", findings(tmp_path, **twenty, warmup_ratio=0)).verdict == ODD
+    found = of("steps", findings(tmp_path, **twenty, warmup_ratio=0))
+    assert found.verdict == ODD and found.sentence.endswith("raise --num_train_epochs.")
+    found = of("steps", findings(tmp_path, **twenty, max_steps=2))
+    assert found.verdict == ODD and found.sentence.endswith("raise --max_steps.")
 
 
 def test_rates_that_are_0_as_asked_are_refused_unless_one_is_not(tmp_path):
