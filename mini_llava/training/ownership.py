@@ -54,6 +54,7 @@ class _Held(NamedTuple):
     file: Path
     descriptor: int
     owner: Owner
+    made_directory: bool
 
 
 _held: _Held | None = None
@@ -68,6 +69,7 @@ def own(output_dir: Path) -> None:
     """
     global _held
     release()
+    made_directory = not output_dir.exists()
     output_dir.mkdir(parents=True, exist_ok=True)
     file = output_dir / NAME
     while True:
@@ -84,7 +86,7 @@ def own(output_dir: Path) -> None:
                 owner = Owner(socket.gethostname(), os.getpid(), datetime.now().astimezone().isoformat(" ", "seconds"))
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, json.dumps(owner._asdict()).encode() + b"\n", 0)
-                _held = _Held(file, descriptor, owner)
+                _held = _Held(file, descriptor, owner, made_directory)
                 return
         finally:
             if _held is None:
@@ -108,6 +110,8 @@ def release() -> None:
         is_whose = _written_in(held.descriptor) if _is_named(held.file, held.descriptor) else None
         if is_whose == held.owner and held.owner.pid == os.getpid():  # not in a forked child, whose parent owns it
             held.file.unlink()  # before the lock goes: nobody else can have it
+            if held.made_directory:
+                held.file.parent.rmdir()  # of a run that was refused at once; with anything in it it stays
     os.close(held.descriptor)
 
 

@@ -88,7 +88,7 @@ SEPARATORS = [
     "<|im_end|>\n",
     "<|im_start|>user\n",
 ]
-SEPARATORS += ["<|eot_id|>", "\n### Human: ", "<unk>", "\n", "\n\n", "  ", " ", "\t", "🦙", "猫", "<image", "<Image>"]
+SEPARATORS += ["<|eot_id|>", "\n### Human: ", "<unk>", "\n", "\n\n", "  ", " ", "\t", "🦙", "猫", "<image", "<Image"]
 # U+2581 is how Llama writes a blank, so it cannot come back as itself.
 CHARACTERS = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="▁"), max_size=8)
 TEXTS = st.lists(st.sampled_from(SEPARATORS) | CHARACTERS, max_size=5).map("".join)

@@ -136,7 +136,7 @@ def test_the_run_says_what_it_starts_from_and_records_what_it_fixes(tmp_path, ca
 def test_a_run_never_writes_over_what_it_starts_from(tmp_path):
     base = like_llava_hf(tmp_path / "base")
     before = sorted(file.name for file in base.iterdir())
-    with pytest.raises(ValueError, match="would be written over"):
+    with pytest.raises(FileExistsError, match="which no run of this program wrote and this one would overwrite"):
         runs.train_here(command_line(2, base, base, STILL))
     assert sorted(file.name for file in base.iterdir()) == before
 
