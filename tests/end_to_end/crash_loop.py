@@ -293,8 +293,8 @@ def check_answer(signalled: Signal, attempt: Attempt, output_dir: Path, resumed_
         return
     codes = {rank: attempt.marks[rank].exit_code for rank in sent.ranks}
     assert attempt.code == code and set(codes.values()) == {code}, f"{attempt.code}, {codes}: {explained}"
-    # Before the loop, ranks that a person did not reach are ended by the launcher's SIGTERM, and take it for a wish to be
-    # started again.
+    # Before the loop, ranks that a person did not reach are ended by the launcher's SIGTERM, and take it for a wish to
+    # be started again.
     ended_by_launcher = not first.count(LOOP, until=sent.seconds) and len(sent.ranks) < len(attempt.marks)
     if first.count(OWNS_ITS_FOLDER, until=sent.seconds) and not (by_a_person and ended_by_launcher):
         assert marker != by_a_person, f"preempted is {'' if marker else 'not '}there: {explained}"
