@@ -22,7 +22,10 @@ from tests.signal_points import Signal
 
 pytestmark = pytest.mark.slow
 
-ANSWER = "once this step, save or batch of an evaluation is done, the run saves its state and ends; a second "
+ANSWER = (
+    "once this step or the next, this save or this batch of an evaluation is done, the run saves its state and ends; "
+    "a second "
+)
 STEPS = 12
 SETTINGS = {
     "max_steps": STEPS,
