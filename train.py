@@ -323,7 +323,8 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         if sampler.step != saved_step:
             save()
         if lockstep.fault and lockstep.ahead:  # too much was skipped, and its last step is not in the list yet
-            log_skipped(store, lockstep.ahead.skipped, output_dir / "skipped.jsonl")
+            with distributed.never_fatal(f"{output_dir}/skipped.jsonl lacks entries"):
+                log_skipped(store, lockstep.ahead.skipped, output_dir / "skipped.jsonl")
         lockstep.raise_fault()
         if accelerator.is_main_process and not lockstep.interrupted:  # a person is there; nothing shall start it again
             write_marker(output_dir, sampler.step, total_steps)
