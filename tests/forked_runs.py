@@ -176,7 +176,9 @@ def _fork_ranks(program: str, flags: list[str], processes: int, inside) -> None:
 
 
 def _become(program: str, flags: list[str]) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, as tests may be, ignores it
+    # However the tests were started: a shell's background job ignores the one, and what nohup starts the other.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     sys.argv = [program, *flags]
     code = 0
     try:
