@@ -104,7 +104,8 @@ class _Watch:
         """Of everything that the interpreter does: a file is opened to be written, or a directory changed."""
         if event == "open":
             path, _, flags = arguments
-            if flags & (os.O_WRONLY | os.O_RDWR) and not isinstance(path, int):
+            # A directory is opened so for a file without a name, of which nothing can be left.
+            if flags & (os.O_WRONLY | os.O_RDWR) and not isinstance(path, int) and not os.path.isdir(path):
                 self.sees("write", path, os.path.getsize(path) if flags & os.O_APPEND and os.path.exists(path) else 0)
         elif event in CHANGES and not isinstance(arguments[0], int):  # a lock's file is emptied by its number
             directory = arguments[-1] if event in ("os.mkdir", "os.remove", "os.rmdir") else -1
