@@ -53,7 +53,7 @@ from mini_llava.training import (
     preflight,
 )
 from mini_llava.training.build import build_model
-from mini_llava.training.early import check_files, check_what_a_run_needs
+from mini_llava.training.early import check_files, check_output, check_what_a_run_needs
 from mini_llava.training.evaluation import HeldOut, read_held_out
 from mini_llava.training.identity import resume_notes, run_identity
 from mini_llava.training.inputs import choose_inputs
@@ -85,6 +85,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         if rank == 0:
             ownership.own(output_dir)
         preemption.output_dir = output_dir
+        check_output(output_dir, training.resume_from_checkpoint)
 
     # --- What it starts from: a language model and a tower, or a LLaVA model, which then fixes some of the flags ------
     source = open_source(model_flags, arguments.explicit)

@@ -140,7 +140,7 @@ class _Marker:
         from mini_llava.training.preemption import Preemption
 
         self.after(Preemption, "watch", FIRST_LINE)
-        self.after(early, "check_what_a_run_needs", OWNS_ITS_FOLDER)
+        self.after(early, "check_output", OWNS_ITS_FOLDER)
         self.around(records, "_scan", LENGTHS)
         self.around(longest, "try_longest", TRIAL)
         self.after(Preemption, "heed", LOOP)

@@ -16,9 +16,8 @@ from ..model.fused_kernels import check_liger_kernel
 from ..model.lora import find_adapter
 from ..model.projector import find_projector
 from .checkpoint import check_resume
-from .distributed import check_bitsandbytes, check_tracker, launched_rank
+from .distributed import check_bitsandbytes, check_tracker
 from .output_folder import check_nothing_is_replaced, check_place
-from .ownership import check_free
 
 
 def check_files(arguments: Arguments, weights: bool = True) -> None:
@@ -42,8 +41,7 @@ def check_what_a_run_needs(arguments: Arguments) -> None:
     """`check_files`, and what training needs besides: packages, the processes asked for, a place for what it writes.
 
     Raises:
-        CheckpointError: `--resume_from_checkpoint` is not there, or checkpoints of an earlier run are.
-        OSError: `--output_dir` cannot be written, another run owns it, or it holds what is not a run's to replace.
+        OSError: `--output_dir` cannot be written.
         ValueError: a package is missing, or the launcher has started fewer processes than it was asked for.
     """
     training = arguments.training
@@ -54,10 +52,17 @@ def check_what_a_run_needs(arguments: Arguments) -> None:
     check_liger_kernel(training.use_liger_kernel)
     check_flash_attention(arguments.model.attn_implementation)
     check_place(Path(training.output_dir))
-    if launched_rank()[0] == 0:  # before what is there is taken for an earlier run's: it may be going on
-        check_free(Path(training.output_dir))
-    check_resume(Path(training.output_dir), training.resume_from_checkpoint)
-    check_nothing_is_replaced(Path(training.output_dir))
+
+
+def check_output(output_dir: Path, resume_from_checkpoint: str | None) -> None:
+    """Check what an output directory holds, once this run owns it: before, it may be of a run that is going on.
+
+    Raises:
+        CheckpointError: `--resume_from_checkpoint` is not there, or checkpoints of an earlier run are.
+        FileExistsError: it holds what is not a run's to replace.
+    """
+    check_resume(output_dir, resume_from_checkpoint)
+    check_nothing_is_replaced(output_dir)
 
 
 def check_launch(environment) -> None:

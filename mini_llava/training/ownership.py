@@ -93,13 +93,6 @@ def own(output_dir: Path) -> None:
                 os.close(descriptor)
 
 
-def check_free(output_dir: Path) -> None:
-    """Raises what `own` would, for a directory that may not be there yet and need not be made."""
-    if (output_dir / NAME).exists():
-        own(output_dir)
-        release()
-
-
 def release() -> None:
     """Own nothing any more."""
     global _held
