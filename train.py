@@ -206,6 +206,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         for note in output_folder.remove_leftovers(output_dir, sampler.step, training.save_total_limit):
             say(note)
         flags.save_arguments(arguments, output_dir / "arguments.yaml", distributed.versions())
+        preemption.forget_earlier(output_dir)
         if note := prepare_reports(output_dir, sampler.step if resume_from else None):
             say(note)
         if not resume_from:
@@ -260,7 +261,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
 
     gc.collect()
     gc.freeze()  # model and libraries stay: collections in the loop need not look through them again
-    preemption.heed(output_dir)
+    preemption.heed()
 
     for work in meter.waiting_for(lockstep.steps(loader)):
         factor = learning_rate_factor(training.lr_scheduler_type, sampler.steps_taken, total_steps, warmup)

@@ -98,7 +98,25 @@ class _Watch:
             watched_write,
             watched_save,
         )
+        if self.kill is not None and self.kill.delay is not None:
+            self.to_killer = self.start_killer()
         sys.addaudithook(self.hears)
+
+    def start_killer(self) -> int:
+        """Return where to write to have the run ended after the delay, by a process that none of its locks holds up.
+
+        Started before the run, for in the middle of taking a lock filelock forbids a fork.
+        """
+        wakes, to_killer = os.pipe()
+        if os.fork() == 0:
+            os.close(to_killer)
+            if os.read(wakes, 1):  # nothing if the run has ended
+                time.sleep(self.kill.delay)
+                if os.getppid() == self.process:
+                    self.ends(self.process)
+            os._exit(0)
+        os.close(wakes)
+        return to_killer
 
     def hears(self, event: str, arguments: tuple) -> None:
         """Of everything that the interpreter does: a file is opened to be written, or a directory changed."""
@@ -130,11 +148,8 @@ class _Watch:
                 self.to_cut = path, older_bytes
             elif self.kill.delay is None:
                 self.ends(self.process)
-            elif os.fork() == 0:  # a process of its own, which no lock and no computation of this one holds up
-                time.sleep(self.kill.delay)
-                if os.getppid() == self.process:
-                    self.ends(self.process)
-                os._exit(0)
+            else:
+                os.write(self.to_killer, b"!")
 
     def cuts_off(self) -> None:
         """Called when the writing that began before is over: undoes some of it and ends the run."""

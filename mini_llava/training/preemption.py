@@ -66,11 +66,16 @@ class Preemption:
             self._watched.append(LAUNCHER_HAS_ENDED)
             end_with_parent(LAUNCHER_HAS_ENDED, parent)
 
-    def heed(self, output_dir: Path) -> None:
-        """Let the run itself answer from here on. Remove the `preempted` file of an earlier run."""
+    def forget_earlier(self, output_dir: Path) -> None:
+        """Remove the `preempted` file of an earlier run. For one rank, long before any of them heeds: what another one
+        leaves that is signalled at the same moment must stay."""
         with self._lock:  # which a thread that is ending this process keeps
-            self._heeded = True
             marker(output_dir).unlink(missing_ok=True)
+
+    def heed(self) -> None:
+        """Let the run itself answer from here on."""
+        with self._lock:
+            self._heeded = True
 
     def _listen(self) -> None:
         asked_at = 0.0
