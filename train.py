@@ -206,7 +206,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         for note in output_folder.remove_leftovers(output_dir, sampler.step, training.save_total_limit):
             say(note)
         flags.save_arguments(arguments, output_dir / "arguments.yaml", distributed.versions())
-        preemption.forget_earlier(output_dir)
+        preemption.forget_earlier()
         if note := prepare_reports(output_dir, sampler.step if resume_from else None):
             say(note)
         if not resume_from:
@@ -364,7 +364,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
 
 
 def main() -> None:
-    """The program: what the person at the terminal can mend ends it with a sentence, a bug with its traceback."""
+    """The program: what the person at the terminal can fix ends it with a sentence, a bug with its traceback."""
     arguments, advice = flags.parse_arguments(), planning.Advice()
     try:
         train(arguments, advice)

@@ -1,4 +1,4 @@
-"""What all ranks agree on while a step runs: its trained tokens, and whether the run ends behind it, and why.
+"""What all ranks agree on while a step runs: its trained tokens, and whether the run ends after it, and why.
 
 A rank that has no data cannot leave the others alone in a collective: the run would die with all that it has learned
 since the last checkpoint. So each rank waits for the data of the step after the one that it is about to take, and what

@@ -66,11 +66,11 @@ class Preemption:
             self._watched.append(LAUNCHER_HAS_ENDED)
             end_with_parent(LAUNCHER_HAS_ENDED, parent)
 
-    def forget_earlier(self, output_dir: Path) -> None:
+    def forget_earlier(self) -> None:
         """Remove the `preempted` file of an earlier run. For one rank, long before any of them heeds: what another one
         leaves that is signalled at the same moment must stay."""
         with self._lock:  # which a thread that is ending this process keeps
-            marker(output_dir).unlink(missing_ok=True)
+            marker(self.output_dir).unlink(missing_ok=True)
 
     def heed(self) -> None:
         """Let the run itself answer from here on."""

@@ -1,6 +1,7 @@
 """A run that is told to stop finishes its step, saves, says so in a file, and goes on later as if nothing had been."""
 
 import contextlib
+import functools
 import itertools
 import json
 import random
@@ -232,6 +233,30 @@ def test_the_table_of_moments_has_a_row_for_signals_that_end_alike(crashes):
         ["length pass", "HUP", "143", "yes", "none", "0", "0"],
         ["length pass", "INT", "130", "no", "none", "0", "0"],
     ]
+
+
+SIGNALLED_IN_AN_IMPORT = """
+import os, runpy, signal, sys, time
+
+class AtTorch:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            os.kill(os.getpid(), int(sys.argv[1]))
+            time.sleep(60)
+
+sys.meta_path.insert(0, AtTorch())
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_signals_are_answered_before_torch_is_imported(number):
+    """In a Python of its own: the server of the forks has imported all."""
+    default = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # not as a background job
+    command = [sys.executable, "-c", SIGNALLED_IN_AN_IMPORT, str(int(number))]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50, preexec_fn=default)
+    assert ended.returncode == 128 + (number if number == signal.SIGINT else signal.SIGTERM), ended.stderr
+    assert "before the first step" in ended.stderr and "Traceback" not in ended.stderr
 
 
 FAIL_IN_STEP_2 = """
