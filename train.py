@@ -112,7 +112,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     # --- Processes, precision ----------------------------------------------------------------------------------------
     precision = distributed.choose_precision(training.bf16, training.fp16, arguments.explicit)
     accelerator = distributed.build_accelerator(precision, training.max_grad_norm, training.report_to, output_dir)
-    liveness.watch_other_ranks(rank, world_size)
+    liveness.watch_other_ranks(rank, world_size, preemption.exit_code)
     if training.tf32 is not None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = training.tf32
 

@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -36,12 +37,14 @@ _me: dict = {}
 _has_no_sentence = threading.Event()  # this process is about to end with an error that nobody has explained
 
 
-def watch_other_ranks(rank: int, world_size: int) -> None:
+def watch_other_ranks(rank: int, world_size: int, exit_code: Callable[[], int] = lambda: 1) -> None:
     """Connects this rank and watches the others from a thread; the process group must exist. All ranks must call it.
 
-    If one ends before it has said that it is finished (`leave`), this process says which one and ends with code 1:
-    at once after a crash or SIGKILL, at most `OWN_MESSAGE` seconds after an error, a minute after a machine is gone.
-    A rank that cannot connect is named and left unwatched.
+    If one ends before it has said that it is finished (`leave`), this process says which one and ends: at once after a
+    crash or SIGKILL, at most `OWN_MESSAGE` seconds after an error, a minute after a machine is gone. A rank that cannot
+    connect is named and left unwatched.
+
+    exit_code: what this process then ends with.
 
     Source: nothing in LLaVA; gloo notices a closed connection, NCCL waits ten minutes.
     """
@@ -62,7 +65,7 @@ def watch_other_ranks(rank: int, world_size: int) -> None:
             connection = socket.create_connection((address, port), timeout=PATIENCE)
             connection.sendall(f"{token}\n{json.dumps(_me)}\n".encode())
             _watch_connection(connection, json.loads(_read_line(connection)))
-    threading.Thread(target=_watch, name="liveness", daemon=True).start()
+    threading.Thread(target=_watch, args=(exit_code,), name="liveness", daemon=True).start()
 
 
 def leave(how: str) -> None:
@@ -117,7 +120,7 @@ def _watch_connection(connection: socket.socket, member: dict) -> None:
     _connections[connection] = member
 
 
-def _watch() -> None:
+def _watch(exit_code: Callable[[], int]) -> None:
     """The thread: waits until a connection says something or ends."""
     selector = selectors.PollSelector()
     for connection, member in _connections.items():
@@ -130,7 +133,7 @@ def _watch() -> None:
                     for connection in list(_connections):
                         with contextlib.suppress(OSError):
                             _send(connection, notice)
-                _end_with(notice)
+                _end_with(notice, exit_code)
             selector.unregister(key.fileobj)
             _connections.pop(key.fileobj, None)
 
@@ -145,7 +148,7 @@ def _next_notice(connection: socket.socket, member: dict) -> dict:
     return json.loads(line) if line else {"how": "killed", **member}
 
 
-def _end_with(notice: dict) -> None:
+def _end_with(notice: dict, exit_code: Callable[[], int]) -> None:
     if notice["how"] == "failed":
         _has_no_sentence.wait(OWN_MESSAGE)
     if not _connections:  # this process has left, too
@@ -160,7 +163,7 @@ def _end_with(notice: dict) -> None:
         )
     say_before_the_end(sentence)
     flush_before_the_end()
-    os._exit(1)  # the main thread waits in a collective that will not end
+    os._exit(exit_code())  # the main thread waits in a collective that will not end
 
 
 def _send(connection: socket.socket, message: dict) -> None:

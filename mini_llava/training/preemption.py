@@ -77,6 +77,11 @@ class Preemption:
         with self._lock:
             self._heeded = True
 
+    def exit_code(self) -> int:
+        """Return how this process ends with another rank: as it was asked to, if it was. One that is signalled in the
+        moment before it heeds ends at once, and the others, which are asked to stop by the same signal, with it."""
+        return (INTERRUPTED if self.interrupted else EXIT_CODE) if self.asked else 1
+
     def _listen(self) -> None:
         asked_at = 0.0
         while received := self._reader.recv(1):  # the number of a signal as one byte, from Python's handler in C

@@ -291,14 +291,10 @@ def check_answer(signalled: Signal, attempt: Attempt, output_dir: Path, resumed_
         assert resumed_from + first.count(STEP, until=sent.seconds) >= STEPS, f"it went on to the end: {explained}"
         assert not marker, "it has ended, but wants to be started again"
         return
-    # Python itself ends a rank that has not come to the first line; and one that has come to its loop waits for one
-    # that has not, and ends with its death.
+    # Python itself ends a rank that has not come to the first line.
     codes = {rank: attempt.marks[rank].exit_code for rank in sent.ranks if attempt.marks[rank].listed}
     if len(codes) < len(sent.ranks):
         return
-    in_the_loop = {rank for rank in codes if attempt.marks[rank].count(LOOP, until=sent.seconds)}
-    if len(in_the_loop) not in (0, len(codes)):
-        codes = {rank: number for rank, number in codes.items() if rank not in in_the_loop}
     assert attempt.code == code and set(codes.values()) == {code}, f"{attempt.code}, {codes}: {explained}"
     # Before the loop, ranks that a person did not reach are ended by the launcher's SIGTERM, and take it for a wish to
     # be started again.
