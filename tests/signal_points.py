@@ -33,7 +33,7 @@ class Signal:
     mark: str
     occurrence: int = 1
     delay: float = 0  # seconds after the mark
-    rank: int = 0  # whose mark it is, and who gets it if only one does
+    rank: int | None = 0  # whose mark it is, and who gets it if only one does; None: the first that gets there
     to: str = "one rank"  # or another of `TO`
 
     def __str__(self) -> str:
@@ -88,19 +88,22 @@ def read_marks(folder: Path) -> dict[int, Marks]:
 def send(run: Run, folder: Path, where: Signal) -> Sent | None:
     """Waits for the moment and sends the signal; None if the run was over before."""
     while True:
-        seen = read_marks(folder)
-        times = (
-            [seconds for seconds, name in seen[where.rank].listed if name == where.mark] if where.rank in seen else []
-        )
-        if len(times) >= where.occurrence:
+        reached = {
+            times[where.occurrence - 1]: rank
+            for rank, marks in read_marks(folder).items()
+            if where.rank in (rank, None)
+            and len(times := [seconds for seconds, name in marks.listed if name == where.mark]) >= where.occurrence
+        }
+        if reached:
             break
         if run.process.exitcode is not None:
             return None
         time.sleep(0.005)
-    time.sleep(max(0.0, times[where.occurrence - 1] + where.delay - time.monotonic()))
+    began = min(reached)
+    time.sleep(max(0.0, began + where.delay - time.monotonic()))
     processes = {rank: marks.process for rank, marks in read_marks(folder).items() if marks.exit_code is None}
     if where.to == "one rank":
-        processes = {rank: process for rank, process in processes.items() if rank == where.rank}
+        processes = {rank: process for rank, process in processes.items() if rank == reached[began]}
     others = []
     if where.to == "all processes":
         for process in processes.values():
@@ -116,7 +119,8 @@ def send(run: Run, folder: Path, where: Signal) -> Sent | None:
 def mark(folder: Path, hold: str | None = None) -> None:
     """Lists the marks of this rank in the file `marks.RANK`, and its exit code.
 
-    hold: a mark behind which every rank waits `SECONDS_HELD` the first time. `HUNG_WORKER`: a worker of each hangs.
+    hold: a mark behind which every rank waits `SECONDS_HELD` the first time. `HUNG_WORKER`: a worker of the last rank
+        hangs.
     """
     _Marker(folder / f"marks.{os.environ.get('RANK', 0)}", hold).begin()
 
@@ -155,7 +159,7 @@ class _Marker:
             return self.calls(evaluate, name if held_out.questions else None, held_out, step, *rest)
 
         evaluation.HeldOut.evaluate = marked
-        if self.hold == HUNG_WORKER:
+        if self.hold == HUNG_WORKER and int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
             self.hang(loader.RankSteps, lockstep.Lockstep)
 
         leave = os._exit

@@ -80,13 +80,20 @@ def kind_of(moment: str, processes: int) -> Kind:
     return replace(kind, evaluated=False) if moment == signal_points.HUNG_WORKER else kind
 
 
+def signalled_rank(moment: str, processes: int) -> int | None:
+    """The last one; the lengths are measured by the one that is there first."""
+    return None if moment == signal_points.LENGTHS else processes - 1
+
+
 def end_in(crashes: Crashes, kind: Kind, signalled: Signal) -> End:
     """Holds a run in the moment of the signal and sends it."""
     output_dir = crashes.folder / f"run {next(crashes.numbers)}"
     attempt = crashes.train(kind, output_dir, signalled, hold=signalled.mark)
+    if attempt.sent is None:
+        raise RuntimeError(f"{signalled} came too late; the run ended with {attempt.code}:\n{attempt.printed}")
     ended, marker = time.monotonic(), output_dir / "preempted"
     marked = json.loads(marker.read_text())["step"] if marker.exists() else None
-    marks, since = attempt.marks[signalled.rank], attempt.sent.seconds
+    marks, since = attempt.marks[attempt.sent.ranks[0]], attempt.sent.seconds
     return End(
         attempt.code,
         "-" if marker.exists() and marked is None else marked,
@@ -103,7 +110,9 @@ def table(crashes: Crashes, processes: int, at_once: int, moments=tuple(MOMENTS)
     cases = list(itertools.product(moments, signals))
     with ThreadPoolExecutor(at_once) as pool:
         ends = pool.map(
-            lambda case: end_in(crashes, kind_of(case[0], processes), Signal(case[1], case[0], rank=processes - 1)),
+            lambda case: end_in(
+                crashes, kind_of(case[0], processes), Signal(case[1], case[0], rank=signalled_rank(case[0], processes))
+            ),
             cases,
         )
         alike: dict[tuple, list[tuple[str, float]]] = {}
