@@ -12,15 +12,8 @@ import time
 import traceback
 from pathlib import Path
 
-from mini_llava.output_streams import drop_what_cannot_be_printed
-from mini_llava.training.preemption import (
-    EXIT_CODE,
-    INTERRUPTED,
-    Preemption,
-    remove_marker,
-    start_worker,
-    write_marker,
-)
+from mini_llava.guards.output_streams import drop_what_cannot_be_printed
+from mini_llava.guards.preemption import EXIT_CODE, INTERRUPTED, Preemption, remove_marker, start_worker, write_marker
 
 preemption = Preemption()
 if __name__ == "__main__":
@@ -31,41 +24,30 @@ import torch
 
 from mini_llava import arguments as flags
 from mini_llava import demo
-from mini_llava.data.loader import (
-    RankSteps,
-    count_skipped,
-    log_skipped,
-    rank_step_loader,
-    refuse_or_report,
-)
+from mini_llava.build import build_model
+from mini_llava.data.loader import RankSteps, count_skipped, log_skipped, rank_step_loader, refuse_or_report
 from mini_llava.data.records import RecordStore, measure
-from mini_llava.model import formats, lora
-from mini_llava.model.freeze import trainable_table, trained_in_full
-from mini_llava.model.sources import open_source
-from mini_llava.training import (
-    checkpoint,
-    distributed,
-    first_batch,
-    liveness,
-    output_folder,
-    ownership,
-    planning,
-    preflight,
-)
-from mini_llava.training.build import build_model
-from mini_llava.training.early import check_files, check_output, check_what_a_run_needs
-from mini_llava.training.evaluation import HeldOut, read_held_out
-from mini_llava.training.identity import resume_notes, run_identity
-from mini_llava.training.inputs import choose_inputs
+from mini_llava.evaluation.evaluate import HeldOut, read_held_out
+from mini_llava.formats import write
+from mini_llava.formats.read import open_source
+from mini_llava.guards import liveness, output_folder, ownership, preflight
+from mini_llava.guards.early import check_files, check_output, check_what_a_run_needs
+from mini_llava.guards.identity import resume_notes, run_identity
+from mini_llava.guards.longest import try_longest
+from mini_llava.guards.not_finite import why_not_taken
+from mini_llava.inputs import choose_inputs
+from mini_llava.model.trained import trainable_table, trained_in_full
+from mini_llava.options import lora
+from mini_llava.tools import plan as planning
+from mini_llava.training import backend, checkpoint
 from mini_llava.training.lockstep import STEPS_LOOKED_AT, Lockstep
-from mini_llava.training.longest import try_longest
 from mini_llava.training.meter import Meter, ProgressLine, append_json_line, loss_parts, prepare_reports
-from mini_llava.training.norms import norms_are_due, step_norms
-from mini_llava.training.not_finite import why_not_taken
 from mini_llava.training.optimizer import build_adamw, learning_rates, parameter_groups, set_learning_rates
 from mini_llava.training.order import choose_order
 from mini_llava.training.schedule import learning_rate_factor, warmup_steps
-from mini_llava.training.summary import write_summary
+from mini_llava.watch import first_batch
+from mini_llava.watch.norms import norms_are_due, step_norms
+from mini_llava.watch.summary import write_summary
 from mini_llava.words import counted
 
 
@@ -74,7 +56,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     """Trains as the flags say. `advice` comes to know what to change if memory runs out."""
     model_flags, data_flags, training = arguments.model, arguments.data, arguments.training
     output_dir = Path(training.output_dir)
-    rank, world_size = distributed.launched_rank()
+    rank, world_size = backend.launched_rank()
     say = print if rank == 0 else lambda *_: None
     if arguments.is_demo:
         say(demo.prepare_run(model_flags))
@@ -90,7 +72,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     # --- What it starts from: a language model and a tower, or a LLaVA model, which then fixes some of the flags ------
     source = open_source(model_flags, arguments.explicit)
     say(source.describe(model_flags.pretrain_mm_mlp_adapter))
-    formats.check_may_be_written(output_dir, model_flags, training.export_format, source.vision_config)
+    write.check_may_be_written(output_dir, model_flags, training.export_format, source.vision_config)
 
     # --- Data: what becomes of one record ----------------------------------------------------------------------------
     # Read and measured before the process group exists: NCCL gives up after ten minutes of waiting for one rank.
@@ -110,8 +92,8 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     questions = read_held_out(data_flags, training.seed, *of_questions)
 
     # --- Processes, precision ----------------------------------------------------------------------------------------
-    precision = distributed.choose_precision(training.bf16, training.fp16, arguments.explicit)
-    accelerator = distributed.build_accelerator(precision, training.max_grad_norm, training.report_to, output_dir)
+    precision = backend.choose_precision(training.bf16, training.fp16, arguments.explicit)
+    accelerator = backend.build_accelerator(precision, training.max_grad_norm, training.report_to, output_dir)
     liveness.watch_other_ranks(rank, world_size, preemption.exit_code)
     if training.tf32 is not None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = training.tf32
@@ -141,9 +123,9 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         groups,
         (training.adam_beta1, training.adam_beta2),
         training.adam_epsilon,
-        fused=accelerator.device.type == "cuda" and not distributed.is_offloaded(accelerator),
+        fused=accelerator.device.type == "cuda" and not backend.is_offloaded(accelerator),
     )
-    model, optimizer = distributed.prepare(accelerator, model, optimizer)
+    model, optimizer = backend.prepare(accelerator, model, optimizer)
     checkpoint.create_moments(accelerator, optimizer)
     model.train()
 
@@ -182,18 +164,18 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         is_main_process=accelerator.is_main_process,
     )
     whole_model = bool(trained - {"projector", "new_tokens", "image_newline"}) and not training.lora_enable
-    save_trained = formats.save_projector_only
+    save_trained = write.save_projector_only
     if training.lora_enable:
         save_trained = functools.partial(lora.save_lora, tokenizer=tokenizer)
 
     # --- What a person sees ------------------------------------------------------------------------------------------
-    say(f"\n{distributed.describe(accelerator)}\n\n{table}\n")
+    say(f"\n{backend.describe(accelerator)}\n\n{table}\n")
     saves = total_steps // training.save_steps - sampler.step // training.save_steps
     saves = saves if training.save_strategy == "steps" else 0
     room = (saves, training.save_total_limit, whole_model)
     disk_note = output_folder.disk_note(accelerator, model, output_dir, *room)
     mixture = sampler.describe_mixture(store.source_names())
-    for note in (order.note, mixture, distributed.memory_note(accelerator, model), disk_note):
+    for note in (order.note, mixture, backend.memory_note(accelerator, model), disk_note):
         if note:
             say(note)
     say(
@@ -205,14 +187,14 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     if accelerator.is_main_process:
         for note in output_folder.remove_leftovers(output_dir, sampler.step, training.save_total_limit):
             say(note)
-        flags.save_arguments(arguments, output_dir / "arguments.yaml", distributed.versions())
+        flags.save_arguments(arguments, output_dir / "arguments.yaml", backend.versions())
         preemption.forget_earlier()
         if note := prepare_reports(output_dir, sampler.step if resume_from else None):
             say(note)
         if not resume_from:
-            with distributed.never_fatal(f"{output_dir}/skipped.jsonl lacks entries"):
+            with backend.never_fatal(f"{output_dir}/skipped.jsonl lacks entries"):
                 log_skipped(store, lengths.bad.items(), output_dir / "skipped.jsonl")
-    distributed.start_trackers(accelerator, arguments.as_dict(), sampler.step if resume_from else None, table)
+    backend.start_trackers(accelerator, arguments.as_dict(), sampler.step if resume_from else None, table)
 
     # --- The longest micro-batch once, before anything takes time: if memory does not suffice, it shows here ---------
     how = (inputs.to_sample, inputs.to_pixels, inputs.image_size)
@@ -270,7 +252,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         def losses(work=work):
             parts = zip(work.micro_batches, work.trained_tokens, work.loss_groups, strict=True)
             for batch, own_tokens, groups in parts:
-                token_losses = model(**distributed.to_device(batch, accelerator.device), reduction="none")
+                token_losses = model(**backend.to_device(batch, accelerator.device), reduction="none")
                 meter.add_token_losses(token_losses, groups)
                 sum_of_losses = token_losses.sum()
                 if training.loss_normalization == "global_batch":
@@ -281,7 +263,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
                 yield loss * world_size  # every backend averages the ranks' gradients
 
         if lockstep.samples:
-            gradient_norm, finite = distributed.backward_and_step(
+            gradient_norm, finite = backend.backward_and_step(
                 accelerator, model, optimizer, losses(), len(work.micro_batches), training.max_grad_norm
             )
             if not finite and lockstep.stop(
@@ -292,7 +274,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         else:  # every sample of the global batch was skipped: AdamW would still decay and move the weights
             sampler.empty_steps += 1
         sampler.step += 1
-        with distributed.never_fatal(f"{output_dir}/skipped.jsonl lacks entries"):
+        with backend.never_fatal(f"{output_dir}/skipped.jsonl lacks entries"):
             log_skipped(store, work.skipped, output_dir / "skipped.jsonl")
 
         stopping = lockstep.read()
@@ -306,7 +288,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
             if finite and norms_are_due(sampler.step, total_steps):
                 values |= step_norms(accelerator, model, optimizer)
             values["epoch"] = sampler.step / sampler.steps_per_epoch
-            distributed.log(accelerator, values, sampler.step)
+            backend.log(accelerator, values, sampler.step)
             progress.update(sampler.step, values, held_out.in_a_word())
             if rank == 0:
                 append_json_line(output_dir / "log.jsonl", {"step": sampler.step, **values})
@@ -325,13 +307,13 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         if sampler.step != saved_step:
             save()
         if lockstep.fault and lockstep.ahead:  # too much was skipped, and its last step is not in the list yet
-            with distributed.never_fatal(f"{output_dir}/skipped.jsonl lacks entries"):
+            with backend.never_fatal(f"{output_dir}/skipped.jsonl lacks entries"):
                 log_skipped(store, lockstep.ahead.skipped, output_dir / "skipped.jsonl")
         lockstep.raise_fault()
         if accelerator.is_main_process and not lockstep.interrupted:  # a person is there; nothing shall start it again
             write_marker(output_dir, sampler.step, total_steps)
         say(f"Stopped after step {sampler.step} as asked; --resume_from_checkpoint latest goes on.")
-        distributed.end_training(accelerator, model)
+        backend.end_training(accelerator, model)
         sys.exit(INTERRUPTED if lockstep.interrupted else EXIT_CODE)
 
     if lockstep.stopping:
@@ -342,16 +324,16 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         if training.lora_enable:
             say(save_trained(output_dir, **described))
         elif not whole_model:
-            formats.save_projector_only(output_dir, **described)
+            write.save_projector_only(output_dir, **described)
             say(f"The projector is in {output_dir}/mm_projector.bin; stage 2 takes it as --pretrain_mm_mlp_adapter.")
         else:
             # A tower that is not quite the one of its name: trained, now or in the model that the run started from.
             with_tower = training.save_vision_tower or "vision_tower" in trained or "vision_tower" in source.stored
-            layout, dtype = training.export_format, distributed.compute_dtype(accelerator)
+            layout, dtype = training.export_format, backend.compute_dtype(accelerator)
             saved_with = (inputs.image_processor, inputs.template)
             whole = (output_dir, tokenizer, *saved_with, layout, with_tower, dtype)
-            say(formats.save_whole_model(*whole, **described))
-    with distributed.never_fatal(f"{output_dir}/skipped.jsonl cannot be counted"):
+            say(write.save_whole_model(*whole, **described))
+    with backend.never_fatal(f"{output_dir}/skipped.jsonl cannot be counted"):
         for line in count_skipped(output_dir / "skipped.jsonl"):
             say(f"skipped: {line}")
     if not held_out.evaluate(total_steps, say):
@@ -360,7 +342,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         say(write_summary(output_dir, training.logging_steps, meter.pauses, store))
         if arguments.is_demo:
             say(demo.table_of_scores(arguments.stage, output_dir, model_flags.pretrain_mm_mlp_adapter))
-    distributed.end_training(accelerator, model)
+    backend.end_training(accelerator, model)
 
 
 def main() -> None:
@@ -373,7 +355,7 @@ def main() -> None:
         ours = Path(last.filename).is_relative_to(Path(__file__).resolve().parent / "mini_llava")
         if isinstance(error, (ValueError, ImportError)) and not (ours and last.line.startswith("raise ")):
             raise  # nobody has written a sentence about it
-        rank, _ = distributed.launched_rank()
+        rank, _ = backend.launched_rank()
         if not isinstance(error, BlockingIOError):  # of another run, which owns the directory
             remove_marker(Path(arguments.training.output_dir))  # started again, it would end like this again
         if rank > 0:
@@ -382,7 +364,7 @@ def main() -> None:
     except RuntimeError as error:
         if sentence := advice.if_memory_has_run_out(error):
             remove_marker(Path(arguments.training.output_dir))
-            sys.exit(f"train.py: error on rank {distributed.launched_rank()[0]}: {sentence}")
+            sys.exit(f"train.py: error on rank {backend.launched_rank()[0]}: {sentence}")
         liveness.wait_for_the_sentence()
         raise
     finally:

@@ -20,7 +20,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mini_llava.training import checkpoint, distributed
+from mini_llava.training import backend, checkpoint
 
 WIDTH = 1024
 
@@ -32,12 +32,12 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=3)
     arguments = parser.parse_args()
 
-    accelerator = distributed.build_accelerator("bf16", 1.0, "none", arguments.directory)
+    accelerator = backend.build_accelerator("bf16", 1.0, "none", arguments.directory)
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(arguments.layers)))
     optimizer = torch.optim.AdamW(model.parameters())
     model, optimizer = accelerator.prepare(model, optimizer)
     inputs = torch.ones(1, WIDTH, dtype=torch.bfloat16, device=accelerator.device)
-    distributed.backward_and_step(accelerator, model, optimizer, iter([model(inputs).float().sum()]), 1, 1.0)
+    backend.backward_and_step(accelerator, model, optimizer, iter([model(inputs).float().sum()]), 1, 1.0)
 
     def ours(folder: Path) -> None:
         checkpoint.save_checkpoint(accelerator, model, optimizer, folder, 1, {}, None)
@@ -61,7 +61,7 @@ def main() -> None:
                 shutil.rmtree(folder)
     if accelerator.is_main_process:
         own, other = (statistics.median(measured) for measured in seconds.values())
-        print(f"{distributed.describe(accelerator)}: ours takes {own / other:.2f} of DeepSpeed's time (medians).")
+        print(f"{backend.describe(accelerator)}: ours takes {own / other:.2f} of DeepSpeed's time (medians).")
     accelerator.end_training()
 
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from deepspeed.comm.torch import TorchBackend  # noqa: E402
 
 from benchmarks import throughput  # noqa: E402
-from mini_llava.training import distributed  # noqa: E402
+from mini_llava.training import backend  # noqa: E402
 
 COLLECTIVES = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")  # that DeepSpeed calls in a step
 
@@ -46,7 +46,7 @@ def count_bytes(steps: list[dict]) -> None:
     sent = Counter()
     for name in COLLECTIVES:
         setattr(TorchBackend, name, counted(name, sent))
-    step_of_the_trainer = distributed.backward_and_step
+    step_of_the_trainer = backend.backward_and_step
 
     def backward_and_step(accelerator, model, optimizer, losses, count, max_grad_norm):
         sent.clear()
@@ -58,7 +58,7 @@ def count_bytes(steps: list[dict]) -> None:
         steps.append(dict(sent=Counter(sent), micro_batches=count, weights=sum(s for s, _ in sizes), divided=divided))
         return result
 
-    distributed.backward_and_step = backward_and_step
+    backend.backward_and_step = backward_and_step
 
 
 def main() -> None:
@@ -71,14 +71,14 @@ def main() -> None:
     )
     own, flags_of_train = parser.parse_known_args()
     if own.whole_up_to is not None:
-        complete = distributed.complete_zero
+        complete = backend.complete_zero
         limit = {"stage3_param_persistence_threshold": own.whole_up_to}
-        distributed.complete_zero = lambda zero, memory: zero.update(limit) or complete(zero, memory)
+        backend.complete_zero = lambda zero, memory: zero.update(limit) or complete(zero, memory)
     own.steps, own.output_dir, own.profile = 3, None, None
     steps = []
     count_bytes(steps)
     throughput.run(own, flags_of_train)
-    rank, processes = distributed.launched_rank()
+    rank, processes = backend.launched_rank()
     if rank == 0:
         last = steps[-1]
         print(f"\nWeights: {last['weights'] / 1e6:,.0f} MB, of them divided {last['divided'] / 1e6:,.0f} MB.\n")
@@ -86,7 +86,7 @@ def main() -> None:
         print("|---|---|---|")
         for name, size in sorted(last["sent"].items()):
             print(f"| {name} | {size / 1e6:,.1f} | {size / last['divided'] / last['micro_batches']:.2f} |")
-        print(f"\n{processes} processes; commit {throughput.commit()}; {distributed.versions()}")
+        print(f"\n{processes} processes; commit {throughput.commit()}; {backend.versions()}")
 
 
 if __name__ == "__main__":

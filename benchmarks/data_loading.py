@@ -42,7 +42,7 @@ from mini_llava.data.loader import RankSteps, open_pixels, rank_step_loader  # n
 from mini_llava.data.records import RecordStore  # noqa: E402
 from mini_llava.data.templates import get_template, render  # noqa: E402
 from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, load_tokenizer, tokenize  # noqa: E402
-from mini_llava.training.distributed import versions  # noqa: E402
+from mini_llava.training.backend import versions  # noqa: E402
 
 SIZE, IMAGE_TOKENS, MAX_LENGTH, BATCH = 336, 576, 2048, 16
 TEMPLATE = get_template("v1")

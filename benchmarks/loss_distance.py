@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.random_setup import LANGUAGE_MODELS, make_models, make_records  # noqa: E402
 from benchmarks.throughput import read_log  # noqa: E402
-from mini_llava.training.distributed import versions  # noqa: E402
+from mini_llava.training.backend import versions  # noqa: E402
 
 ON_GPUS = ["fast_attention", "liger", "fused_adamw"] if torch.cuda.is_available() else []
 PLAIN = ["--without", "packing", "trained_logits_only", *ON_GPUS]

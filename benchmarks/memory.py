@@ -22,8 +22,9 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from benchmarks import throughput  # noqa: E402
-from mini_llava.training import distributed, planning  # noqa: E402
-from mini_llava.training.memory import GIB, Estimate  # noqa: E402
+from mini_llava.tools import plan  # noqa: E402
+from mini_llava.tools.memory import GIB, Estimate  # noqa: E402
+from mini_llava.training import backend  # noqa: E402
 
 
 def main() -> None:
@@ -45,7 +46,7 @@ def main() -> None:
         if given := [flag for flag in of_a_plan if flag in flags_of_train]:
             parser.error(f"{given[0]} is for an estimate alone: add --only_estimate, or leave it out.")
         measured = max(step["peak_memory_gib"] for step in throughput.run(own, flags_of_train))
-    if distributed.launched_rank()[0] == 0:
+    if backend.launched_rank()[0] == 0:
         with open(own.table, "a") as table:
             table.write(json.dumps(row(own.name, found, measured)) + "\n")
         print_table(own.table)
@@ -53,20 +54,20 @@ def main() -> None:
 
 def estimated(own: argparse.Namespace, flags_of_train: list[str]) -> Estimate | None:
     """The first of those that the plan makes, which it prints; None on ranks that plan nothing."""
-    made, estimate = [], planning.estimate
+    made, estimate = [], plan.estimate
 
     def keep(*arguments):
         made.append(estimate(*arguments))
         return made[-1]
 
-    planning.estimate = keep
+    plan.estimate = keep
     try:
         train.train(throughput.arguments_of_the_run(own, [*flags_of_train, "--dry_run", "True"]))
     except ValueError as error:
         if not made:
             raise
         print(error)  # it does not fit, by the estimate
-    planning.estimate = estimate
+    plan.estimate = estimate
     return made[0] if made else None
 
 
@@ -79,7 +80,7 @@ def row(name: str, found: Estimate, measured: float | None) -> dict:
     return values | {
         "parts": {part: round(size / GIB, 2) for part, size in found.parts.items()},
         "machine": machine,
-        "versions": distributed.versions(),
+        "versions": backend.versions(),
         "commit": throughput.commit(),
         "flags": " ".join(sys.argv[1:]),
     }

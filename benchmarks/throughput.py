@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from benchmarks import without  # noqa: E402
 from mini_llava import arguments as flags  # noqa: E402
-from mini_llava.training import distributed  # noqa: E402
+from mini_llava.training import backend  # noqa: E402
 
 COLUMNS = {
     "name": "run",
@@ -61,7 +61,7 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     log = run(own, flags_of_train)
-    rank, devices = distributed.launched_rank()
+    rank, devices = backend.launched_rank()
     if own.profile:
         log.pop()  # the profiled step is slower
     if rank == 0:
@@ -108,12 +108,12 @@ def profile_last_step(file: Path, steps: int) -> None:
     """Makes the trainer's step number `steps` run under torch's profiler."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     profiler = torch.profiler.profile(activities=activities)
-    step_of_the_trainer, done = distributed.backward_and_step, 0
+    step_of_the_trainer, done = backend.backward_and_step, 0
 
     def backward_and_step(*arguments):
         nonlocal done
         done += 1
-        if done < steps or distributed.launched_rank()[0] > 0:
+        if done < steps or backend.launched_rank()[0] > 0:
             return step_of_the_trainer(*arguments)
         torch.cuda.synchronize()
         with profiler:
@@ -131,7 +131,7 @@ def profile_last_step(file: Path, steps: int) -> None:
         )
         return result
 
-    distributed.backward_and_step = backward_and_step
+    backend.backward_and_step = backward_and_step
 
 
 def busy_time(events: list) -> float:
@@ -190,7 +190,7 @@ def row(name: str, steps: list[dict], devices: int) -> dict:
         "seconds": round(statistics.median(seconds), 3),
         "steps": len(steps),
         "machine": f"{devices} x {machine}",
-        "versions": distributed.versions(),
+        "versions": backend.versions(),
         "commit": commit(),
         "flags": " ".join(sys.argv[1:]),
     }

@@ -41,11 +41,11 @@ from mini_llava.data.records import RecordStore, measure, measurement_key  # noq
 from mini_llava.data.sampler import GlobalBatchSampler, computed_tokens  # noqa: E402
 from mini_llava.data.templates import get_template  # noqa: E402
 from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, load_tokenizer, tokenize  # noqa: E402
-from mini_llava.model.sources import Source, open_source  # noqa: E402
+from mini_llava.formats.read import Source, open_source  # noqa: E402
 from mini_llava.model.vision_tower import tokens_per_image  # noqa: E402
-from mini_llava.training import distributed  # noqa: E402
-from mini_llava.training.flops import peak_flops  # noqa: E402
+from mini_llava.training import backend  # noqa: E402
 from mini_llava.training.schedule import warmup_steps  # noqa: E402
+from mini_llava.watch.flops import peak_flops  # noqa: E402
 
 # The flags of train.py that mean something here; the others are refused, lest a row claim what was not done.
 KNOWN = {
@@ -75,7 +75,7 @@ def train(arguments: flags.Arguments) -> None:
     """Trains, and writes `log.jsonl`."""
     model_flags, data_flags, training = arguments.model, arguments.data, arguments.training
     output_dir = Path(training.output_dir)
-    rank, world_size = distributed.launched_rank()
+    rank, world_size = backend.launched_rank()
     source = open_source(model_flags, arguments.explicit)
     tokenizer = load_tokenizer(source.name)
     template = get_template(model_flags.version, tokenizer)
@@ -206,7 +206,7 @@ def deepspeed_config(training: flags.TrainingArguments, micro_batches: int) -> d
     if os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") != "none":
         sys.exit("transformers_trainer.py: error: offloading is not known here; take zero2.yaml or zero3.yaml.")
     config = {"zero_optimization": {"stage": int(os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"])}}
-    distributed.complete_deepspeed_config(config, "bf16" if training.bf16 else "no", training.max_grad_norm)
+    backend.complete_deepspeed_config(config, "bf16" if training.bf16 else "no", training.max_grad_norm)
     # The Trainer's own cost less memory and time: gradients add up in bf16.
     del config["data_types"]
     config["train_micro_batch_size_per_gpu"] = training.per_device_train_batch_size

@@ -15,12 +15,14 @@ from transformers.image_processing_utils import BaseImageProcessor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
+from mini_llava import inputs
 from mini_llava.data import loader
 from mini_llava.data.collator import MicroBatch
 from mini_llava.data.images import load_image, pad_to_square
 from mini_llava.data.tokenization import IGNORE_INDEX
-from mini_llava.model import attention, fused_kernels
-from mini_llava.training import distributed, inputs
+from mini_llava.model import attention
+from mini_llava.options import kernels
+from mini_llava.training import backend
 
 
 def all_logits() -> None:
@@ -59,7 +61,7 @@ def single_linear_layers() -> None:
 
 def deepspeeds_own_settings() -> None:
     """Bucket sizes and what stays whole as DeepSpeed has them by default."""
-    complete = distributed.complete_deepspeed_config
+    complete = backend.complete_deepspeed_config
 
     def complete_with_defaults(config: dict, *arguments) -> None:
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -74,7 +76,7 @@ def deepspeeds_own_settings() -> None:
         }
         complete(config, *arguments)
 
-    distributed.complete_deepspeed_config = complete_with_defaults
+    backend.complete_deepspeed_config = complete_with_defaults
 
 
 def segments_of_fixed_size() -> None:
@@ -95,12 +97,12 @@ def one_kernel_for_each_operation() -> None:
 
 def kept_products() -> None:
     """The product inside the MLP is kept for backward."""
-    fused_kernels._DownOfProduct.apply = lambda product, gate, up, weight: F.linear(product(gate, up), weight)
+    kernels._DownOfProduct.apply = lambda product, gate, up, weight: F.linear(product(gate, up), weight)
 
 
 def kept_norms() -> None:
     """The outputs of norms are kept for backward."""
-    fused_kernels.forget_outputs_of_norms = lambda *_: None
+    kernels.forget_outputs_of_norms = lambda *_: None
 
 
 def flash_attention_2() -> None:

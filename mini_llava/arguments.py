@@ -394,7 +394,7 @@ PRESETS = {
 # What scripts/v1_5/finetune_lora.sh has instead, taken in stage 2 with --lora_enable.
 LORA_PRESET = dict(lora_r=128, lora_alpha=256, learning_rate=2e-4, mm_projector_lr=2e-5)
 
-# The checks of training/preflight.py whose refusal --allow takes back.
+# The checks of guards/preflight.py whose refusal --allow takes back.
 ALLOWABLE = ("template", "projector", "learning_rate", "adapters")
 
 KNOWN_VALUES = {

@@ -15,7 +15,7 @@ from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from .output_streams import drop_what_cannot_be_printed
+from .guards.output_streams import drop_what_cannot_be_printed
 
 
 def become(given) -> None:

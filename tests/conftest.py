@@ -71,7 +71,7 @@ def one_thread():
 def undrawn_curves():
     """Runs in this process draw no curves."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mini_llava.training.summary.draw_curves", write_undrawn)
+        patch.setattr("mini_llava.watch.summary.draw_curves", write_undrawn)
         yield
 
 

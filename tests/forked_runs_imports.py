@@ -17,7 +17,7 @@ from deepspeed.comm.torch import build_shm_op
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import train  # noqa: F401
-from mini_llava.training import summary
+from mini_llava.watch import summary
 from tests.undrawn import write_undrawn
 
 get_checkpoint_conversion_mapping("llama")  # a table that every first loading makes

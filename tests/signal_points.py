@@ -139,26 +139,28 @@ class _Marker:
 
     def begin(self) -> None:
         from mini_llava.data import loader, records
-        from mini_llava.model import formats
-        from mini_llava.training import checkpoint, distributed, early, evaluation, lockstep, longest
-        from mini_llava.training.preemption import Preemption
+        from mini_llava.evaluation import evaluate
+        from mini_llava.formats import write
+        from mini_llava.guards import early, longest
+        from mini_llava.guards.preemption import Preemption
+        from mini_llava.training import backend, checkpoint, lockstep
 
         self.after(Preemption, "watch", FIRST_LINE)
         self.after(early, "check_output", OWNS_ITS_FOLDER)
         self.around(records, "_scan", LENGTHS)
         self.around(longest, "try_longest", TRIAL)
         self.after(Preemption, "heed", LOOP)
-        self.around(distributed, "backward_and_step", STEP)
+        self.around(backend, "backward_and_step", STEP)
         self.around(checkpoint, "save_checkpoint", SAVE)
-        self.around(formats, "save_whole_model", RESULT)
+        self.around(write, "save_whole_model", RESULT)
 
-        evaluate = evaluation.HeldOut.evaluate
+        original = evaluate.HeldOut.evaluate
 
         def marked(held_out, step, *rest):
             name = {0: FIRST_EVALUATION, held_out.total_steps: LAST_EVALUATION}.get(step, EVALUATION)
-            return self.calls(evaluate, name if held_out.questions else None, held_out, step, *rest)
+            return self.calls(original, name if held_out.questions else None, held_out, step, *rest)
 
-        evaluation.HeldOut.evaluate = marked
+        evaluate.HeldOut.evaluate = marked
         if self.hold == HUNG_WORKER and int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
             self.hang(loader.RankSteps, lockstep.Lockstep)
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from mini_llava import arguments as flags
-from mini_llava.training.distributed import build_accelerator, choose_precision
+from mini_llava.training.backend import build_accelerator, choose_precision
 from tests.forked_runs import ROOT, start
 
 FIXTURES = ROOT / "tests" / "parity" / "fixtures"

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, CLIPVisionModel
 from mini_llava import demo
 from mini_llava.arguments import ModelArguments
 from mini_llava.demo import pretrain
-from mini_llava.model.sources import open_source
+from mini_llava.formats.read import open_source
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ import train
 from mini_llava import arguments as flags
 from mini_llava.data.images import load_image_processor
 from mini_llava.data.tokenization import load_tokenizer
+from mini_llava.formats.read import open_source
 from mini_llava.model.llava import load_llava
-from mini_llava.model.sources import open_source
 from mini_llava.model.vision_tower import load_vision_config
 from mini_llava.tools import doctor
 from tests.end_to_end.runs import FIXTURES, flags_of

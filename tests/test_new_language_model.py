@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mini_llava.training import build
+from mini_llava import build
 from tests.end_to_end import runs
 from tests.families import FAMILIES, write_family
 from tests.model import test_packing

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .anyres import Tiles, join_tiles
+from ..options.tiles import Tiles, join_tiles
 from .tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Sample
 
 MicroBatch = dict[str, torch.Tensor | int | None]

@@ -17,11 +17,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..options.tiles import Tiles, Tiling
+from ..watch.json_lines import append_lines, read_lines
 from ..words import counted
-from .anyres import Tiles, Tiling
 from .collator import MicroBatch, collate, sample_of_targets
 from .images import BadImage, load_image, pixel_values
-from .json_lines import append_lines, read_lines
 from .records import DataFileError, RecordStore
 from .tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, BadRecord, Sample, shorten
 

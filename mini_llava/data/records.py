@@ -27,9 +27,10 @@ from filelock import FileLock
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..processes import end_worker_with_parent
+from ..guards.processes import end_worker_with_parent
+from ..options import tiles
+from ..options.tiles import Tiling
 from ..words import counted
-from .anyres import Tiling
 from .images import BadImage, image_path
 from .templates import Template
 from .tokenization import IGNORE_INDEX, BadRecord, Sample, shorten
@@ -517,8 +518,9 @@ def measurement_key(
     numbers = f"{tokens_per_image} {max_length}"
     for part in (repr(template), tokenizer.backend_tokenizer.to_str(), numbers, repr(sorted(left_unread))):
         digest.update(part.encode("utf-8") + b"\0")
-    for name in ("templates.py", "tokenization.py", "unread.py", "records.py", "anyres.py"):
-        digest.update(Path(__file__).with_name(name).read_bytes())
+    for name in ("templates", "tokenization", "unread", "records"):
+        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    digest.update(Path(tiles.__file__).read_bytes())
     return digest.hexdigest()
 
 

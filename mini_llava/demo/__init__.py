@@ -16,7 +16,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data.json_lines import read_lines
+from ..watch.json_lines import read_lines
 
 HERE = Path(__file__).resolve().parent
 VISION_TOWER = HERE / "vision_tower"

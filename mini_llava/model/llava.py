@@ -13,12 +13,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..data.anyres import Tiling
 from ..data.images import normalisation_table
 from ..data.tokenization import IGNORE_INDEX
-from .image_newline import KEY, ImageNewline
+from ..formats.read import Source
+from ..options.image_newline import KEY, ImageNewline
+from ..options.tiles import Tiling
 from .projector import load_projector
-from .sources import Source
 from .vision_tower import VisionTower
 
 # Logits are turned to fp32 this many at a time, so that a vocabulary of 150,000 does not need gigabytes at once.

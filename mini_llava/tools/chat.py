@@ -18,13 +18,13 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, TextStreamer
 from transformers.utils import logging
 
-from ..data.anyres import Tiles
 from ..data.collator import image_tokens, join_images
 from ..data.images import BadImage
 from ..data.loader import open_pixels
 from ..data.templates import IMAGE_MARK, written_answer
 from ..data.tokenization import IMAGE_TOKEN_INDEX, BadRecord, expand_images, tokenize_prompt
-from ..model.formats import generation_settings
+from ..formats.write import generation_settings
+from ..options.tiles import Tiles
 from ..training.checkpoint import CheckpointError
 from .saved_models import DTYPES, SavedModel, open_saved
 

@@ -20,7 +20,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..arguments import KNOWN_VALUES, PRESETS, check_model_place, read_config
-from ..data.anyres import MERGE_TYPES, choose_tiling
 from ..data.images import MODES, SCALED, BadImage, image_path, load_image, pad_to_square
 from ..data.loader import fault_table, log_skipped
 from ..data.records import RecordStore, check_data_files, map_ranges, missing_image
@@ -28,10 +27,11 @@ from ..data.sampler import GlobalBatchSampler, computed_tokens, deal
 from ..data.templates import get_template
 from ..data.tokenization import IGNORE_INDEX, BadRecord, Sample, load_tokenizer, tokenize
 from ..data.unread import allowed
-from ..model.image_tokens import missing_rows
-from ..model.sources import read_language_config, tower_image_size
+from ..formats.read import read_language_config, tower_image_size
+from ..guards import preflight
 from ..model.vision_tower import load_vision_config, tokens_per_image
-from ..training import preflight
+from ..options.image_tokens import missing_rows
+from ..options.tiles import MERGE_TYPES, choose_tiling
 from ..words import counted
 
 LARGE_IMAGE = 20e6  # pixels; it takes half a second to open, which is more than the rest of its sample

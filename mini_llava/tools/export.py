@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from ..arguments import KNOWN_VALUES, ModelArguments
-from ..model import formats
+from ..formats import write
+from ..formats.read import map_parts
+from ..guards.output_folder import check_place
 from ..model.llava import LlavaModel
-from ..model.sources import map_parts
 from ..training.checkpoint import CheckpointError
-from ..training.output_folder import check_place
 from .saved_models import DTYPES, LORA, WHOLE, SavedModel, open_saved
 
 
@@ -54,7 +54,7 @@ def export(
         model_max_length=saved.model_max_length(),
         version=saved.version,
     )
-    return formats.save_whole_model(
+    return write.save_whole_model(
         directory,
         saved.tokenizer,
         saved.source.image_processor(),
@@ -102,7 +102,7 @@ def main(command_line: list[str] | None = None) -> None:
             raise ValueError(f"{given.source} is a {saved.kind}. {advice}")
         for base in (given.source, saved.source.name):
             flags = ModelArguments(model_name_or_path=base, vision_tower=saved.source.vision_tower)
-            formats.check_may_be_written(given.directory, flags, given.export_format, saved.source.vision_config)
+            write.check_may_be_written(given.directory, flags, given.export_format, saved.source.vision_config)
         how = (given.export_format, given.dtype and DTYPES[given.dtype], given.image_aspect_ratio)
         print(export(saved, given.directory, *how, given.save_vision_tower))
     except (ValueError, OSError, CheckpointError) as error:

@@ -17,11 +17,11 @@ from .. import arguments as flags
 from .. import demo
 from ..data.images import BadImage
 from ..data.records import RecordStore, missing_image
-from ..data.spans import IMAGE, TRAINED, spans
 from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, BadRecord, Sample
-from ..model.sources import open_source
-from ..training.early import check_files
-from ..training.inputs import choose_inputs
+from ..formats.read import open_source
+from ..guards.early import check_files
+from ..inputs import choose_inputs
+from ..watch.spans import IMAGE, TRAINED, spans
 from ..words import counted
 
 COLOURS = {TRAINED: ("\033[1;32m", "\033[0m"), IMAGE: ("\033[36m", "\033[0m")}

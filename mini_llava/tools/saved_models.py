@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from ..arguments import ModelArguments, check_model_place
 from ..data.templates import Template, get_template
 from ..data.tokenization import add_image_tokens, find_file, load_tokenizer, read_json
-from ..model.image_tokens import add_token_rows, missing_rows
+from ..formats.read import IMAGE_TOKEN_FLAGS, WEIGHT_FILES, Source, layout_of, open_source, tiles_in
 from ..model.llava import LlavaModel, load_llava
-from ..model.lora import ADAPTER_CONFIG, base_of, load_lora, merge_lora
 from ..model.projector import PROJECTOR_FILE
-from ..model.sources import IMAGE_TOKEN_FLAGS, WEIGHT_FILES, Source, layout_of, open_source, tiles_in
+from ..options.image_tokens import add_token_rows, missing_rows
+from ..options.lora import ADAPTER_CONFIG, base_of, load_lora, merge_lora
 from ..training.checkpoint import read_manifest, read_trained
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -17,28 +17,22 @@ import torch
 
 from .. import arguments as flags
 from .. import demo
+from ..build import build_model
 from ..data.collator import collate
 from ..data.images import image_path, load_image, normalise
 from ..data.loader import RankSteps, open_pixels
 from ..data.records import RecordStore
 from ..data.templates import render
-from ..data.tokenization import (
-    IGNORE_INDEX,
-    IMAGE_TOKEN_INDEX,
-    Sample,
-    read_conversation,
-    tokenize,
-)
+from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Sample, read_conversation, tokenize
 from ..data.unread import allowed
-from ..model.freeze import apply_plan
+from ..formats.read import open_source
+from ..guards.early import check_files
+from ..inputs import choose_inputs
 from ..model.llava import LlavaModel, token_losses
 from ..model.projector import build_projector
-from ..model.sources import open_source
+from ..model.trained import apply_plan
 from ..model.vision_tower import VisionTower
-from ..training import distributed
-from ..training.build import build_model
-from ..training.early import check_files
-from ..training.inputs import choose_inputs
+from ..training import backend
 from ..words import counted
 
 
@@ -63,8 +57,8 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
         records = [number for number in (first, first + 1) if number < len(store)]
     if wrong := [number for number in records if not 0 <= number < len(store)]:
         raise ValueError(f"--record {wrong[0]}: the data have {counted(len(store), 'record')}, counted from 0.")
-    precision = distributed.choose_precision(training.bf16, training.fp16, arguments.explicit)
-    accelerator = distributed.build_accelerator(precision, 1.0, "none", Path(training.output_dir))
+    precision = backend.choose_precision(training.bf16, training.fp16, arguments.explicit)
+    accelerator = backend.build_accelerator(precision, 1.0, "none", Path(training.output_dir))
     torch.manual_seed(training.seed)
     model, plan = build_model(arguments, source, tokenizer, inputs.new_tokens, accelerator)
     model.to(accelerator.device).train()
@@ -119,7 +113,7 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
         lambda _module, _given, given, made: seen.update(inputs=given["inputs_embeds"], logits=made.logits),
         with_kwargs=True,
     )
-    batch = distributed.to_device(batch, accelerator.device)
+    batch = backend.to_device(batch, accelerator.device)
     loss, losses = forward_and_backward(model, accelerator, batch, work.trained_tokens[0])
 
     step(6, VisionTower.forward, "the bytes become floats, on the device, and the tower makes features of them")

@@ -24,11 +24,11 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..guards.identity import differences
+from ..guards.ownership import check_still_owned
 from ..model.projector import flush
 from ..words import counted
-from .distributed import gather_from_ranks, is_deepspeed, versions, zero_stage
-from .identity import differences
-from .ownership import check_still_owned
+from .backend import gather_from_ranks, is_deepspeed, versions, zero_stage
 
 FORMAT = 2
 KINDS = ("master", "exp_avg", "exp_avg_sq")

@@ -13,9 +13,9 @@ import torch
 from accelerate import Accelerator
 
 from ..data.loader import RankStep
+from ..guards.preemption import Preemption
 from ..words import counted
-from .distributed import gather_from_ranks, sum_over_ranks
-from .preemption import Preemption
+from .backend import gather_from_ranks, sum_over_ranks
 
 STEPS_LOOKED_AT = 10  # whose skipped samples count against `--max_skipped_share`
 

@@ -9,12 +9,12 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from ..data.json_lines import append_lines, cut_after
 from ..data.loader import RankStep, loss_group
 from ..data.tokenization import IGNORE_INDEX
 from ..model.llava import LlavaModel
-from .distributed import never_fatal, sum_over_ranks
-from .flops import FlopCounter, peak_flops
+from ..watch.flops import FlopCounter, peak_flops
+from ..watch.json_lines import append_lines, cut_after
+from .backend import never_fatal, sum_over_ranks
 
 SHOWN_AFTER = 2  # seconds, as for the bars over records: what is done sooner needs none
 

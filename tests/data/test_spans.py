@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from mini_llava.data.spans import IMAGE, TRAINED, spans
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, load_tokenizer, tokenize
+from mini_llava.watch.spans import IMAGE, TRAINED, spans
 from tests.end_to_end.runs import FIXTURES
 
 RECORDS = json.loads((FIXTURES / "data" / "records.json").read_text(encoding="utf-8"))

@@ -11,7 +11,6 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, L
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
-from mini_llava.data.anyres import NEWLINE, choose_tiling, join_tiles
 from mini_llava.data.images import FORMATS, image_size, load_image, normalisation_table, normalise
 from mini_llava.data.loader import RankSteps, open_pixels
 from mini_llava.data.records import RecordStore, measure, measurement_key
@@ -24,6 +23,7 @@ from mini_llava.data.tokenization import (
     tokenize,
     tokenize_prompt,
 )
+from mini_llava.options.tiles import NEWLINE, choose_tiling, join_tiles
 from tests.launching import ROOT
 
 FIXTURES = ROOT / "tests" / "parity" / "fixtures"

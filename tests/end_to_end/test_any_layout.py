@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
+from mini_llava import build
 from mini_llava.arguments import ModelArguments
+from mini_llava.formats.read import open_source
 from mini_llava.model.llava import load_llava
-from mini_llava.model.sources import open_source
 from mini_llava.tools import export
 from mini_llava.tools.saved_models import open_saved
-from mini_llava.training import build
 from tests.end_to_end import runs
 from tests.launching import train_in_turn
 from tests.model.test_sources import load_here, logits

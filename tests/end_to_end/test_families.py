@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from mini_llava import build
 from mini_llava.data.templates import CHAT_TEMPLATE, get_template, render
 from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, load_tokenizer, read_json, tokenize_prompt
 from mini_llava.tools import export
 from mini_llava.tools.saved_models import open_saved
-from mini_llava.training import build
 from tests.end_to_end import runs
 from tests.families import FAMILIES, write_family
 from tests.launching import train_in_turn

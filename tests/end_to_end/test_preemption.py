@@ -13,7 +13,7 @@ import time
 import psutil
 import pytest
 
-from mini_llava.training.preemption import SECONDS_OF_ONE_PRESS, SECONDS_OF_ONE_REQUEST
+from mini_llava.guards.preemption import SECONDS_OF_ONE_PRESS, SECONDS_OF_ONE_REQUEST
 from tests import signal_points
 from tests.end_to_end import runs
 from tests.end_to_end.crash_loop import Crashes

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from mini_llava.training import build
+from mini_llava import build
 from tests.end_to_end import runs
 
 CASES = {

@@ -18,9 +18,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2Config
 from mini_llava.arguments import ModelArguments
 from mini_llava.data.images import normalisation_table, normalise, output_size, pixel_values
 from mini_llava.data.tokenization import load_tokenizer
-from mini_llava.model import formats
+from mini_llava.formats import write
+from mini_llava.formats.read import open_source, tower_image_processor
 from mini_llava.model.llava import LlavaModel, load_llava
-from mini_llava.model.sources import open_source, tower_image_processor
 from mini_llava.model.vision_tower import (
     apple_name,
     check_timm,
@@ -30,7 +30,7 @@ from mini_llava.model.vision_tower import (
     tokens_per_image,
 )
 from mini_llava.tools import chat
-from mini_llava.training.flops import FlopCounter
+from mini_llava.watch.flops import FlopCounter
 from tests.end_to_end import runs
 from tests.model.tiny_towers import FASTVIT_STRIDE, save_fastvit, save_whole
 from tests.published_layouts import FIXTURES
@@ -212,7 +212,7 @@ def test_it_is_read_back_whole_and_as_a_tower(tower_folder, language_model, mode
 
     flags = ModelArguments(model_name_or_path=str(tmp_path))
     with pytest.raises(ValueError, match="--export_format llava: apple's code has FastVLM's tower under names of its"):
-        formats.check_may_be_written(tmp_path / "out", flags, "llava", open_source(flags).vision_config)
+        write.check_may_be_written(tmp_path / "out", flags, "llava", open_source(flags).vision_config)
 
 
 @needs_timm

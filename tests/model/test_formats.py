@@ -27,7 +27,7 @@ from transformers import (
 from mini_llava.data.images import load_image_processor
 from mini_llava.data.templates import chat_template, get_template, render
 from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, add_image_tokens, load_tokenizer, tokenize_prompt
-from mini_llava.model.formats import (
+from mini_llava.formats.write import (
     generation_settings,
     save_llava,
     save_projector_only,

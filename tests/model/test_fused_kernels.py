@@ -13,14 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from mini_llava.model.attention import choose_attention
-from mini_llava.model.fused_kernels import (
+from mini_llava.model.llava import token_losses
+from mini_llava.options.kernels import (
     FUSABLE,
     choose_fused_kernels,
     forget_outputs_of_norms,
     gated_mlp,
     use_fused_kernels,
 )
-from mini_llava.model.llava import token_losses
 
 needs_liger = pytest.mark.skipif(
     not (torch.cuda.is_available() and importlib.util.find_spec("liger_kernel")), reason="needs a GPU and liger-kernel"

@@ -8,7 +8,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 from mini_llava.data.images import load_image_processor, of_size, output_size, pixel_values
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import load_tokenizer
-from mini_llava.model import formats
+from mini_llava.formats import write
 from mini_llava.tools import export
 from mini_llava.tools.saved_models import open_saved
 from tests.launching import ROOT
@@ -30,7 +30,7 @@ def towers(tmp_path_factory) -> dict[str, str]:
 
 
 def save(model, directory, layout: str, tower: str) -> None:
-    formats.save_whole_model(
+    write.save_whole_model(
         directory,
         load_tokenizer(FIXTURES / "llm"),
         of_size(load_image_processor(tower), model.vision_tower.image_size),
@@ -99,7 +99,7 @@ def test_transformers_reads_it_in_its_new_size(towers, kind, tmp_path):
 
 def test_a_projectors_directory_says_the_size_that_it_was_trained_with(towers, tmp_path):
     model = llava(towers["clip"], image_size=SIZE)
-    formats.save_projector_only(
+    write.save_projector_only(
         tmp_path,
         model,
         projector_type="mlp2x_gelu",

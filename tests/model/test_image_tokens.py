@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, LlavaF
 
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, add_image_tokens, load_tokenizer, tokenize_prompt
-from mini_llava.model.image_tokens import add_token_rows, read_rows
+from mini_llava.options.image_tokens import add_token_rows, read_rows
 from mini_llava.tools import export
 from mini_llava.tools.saved_models import open_saved
 from tests.end_to_end import runs

@@ -10,12 +10,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
-from mini_llava.model import lora
+from mini_llava import build as building
 from mini_llava.model.llava import LlavaModel
 from mini_llava.model.projector import build_projector
 from mini_llava.model.vision_tower import load_vision_tower
+from mini_llava.options import lora
 from mini_llava.tools.saved_models import open_saved
-from mini_llava.training import build as building
 from tests.end_to_end import runs
 from tests.launching import train_in_turn
 from tests.model.test_formats import build, save, tied_language_model, tokenizer

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from mini_llava.arguments import ModelArguments
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import load_tokenizer, tokenize
+from mini_llava.formats.read import map_parts, open_source, restore_rotary_frequencies
 from mini_llava.model.llava import LlavaModel, load_llava
-from mini_llava.model.sources import map_parts, open_source, restore_rotary_frequencies
 from mini_llava.tools import export
 from tests.published_layouts import CLIP, FIXTURES, edit_json, like_liuhaotian, like_llava_hf, llava_weights, write_json
 
@@ -194,7 +194,7 @@ def test_the_conversation_template_stays_known(published, tmp_path):
 
 
 def test_other_language_models_and_tied_embeddings_make_the_round_trip(tmp_path):
-    from mini_llava.model.formats import save_llava
+    from mini_llava.formats.write import save_llava
     from tests.model.test_formats import LLAVA, build, save, tied_language_model, tokenizer
 
     model = build(language_model=tied_language_model())

@@ -9,21 +9,21 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor, LlavaNextForConditionalGeneration
 
 from mini_llava.arguments import DataArguments, ModelArguments
-from mini_llava.data.anyres import choose_tiling, join_tiles
 from mini_llava.data.collator import collate
 from mini_llava.data.images import load_image_processor, normalisation_table
 from mini_llava.data.loader import open_pixels
 from mini_llava.data.templates import get_template, render
 from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, load_tokenizer, tokenize
-from mini_llava.model import formats
-from mini_llava.model.image_newline import ImageNewline
+from mini_llava.formats import write
+from mini_llava.formats.read import open_source
 from mini_llava.model.llava import LlavaModel, load_llava
 from mini_llava.model.projector import build_projector
-from mini_llava.model.sources import open_source
 from mini_llava.model.vision_tower import load_vision_tower
+from mini_llava.options.image_newline import ImageNewline
+from mini_llava.options.tiles import choose_tiling, join_tiles
 from mini_llava.tools import chat, export
 from mini_llava.tools.saved_models import open_saved
-from mini_llava.training.flops import FlopCounter
+from mini_llava.watch.flops import FlopCounter
 from tests.launching import ROOT
 from tests.model.tiny_towers import save_tower
 
@@ -127,7 +127,7 @@ def saved(tmp_path_factory):
     """The trainer's model in transformers' layout and in LLaVA's, written from the model and from each other."""
     folder, model = tmp_path_factory.mktemp("saved"), build()
     for layout in ("transformers", "llava"):
-        formats.save_whole_model(
+        write.save_whole_model(
             folder / layout,
             textual()["tokenizer"],
             load_image_processor(FIXTURES / "clip"),
@@ -196,7 +196,7 @@ def test_transformers_gives_the_logits_of_other_towers(kind, tmp_path):
     source.choose_tiling(flags, DataArguments(image_aspect_ratio="anyres"), set())
     model = load_llava(source, "sdpa", dict.fromkeys(("language_model", "vision_tower", "projector"), torch.float32))
     described = {"projector_type": "mlp2x_gelu", "image_aspect_ratio": "anyres", "dtype": torch.float32}
-    save, processor = formats.save_transformers, source.image_processor()
+    save, processor = write.save_transformers, source.image_processor()
     save(tmp_path / "saved", model.eval(), textual()["tokenizer"], processor, **described)
     whole, loading = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "saved", output_loading_info=True)
     assert not any(loading.values()), loading
@@ -234,6 +234,6 @@ def test_layouts_that_cannot_express_it_say_so(saved, tmp_path, capsys):
     with pytest.raises(SystemExit, match="was trained with --image_aspect_ratio anyres: leave the flag out"):
         export.main([str(folder / "llava"), str(tmp_path / "out"), "--image_aspect_ratio", "pad"])
     model = build("spatial")
-    assert "spatial_unpad only, not spatial" in formats.why_not_transformers(
+    assert "spatial_unpad only, not spatial" in write.why_not_transformers(
         "mlp2x_gelu", model.language_model, model.vision_tower, model.tiling
     )

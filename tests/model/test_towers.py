@@ -23,13 +23,13 @@ from transformers import (
 
 from mini_llava.arguments import ModelArguments
 from mini_llava.data.images import normalisation_table, normalise, pixel_values
-from mini_llava.model import formats
+from mini_llava.formats import write
+from mini_llava.formats.read import open_source, tower_image_processor
 from mini_llava.model.llava import LlavaModel, load_llava
-from mini_llava.model.sources import open_source, tower_image_processor
 from mini_llava.model.vision_tower import empty_model, load_vision_config, load_vision_tower, tokens_per_image
 from mini_llava.tools import chat, doctor, export
 from mini_llava.tools.saved_models import open_saved
-from mini_llava.training.flops import FlopCounter
+from mini_llava.watch.flops import FlopCounter
 from tests.end_to_end import runs
 from tests.model.tiny_towers import HIDDEN_SIZE, IMAGE_SIZE, KINDS, LAYERS, SHAPE, save_tower, save_whole
 from tests.published_layouts import FIXTURES
@@ -277,7 +277,7 @@ def test_names_are_those_of_published_files(towers, tmp_path):
         assert name in load_file(tmp_path / kind / layout / "model.safetensors")
     for kind in KINDS:
         config = load_vision_config(towers[kind])
-        published = {formats.published_name(config, name) for name in empty_model(config).state_dict()}
+        published = {write.published_name(config, name) for name in empty_model(config).state_dict()}
         level = "vision_model." if kind in ("clip", "siglip") else ""
         assert published == {level + name for name in load_file(Path(towers[kind]) / "model.safetensors")}
 
@@ -316,7 +316,7 @@ def test_a_trained_tower_changes_where_it_is_used_and_is_in_the_lora_directory(t
     unused, before = tower.unused_parameters(), dict(tower.model.named_parameters())
     prefix = "base_model.model.model.vision_tower.vision_tower."
     used = {
-        prefix + formats.published_name(tower.model.config, name): name
+        prefix + write.published_name(tower.model.config, name): name
         for name in before
         if f"model.{name}" not in unused
     }

@@ -22,9 +22,9 @@ from transformers import (
 
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import load_tokenizer
-from mini_llava.model import formats
+from mini_llava.formats import write
+from mini_llava.formats.read import tower_image_processor
 from mini_llava.model.llava import LlavaModel
-from mini_llava.model.sources import tower_image_processor
 
 IMAGE_SIZE, PATCH_SIZE, HIDDEN_SIZE, LAYERS = 28, 14, 32, 3
 SHAPE = dict(
@@ -111,7 +111,7 @@ def save_whole(
     ratio: str = "pad",
 ) -> str:
     """Writes the result of a run with this tower and the tokenizer of this language model; returns the run's line."""
-    return formats.save_whole_model(
+    return write.save_whole_model(
         folder,
         load_tokenizer(language_model),
         tower_image_processor(tower),

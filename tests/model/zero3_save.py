@@ -7,7 +7,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from mini_llava.model.formats import save_llava, save_projector_only, save_transformers
+from mini_llava.formats.write import save_llava, save_projector_only, save_transformers
 from tests.model.test_formats import LLAVA, build, image_processor, tied_language_model, tokenizer
 
 ZERO3 = {

@@ -7,7 +7,7 @@ compared is therefore each parameter's rate and decay, and which side of the dec
 import pytest
 
 from mini_llava import arguments as flags
-from mini_llava.model.freeze import apply_plan, freeze_plan
+from mini_llava.model.trained import apply_plan, freeze_plan
 from mini_llava.training.optimizer import build_adamw, parameter_groups, set_learning_rates
 from tests.parity.golden import LLAVA, golden_model, llava_name, load_json
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from mini_llava.training import distributed
+from mini_llava.training import backend
 
 
 class Embedded(torch.nn.Module):
@@ -23,7 +23,7 @@ class Embedded(torch.nn.Module):
 
 def main(output: Path) -> None:
     torch.set_num_threads(1)
-    accelerator = distributed.build_accelerator("no", 0.0, "none", output)
+    accelerator = backend.build_accelerator("no", 0.0, "none", output)
     model = Embedded()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -40,7 +40,7 @@ def main(output: Path) -> None:
         # Two micro-batches, and only the last rank's first one is not finite.
         values = [(factor, offset) if last else (1.0, 0.0), (1.0, 0.0)]
         losses = (model(*value) for value in values)
-        _, finite = distributed.backward_and_step(accelerator, model, optimizer, losses, 2, 0.0)
+        _, finite = backend.backward_and_step(accelerator, model, optimizer, losses, 2, 0.0)
         [parameter] = accelerator.unwrap_model(model).parameters()
         if hasattr(parameter, "ds_id"):
             import deepspeed
@@ -51,8 +51,8 @@ def main(output: Path) -> None:
             weight = parameter.tolist()
         found[name] = {"finite": finite, "weight": weight}
     (output / f"rank{accelerator.process_index}.json").write_text(json.dumps(found))
-    print(distributed.describe(accelerator))
-    distributed.end_training(accelerator, model)
+    print(backend.describe(accelerator))
+    backend.end_training(accelerator, model)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mini_llava import arguments as flags
-from mini_llava.training import ownership
+from mini_llava.guards import ownership
+from mini_llava.guards.output_folder import writing_the_result
 from mini_llava.training.checkpoint import (
     CheckpointError,
     complete_checkpoints,
@@ -28,7 +29,6 @@ from mini_llava.training.checkpoint import (
     save_checkpoint,
     verify,
 )
-from mini_llava.training.output_folder import writing_the_result
 from tests.end_to_end import runs
 from tests.launching import small_disk, train_in_turn
 

@@ -12,10 +12,10 @@ from transformers.utils import is_flash_attn_2_available
 
 from mini_llava import arguments as flags
 from mini_llava import launch
-from mini_llava.model import sources
+from mini_llava.formats import read
+from mini_llava.guards.early import check_launch
 from mini_llava.tools import inspect, tour
 from mini_llava.training.checkpoint import CheckpointError
-from mini_llava.training.early import check_launch
 from tests.end_to_end import runs
 from tests.forked_runs import ROOT
 
@@ -53,7 +53,7 @@ if importlib.util.find_spec("bitsandbytes") is None:
 def nothing_is_opened(monkeypatch):
     """Reading the model would fail: whatever is missed is missed before."""
     for name in ("read_json", "find_file"):
-        monkeypatch.setattr(sources, name, lambda *_: pytest.fail("the model was looked at"))
+        monkeypatch.setattr(read, name, lambda *_: pytest.fail("the model was looked at"))
 
 
 def names(values: list) -> list[str]:

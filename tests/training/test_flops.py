@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mini_llava.training.flops import FlopCounter
+from mini_llava.watch.flops import FlopCounter
 from tests.training.tiny_llava import TOKENS_PER_IMAGE, micro_batch, tiny_llava
 
 WIDTH, LAYERS = 32, 4

@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from mini_llava import arguments as flags
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import load_tokenizer, tokenize, tokenize_prompt
-from mini_llava.training.evaluation import HeldOut, read_held_out
+from mini_llava.evaluation.evaluate import HeldOut, read_held_out
+from mini_llava.evaluation.shown import ShownAnswer, as_picture, as_table
+from mini_llava.guards.preemption import Preemption
 from mini_llava.training.lockstep import Lockstep
-from mini_llava.training.preemption import Preemption
-from mini_llava.training.shown_answers import ShownAnswer, as_picture, as_table
 from tests.end_to_end import runs
 from tests.training.tiny_llava import IMAGE_SIZE, TOKENS_PER_IMAGE, tiny_llava
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mini_llava.data.records import RecordStore
-from mini_llava.training.evaluation import Question
-from mini_llava.training.identity import (
+from mini_llava.evaluation.evaluate import Question
+from mini_llava.guards.identity import (
     PICTURES,
     PIECE,
     differences,
@@ -114,7 +114,7 @@ def test_a_checkpoint_of_before_these_were_compared_is_not_refused_and_nothing_i
 
 
 def test_another_number_of_processes_and_another_torch_are_said(monkeypatch):
-    monkeypatch.setattr("mini_llava.training.identity.versions", lambda: {"torch": "2.9", "transformers": "5.0"})
+    monkeypatch.setattr("mini_llava.guards.identity.versions", lambda: {"torch": "2.9", "transformers": "5.0"})
     mine = {"computation": {"processes": 2}, "held out": None}
     manifest = {"identity": {}, "versions": {"torch": "2.8", "transformers": "5.0", "peft": "1"}, "world_size": 1}
     [note] = resume_notes(manifest, mine)

@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 
-from mini_llava.training import distributed
+from mini_llava.training import backend
 
 CODE = """
 from pathlib import Path
-from mini_llava.training.distributed import build_accelerator
+from mini_llava.training.backend import build_accelerator
 build_accelerator("no", 1.0, "none", Path("."))
 """
 
@@ -43,13 +43,13 @@ def test_a_deepspeed_config_that_would_replace_the_recipe_is_refused(entry, sent
     """LLaVA's zero3_offload.json has the first two, and its groups and cosine are gone without a word."""
     config = {"zero_optimization": {"stage": 3}} | entry
     with pytest.raises(ValueError, match=sentence):
-        distributed.complete_deepspeed_config(config, "bf16", 1.0)
+        backend.complete_deepspeed_config(config, "bf16", 1.0)
 
 
 FIRST_TENSOR = """
 import os
 import torch
-from mini_llava.training.distributed import choose_precision
+from mini_llava.training.backend import choose_precision
 choose_precision(True, False, set())  # asks a GPU, if there is one, whether it knows bf16
 print(os.environ.get("PYTORCH_ALLOC_CONF"))
 if torch.cuda.is_available():

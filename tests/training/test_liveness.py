@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mini_llava.training import liveness
+from mini_llava.guards import liveness
 
 RANKS = 3
 AT_ONCE = 5  # seconds in which a death must have been noticed; it takes milliseconds, and the machine may be busy

@@ -5,14 +5,14 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.random_setup import CLIP_L_336, LANGUAGE_MODELS, TINY_CLIP, VOCABULARY
-from mini_llava.model.freeze import apply_plan
 from mini_llava.model.llava import LlavaModel
-from mini_llava.model.lora import add_lora
 from mini_llava.model.projector import build_projector
+from mini_llava.model.trained import apply_plan
 from mini_llava.model.vision_tower import VisionTower
-from mini_llava.training import memory
-from mini_llava.training.distributed import complete_zero
-from mini_llava.training.memory import GIB, Layout, Scale, Shape, estimate, lasting_parts
+from mini_llava.options.lora import add_lora
+from mini_llava.tools import memory
+from mini_llava.tools.memory import GIB, Layout, Scale, Shape, estimate, lasting_parts
+from mini_llava.training.backend import complete_zero
 
 H200 = 139.8 * GIB
 STAGE_2 = {"vision_tower": "frozen", "projector": "full", "language_model": "full"}

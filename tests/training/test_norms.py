@@ -4,9 +4,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from mini_llava.training import norms
-from mini_llava.training.norms import norms_are_due, step_norms
 from mini_llava.training.optimizer import build_adamw, learning_rates, parameter_groups
+from mini_llava.watch import norms
+from mini_llava.watch.norms import norms_are_due, step_norms
 from tests.training.tiny_llava import micro_batch, tiny_llava
 
 

@@ -10,7 +10,7 @@ import socket
 
 import pytest
 
-from mini_llava.training import ownership
+from mini_llava.guards import ownership
 from tests.end_to_end import runs
 from tests.forked_runs import start
 

@@ -16,10 +16,10 @@ import train
 from benchmarks.random_setup import CLIP_L_336, LANGUAGE_MODELS, TINY_CLIP
 from mini_llava import arguments as flags
 from mini_llava.data.records import Lengths
+from mini_llava.guards.longest import kept_of_a_position, longest_micro_batch
 from mini_llava.model.vision_tower import VisionTower
-from mini_llava.training.longest import kept_of_a_position, longest_micro_batch
-from mini_llava.training.memory import kept_of_a_picture
-from mini_llava.training.planning import Advice, read_layout
+from mini_llava.tools.memory import kept_of_a_picture
+from mini_llava.tools.plan import Advice, read_layout
 from tests import forked_runs
 from tests.end_to_end.runs import FIXTURES, flags_of
 from tests.families import FAMILIES, write_family

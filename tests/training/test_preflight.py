@@ -11,14 +11,14 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from mini_llava import arguments as flags
 from mini_llava.data.records import RecordStore, measure
 from mini_llava.data.templates import get_template
-from mini_llava.model.sources import open_source
+from mini_llava.formats.read import open_source
+from mini_llava.guards import preflight
+from mini_llava.guards.preflight import CONTRADICTION, FINE, IMPOSSIBLE, ODD
+from mini_llava.inputs import choose_inputs
 from mini_llava.tools.doctor import main as doctor
 from mini_llava.tools.export import main as export
 from mini_llava.tools.saved_models import open_saved
-from mini_llava.training import preflight
-from mini_llava.training.inputs import choose_inputs
 from mini_llava.training.order import choose_order
-from mini_llava.training.preflight import CONTRADICTION, FINE, IMPOSSIBLE, ODD
 from tests.end_to_end.runs import FIXTURES, flags_of, train_here
 from tests.families import FAMILIES, write_family
 

@@ -3,7 +3,7 @@
 import pytest
 
 from mini_llava.data.tokenization import BadRecord
-from mini_llava.training.scoring import chosen_letter, is_right, metric_of
+from mini_llava.evaluation.scoring import chosen_letter, is_right, metric_of
 
 
 def record(answer: str, **more) -> dict:

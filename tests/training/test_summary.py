@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mini_llava.data.json_lines import append_lines
 from mini_llava.data.records import RecordStore
-from mini_llava.training.curves import draw_curves, smoothed
-from mini_llava.training.distributed import name_on_page
-from mini_llava.training.first_batch import INK, PAPER, WIDTH
-from mini_llava.training.summary import duration, summarise, talk_command, write_summary
+from mini_llava.training.backend import name_on_page
+from mini_llava.watch.curves import draw_curves, smoothed
+from mini_llava.watch.first_batch import INK, PAPER, WIDTH
+from mini_llava.watch.json_lines import append_lines
+from mini_llava.watch.summary import duration, summarise, talk_command, write_summary
 from tests.end_to_end.runs import FIXTURES, flags_of, train_here
 
 
@@ -22,7 +22,7 @@ from tests.end_to_end.runs import FIXTURES, flags_of, train_here
 def drawn():
     """What other tests' runs leave out."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mini_llava.training.summary.draw_curves", draw_curves)
+        patch.setattr("mini_llava.watch.summary.draw_curves", draw_curves)
         yield
 
 

@@ -6,9 +6,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLI
 
 from mini_llava.data.collator import MicroBatch, collate
 from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, Sample
-from mini_llava.model.freeze import apply_plan
 from mini_llava.model.llava import LlavaModel
 from mini_llava.model.projector import build_projector
+from mini_llava.model.trained import apply_plan
 from mini_llava.model.vision_tower import VisionTower
 
 IMAGE_SIZE, TOKENS_PER_IMAGE = 28, 4

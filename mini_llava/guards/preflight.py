@@ -16,18 +16,18 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..arguments import Arguments, ModelArguments, TrainingArguments
+from ..build import plan_of
 from ..data.records import Lengths
 from ..data.templates import CHAT_TEMPLATE, TEMPLATES, ChatTemplate, Template
 from ..data.tokenization import read_json
-from ..model.image_tokens import token_ids_end
-from ..model.lora import linear_layers
+from ..formats.read import FAMILIES, Source, empty_language_model, same_layer
+from ..inputs import Inputs
 from ..model.projector import PROJECTOR_FILE, list_some
-from ..model.sources import FAMILIES, Source, empty_language_model, same_layer
+from ..options.image_tokens import token_ids_end
+from ..options.lora import linear_layers
+from ..training.order import Order
+from ..training.schedule import learning_rate_factor, warmup_steps
 from ..words import counted
-from .build import plan_of
-from .inputs import Inputs
-from .order import Order
-from .schedule import learning_rate_factor, warmup_steps
 
 FINE, ODD, CONTRADICTION, IMPOSSIBLE = "fine", "odd", "contradiction", "impossible"
 # Marks that a template writes as special tokens. [INST], <<SYS>> and ### were text in the models that have them.

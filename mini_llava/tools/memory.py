@@ -19,11 +19,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 
 from ..data.collator import MicroBatch
-from ..model.freeze import numel
-from ..model.fused_kernels import forget_outputs_of_norms, make_mlps_keep_less
 from ..model.llava import LlavaModel
-from ..model.lora import linear_layers
+from ..model.trained import numel
 from ..model.vision_tower import VisionTower, has_layers
+from ..options.kernels import forget_outputs_of_norms, make_mlps_keep_less
+from ..options.lora import linear_layers
 
 GIB = 2**30
 # Outside of what PyTorch allocates: the CUDA context with the kernels that are loaded, and NCCL's buffers.

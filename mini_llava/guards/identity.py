@@ -24,9 +24,9 @@ from ..data.images import BadImage, image_path
 from ..data.records import RecordStore
 from ..data.templates import CHAT_TEMPLATE
 from ..data.tokenization import shorten
+from ..evaluation.evaluate import Question
+from ..training.backend import backend, gather_from_ranks, is_offloaded, versions, zero_stage
 from ..words import counted
-from .distributed import backend, gather_from_ranks, is_offloaded, versions, zero_stage
-from .evaluation import Question
 
 # Elements looked at in one go: int64 copies of a 7B model's weights would not fit beside it.
 ELEMENTS_AT_ONCE = 2**24

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .projector import PROJECTOR_FILE, read_tensors
+from ..model.projector import PROJECTOR_FILE, read_tensors
 
 KEY = "image_newline"
 

@@ -21,22 +21,22 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..arguments import Arguments, DataArguments
-from ..data.anyres import Tiles
 from ..data.collator import image_tokens, join_images, sample_of_targets
 from ..data.images import BadImage
-from ..data.json_lines import append_lines, read_lines
 from ..data.loader import RankStep, RankSteps, fault_table, loss_group, rank_step_loader
 from ..data.records import RecordStore, missing_image
 from ..data.sampler import deal
 from ..data.templates import IMAGE_MARK, Template, written_answer
 from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, BadRecord, Sample, expand_images
+from ..guards.preemption import start_worker
+from ..options.tiles import Tiles
+from ..training.backend import gather_from_ranks, log, never_fatal, show, sum_over_ranks, to_device, zero_stage
+from ..training.lockstep import Lockstep
+from ..training.meter import append_json_line, loss_parts, questions_bar
+from ..watch.json_lines import append_lines, read_lines
 from ..words import counted
-from .distributed import gather_from_ranks, log, never_fatal, show, sum_over_ranks, to_device, zero_stage
-from .lockstep import Lockstep
-from .meter import append_json_line, loss_parts, questions_bar
-from .preemption import start_worker
 from .scoring import CHOICE, EXACT_MATCH, is_right, metric_of
-from .shown_answers import ShownAnswer, as_picture, as_table
+from .shown import ShownAnswer, as_picture, as_table
 
 # An answer longer than the longest expected one is wrong in any case; a choice may be put into a sentence.
 LONGER_THAN_EXPECTED = {EXACT_MATCH: 4, CHOICE: 32}  # tokens

@@ -19,10 +19,10 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
 
-from ..model.formats import MODEL_FILES, STAGING
-from ..model.freeze import numel
-from ..words import counted
-from .checkpoint import (
+from ..formats.write import MODEL_FILES, STAGING
+from ..model.trained import numel
+from ..training.backend import compute_dtype, gather_from_ranks
+from ..training.checkpoint import (
     KINDS,
     CheckpointError,
     agreement,
@@ -32,7 +32,7 @@ from .checkpoint import (
     remove_oldest,
     try_a_save,
 )
-from .distributed import compute_dtype, gather_from_ranks
+from ..words import counted
 from .ownership import check_still_owned
 
 SEEN_BY_ALL = ".seen-by-all-"

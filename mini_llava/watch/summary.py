@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..data.images import BadImage, image_path
-from ..data.json_lines import read_lines
 from ..data.records import RecordStore
 from ..data.tokenization import BadRecord
+from ..training.backend import never_fatal
 from ..words import counted
 from .curves import draw_curves
-from .distributed import never_fatal
+from .json_lines import read_lines
 
 LOOKED_THROUGH = 1000  # records, for a picture to talk about
 BESIDE_TRAINING = {

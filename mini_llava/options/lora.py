@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..data.tokenization import load_tokenizer
-from .formats import begin_directory, llava_config, staged, write_json
+from ..formats.write import begin_directory, llava_config, staged, write_json
+from ..model.llava import LlavaModel
+from ..model.projector import gathered_state_dict, list_some, read_tensors, whole
+from ..model.vision_tower import published_name
 from .image_newline import KEY
 from .image_tokens import add_token_rows, set_rows
-from .llava import LlavaModel
-from .projector import gathered_state_dict, list_some, read_tensors, whole
-from .vision_tower import published_name
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")

@@ -32,13 +32,11 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from ..data.anyres import MERGE_TYPES, Tiling, choose_tiling
 from ..data.images import load_image_processor, of_size, output_size
 from ..data.tokenization import find_file, foreign_code_refused, read_json
-from .attention import CAPPED
-from .image_newline import ImageNewline
-from .projector import PROJECTOR_FILE, build_projector
-from .vision_tower import (
+from ..model.attention import CAPPED
+from ..model.projector import PROJECTOR_FILE, build_projector
+from ..model.vision_tower import (
     FASTVITHD,
     VisionTower,
     apple_name,
@@ -52,6 +50,8 @@ from .vision_tower import (
     takes_any_size,
     tokens_per_image,
 )
+from ..options.image_newline import ImageNewline
+from ..options.tiles import MERGE_TYPES, Tiling, choose_tiling
 
 # Looked for in this order; the first two are the ones that cannot hold code.
 WEIGHT_FILES = (

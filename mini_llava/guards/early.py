@@ -12,11 +12,11 @@ import torch
 from ..arguments import Arguments
 from ..data.records import check_data_files
 from ..model.attention import check_flash_attention
-from ..model.fused_kernels import check_liger_kernel
-from ..model.lora import find_adapter
 from ..model.projector import find_projector
-from .checkpoint import check_resume
-from .distributed import check_bitsandbytes, check_tracker
+from ..options.kernels import check_liger_kernel
+from ..options.lora import find_adapter
+from ..training.backend import check_bitsandbytes, check_tracker
+from ..training.checkpoint import check_resume
 from .output_folder import check_nothing_is_replaced, check_place
 
 

@@ -22,8 +22,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..guards import liveness
 from ..model.llava import LlavaModel
-from . import liveness
 
 # DeepSpeed calls collectives by names that torch is renaming; nobody who trains can act on that.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

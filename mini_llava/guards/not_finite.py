@@ -10,9 +10,9 @@ from accelerate import Accelerator
 
 from ..data.loader import RankStep, log_skipped
 from ..data.records import RecordStore
-from .distributed import gather_from_ranks, never_fatal, sum_over_ranks
-from .lockstep import DataFault
-from .meter import Meter
+from ..training.backend import gather_from_ranks, never_fatal, sum_over_ranks
+from ..training.lockstep import DataFault
+from ..training.meter import Meter
 
 
 def why_not_taken(

@@ -6,7 +6,7 @@ From the log and not from memory, so that a run that was resumed shows all of it
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..data.json_lines import read_lines
+from .json_lines import read_lines
 
 PARTS_AT_MOST = 6  # more lines in one panel cannot be told apart
 

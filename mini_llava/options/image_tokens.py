@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ..data.tokenization import START_TOKEN
-from .llava import LlavaModel
-from .projector import PROJECTOR_FILE, read_tensors, whole
+from ..model.llava import LlavaModel
+from ..model.projector import PROJECTOR_FILE, read_tensors, whole
 
 
 def token_ids_end(tokenizer) -> int:

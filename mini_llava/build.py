@@ -7,15 +7,15 @@ follows it.
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from ..arguments import Arguments
-from ..model import lora
-from ..model.attention import choose_attention
-from ..model.freeze import apply_plan, freeze_plan, trained_in_full
-from ..model.fused_kernels import choose_fused_kernels, use_fused_kernels
-from ..model.image_tokens import add_token_rows
-from ..model.llava import LlavaModel, load_llava
-from ..model.sources import Source
-from .distributed import master_dtype, parameter_dtypes, quantisation
+from .arguments import Arguments
+from .formats.read import Source
+from .model.attention import choose_attention
+from .model.llava import LlavaModel, load_llava
+from .model.trained import apply_plan, freeze_plan, trained_in_full
+from .options import lora
+from .options.image_tokens import add_token_rows
+from .options.kernels import choose_fused_kernels, use_fused_kernels
+from .training.backend import master_dtype, parameter_dtypes, quantisation
 
 
 def plan_of(arguments: Arguments, source: Source) -> dict[str, str]:

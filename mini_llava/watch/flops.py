@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..data.collator import MicroBatch
 from ..data.records import Lengths
-from ..model.freeze import numel
 from ..model.llava import LlavaModel
+from ..model.trained import numel
 from ..model.vision_tower import VisionTower, empty_model, has_layers
 
 # Dense bf16 and fp16 products a second, from the vendor's data sheets (without sparsity), by a part of the GPU's name.

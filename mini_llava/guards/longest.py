@@ -16,9 +16,9 @@ from transformers import PreTrainedConfig
 from ..data.loader import RankSteps
 from ..data.records import Lengths
 from ..data.sampler import computed_tokens
+from ..tools.memory import Shape
+from ..training.backend import discard_gradients, forward_and_backward
 from ..words import counted
-from .distributed import discard_gradients, forward_and_backward
-from .memory import Shape
 
 
 @dataclass(frozen=True)

@@ -18,25 +18,25 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import Arguments, TrainingArguments
+from ..build import plan_of
 from ..data.records import Lengths, RecordStore, measure_some
-from ..model import lora
+from ..formats.read import Source, empty_parts
+from ..guards import preflight
+from ..guards.longest import Longest, kept_of_a_position, longest_micro_batch
+from ..guards.output_folder import disk_needs
+from ..inputs import Inputs
 from ..model.attention import CAPPED, choose_attention
-from ..model.freeze import apply_plan, trainable_table, trained_in_full
-from ..model.fused_kernels import FUSABLE, choose_fused_kernels
-from ..model.image_tokens import add_token_rows
 from ..model.llava import LlavaModel
-from ..model.sources import Source, empty_parts
+from ..model.trained import apply_plan, trainable_table, trained_in_full
+from ..options import lora
+from ..options.image_tokens import add_token_rows
+from ..options.kernels import FUSABLE, choose_fused_kernels
+from ..training.backend import choose_precision, complete_zero, launched_rank, zero_stage
+from ..training.optimizer import parameter_groups
+from ..training.order import choose_order
+from ..watch.flops import PEAK_FLOPS, FlopCounter
 from ..words import counted
-from . import preflight
-from .build import plan_of
-from .distributed import choose_precision, complete_zero, launched_rank, zero_stage
-from .flops import PEAK_FLOPS, FlopCounter
-from .inputs import Inputs
-from .longest import Longest, kept_of_a_position, longest_micro_batch
 from .memory import GIB, Estimate, Layout, estimate, kept_of_a_picture, lasting_parts
-from .optimizer import parameter_groups
-from .order import choose_order
-from .output_folder import disk_needs
 
 MEASURED_AT_MOST = 2000  # records, where the lengths of all are not in the cache
 CARD_OF_80_GB = 79 * GIB

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .images import BadImage, image_size
+from ..data.images import BadImage, image_size
 
 MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
 NEWLINE = -1  # in an order: the learned embedding that ends a row of features

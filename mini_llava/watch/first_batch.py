@@ -15,13 +15,13 @@ from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont
 from transformers import PreTrainedTokenizerBase
 
-from ..data.anyres import Tiles
 from ..data.images import BadImage
 from ..data.loader import RankSteps
-from ..data.spans import IMAGE, MASKED, TRAINED, Span, spans
 from ..data.tokenization import IGNORE_INDEX, BadRecord
+from ..options.tiles import Tiles
+from ..training.backend import never_fatal
 from ..words import counted
-from .distributed import never_fatal
+from .spans import IMAGE, MASKED, TRAINED, Span, spans
 
 SAMPLES = 8
 WIDTH, PICTURE, MARGIN, LINE, MOST_LINES = 720, 180, 12, 22, 16  # pixels, and lines of text a sample

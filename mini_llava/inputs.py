@@ -13,16 +13,16 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..arguments import Arguments
-from ..data.anyres import Tiles, Tiling
-from ..data.loader import open_pixels
-from ..data.records import measurement_key
-from ..data.templates import Template, get_template
-from ..data.tokenization import Sample, add_image_tokens, load_tokenizer, tokenize, tokenize_prompt
-from ..data.unread import allowed
-from ..model.image_tokens import missing_rows
-from ..model.sources import Source
-from ..model.vision_tower import tokens_per_image
+from .arguments import Arguments
+from .data.loader import open_pixels
+from .data.records import measurement_key
+from .data.templates import Template, get_template
+from .data.tokenization import Sample, add_image_tokens, load_tokenizer, tokenize, tokenize_prompt
+from .data.unread import allowed
+from .formats.read import Source
+from .model.vision_tower import tokens_per_image
+from .options.image_tokens import missing_rows
+from .options.tiles import Tiles, Tiling
 
 
 @dataclass(frozen=True)

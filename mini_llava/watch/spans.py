@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from .tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Sample
+from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Sample
 
 MASKED, TRAINED, IMAGE = "masked", "trained", "image"
 

@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..output_streams import flush_before_the_end, say_before_the_end
+from .output_streams import flush_before_the_end, say_before_the_end
 
 PATIENCE = 30  # seconds within which all ranks reach rank 0
 KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}  # seconds, seconds, times: a minute in all
