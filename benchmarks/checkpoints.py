@@ -37,7 +37,9 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     model, optimizer = accelerator.prepare(model, optimizer)
     inputs = torch.ones(1, WIDTH, dtype=torch.bfloat16, device=accelerator.device)
-    backend.backward_and_step(accelerator, model, optimizer, iter([model(inputs).float().sum()]), 1, 1.0)
+    with backend.micro_step(accelerator, model, is_last=True):
+        backend.backward(accelerator, model(inputs).float().sum())
+    backend.optimizer_step(accelerator, optimizer, 1.0)
 
     def ours(folder: Path) -> None:
         checkpoint.save_checkpoint(accelerator, model, optimizer, folder, 1, {}, None)

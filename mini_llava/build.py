@@ -4,6 +4,7 @@ Replaces the middle of LLaVA's `train.py`. What is trained is decided once, in `
 follows it.
 """
 
+import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
@@ -11,11 +12,12 @@ from .arguments import Arguments
 from .formats.read import Source
 from .model.attention import choose_attention
 from .model.llava import LlavaModel, load_llava
-from .model.trained import apply_plan, freeze_plan, trained_in_full
+from .model.trained import apply_plan, freeze_plan, trainable_table, trained_in_full
 from .options import lora
 from .options.image_tokens import add_token_rows
 from .options.kernels import choose_fused_kernels, use_fused_kernels
-from .training.backend import master_dtype, parameter_dtypes, quantisation
+from .training.backend import is_offloaded, master_dtype, parameter_dtypes, quantisation
+from .training.optimizer import build_adamw, parameter_groups
 
 
 def plan_of(arguments: Arguments, source: Source) -> dict[str, str]:
@@ -92,3 +94,16 @@ def build_model(
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable(training.gradient_checkpointing_share)
     return model, plan
+
+
+def build_optimizer(
+    arguments: Arguments, model: LlavaModel, plan: dict[str, str], accelerator: Accelerator
+) -> tuple[torch.optim.AdamW, str]:
+    """Build AdamW, each part of the model with its rate, and the table of what is trained."""
+    training = arguments.training
+    rates = {"projector": training.mm_projector_lr, "image_newline": training.mm_projector_lr}
+    rates["vision_tower"] = training.mm_vision_tower_lr
+    groups = parameter_groups(model, training.learning_rate, training.weight_decay, rates)
+    betas, on_gpu = (training.adam_beta1, training.adam_beta2), accelerator.device.type == "cuda"
+    optimizer = build_adamw(groups, betas, training.adam_epsilon, fused=on_gpu and not is_offloaded(accelerator))
+    return optimizer, trainable_table(model, groups, plan)

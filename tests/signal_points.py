@@ -143,14 +143,14 @@ class _Marker:
         from mini_llava.formats import write
         from mini_llava.guards import early, longest
         from mini_llava.guards.preemption import Preemption
-        from mini_llava.training import backend, checkpoint, lockstep
+        from mini_llava.training import checkpoint, lockstep
 
         self.after(Preemption, "watch", FIRST_LINE)
         self.after(early, "check_output", OWNS_ITS_FOLDER)
         self.around(records, "_scan", LENGTHS)
         self.around(longest, "try_longest", TRIAL)
         self.after(Preemption, "heed", LOOP)
-        self.around(backend, "backward_and_step", STEP)
+        self.around_steps(lockstep.Lockstep)
         self.around(checkpoint, "save_checkpoint", SAVE)
         self.around(write, "save_whole_model", RESULT)
 
@@ -193,6 +193,24 @@ class _Marker:
             self.write(name)
 
         setattr(owner, attribute, marked)
+
+    def around_steps(self, lockstep: type) -> None:
+        """A step is what the loop does between a yield and asking whether the run ends after it."""
+        steps, read, in_a_step = lockstep.steps, lockstep.read, []
+
+        def marked_steps(agreed, loader):
+            for work in steps(agreed, loader):
+                in_a_step.append(True)
+                self.write(STEP)
+                yield work
+
+        def marked_read(agreed):
+            if in_a_step:
+                in_a_step.clear()
+                self.write(f"after {STEP}")
+            return read(agreed)
+
+        lockstep.steps, lockstep.read = marked_steps, marked_read
 
     def hang(self, rank_steps: type, lockstep: type) -> None:
         """The loader's only worker hangs in this step, having read those before; marked when the rank waits for it."""

@@ -105,6 +105,23 @@ def kind_of_fault(reason: str) -> str:
 
 
 @dataclass
+class RankMicroBatch:
+    """One micro-batch of this rank, as the loop takes it.
+
+    Attributes:
+        batch: tensors for the model.
+        trained_tokens: of it.
+        loss_groups: int64 [B, K], see `loss_group`.
+        is_last: of its step.
+    """
+
+    batch: MicroBatch
+    trained_tokens: int
+    loss_groups: torch.Tensor
+    is_last: bool
+
+
+@dataclass
 class RankStep:
     """The micro-batches of one optimizer step on one rank, and what is in them."""
 
@@ -116,6 +133,12 @@ class RankStep:
     records: list[int] = field(default_factory=list)
     skipped: list[tuple[int, str]] = field(default_factory=list)  # record and reason, with `--on_bad_sample skip`
     fault: BadRecord | BadImage | DataFileError | None = None  # what ends the run, mostly with `--on_bad_sample error`
+
+    def __iter__(self) -> Iterator[RankMicroBatch]:
+        last = len(self.micro_batches) - 1
+        parts = zip(self.micro_batches, self.trained_tokens, self.loss_groups, strict=True)
+        for number, (batch, trained_tokens, loss_groups) in enumerate(parts):
+            yield RankMicroBatch(batch, trained_tokens, loss_groups, number == last)
 
     def pin_memory(self) -> "RankStep":
         """Called by the loader, which looks into dictionaries and lists but not into other objects."""

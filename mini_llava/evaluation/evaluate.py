@@ -28,12 +28,16 @@ from ..data.records import RecordStore, missing_image
 from ..data.sampler import deal
 from ..data.templates import IMAGE_MARK, Template, written_answer
 from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, BadRecord, Sample, expand_images
+from ..guards.never_fatal import never_fatal
 from ..guards.preemption import start_worker
 from ..options.tiles import Tiles
-from ..training.backend import gather_from_ranks, log, never_fatal, show, sum_over_ranks, to_device, zero_stage
+from ..training.backend import gather_from_ranks, sum_over_ranks, to_device, zero_stage
 from ..training.lockstep import Lockstep
-from ..training.meter import append_json_line, loss_parts, questions_bar
+from ..training.meter import loss_parts
+from ..watch import trackers
 from ..watch.json_lines import append_lines, read_lines
+from ..watch.log import append_json_line
+from ..watch.progress import questions_bar
 from ..words import counted
 from .scoring import CHOICE, EXACT_MATCH, is_right, metric_of
 from .shown import ShownAnswer, as_picture, as_table
@@ -224,7 +228,7 @@ class HeldOut:
             return True
         self.history.append({"step": step, **values})
         append_json_line(self.output_dir / "log.jsonl", self.history[-1])
-        log(self.accelerator, values, step)
+        trackers.log(self.accelerator, values, step)
         self._show(step, losses / trained, answers)
         say(self._in_a_sentence(self.history[-1]))
         return True
@@ -443,7 +447,7 @@ class HeldOut:
             append_lines(file, [sample.as_entry(step) for sample in shown])
         if self.accelerator.trackers:
             with never_fatal("TensorBoard lacks held-out answers, which eval_samples.jsonl has"):
-                show(self.accelerator, "eval/answers", as_picture(shown), as_table(shown), step)
+                trackers.show(self.accelerator, "eval/answers", as_picture(shown), as_table(shown), step)
 
     def _in_a_sentence(self, entry: dict) -> str:
         parts = []

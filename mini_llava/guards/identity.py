@@ -17,15 +17,17 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 
-from ..arguments import DECIDES_NOTHING, OTHER_NAMES, ROUNDING
+from ..arguments import DECIDES_NOTHING, OTHER_NAMES, ROUNDING, Arguments
 from ..data.images import BadImage, image_path
 from ..data.records import RecordStore
 from ..data.templates import CHAT_TEMPLATE
 from ..data.tokenization import shorten
 from ..evaluation.evaluate import Question
+from ..read_data import Data
 from ..training.backend import backend, gather_from_ranks, is_offloaded, versions, zero_stage
+from ..training.order import Order
 from ..words import counted
 
 # Elements looked at in one go: int64 copies of a 7B model's weights would not fit beside it.
@@ -37,19 +39,7 @@ PIECE = 64 * 2**10  # bytes; a picture of up to three pieces, as most are, is re
 NOT_THE_MODEL = ("transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "output_hidden_states")
 
 
-def run_identity(
-    accelerator: Accelerator,
-    model: nn.Module,
-    arguments: dict,
-    store: RecordStore,
-    has_image: np.ndarray,
-    order: dict,
-    held_out: tuple[RecordStore, Sequence[Question]] | None,
-    tokenizer: PreTrainedTokenizerBase,
-    image_processor,
-    total_steps: int,
-    slots: int,
-) -> dict:
+def run_identity(accelerator: Accelerator, model: nn.Module, arguments: Arguments, data: Data, order: Order) -> dict:
     """JSON values that are equal for two runs if and only if their numbers should be. All ranks must call it.
 
     Two entries are never refused: `computation`, by which the numbers differ in their last digits, and `held out`, by
@@ -57,44 +47,41 @@ def run_identity(
 
     Args:
         model: the prepared `LlavaModel`.
-        arguments: flag name to value.
-        has_image: bool [records].
-        order: the sampler's `state_dict()`.
-        held_out: the questions and the records they are of.
-        slots: micro-batches of a step on all ranks, which matter to LLaVA's mean of means alone.
     """
-    flags = {name: value for name, value in arguments.items() if name not in DECIDES_NOTHING}
+    values, of_sampler, store = arguments.as_dict(), order.sampler.state_dict(), data.store
+    flags = {name: value for name, value in values.items() if name not in DECIDES_NOTHING}
     flags |= {
-        "max_steps": total_steps,
-        "global_batch_size": order["batch"],
+        "max_steps": order.total_steps,
+        "global_batch_size": of_sampler["batch"],
         "bf16": accelerator.mixed_precision.replace("no", "fp32"),
     }
-    if arguments["sample_order"]:
-        flags["sample_order"] = _digest(Path(arguments["sample_order"]).read_bytes())
-    if arguments["loss_normalization"] == "micro_batch":
-        flags["per_device_train_batch_size"] = f"{slots} micro-batches a step"
+    if values["sample_order"]:
+        flags["sample_order"] = _digest(Path(values["sample_order"]).read_bytes())
+    if values["loss_normalization"] == "micro_batch":
+        flags["per_device_train_batch_size"] = f"{order.sampler.slots} micro-batches a step"
     llava = accelerator.unwrap_model(model)
+    tokenizer, held_out = data.inputs.tokenizer, data.held_out and (data.held_out[0].store, data.held_out[1])
     texts_to_ids = tokenizer.backend_tokenizer.to_str()
-    if arguments["version"] == CHAT_TEMPLATE:
+    if values["version"] == CHAT_TEMPLATE:
         texts_to_ids += str(tokenizer.chat_template)
-    seen = _pictures_seen(store, has_image, held_out) if accelerator.is_main_process else None
+    seen = _pictures_seen(store, data.lengths.has_image, held_out) if accelerator.is_main_process else None
     pictures, of_questions = gather_from_ranks(accelerator, seen)[0]  # one rank asks the file system
     return {
         "flags": flags,
         "data": {
             "files": [[Path(path).name, digest] for path, digest in zip(store.data_path, store.digests(), strict=True)],
             "all": store.digest(),
-            "lengths": order["lengths"],
+            "lengths": of_sampler["lengths"],
         },
         "images": pictures,
         "model": {
             "frozen": frozen_fingerprints(accelerator, llava),
             "tokenizer": _digest(texts_to_ids.encode()),
-            "image processor": _settings(image_processor.to_dict()),
+            "image processor": _settings(data.inputs.image_processor.to_dict()),
             "language model": _settings(llava.language_model.config),
             "vision tower": _settings(llava.vision_tower.model.config),
         },
-        "computation": _computation(accelerator, arguments),
+        "computation": _computation(accelerator, values),
         "held out": held_out and {"questions": digest_of_questions(held_out[1]), "images": of_questions},
     }
 

@@ -17,7 +17,7 @@ from ..data.loader import RankSteps
 from ..data.records import Lengths
 from ..data.sampler import computed_tokens
 from ..tools.memory import Shape
-from ..training.backend import discard_gradients, forward_and_backward
+from ..training import backend
 from ..words import counted
 
 
@@ -96,8 +96,10 @@ def try_longest(
     with torch.random.fork_rng(devices=[accelerator.device] if on_gpu else []):
         # Where a step has several, the gradients of one are there when the next runs.
         for _ in range(2 if longest.several else 1):
-            forward_and_backward(accelerator, model, work.micro_batches[0])
-    discard_gradients(accelerator, optimizer)
+            with backend.micro_step(accelerator, model, is_last=False):
+                batch = backend.to_device(work.micro_batches[0], accelerator.device)
+                backend.backward(accelerator, model(**batch))
+    backend.discard_gradients(accelerator, optimizer)
     for buffer, before in statistics:
         buffer.copy_(before)
     size = f"{counted(longest.shape.tokens, 'token')}, {counted(longest.shape.images, 'image')} through the tower"

@@ -10,19 +10,22 @@ from accelerate import Accelerator
 
 from ..data.loader import RankStep, log_skipped
 from ..data.records import RecordStore
-from ..training.backend import gather_from_ranks, never_fatal, sum_over_ranks
+from ..data.sampler import GlobalBatchSampler
+from ..training.backend import gather_from_ranks, sum_over_ranks
 from ..training.lockstep import DataFault
 from ..training.meter import Meter
+from .never_fatal import never_fatal
 
 
 def why_not_taken(
-    accelerator: Accelerator, meter: Meter, step: int, work: RankStep, store: RecordStore, output_dir: Path
+    accelerator: Accelerator, meter: Meter, sampler: GlobalBatchSampler, work: RankStep, store: RecordStore
 ) -> DataFault | None:
     """Return, the same on all ranks, why a step whose gradient is not finite ends the run; list its records.
 
     In fp16 a gradient that overflows while the loss is finite is usual: the step is left out, the scale lowered, and
     the run goes on: None.
     """
+    step, output_dir = sampler.step + 1, Path(accelerator.project_dir)
     loss = float(sum_over_ranks(accelerator, meter.loss))
     if accelerator.mixed_precision == "fp16" and math.isfinite(loss):
         return None

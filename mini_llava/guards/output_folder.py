@@ -21,9 +21,8 @@ from torch import nn
 
 from ..formats.write import MODEL_FILES, STAGING
 from ..model.trained import numel
-from ..training.backend import compute_dtype, gather_from_ranks
+from ..training.backend import KINDS, compute_dtype, gather_from_ranks
 from ..training.checkpoint import (
-    KINDS,
     CheckpointError,
     agreement,
     complete_checkpoints,

@@ -24,7 +24,7 @@ from ..formats.read import Source, empty_parts
 from ..guards import preflight
 from ..guards.longest import Longest, kept_of_a_position, longest_micro_batch
 from ..guards.output_folder import disk_needs
-from ..inputs import Inputs
+from ..inputs import choose_inputs
 from ..model.attention import CAPPED, choose_attention
 from ..model.llava import LlavaModel
 from ..model.trained import apply_plan, trainable_table, trained_in_full
@@ -246,12 +246,7 @@ def running_layout(accelerator: Accelerator) -> Layout:
 # --- the plan of a run -----------------------------------------------------------------------------------------------
 
 
-def plan_run(
-    arguments: Arguments,
-    source: Source,
-    inputs: Inputs,
-    store: RecordStore,
-) -> None:
+def plan_run(arguments: Arguments, source: Source) -> None:
     """Prints the plan.
 
     Raises:
@@ -260,7 +255,8 @@ def plan_run(
     training = arguments.training
     output_dir = Path(training.output_dir)
     layout = read_layout(training, arguments.explicit)
-    cache = output_dir / "cache"
+    cache, inputs, data_flags = output_dir / "cache", choose_inputs(arguments, source), arguments.data
+    store = RecordStore(data_flags.data_path, data_flags.image_folder, data_flags.exclude, cache)
     how = (inputs.to_sample, cache, inputs.measurement_key, MEASURED_AT_MOST, source.tiling)
     lengths, measured = measure_some(store, *how)
     order = choose_order(arguments, store, lengths, layout.gpus)

@@ -10,10 +10,10 @@ import importlib.util
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.tracking import get_available_trackers
@@ -22,7 +22,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..guards import liveness
+from ..arguments import Arguments
 from ..model.llava import LlavaModel
 
 # DeepSpeed calls collectives by names that torch is renaming; nobody who trains can act on that.
@@ -71,6 +71,20 @@ def check_tracker(report_to: str) -> None:
             f"--report_to {report_to}: not installed or unknown. "
             f"Installed: {', '.join(installed)}; also known: {known}."
         )
+
+
+def start(arguments: Arguments) -> Accelerator:
+    """Start the process group and accelerate, in the precision and with the trackers that the flags ask for.
+
+    Raises:
+        ValueError: flags, accelerate's config and the launch contradict each other.
+    """
+    training = arguments.training
+    precision = choose_precision(training.bf16, training.fp16, arguments.explicit)
+    accelerator = build_accelerator(precision, training.max_grad_norm, training.report_to, Path(training.output_dir))
+    if training.tf32 is not None:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = training.tf32
+    return accelerator
 
 
 def build_accelerator(precision: str, max_grad_norm: float, report_to: str, output_dir: Path) -> Accelerator:
@@ -182,7 +196,9 @@ def prepare(
             for module in language_model.modules():
                 if isinstance(module, GradientCheckpointingLayer):
                     set_z3_leaf_module(module, True)
-    return accelerator.prepare(model, optimizer)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    create_moments(accelerator, optimizer)
+    return model, optimizer
 
 
 def is_deepspeed(accelerator: Accelerator) -> bool:
@@ -286,38 +302,39 @@ def versions() -> dict[str, str]:
     return found
 
 
-def backward_and_step(
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    losses: Iterator[torch.Tensor],
-    count: int,
-    max_grad_norm: float,
+@contextlib.contextmanager
+def micro_step(accelerator: Accelerator, model: nn.Module, is_last: bool) -> Iterator[None]:
+    """Run forward and backward of one micro-batch inside; the ranks' gradients are averaged with the last of a step.
+
+    DeepSpeed is told through accelerate's flag (its own no_sync is refused by ZeRO-2 and ZeRO-3); DDP has to know
+    already in forward.
+    """
+    accelerator.gradient_state._set_sync_gradients(is_last)
+    unsynchronised = not is_last and not is_deepspeed(accelerator) and hasattr(model, "no_sync")
+    with model.no_sync() if unsynchronised else contextlib.nullcontext():
+        yield
+
+
+def backward(accelerator: Accelerator, loss: torch.Tensor) -> None:
+    """Add the gradient of a loss, a scalar, to those of the micro-batches before. Under DeepSpeed the last one of a
+    step also clips and steps.
+
+    A loss that is not finite makes the whole gradient so, on all ranks: by itself an infinite loss may have a finite
+    one, where the target's logit is -inf and softmax has no fault.
+    """
+    accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
+
+
+def optimizer_step(
+    accelerator: Accelerator, optimizer: torch.optim.Optimizer, max_grad_norm: float
 ) -> tuple[torch.Tensor | float, bool]:
-    """Backward for each of `count` losses, gradients synchronised with the last one, clip, step.
-
-    A loss that is not finite makes the whole gradient so, on all ranks, and a gradient that is not finite takes no
-    step. The host waits for the device here, once, before the optimizer.
-
-    Args:
-        losses: yields the losses lazily, so that each forward runs right before its backward.
+    """Clip the gradient and step, unless it is not finite.
 
     Returns:
         The global gradient norm before clipping (without a meaning if not finite under DeepSpeed), on the device where
-        the backend leaves it there; and whether it was finite, the same on all ranks.
+        the backend leaves it there; and whether it was finite, the same on all ranks. The host waits for the device.
     """
-    deepspeed = is_deepspeed(accelerator)
-    unsynchronised = getattr(model, "no_sync", contextlib.nullcontext)
-    for number in range(1, count + 1):
-        last = number == count
-        # DeepSpeed is told through accelerate's flag (its own no_sync is refused by ZeRO-2 and ZeRO-3); DDP has to know
-        # already in forward.
-        accelerator.gradient_state._set_sync_gradients(last)
-        with contextlib.nullcontext() if last or deepspeed else unsynchronised():
-            loss = next(losses)
-            # An infinite loss may have a finite gradient: where the target's logit is -inf, softmax has no fault.
-            accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
-    if deepspeed:  # clipped and stepped inside the last backward, or left out without a word
+    if is_deepspeed(accelerator):  # it has clipped and stepped inside the last backward, or silently left the step out
         return accelerator.deepspeed_engine_wrapped.engine.get_global_grad_norm(), not optimizer.step_was_skipped
     accelerator.unscale_gradients(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -327,14 +344,6 @@ def backward_and_step(
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm, finite
-
-
-def forward_and_backward(accelerator: Accelerator, model: nn.Module, batch: dict) -> None:
-    """Like any micro-batch of a step but the last: gradients are added up, nothing is synchronised or stepped."""
-    accelerator.gradient_state._set_sync_gradients(False)
-    unsynchronised = contextlib.nullcontext if is_deepspeed(accelerator) else getattr(model, "no_sync", None)
-    with (unsynchronised or contextlib.nullcontext)():
-        accelerator.backward(model(**to_device(batch, accelerator.device)))
 
 
 def discard_gradients(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
@@ -353,99 +362,14 @@ def to_device(batch: dict, device: torch.device) -> dict:
     }
 
 
-@contextlib.contextmanager
-def never_fatal(consequence: str) -> Iterator[None]:
-    """What fails inside costs a warning, the first time that it has this consequence, and never the run."""
-    try:
-        yield
-    except Exception as error:  # trackers raise whatever their networks and libraries raise
-        _warn_once(f"{consequence}; the run goes on", f"{type(error).__name__}: {error}")
-
-
-_told: set[str] = set()
-
-
-def _warn_once(consequence: str, reason: str) -> None:
-    # Python's own "once" begins anew whenever somebody changes the filters, as reading an image does.
-    if consequence not in _told:
-        _told.add(consequence)
-        warnings.warn(f"{consequence} ({reason}).", stacklevel=2)
-
-
-def start_trackers(accelerator: Accelerator, values: dict, resumed_at: int | None = None, table: str = "") -> None:
-    """Starts the trackers of `--report_to` with all arguments as text, TensorBoard with the trainable table too.
-
-    resumed_at: the step a resumed run goes on from; TensorBoard then hides what the run before logged beyond it.
-    """
-    text = {key: str(value) for key, value in values.items()}
-    # TensorBoard would file a configuration under hyper-parameters, as two more runs; as text it is read.
-    config = None if accelerator.log_with == [LoggerType.TENSORBOARD] else text
-    purge_step = 0 if resumed_at is None else resumed_at + 1
-    names = ", ".join(str(tracker) for tracker in accelerator.log_with)
-    try:
-        accelerator.init_trackers("runs", config=config, init_kwargs={"tensorboard": {"purge_step": purge_step}})
-        for tracker in accelerator.trackers:
-            if tracker.name == "tensorboard" and accelerator.is_main_process:
-                rows = "\n".join(f"| {key} | {value} |" for key, value in text.items())
-                tracker.writer.add_text("arguments", f"| flag | value |\n|---|---|\n{rows}")
-                tracker.writer.add_text("what is trained", f"```\n{table}\n```")
-    except Exception as error:
-        accelerator.trackers = []
-        _warn_once(f"{names} could not be started; log.jsonl has the same values", f"{type(error).__name__}: {error}")
-
-
-# TensorBoard makes a page of the names with the same beginning and opens the first two, which are then held-out values
-# and losses. In log.jsonl names are short.
-PAGES = {
-    "norms": ("gradient_norm", "update_norm", "parameter_norm"),
-    "speed": (
-        *("tokens_per_second", "computed_tokens_per_second", "samples_per_second", "seconds_per_step", "mfu", "mfu_6n"),
-        *("data_wait", "padding", "peak_memory_gib", "save_seconds", "epoch"),
-    ),
-}
-
-
-def name_on_page(name: str) -> str:
-    """The name that trackers know a value of log.jsonl by: `speed/mfu`, `rates/projector`, `loss/image_samples`."""
-    for page, names in PAGES.items():
-        if name in names:
-            return f"{page}/{name}"
-    if name.startswith("learning_rate"):
-        return f"rates/{name.removeprefix('learning_rate/')}"
-    if name.startswith("loss_by_modality/"):
-        return f"loss/{name.removeprefix('loss_by_modality/')}_samples"
-    return name
-
-
-def log(accelerator: Accelerator, values: dict[str, float], step: int) -> None:
-    """Gives the values of a step to the trackers, sorted into pages."""
-    values = {name_on_page(name): value for name, value in values.items()}
-    for tracker in accelerator.trackers:
-        with never_fatal(f"{tracker.name} lacks entries, which log.jsonl has"):
-            tracker.log(values, step=step)
-
-
-def show(accelerator: Accelerator, name: str, picture: np.ndarray, text: str, step: int) -> None:
-    """Gives TensorBoard alone a picture, uint8 [H, W, 3], and a text in Markdown. Raises whatever its writer raises."""
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard" and accelerator.is_main_process:
-            tracker.writer.add_image(name, picture, step, dataformats="HWC")
-            tracker.writer.add_text(name, text, step)
-            tracker.writer.flush()
-
-
 def end_training(accelerator: Accelerator, model: nn.Module) -> None:
-    """Ends trackers and process group; a model that was wrapped for DDP cannot be trained any further."""
-    liveness.leave("finished")
+    """End the process group; a model that was wrapped for DDP cannot be trained any further."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
         # They would keep the process group until the model goes, and drop it while holding Python's lock, for which one
         # of gloo's threads may wait to let go of its last collective: a deadlock (pytorch issue 56297). The process
         # group's own Python object lets go of the lock first.
         del model.logger, model.reducer
-    for tracker in accelerator.trackers:
-        with never_fatal(f"{tracker.name} lacks entries, which log.jsonl has"):
-            tracker.finish()
-    accelerator.trackers = []
+    accelerator.trackers = []  # they have been ended where their failures are warnings
     accelerator.end_training()
 
 
@@ -468,3 +392,149 @@ def gather_from_ranks(accelerator: Accelerator, mine: object) -> list:
     gathered = [None] * accelerator.num_processes
     torch.distributed.all_gather_object(gathered, mine)
     return gathered
+
+
+# --- the trained state, as this rank holds it -------------------------------------------------------------------------
+
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Piece:
+    """A flat range of one parameter: views of its master and moments that this rank holds."""
+
+    name: str
+    start: int
+    tensors: dict[str, torch.Tensor]  # kind -> flat view
+
+    @property
+    def numel(self) -> int:
+        return self.tensors["master"].numel()
+
+
+def held_pieces(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Piece]:
+    """The pieces of the trained parameters on this rank; without DeepSpeed, all of every parameter.
+
+    The moments must exist: take a step or call `create_moments` before.
+    """
+    named = [(name, p) for name, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad]
+    if not is_deepspeed(accelerator):
+        for name, parameter in named:
+            state = optimizer.state[parameter]
+            yield Piece(name, 0, {"master": parameter.data.view(-1)} | {k: state[k].view(-1) for k in KINDS[1:]})
+        return
+    zero = optimizer.optimizer
+    if zero_stage(accelerator) == 3:
+        rank = accelerator.process_index
+        for name, parameter in named:
+            views = {kind: _zero3_view(zero, parameter, kind) for kind in KINDS}
+            start = rank * views["master"].numel()  # the last partitions are padded, or nothing but padding
+            real = max(0, min(views["master"].numel(), parameter.ds_numel - start))
+            yield Piece(name, start, {kind: view[:real] for kind, view in views.items()})
+        return
+    names = {id(parameter): name for name, parameter in named}
+    for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+        for parameter in group:
+            if (mapping := parameter._hp_mapping) is None:  # all of it lies on other ranks
+                continue
+            # Not `safe_get_full_optimizer_state`: DeepSpeed 0.19 links the moments of the first parameter group only.
+            address = mapping.hp_fragment_address
+            moments = {k: zero.optimizer.state[flat][k].narrow(0, address.start, address.numel) for k in KINDS[1:]}
+            start = mapping.lp_fragment_address.start
+            yield Piece(names[id(parameter)], start, {"master": mapping.hp_fragment} | moments)
+
+
+def own_range(accelerator: Accelerator, piece: Piece) -> tuple[int, int]:
+    """Begin and end of the part of a held piece that is this rank's to write: an equal share if all ranks hold it."""
+    if is_deepspeed(accelerator):
+        return 0, piece.numel
+    share = -(-piece.numel // accelerator.num_processes)
+    rank = accelerator.process_index
+    return min(rank * share, piece.numel), min((rank + 1) * share, piece.numel)
+
+
+def _zero3_view(zero, parameter: nn.Parameter, kind: str) -> torch.Tensor:
+    # The public `safe_get_local_*` return copies when the optimizer is offloaded; a view can be written to as well.
+    key = None if kind == "master" else kind
+    return zero._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=key)[0]
+
+
+def create_moments(accelerator: Accelerator, optimizer: torch.optim.Optimizer, step: int = 0) -> None:
+    """Gives AdamW its moments, zeros where there are none yet, as after `step` steps.
+
+    By itself it would make them at the end of the first step, one here and one there in the holes that activations have
+    left, where they stay and cut what is free into pieces: LoRA of a 13B model found no 88 MB among 23 GB so.
+    """
+    inner, parameters = masters(accelerator, optimizer)
+    on_cpu = type(inner).__name__ == "DeepSpeedCPUAdam"
+    for parameter in parameters:
+        # torch's fused AdamW wants the count beside the parameter, the plain one on the CPU, DeepSpeed's a number.
+        device = parameter.device if inner.defaults.get("fused") else "cpu"
+        state = inner.state[parameter]
+        state["step"] = step if on_cpu else torch.tensor(float(step), dtype=torch.float32, device=device)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if moment not in state:
+                state[moment] = torch.zeros_like(parameter.data)
+
+
+def masters(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, list]:
+    """The innermost optimizer, and the fp32 tensors that this rank steps."""
+    if not is_deepspeed(accelerator):
+        return optimizer.optimizer, [p for group in optimizer.param_groups for p in group["params"]]
+    zero = optimizer.optimizer
+    flat = "fp32_partitioned_groups_flat" if zero_stage(accelerator) == 3 else "single_partition_of_fp32_groups"
+    return zero.optimizer, getattr(zero, flat)
+
+
+def steps_taken(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> int:
+    """AdamW's own count, which lags behind the optimizer steps where fp16 skipped some."""
+    inner = optimizer.optimizer.optimizer if is_deepspeed(accelerator) else optimizer.optimizer
+    return max((int(state["step"]) for state in inner.state.values()), default=0)
+
+
+def trained_shapes(accelerator: Accelerator, model: nn.Module) -> dict[str, list[int]]:
+    """Name and full shape of every trained parameter."""
+    named = accelerator.unwrap_model(model).named_parameters()
+    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in named if p.requires_grad}
+
+
+def refresh_working_weights(
+    accelerator: Accelerator, model: nn.Module, optimizer, read_master: Callable[[torch.Tensor, str], None]
+) -> None:
+    """Copy the masters to the weights that the model computes with, which under ZeRO are a second copy.
+
+    read_master: fills a flat fp32 tensor with the whole master of the parameter of this name.
+    """
+    if not is_deepspeed(accelerator):
+        return
+    if zero_stage(accelerator) != 3:
+        optimizer.optimizer.update_lp_params()
+        return
+    import deepspeed
+
+    for name, parameter in accelerator.unwrap_model(model).named_parameters():
+        if parameter.requires_grad:
+            # Through the gathering context, because small parameters are also kept whole on every rank.
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                if accelerator.is_main_process:
+                    master = torch.empty(parameter.numel(), dtype=torch.float32)
+                    read_master(master, name)
+                    parameter.data.copy_(master.view_as(parameter))
+
+
+def loss_scaler_state(accelerator: Accelerator, optimizer) -> dict:
+    """Return the loss scale of fp16 and its counters, as JSON values; empty in other precisions."""
+    if is_deepspeed(accelerator):
+        scaler = optimizer.optimizer.loss_scaler
+        return {k: v for k, v in vars(scaler).items() if isinstance(v, int | float | bool)}
+    return accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
+
+
+def restore_loss_scaler(accelerator: Accelerator, optimizer, state: dict) -> None:
+    """Give the loss scaler a state that `loss_scaler_state` has returned."""
+    if not state:
+        return
+    if is_deepspeed(accelerator):
+        vars(optimizer.optimizer.loss_scaler).update(state)
+    elif accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(state)

@@ -24,14 +24,22 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..guards.identity import differences
-from ..guards.ownership import check_still_owned
 from ..model.projector import flush
 from ..words import counted
-from .backend import gather_from_ranks, is_deepspeed, versions, zero_stage
+from .backend import (
+    create_moments,
+    gather_from_ranks,
+    held_pieces,
+    loss_scaler_state,
+    own_range,
+    refresh_working_weights,
+    restore_loss_scaler,
+    steps_taken,
+    trained_shapes,
+    versions,
+)
 
 FORMAT = 2
-KINDS = ("master", "exp_avg", "exp_avg_sq")
 BYTES_PER_FILE = 2 * 2**30  # what a rank holds in CPU memory at most while it writes
 
 
@@ -41,102 +49,6 @@ class CheckpointError(RuntimeError):
 
 # What files can fail with. Anything else is a bug, which must not pass for a full disk.
 FAILURES = (OSError, SafetensorError, CheckpointError)
-
-
-@dataclass
-class Piece:
-    """A flat range of one parameter: views of its master and moments that this rank holds."""
-
-    name: str
-    start: int
-    tensors: dict[str, torch.Tensor]  # kind -> flat view
-
-    @property
-    def numel(self) -> int:
-        return self.tensors["master"].numel()
-
-
-# --- what this rank holds --------------------------------------------------------------------------------------------
-
-
-def held_pieces(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Piece]:
-    """The pieces of the trained parameters on this rank; without DeepSpeed, all of every parameter.
-
-    The moments must exist: take a step or call `create_moments` before.
-    """
-    named = [(name, p) for name, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad]
-    if not is_deepspeed(accelerator):
-        for name, parameter in named:
-            state = optimizer.state[parameter]
-            yield Piece(name, 0, {"master": parameter.data.view(-1)} | {k: state[k].view(-1) for k in KINDS[1:]})
-        return
-    zero = optimizer.optimizer
-    if zero_stage(accelerator) == 3:
-        rank = accelerator.process_index
-        for name, parameter in named:
-            views = {kind: _zero3_view(zero, parameter, kind) for kind in KINDS}
-            start = rank * views["master"].numel()  # the last partitions are padded, or nothing but padding
-            real = max(0, min(views["master"].numel(), parameter.ds_numel - start))
-            yield Piece(name, start, {kind: view[:real] for kind, view in views.items()})
-        return
-    names = {id(parameter): name for name, parameter in named}
-    for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
-        for parameter in group:
-            if (mapping := parameter._hp_mapping) is None:  # all of it lies on other ranks
-                continue
-            # Not `safe_get_full_optimizer_state`: DeepSpeed 0.19 links the moments of the first parameter group only.
-            address = mapping.hp_fragment_address
-            moments = {k: zero.optimizer.state[flat][k].narrow(0, address.start, address.numel) for k in KINDS[1:]}
-            start = mapping.lp_fragment_address.start
-            yield Piece(names[id(parameter)], start, {"master": mapping.hp_fragment} | moments)
-
-
-def own_range(accelerator: Accelerator, piece: Piece) -> tuple[int, int]:
-    """Begin and end of the part of a held piece that is this rank's to write: an equal share if all ranks hold it."""
-    if is_deepspeed(accelerator):
-        return 0, piece.numel
-    share = -(-piece.numel // accelerator.num_processes)
-    rank = accelerator.process_index
-    return min(rank * share, piece.numel), min((rank + 1) * share, piece.numel)
-
-
-def _zero3_view(zero, parameter: nn.Parameter, kind: str) -> torch.Tensor:
-    # The public `safe_get_local_*` return copies when the optimizer is offloaded; a view can be written to as well.
-    key = None if kind == "master" else kind
-    return zero._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=key)[0]
-
-
-def create_moments(accelerator: Accelerator, optimizer: torch.optim.Optimizer, step: int = 0) -> None:
-    """Gives AdamW its moments, zeros where there are none yet, as after `step` steps.
-
-    By itself it would make them at the end of the first step, one here and one there in the holes that activations have
-    left, where they stay and cut what is free into pieces: LoRA of a 13B model found no 88 MB among 23 GB so.
-    """
-    inner, parameters = _masters(accelerator, optimizer)
-    on_cpu = type(inner).__name__ == "DeepSpeedCPUAdam"
-    for parameter in parameters:
-        # torch's fused AdamW wants the count beside the parameter, the plain one on the CPU, DeepSpeed's a number.
-        device = parameter.device if inner.defaults.get("fused") else "cpu"
-        state = inner.state[parameter]
-        state["step"] = step if on_cpu else torch.tensor(float(step), dtype=torch.float32, device=device)
-        for moment in ("exp_avg", "exp_avg_sq"):
-            if moment not in state:
-                state[moment] = torch.zeros_like(parameter.data)
-
-
-def _masters(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, list]:
-    """The innermost optimizer, and the fp32 tensors that this rank steps."""
-    if not is_deepspeed(accelerator):
-        return optimizer.optimizer, [p for group in optimizer.param_groups for p in group["params"]]
-    zero = optimizer.optimizer
-    flat = "fp32_partitioned_groups_flat" if zero_stage(accelerator) == 3 else "single_partition_of_fp32_groups"
-    return zero.optimizer, getattr(zero, flat)
-
-
-def steps_taken(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> int:
-    """AdamW's own count, which lags behind the optimizer steps where fp16 skipped some."""
-    inner = optimizer.optimizer.optimizer if is_deepspeed(accelerator) else optimizer.optimizer
-    return max((int(state["step"]) for state in inner.state.values()), default=0)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -189,7 +101,6 @@ def save_checkpoint(
     try:
         with agreement(accelerator, failure):
             if accelerator.is_main_process:
-                check_still_owned()
                 _refuse_to_replace(final)
                 if temporary.exists():
                     shutil.rmtree(temporary)
@@ -212,7 +123,7 @@ def save_checkpoint(
                     "world_size": accelerator.num_processes,
                     "versions": versions(),
                     "parameters": trained_shapes(accelerator, model),
-                    "loss_scaler": _loss_scaler_state(accelerator, optimizer),
+                    "loss_scaler": loss_scaler_state(accelerator, optimizer),
                     **description,
                     "files": files | _flush_weights(temporary, besides=files),
                 }
@@ -227,31 +138,6 @@ def save_checkpoint(
         raise
     total = sum(digest["bytes"] for digest in files.values())
     return Saved(final, total, time.perf_counter() - started, warnings)
-
-
-@dataclass
-class Report:
-    """How a save went: what to tell the person who watches, and how long it took."""
-
-    text: str
-    seconds: float
-    is_whole: bool
-
-
-def save_or_warn(accelerator: Accelerator, model: nn.Module, optimizer, output_dir: Path, *rest, **named) -> Report:
-    """`save_checkpoint`, whose failure is a warning: a full disk must not cost the work that is still in memory."""
-    started, is_whole = time.perf_counter(), False
-    try:
-        saved = save_checkpoint(accelerator, model, optimizer, output_dir, *rest, **named)
-        is_whole = True
-        text = "\n".join([str(saved), *saved.warnings])
-    except CheckpointError as error:
-        present = complete_checkpoints(output_dir)
-        text = (
-            f"Warning: {error} The run goes on, and the next save is the next try; a crash before it loses the work "
-            f"since {present[-1].name if present else 'the beginning'}."
-        )
-    return Report(text, time.perf_counter() - started, is_whole)
 
 
 def _write_pieces(accelerator: Accelerator, model: nn.Module, optimizer, directory: Path) -> dict[str, dict]:
@@ -306,19 +192,6 @@ def _rng_states() -> dict[str, torch.Tensor]:
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
-
-
-def _loss_scaler_state(accelerator: Accelerator, optimizer) -> dict:
-    if is_deepspeed(accelerator):
-        scaler = optimizer.optimizer.loss_scaler
-        return {k: v for k, v in vars(scaler).items() if isinstance(v, int | float | bool)}
-    return accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
-
-
-def trained_shapes(accelerator: Accelerator, model: nn.Module) -> dict[str, list[int]]:
-    """Name and full shape of every trained parameter."""
-    named = accelerator.unwrap_model(model).named_parameters()
-    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in named if p.requires_grad}
 
 
 def digest(path: Path) -> dict:
@@ -610,15 +483,14 @@ def load_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     directory: Path,
-    identity: dict,
-    may_differ: list[str] | None = None,
+    differences: Callable[[dict], tuple[list[str], list[str]]],
 ) -> dict:
     """Restores masters, moments, weights and random states in place; returns the manifest. All ranks must call it.
 
     Args:
         directory: a checkpoint that `find_checkpoint` has verified.
-        identity: of this run (`run_identity`), compared with the one that the checkpoint holds.
-        may_differ: `--resume_ignore`.
+        differences: given the manifest, returns a line for each thing in which this run differs from the one that wrote
+            it, and the names by which `--resume_ignore` lets them pass.
 
     Raises:
         CheckpointError: on all ranks and before anything is changed: the run differs from the one that wrote it, a line
@@ -628,7 +500,7 @@ def load_checkpoint(
     with agreement(accelerator, f"{directory} was not loaded"):
         manifest = read_manifest(directory)
         mine, theirs = trained_shapes(accelerator, model), manifest["parameters"]
-        lines, names = differences(manifest["identity"], identity, may_differ or [])
+        lines, names = differences(manifest)
         if differing := sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)):
             example = differing[0]
             lines.append(
@@ -645,8 +517,10 @@ def load_checkpoint(
         for piece in held_pieces(accelerator, model, optimizer):
             for kind, tensor in piece.tensors.items():
                 reader.copy_into(tensor, piece.name, kind, piece.start)
-    _refresh_working_weights(accelerator, model, optimizer, reader)
-    _restore_loss_scaler(accelerator, optimizer, manifest["loss_scaler"])
+    refresh_working_weights(
+        accelerator, model, optimizer, lambda master, name: reader.copy_into(master, name, "master", 0)
+    )
+    restore_loss_scaler(accelerator, optimizer, manifest["loss_scaler"])
     if manifest["world_size"] == accelerator.num_processes:
         rng = reader.rng_states(accelerator.process_index)
         torch.set_rng_state(rng["cpu"])
@@ -671,34 +545,6 @@ def read_trained(directory: Path, model: nn.Module) -> None:
         master = torch.empty(parameters[name].numel(), dtype=torch.float32)
         reader.copy_into(master, name, "master", 0)
         parameters[name].copy_(master.view(shape))
-
-
-def _refresh_working_weights(accelerator: Accelerator, model: nn.Module, optimizer, reader: "_PieceReader") -> None:
-    """Under ZeRO the weights the model computes with are a second copy, which the masters must be copied to."""
-    if not is_deepspeed(accelerator):
-        return
-    if zero_stage(accelerator) != 3:
-        optimizer.optimizer.update_lp_params()
-        return
-    import deepspeed
-
-    for name, parameter in accelerator.unwrap_model(model).named_parameters():
-        if parameter.requires_grad:
-            # Through the gathering context, because small parameters are also kept whole on every rank.
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                if accelerator.is_main_process:
-                    master = torch.empty(parameter.numel(), dtype=torch.float32)
-                    reader.copy_into(master, name, "master", 0)
-                    parameter.data.copy_(master.view_as(parameter))
-
-
-def _restore_loss_scaler(accelerator: Accelerator, optimizer, state: dict) -> None:
-    if not state:
-        return
-    if is_deepspeed(accelerator):
-        vars(optimizer.optimizer.loss_scaler).update(state)
-    elif accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(state)
 
 
 class _PieceReader:

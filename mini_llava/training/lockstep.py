@@ -36,8 +36,8 @@ class Lockstep:
     """
 
     def __init__(self, accelerator: Accelerator, preemption: Preemption, max_skipped: float):
-        """max_skipped: samples of `STEPS_LOOKED_AT` steps; when more are skipped the run ends."""
-        self.accelerator, self.preemption, self.max_skipped = accelerator, preemption, max_skipped
+        """max_skipped: samples a step, on average over `STEPS_LOOKED_AT` steps; when more are skipped the run ends."""
+        self.accelerator, self.preemption, self.max_skipped = accelerator, preemption, max_skipped * STEPS_LOOKED_AT
         self.trained_tokens = torch.zeros((), dtype=torch.float64, device=accelerator.device)
         self.samples = self._samples_ahead = 0
         self.stopping = self.interrupted = False

@@ -1,22 +1,15 @@
-"""Throughput, the progress line and the trackers: what a person watches while a model trains."""
+"""Loss, throughput and memory of finished steps, summed on the device and over the ranks."""
 
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
-from ..data.loader import RankStep, loss_group
+from ..data.loader import RankMicroBatch, RankStep, loss_group
 from ..data.tokenization import IGNORE_INDEX
-from ..model.llava import LlavaModel
-from ..watch.flops import FlopCounter, peak_flops
-from ..watch.json_lines import append_lines, cut_after
-from .backend import never_fatal, sum_over_ranks
-
-SHOWN_AFTER = 2  # seconds, as for the bars over records: what is done sooner needs none
+from .backend import sum_over_ranks
 
 
 def loss_parts(sources: Sequence[str], has_image: Sequence[bool]) -> dict[str, list[int]]:
@@ -45,13 +38,16 @@ class Meter:
     stay on the device; only `read` waits for it.
     """
 
-    def __init__(self, accelerator: Accelerator, model: LlavaModel, parts: dict[str, list[int]] | None = None):
-        """parts: what the loss is also logged for, see `loss_parts`."""
-        self.accelerator, self.parts = accelerator, parts or {}
+    def __init__(self, accelerator: Accelerator, flops, parts: dict[str, list[int]] | None = None):
+        """
+        Args:
+            flops: counts the operations of a micro-batch, and knows the `peak` of the device (`watch/flops.py`).
+            parts: what the loss is also logged for, see `loss_parts`.
+        """
+        self.accelerator, self.flops_of, self.parts = accelerator, flops, parts or {}
         groups = 1 + max((group for part in self.parts.values() for group in part), default=-1)
         self.group_losses = torch.zeros(groups, dtype=torch.float64, device=accelerator.device)
         self.group_tokens = torch.zeros(groups, dtype=torch.int64)
-        self.count_flops, self.peak_flops = FlopCounter(model), peak_flops(accelerator)
         self.loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
         self._start_anew()
 
@@ -75,15 +71,12 @@ class Meter:
                 return
             yield step
 
-    def add_loss(self, loss: torch.Tensor) -> None:
-        """A micro-batch's contribution to the loss of its global batch."""
+    def add(self, micro_batch: RankMicroBatch, token_losses: torch.Tensor, loss: torch.Tensor) -> None:
+        """Add a micro-batch: its losses [B, K], and the scalar that it contributes to the loss of its global batch."""
         self.loss += loss.detach()
-
-    def add_token_losses(self, losses: torch.Tensor, groups: torch.Tensor) -> None:
-        """A micro-batch's losses [B, K] and the group of each; nothing is done where the loss is logged as a whole."""
         if self.parts:
-            groups = groups.to(losses.device, non_blocking=True).flatten()
-            self.group_losses.index_add_(0, groups, losses.detach().flatten().double())
+            groups = micro_batch.loss_groups.to(token_losses.device, non_blocking=True).flatten()
+            self.group_losses.index_add_(0, groups, token_losses.detach().flatten().double())
 
     def add_step(self, work: RankStep) -> None:
         """A step of this rank is done."""
@@ -91,7 +84,7 @@ class Meter:
         self.samples += work.samples
         self.tokens += work.tokens
         self.computed_tokens += sum(batch["input_ids"].numel() for batch in work.micro_batches)
-        self.flops += sum(map(self.count_flops, work.micro_batches))
+        self.flops += sum(map(self.flops_of, work.micro_batches))
         if self.parts:
             for batch, groups in zip(work.micro_batches, work.loss_groups, strict=True):
                 trained = groups[batch["targets"] != IGNORE_INDEX]
@@ -135,113 +128,23 @@ class Meter:
                 values[name] = sum(group_losses[group] for group in part) / trained
         if on_gpu:
             values["peak_memory_gib"] = max(places[ranks:])
-        if self.peak_flops:
-            possible = self.peak_flops * ranks * seconds
+        if self.flops_of.peak:
+            possible = self.flops_of.peak * ranks * seconds
             values["mfu"] = flops / possible
-            values["mfu_6n"] = 6 * self.count_flops.language_model_parameters * tokens / possible
+            values["mfu_6n"] = 6 * self.flops_of.language_model_parameters * tokens / possible
         self._start_anew()
         return values
 
-    def pause_ends(self, **seconds: float) -> None:
-        """The time since the last read went into something else than training; `seconds` are logged with the next."""
-        self.pauses |= seconds
-        self.started = time.perf_counter()
+    @contextmanager
+    def paused(self, name: str | None = None) -> Iterator[None]:
+        """Stop the clock, right after a `read`, for something else than training.
 
-
-class ProgressLine:
-    """One line on rank 0: step, loss, learning rate, gradient norm, tokens/s, samples/s, use of the GPU, time left."""
-
-    def __init__(self, total_steps: int, first_step: int, enabled: bool):
-        self.bar = tqdm(
-            total=total_steps,
-            initial=first_step,
-            disable=not enabled,
-            dynamic_ncols=True,
-            unit="step",
-            bar_format="{percentage:3.0f}% step {n_fmt}/{total_fmt}{postfix} [{elapsed}, {remaining} left]",
-        )
-
-    def update(self, step: int, values: dict[str, float], evaluation: str = "") -> None:
-        """evaluation: the newest one in a word."""
-        parts = [
-            f"loss {_shown(values['loss'], 4)} lr {values['learning_rate']:.2e} "
-            f"grad {_shown(values['gradient_norm'], 3)}",
-            f"{values['tokens_per_second']:,.0f} tokens/s {values['samples_per_second']:,.1f} samples/s",
-        ]
-        if "mfu" in values:
-            parts.append(f"MFU {values['mfu']:.0%}")
-        if "peak_memory_gib" in values:
-            parts.append(f"{values['peak_memory_gib']:.0f} GiB")
-        if values["data_wait"] > 0.02:
-            parts.append(f"waits for data {values['data_wait']:.0%}")
-        if evaluation:
-            parts.append(evaluation)
-        self.bar.set_postfix_str(" ".join(parts), refresh=False)
-        self.bar.update(step - self.bar.n)
-
-    def say(self, text: str) -> None:
-        """Prints above the line, which stays whole."""
-        if not self.bar.disable:
-            self.bar.write(text)
-
-    def close(self) -> None:
-        self.bar.close()
-
-
-def questions_bar(total: int, what: str, enabled: bool) -> tqdm:
-    """Return a bar of held-out questions done, for the minutes in which no step is taken; to be closed.
-
-    On a terminal it stands below the progress line and is gone in the end. Elsewhere (a file, a scheduler's log) there
-    is no line below: it is written every ten seconds, and stays.
-    """
-    on_terminal = sys.stderr.isatty()
-    return tqdm(
-        total=total,
-        desc=what,
-        disable=not enabled,
-        delay=SHOWN_AFTER,
-        mininterval=1 if on_terminal else 10,
-        leave=not on_terminal,
-        position=None if on_terminal else 0,
-        dynamic_ncols=True,
-        unit=" questions",
-    )
-
-
-def _shown(value: float, digits: int) -> str:
-    """A small number by its size: 0.0000 would be taken for a fault where a batch has nothing left to learn."""
-    return f"{value:.{digits}f}" if value == 0 or value >= 0.001 else f"{value:.1e}"
-
-
-def append_json_line(file: Path, values: dict) -> None:
-    """The log as text: one JSON object a line, floats to their last bit, readable without a tracker."""
-    with never_fatal(f"{file} lacks entries"):
-        append_lines(file, [values])
-
-
-def prepare_reports(output_dir: Path, resumed_at: int | None) -> str | None:
-    """Empties the reports in JSON lines, or makes them end where a resumed run goes on; tells what that undoes.
-
-    Entries beyond the checkpoint's step are of work that was lost, and what a kill has torn is no entry.
-    """
-    log, samples, skipped = (output_dir / f"{name}.jsonl" for name in ("log", "eval_samples", "skipped"))
-    if resumed_at is None:
-        for file in (log, samples, skipped):
-            with never_fatal(f"{file} holds entries of an earlier run"):
-                file.unlink(missing_ok=True)
-        return None
-    with never_fatal(f"{skipped} has a torn line"):
-        cut_after(skipped)
-    last = None
-
-    def is_kept(entry: dict) -> bool:
-        return entry.get("step", 0) <= resumed_at
-
-    with never_fatal(f"{samples} holds entries of steps that are done again"):
-        cut_after(samples, is_kept)
-    with never_fatal(f"{log} holds entries of steps that are done again"):
-        last = cut_after(log, is_kept)
-    if last is None or last.get("step", 0) <= resumed_at:
-        return None
-    again = last["step"] - resumed_at
-    return f"The run had come to step {last['step']}: {again} of its steps {'is' if again == 1 else 'are'} done again."
+        name: of the entry of the log that the next `read` has the seconds under.
+        """
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            if name:
+                self.pauses[name] = self.pauses.get(name, 0.0) + time.perf_counter() - started
+            self.started = time.perf_counter()

@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from ..data.images import BadImage
 from ..data.loader import RankSteps
 from ..data.tokenization import IGNORE_INDEX, BadRecord
+from ..guards.never_fatal import never_fatal
 from ..options.tiles import Tiles
-from ..training.backend import never_fatal
 from ..words import counted
 from .spans import IMAGE, MASKED, TRAINED, Span, spans
 

@@ -53,9 +53,11 @@ class FlopCounter:
 
     Attributes:
         language_model_parameters: all of them, N of the usual approximation 6 N.
+        peak: of one device, operations a second; None if it is not known.
     """
 
-    def __init__(self, model: LlavaModel):
+    def __init__(self, model: LlavaModel, peak: float | None = None):
+        self.peak = peak
         tower, projector, language_model = model.vision_tower, model.projector, model.language_model
         head = language_model.get_output_embeddings().weight
         text = language_model.config.get_text_config()

@@ -10,8 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..training.backend import is_deepspeed, is_offloaded, sum_over_ranks
-from ..training.checkpoint import KINDS, held_pieces, own_range
+from ..training.backend import KINDS, held_pieces, is_deepspeed, is_offloaded, own_range, sum_over_ranks
 
 POINTS = 500  # of a whole run: a curve needs no more, and reading all moments takes longer than AdamW's own step
 NUMBERS_AT_ONCE = 2**22  # two temporary tensors of 16 MiB, for which there is room while the activations are gone

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..data.images import BadImage, image_path
 from ..data.records import RecordStore
 from ..data.tokenization import BadRecord
-from ..training.backend import never_fatal
+from ..guards.never_fatal import never_fatal
 from ..words import counted
 from .curves import draw_curves
 from .json_lines import read_lines

@@ -261,13 +261,13 @@ def test_signals_are_answered_before_torch_is_imported(number):
 
 FAIL_IN_STEP_2 = """
 import runpy
-from mini_llava.training import distributed
+from mini_llava.training import backend
 
-def backward_and_step(*arguments, calls=[], step=distributed.backward_and_step):
+def optimizer_step(*arguments, calls=[], step=backend.optimizer_step):
     calls.append(1)
     return step(*arguments) if len(calls) < 2 else 1 / 0
 
-distributed.backward_and_step = backward_and_step
+backend.optimizer_step = optimizer_step
 runpy.run_path("train.py", run_name="__main__")
 """
 

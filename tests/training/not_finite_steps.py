@@ -39,8 +39,10 @@ def main(output: Path) -> None:
     ):
         # Two micro-batches, and only the last rank's first one is not finite.
         values = [(factor, offset) if last else (1.0, 0.0), (1.0, 0.0)]
-        losses = (model(*value) for value in values)
-        _, finite = backend.backward_and_step(accelerator, model, optimizer, losses, 2, 0.0)
+        for number, value in enumerate(values):
+            with backend.micro_step(accelerator, model, is_last=number == 1):
+                backend.backward(accelerator, model(*value))
+        _, finite = backend.optimizer_step(accelerator, optimizer, 0.0)
         [parameter] = accelerator.unwrap_model(model).parameters()
         if hasattr(parameter, "ds_id"):
             import deepspeed

@@ -12,10 +12,13 @@ import torch
 from accelerate import Accelerator
 
 from mini_llava.data.collator import sample_of_targets
-from mini_llava.data.loader import RankStep, loss_group
+from mini_llava.data.loader import RankMicroBatch, RankStep, loss_group
 from mini_llava.data.tokenization import IGNORE_INDEX
-from mini_llava.training import meter as meters
-from mini_llava.training.meter import Meter, ProgressLine, append_json_line, loss_parts, questions_bar
+from mini_llava.training.meter import Meter, loss_parts
+from mini_llava.watch import progress as meters
+from mini_llava.watch.flops import FlopCounter
+from mini_llava.watch.log import append_json_line
+from mini_llava.watch.progress import ProgressLine, questions_bar
 from tests.training.tiny_llava import micro_batch, tiny_llava
 
 VALUES = {"loss": 1.5, "learning_rate": 1e-3, "gradient_norm": 0.5}
@@ -35,11 +38,15 @@ def step(*lengths: int, samples: int = 1) -> RankStep:
     return RankStep([micro_batch([length]) for length in lengths], [], tokens=sum(lengths), samples=samples)
 
 
+def add(meter: Meter, loss: torch.Tensor, token_losses=None, groups=None) -> None:
+    meter.add(RankMicroBatch({}, 0, groups, is_last=True), token_losses, loss)
+
+
 def test_loss_is_the_mean_over_steps_of_the_sum_over_micro_batches(clock):
-    meter = Meter(Accelerator(cpu=True), tiny_llava())
+    meter = Meter(Accelerator(cpu=True), FlopCounter(tiny_llava()))
     for losses in ((0.5, 0.25), (1.0,)):
         for loss in losses:
-            meter.add_loss(torch.tensor(loss, requires_grad=True))
+            add(meter, torch.tensor(loss, requires_grad=True))
         meter.add_step(step(20, 10, samples=4))
     clock[0] += 4
     assert meter.read() == dict(
@@ -56,14 +63,14 @@ def test_loss_is_the_mean_over_steps_of_the_sum_over_micro_batches(clock):
 def test_the_loss_of_a_part_is_the_mean_over_its_trained_tokens(clock):
     parts = loss_parts(["captions", "chats"], [True, False, True])
     assert list(parts) == ["loss/captions", "loss/chats", "loss_by_modality/text", "loss_by_modality/image"]
-    meter = Meter(Accelerator(cpu=True), tiny_llava(), parts)
+    meter = Meter(Accelerator(cpu=True), FlopCounter(tiny_llava()), parts)
     work = RankStep([micro_batch([6, 6], images=1, packed=packed) for packed in (True, False)], [])
     # A caption of an image, of which 2 tokens are trained, and a chat without one, of which 3 are.
     groups = torch.tensor([loss_group(0, True), loss_group(1, False)])
     for batch in work.micro_batches:
         work.loss_groups.append(groups[sample_of_targets(batch)])
         trained = batch["targets"] != IGNORE_INDEX
-        meter.add_token_losses(torch.where(trained, work.loss_groups[-1] + 0.5, 0.0), work.loss_groups[-1])
+        add(meter, torch.tensor(0.0), torch.where(trained, work.loss_groups[-1] + 0.5, 0.0), work.loss_groups[-1])
     meter.add_step(work)
     assert meter.group_tokens.tolist() == [0, 4, 6, 0]
     clock[0] += 1
@@ -82,19 +89,20 @@ def test_one_data_file_of_one_modality_has_no_parts():
 
 
 def test_reading_starts_anew_and_evaluation_does_not_count(clock):
-    meter = Meter(Accelerator(cpu=True), tiny_llava())
-    meter.add_loss(torch.tensor(9.0))
+    meter = Meter(Accelerator(cpu=True), FlopCounter(tiny_llava()))
+    add(meter, torch.tensor(9.0))
     meter.add_step(step(1000, samples=1000))
     clock[0] += 1
     meter.read()
-    clock[0] += 500  # saving
-    meter.pause_ends()
-    meter.add_loss(torch.tensor(2.0))
+    with meter.paused("save_seconds"):
+        clock[0] += 500
+    add(meter, torch.tensor(2.0))
     meter.add_step(step(6))
     clock[0] += 3
     values = meter.read()
     assert (values["loss"], values["seconds_per_step"]) == (2.0, 3.0)
     assert (values["tokens_per_second"], values["samples_per_second"]) == (2.0, 1 / 3)
+    assert values["save_seconds"] == 500
 
 
 def test_waiting_for_data_is_a_share_of_the_time(clock):
@@ -103,7 +111,7 @@ def test_waiting_for_data_is_a_share_of_the_time(clock):
             clock[0] += 1  # reading
             yield step(5)
 
-    meter = Meter(Accelerator(cpu=True), tiny_llava())
+    meter = Meter(Accelerator(cpu=True), FlopCounter(tiny_llava()))
     for work in meter.waiting_for(slow_loader()):
         clock[0] += 3  # training
         meter.add_step(work)
@@ -112,7 +120,7 @@ def test_waiting_for_data_is_a_share_of_the_time(clock):
 
 
 def test_padding_is_computed_but_not_counted_as_tokens(clock):
-    meter = Meter(Accelerator(cpu=True), tiny_llava())
+    meter = Meter(Accelerator(cpu=True), FlopCounter(tiny_llava()))
     meter.add_step(RankStep([micro_batch([8, 2], packed=False)], [], tokens=10, samples=2))
     clock[0] += 2
     values = meter.read()
@@ -121,21 +129,21 @@ def test_padding_is_computed_but_not_counted_as_tokens(clock):
 
 
 def test_there_is_no_mfu_where_no_peak_is_known(clock):
-    meter = Meter(Accelerator(cpu=True), tiny_llava())
+    meter = Meter(Accelerator(cpu=True), FlopCounter(tiny_llava()))
     meter.add_step(step(5))
     clock[0] += 1
     assert not {"mfu", "mfu_6n", "peak_memory_gib"} & meter.read().keys()
 
 
 def test_mfu_is_useful_arithmetic_over_what_the_device_could_do(clock):
-    meter = Meter(Accelerator(cpu=True), tiny_llava())
-    meter.peak_flops = 1e9
+    meter = Meter(Accelerator(cpu=True), FlopCounter(tiny_llava()))
+    meter.flops_of.peak = 1e9
     work = step(50, 30)
     meter.add_step(work)
     clock[0] += 2
     values = meter.read()
-    assert values["mfu"] == sum(map(meter.count_flops, work.micro_batches)) / 2e9
-    assert values["mfu_6n"] == 6 * meter.count_flops.language_model_parameters * 80 / 2e9
+    assert values["mfu"] == sum(map(meter.flops_of, work.micro_batches)) / 2e9
+    assert values["mfu_6n"] == 6 * meter.flops_of.language_model_parameters * 80 / 2e9
 
 
 def test_the_log_keeps_every_bit(tmp_path):

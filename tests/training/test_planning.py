@@ -198,7 +198,7 @@ def test_memory_that_runs_out_while_the_model_is_made_gets_the_same_advice(tmp_p
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(train.checkpoint, "create_moments", full)
+    monkeypatch.setattr(train.backend, "create_moments", full)
     advice = Advice()
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(torch.OutOfMemoryError) as error:

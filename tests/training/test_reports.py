@@ -7,16 +7,15 @@ import resource
 import warnings
 
 import pytest
-import torch
 from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mini_llava import arguments
 from mini_llava.data.loader import count_skipped, log_skipped
 from mini_llava.data.records import RecordStore
-from mini_llava.training import backend
-from mini_llava.training.meter import append_json_line, prepare_reports
+from mini_llava.watch import trackers
 from mini_llava.watch.json_lines import append_lines, read_lines
+from mini_llava.watch.log import append_json_line, prepare_reports
 from tests.end_to_end.runs import flags_of
 from tests.forked_runs import start
 
@@ -55,7 +54,7 @@ def test_a_line_for_which_there_is_no_room_leaves_nothing_of_itself(tmp_path):
 
 def tensorboard(folder, resumed_at=None) -> Accelerator:
     accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=str(folder))
-    backend.start_trackers(accelerator, {"seed": 1}, resumed_at)
+    trackers.start(accelerator, {"seed": 1}, resumed_at)
     return accelerator
 
 
@@ -67,13 +66,13 @@ def curve(folder) -> list[tuple[int, float]]:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's writer is a thread
 def test_tensorboard_without_room_costs_one_warning(tmp_path):
     accelerator = tensorboard(tmp_path)
-    backend.log(accelerator, {"loss": 1.0}, 1)
+    trackers.log(accelerator, {"loss": 1.0}, 1)
     [file] = (tmp_path / "runs").iterdir()
     with files_up_to(file.stat().st_size + 5), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step in range(2, 40):
-            backend.log(accelerator, {"loss": 1.0}, step)
-        backend.end_training(accelerator, torch.nn.Linear(1, 1))
+            trackers.log(accelerator, {"loss": 1.0}, step)
+        trackers.end(accelerator)
     [text] = [str(warning.message) for warning in caught if "lacks entries" in str(warning.message)]
     assert text.startswith("tensorboard lacks entries, which log.jsonl has; the run goes on (OSError")
     assert curve(tmp_path) == [(1, 1.0)]
@@ -83,8 +82,8 @@ def test_a_tracker_that_cannot_be_started_costs_one_warning(tmp_path):
     (tmp_path / "runs").touch()
     with pytest.warns(UserWarning, match="tensorboard could not be started; log.jsonl has the same values"):
         accelerator = tensorboard(tmp_path)
-    backend.log(accelerator, {"loss": 1.0}, 1)
-    backend.end_training(accelerator, torch.nn.Linear(1, 1))
+    trackers.log(accelerator, {"loss": 1.0}, 1)
+    trackers.end(accelerator)
 
 
 @pytest.mark.slow
@@ -164,14 +163,14 @@ def test_a_run_from_the_start_begins_with_empty_reports(tmp_path):
 def test_the_curves_of_a_resumed_run_do_not_zigzag(tmp_path):
     accelerator = tensorboard(tmp_path)
     for step in range(1, 8):  # the run is killed here, without a word to TensorBoard
-        backend.log(accelerator, {"loss": 1.0}, step)
+        trackers.log(accelerator, {"loss": 1.0}, step)
     # Event files are read in the order of their names, which begin with the second they were made in.
     [file] = (tmp_path / "runs").iterdir()
     file.rename(tmp_path / "runs" / "events.out.tfevents.1.first")
     resumed = tensorboard(tmp_path, resumed_at=4)
     for step in range(5, 9):
-        backend.log(resumed, {"loss": 2.0}, step)
-    backend.end_training(resumed, torch.nn.Linear(1, 1))
+        trackers.log(resumed, {"loss": 2.0}, step)
+    trackers.end(resumed)
     assert curve(tmp_path) == [(step, 1.0 if step <= 4 else 2.0) for step in range(1, 9)]
 
 

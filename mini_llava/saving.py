@@ -1,0 +1,155 @@
+"""When and what a run saves: training states, from one of which it may go on, and the result."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+from accelerate import Accelerator
+from torch import nn
+
+from .arguments import Arguments
+from .formats import write
+from .formats.read import Source
+from .guards import output_folder
+from .guards.identity import differences, resume_notes, run_identity
+from .guards.ownership import check_still_owned
+from .model.trained import trained_in_full
+from .options import lora
+from .read_data import Data
+from .training import backend, checkpoint
+from .training.order import Order
+
+
+class Saving:
+    """
+    Attributes:
+        saved_step: the step of the newest state on disk; before any, that at which the run began.
+    """
+
+    def __init__(
+        self,
+        arguments: Arguments,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer,
+        plan: dict[str, str],
+        source: Source,
+        data: Data,
+        order: Order,
+    ):
+        """
+        Args:
+            model, optimizer: prepared.
+            plan: what is trained, see `freeze_plan`.
+        """
+        self.arguments, self.flags, self.accelerator = arguments, arguments.training, accelerator
+        self.model, self.optimizer, self.source, self.data = model, optimizer, source, data
+        self.sampler, self.total_steps = order.sampler, order.total_steps
+        self.output_dir, self.trained = Path(self.flags.output_dir), trained_in_full(plan)
+        trains_more = bool(self.trained - {"projector", "new_tokens", "image_newline"})
+        self.kind = "adapters" if self.flags.lora_enable else "whole model" if trains_more else "projector"
+        self.shared_note = output_folder.check_shared(accelerator, self.output_dir)
+        self.identity = run_identity(accelerator, model, arguments, data, order)
+        self.described = dict(
+            model=accelerator.unwrap_model(model),
+            projector_type=arguments.model.mm_projector_type,
+            vision_tower_name=arguments.model.vision_tower,
+            version=arguments.model.version,
+            image_aspect_ratio=arguments.data.image_aspect_ratio,
+            model_max_length=arguments.data.model_max_length,
+            is_main_process=accelerator.is_main_process,
+        )
+        self.saved_step = self.sampler.step
+
+    def resume(self, say: Callable[[str], None]) -> Path | None:
+        """Go on from the state that `--resume_from_checkpoint` names, and return it; None for a new run.
+
+        Raises:
+            CheckpointError: it is torn, or this run is not the one that wrote it.
+        """
+        wanted, ignored = self.flags.resume_from_checkpoint, self.flags.resume_ignore or []
+        found = checkpoint.find_checkpoint(self.accelerator, self.output_dir, wanted, say)
+        if found:
+            manifest = checkpoint.load_checkpoint(
+                self.accelerator,
+                self.model,
+                self.optimizer,
+                found,
+                lambda manifest: differences(manifest["identity"], self.identity, ignored),
+            )
+            self.sampler.load_state_dict(manifest["sampler"], order_may_differ=bool(ignored))
+            self.saved_step = self.sampler.step
+            for note in resume_notes(manifest, self.identity):
+                say(note)
+        return found
+
+    def disk_note(self) -> str | None:
+        """Return a sentence if the disk has no room for what this run will write."""
+        every, step = self.flags.save_steps, self.sampler.step
+        saves = self.total_steps // every - step // every if self.flags.save_strategy == "steps" else 0
+        keeps_whole = (saves, self.flags.save_total_limit, self.kind == "whole model")
+        return output_folder.disk_note(self.accelerator, self.model, self.output_dir, *keeps_whole)
+
+    def is_due(self, step: int) -> bool:
+        """Return whether a state belongs after this step."""
+        return self.flags.save_strategy == "steps" and step % self.flags.save_steps == 0
+
+    def save(self, removes_old: bool = True) -> str:
+        """Write a training state with loadable weights beside it, and return a sentence about it: a failure is a
+        warning, because a full disk must not cost the work that is still in memory. All ranks must call it.
+
+        removes_old: older states make way as `--save_total_limit` says.
+        """
+        step = self.sampler.step
+        write_weights = write.save_projector_only
+        if self.kind == "adapters":
+            write_weights = functools.partial(lora.save_lora, tokenizer=self.data.inputs.tokenizer)
+        try:
+            with checkpoint.agreement(self.accelerator, f"{self.output_dir}/checkpoint-{step} could not be written"):
+                if self.accelerator.is_main_process:
+                    check_still_owned()
+            saved = checkpoint.save_checkpoint(
+                self.accelerator,
+                self.model,
+                self.optimizer,
+                self.output_dir,
+                step,
+                {
+                    "stage": self.arguments.stage,
+                    "sampler": self.sampler.state_dict(),
+                    "arguments": self.arguments.as_dict(),
+                    "identity": self.identity,
+                },
+                self.flags.save_total_limit if removes_old else None,
+                write_weights=functools.partial(write_weights, **self.described),
+            )
+        except checkpoint.CheckpointError as error:
+            present = checkpoint.complete_checkpoints(self.output_dir)
+            return (
+                f"Warning: {error} The run goes on, and the next save is the next try; a crash before it loses the "
+                f"work since {present[-1].name if present else 'the beginning'}."
+            )
+        self.saved_step = step
+        return "\n".join([str(saved), *saved.warnings])
+
+    def write_result(self) -> str:
+        """Write what the run was for, in the layout that `--export_format` asks for, and return a line about it."""
+        with output_folder.writing_the_result(self.output_dir):
+            if self.kind == "adapters":
+                return lora.save_lora(self.output_dir, tokenizer=self.data.inputs.tokenizer, **self.described)
+            if self.kind == "projector":
+                write.save_projector_only(self.output_dir, **self.described)
+                file = self.output_dir / "mm_projector.bin"
+                return f"The projector is in {file}; stage 2 takes it as --pretrain_mm_mlp_adapter."
+            # A tower that is not quite the one of its name: trained, now or in the model that the run started from.
+            tower_differs = "vision_tower" in self.trained or "vision_tower" in self.source.stored
+            return write.save_whole_model(
+                self.output_dir,
+                self.data.inputs.tokenizer,
+                self.data.inputs.image_processor,
+                self.data.inputs.template,
+                self.flags.export_format,
+                self.flags.save_vision_tower or tower_differs,
+                backend.compute_dtype(self.accelerator),
+                **self.described,
+            )

@@ -1,0 +1,72 @@
+"""The progress line of a run, and the bar of an evaluation."""
+
+import sys
+
+from tqdm import tqdm
+
+SHOWN_AFTER = 2  # seconds, as for the bars over records: what is done sooner needs none
+
+
+class ProgressLine:
+    """One line on rank 0: step, loss, learning rate, gradient norm, tokens/s, samples/s, use of the GPU, time left."""
+
+    def __init__(self, total_steps: int, first_step: int, enabled: bool):
+        self.bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            disable=not enabled,
+            dynamic_ncols=True,
+            unit="step",
+            bar_format="{percentage:3.0f}% step {n_fmt}/{total_fmt}{postfix} [{elapsed}, {remaining} left]",
+        )
+
+    def update(self, step: int, values: dict[str, float], evaluation: str = "") -> None:
+        """evaluation: the newest one in a word."""
+        parts = [
+            f"loss {_shown(values['loss'], 4)} lr {values['learning_rate']:.2e} "
+            f"grad {_shown(values['gradient_norm'], 3)}",
+            f"{values['tokens_per_second']:,.0f} tokens/s {values['samples_per_second']:,.1f} samples/s",
+        ]
+        if "mfu" in values:
+            parts.append(f"MFU {values['mfu']:.0%}")
+        if "peak_memory_gib" in values:
+            parts.append(f"{values['peak_memory_gib']:.0f} GiB")
+        if values["data_wait"] > 0.02:
+            parts.append(f"waits for data {values['data_wait']:.0%}")
+        if evaluation:
+            parts.append(evaluation)
+        self.bar.set_postfix_str(" ".join(parts), refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def say(self, text: str) -> None:
+        """Prints above the line, which stays whole."""
+        if not self.bar.disable:
+            self.bar.write(text)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def questions_bar(total: int, what: str, enabled: bool) -> tqdm:
+    """Return a bar of held-out questions done, for the minutes in which no step is taken; to be closed.
+
+    On a terminal it stands below the progress line and is gone in the end. Elsewhere (a file, a scheduler's log) there
+    is no line below: it is written every ten seconds, and stays.
+    """
+    on_terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        desc=what,
+        disable=not enabled,
+        delay=SHOWN_AFTER,
+        mininterval=1 if on_terminal else 10,
+        leave=not on_terminal,
+        position=None if on_terminal else 0,
+        dynamic_ncols=True,
+        unit=" questions",
+    )
+
+
+def _shown(value: float, digits: int) -> str:
+    """A small number by its size: 0.0000 would be taken for a fault where a batch has nothing left to learn."""
+    return f"{value:.{digits}f}" if value == 0 or value >= 0.001 else f"{value:.1e}"

@@ -1,0 +1,111 @@
+"""What a person watches while a model trains: the terminal, log.jsonl, skipped.jsonl, trackers and the summary."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from ..arguments import Arguments, save_arguments
+from ..data.loader import count_skipped, log_skipped
+from ..guards import output_folder
+from ..guards.never_fatal import never_fatal
+from ..read_data import Data
+from ..training import backend
+from ..training.order import Order
+from ..words import counted
+from . import trackers
+from .log import append_json_line, prepare_reports
+from .progress import ProgressLine
+from .summary import write_summary
+
+
+class Report:
+    """Everything that a run reports. Rank 0 alone prints and writes."""
+
+    def __init__(self, arguments: Arguments, rank: int):
+        self.arguments, self.is_first = arguments, rank == 0
+        self.output_dir = Path(arguments.training.output_dir)
+        self.progress: ProgressLine | None = None
+
+    def say(self, text: str | None) -> None:
+        """Print a text, above the progress line if there is one; None and "" are nothing to say."""
+        if text and self.is_first:
+            print(text) if self.progress is None else self.progress.say(text)
+
+    def begin(
+        self,
+        accelerator: Accelerator,
+        data: Data,
+        order: Order,
+        table: str,
+        notes: Iterable[str | None],
+        resumed: Path | None,
+    ) -> None:
+        """Say what is trained on what, note the arguments, start log and trackers. All ranks must call it.
+
+        Args:
+            table: of what is trained.
+            notes: sentences that belong below it.
+            resumed: the state that the run goes on from.
+        """
+        self.accelerator, self.data, self.order = accelerator, data, order
+        sampler, lengths = order.sampler, data.lengths
+        self.say(f"\n{backend.describe(accelerator)}\n\n{table}\n")
+        for note in (order.note, sampler.describe_mixture(data.store.source_names()), *notes):
+            self.say(note)
+        self.say(
+            f"{counted(len(data.store), 'record')}, {int(lengths.has_image.sum()):,} with images, "
+            f"{counted(int(lengths.length.sum()), 'token')}; {counted(order.total_steps, 'step')} of "
+            f"{counted(sampler.global_batch_size, 'sample')}, {order.layout}."
+            + (f" Resumed from {resumed} at step {sampler.step}." if resumed else "")
+        )
+        resumed_at = sampler.step if resumed else None
+        if self.is_first:
+            keep = self.arguments.training.save_total_limit
+            for note in output_folder.remove_leftovers(self.output_dir, sampler.step, keep):
+                self.say(note)
+            save_arguments(self.arguments, self.output_dir / "arguments.yaml", backend.versions())
+            self.say(prepare_reports(self.output_dir, resumed_at))
+            if not resumed:
+                self.skipped(lengths.bad.items())
+        trackers.start(accelerator, self.arguments.as_dict(), resumed_at, table)
+
+    def start_progress_line(self) -> None:
+        """Show the progress line from here on."""
+        self.progress = ProgressLine(self.order.total_steps, self.order.sampler.step, enabled=self.is_first)
+
+    def is_due(self, step: int) -> bool:
+        """Return whether the log has an entry after this step."""
+        return step % self.arguments.training.logging_steps == 0 or step == self.order.total_steps
+
+    def step(self, step: int, values: dict[str, float], evaluation: str) -> None:
+        """Report the values of a step; `evaluation` is the newest one in a word."""
+        values["epoch"] = step / self.order.sampler.steps_per_epoch
+        trackers.log(self.accelerator, values, step)
+        self.progress.update(step, values, evaluation)
+        if self.is_first:
+            append_json_line(self.output_dir / "log.jsonl", {"step": step, **values})
+
+    def skipped(self, records: Iterable[tuple[int, str]]) -> None:
+        """List records that are left out, each with its reason, in `skipped.jsonl`. For every rank, of its own."""
+        with never_fatal(f"{self.output_dir}/skipped.jsonl lacks entries"):
+            log_skipped(self.data.store, records, self.output_dir / "skipped.jsonl")
+
+    def end_progress_line(self) -> None:
+        """Leave the progress line as it is."""
+        self.progress.close()
+        self.progress = None
+
+    def count_skipped(self) -> None:
+        """Say how many records were left out in the whole run, by reason."""
+        with never_fatal(f"{self.output_dir}/skipped.jsonl cannot be counted"):
+            for line in count_skipped(self.output_dir / "skipped.jsonl"):
+                self.say(f"skipped: {line}")
+
+    def summarise(self, pauses: dict[str, float]) -> None:
+        """Write summary and curves, and say what the run did and where everything is.
+
+        pauses: seconds that the log does not have yet, see `write_summary`.
+        """
+        if self.is_first:
+            self.say(write_summary(self.output_dir, self.arguments.training.logging_steps, pauses, self.data.store))

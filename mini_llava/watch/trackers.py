@@ -1,0 +1,77 @@
+"""Trackers of `--report_to`: TensorBoard, or what else accelerate knows. What they fail at is a warning."""
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import LoggerType
+
+from ..guards.never_fatal import never_fatal, warn_once
+
+
+def start(accelerator: Accelerator, values: dict, resumed_at: int | None = None, table: str = "") -> None:
+    """Starts the trackers of `--report_to` with all arguments as text, TensorBoard with the trainable table too.
+
+    resumed_at: the step a resumed run goes on from; TensorBoard then hides what the run before logged beyond it.
+    """
+    text = {key: str(value) for key, value in values.items()}
+    # TensorBoard would file a configuration under hyper-parameters, as two more runs; as text it is read.
+    config = None if accelerator.log_with == [LoggerType.TENSORBOARD] else text
+    purge_step = 0 if resumed_at is None else resumed_at + 1
+    names = ", ".join(str(tracker) for tracker in accelerator.log_with)
+    try:
+        accelerator.init_trackers("runs", config=config, init_kwargs={"tensorboard": {"purge_step": purge_step}})
+        for tracker in accelerator.trackers:
+            if tracker.name == "tensorboard" and accelerator.is_main_process:
+                rows = "\n".join(f"| {key} | {value} |" for key, value in text.items())
+                tracker.writer.add_text("arguments", f"| flag | value |\n|---|---|\n{rows}")
+                tracker.writer.add_text("what is trained", f"```\n{table}\n```")
+    except Exception as error:
+        accelerator.trackers = []
+        warn_once(f"{names} could not be started; log.jsonl has the same values", f"{type(error).__name__}: {error}")
+
+
+# TensorBoard makes a page of the names with the same beginning and opens the first two, which are then held-out values
+# and losses. In log.jsonl names are short.
+PAGES = {
+    "norms": ("gradient_norm", "update_norm", "parameter_norm"),
+    "speed": (
+        *("tokens_per_second", "computed_tokens_per_second", "samples_per_second", "seconds_per_step", "mfu", "mfu_6n"),
+        *("data_wait", "padding", "peak_memory_gib", "save_seconds", "epoch"),
+    ),
+}
+
+
+def name_on_page(name: str) -> str:
+    """The name that trackers know a value of log.jsonl by: `speed/mfu`, `rates/projector`, `loss/image_samples`."""
+    for page, names in PAGES.items():
+        if name in names:
+            return f"{page}/{name}"
+    if name.startswith("learning_rate"):
+        return f"rates/{name.removeprefix('learning_rate/')}"
+    if name.startswith("loss_by_modality/"):
+        return f"loss/{name.removeprefix('loss_by_modality/')}_samples"
+    return name
+
+
+def log(accelerator: Accelerator, values: dict[str, float], step: int) -> None:
+    """Gives the values of a step to the trackers, sorted into pages."""
+    values = {name_on_page(name): value for name, value in values.items()}
+    for tracker in accelerator.trackers:
+        with never_fatal(f"{tracker.name} lacks entries, which log.jsonl has"):
+            tracker.log(values, step=step)
+
+
+def show(accelerator: Accelerator, name: str, picture: np.ndarray, text: str, step: int) -> None:
+    """Gives TensorBoard alone a picture, uint8 [H, W, 3], and a text in Markdown. Raises whatever its writer raises."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard" and accelerator.is_main_process:
+            tracker.writer.add_image(name, picture, step, dataformats="HWC")
+            tracker.writer.add_text(name, text, step)
+            tracker.writer.flush()
+
+
+def end(accelerator: Accelerator) -> None:
+    """Let the trackers write what they hold."""
+    for tracker in accelerator.trackers:
+        with never_fatal(f"{tracker.name} lacks entries, which log.jsonl has"):
+            tracker.finish()
+    accelerator.trackers = []
