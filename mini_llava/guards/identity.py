@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,15 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PretrainedConfig
 
-from ..arguments import DECIDES_NOTHING, OTHER_NAMES, ROUNDING, Arguments
+from ..arguments import (
+    DECIDES_NOTHING,
+    OTHER_NAMES,
+    ROUNDING,
+    Arguments,
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+)
 from ..data.images import BadImage, image_path
 from ..data.records import RecordStore
 from ..data.templates import CHAT_TEMPLATE
@@ -103,9 +112,14 @@ def _label(name: str) -> str:
 
 
 def _flag_lines(theirs: dict, mine: dict) -> list[tuple[str, str]]:
-    absent = "no such flag"
-    pairs = {name: (theirs.get(name, absent), mine.get(name, absent)) for name in theirs | mine}
+    # A flag that came later had no effect before, as by its default.
+    pairs = {name: (theirs.get(name, _default_of(name)), mine.get(name, "no such flag")) for name in theirs | mine}
     return [(name, f"{was} in the checkpoint, {now} now") for name, (was, now) in pairs.items() if was != now]
+
+
+def _default_of(name: str) -> object:
+    kinds = (ModelArguments, DataArguments, TrainingArguments)
+    return next((field.default for kind in kinds for field in fields(kind) if field.name == name), "no such flag")
 
 
 def _data_lines(theirs: dict, mine: dict) -> list[str]:
