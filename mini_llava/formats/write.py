@@ -8,10 +8,7 @@ partitioned model to the disk one shard at a time; `config.json` comes last, so 
 import copy
 import json
 import math
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,7 +20,8 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 
 from ..data.templates import IMAGE_MARK, Template, chat_template
 from ..data.tokenization import SENTENCEPIECE_FILE, find_file, image_token_tokenizer, slow_llama_config
-from ..model.projector import PROJECTOR_FILE, flush, gathered_state_dict, save_projector
+from ..files import staged
+from ..model.projector import PROJECTOR_FILE, gathered_state_dict, save_projector
 from ..model.vision_tower import VisionTower, published_name
 from ..options.image_newline import KEY
 from ..options.tiles import Tiling
@@ -42,7 +40,6 @@ MODEL_FILES = (
     *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin"),
     "chat_template.jinja",
 )
-STAGING = ".unfinished"  # a folder in the directory that is written
 # What transformers adds to every configuration, and where the weights lay on somebody's disk.
 CONFIG_NOISE = (
     *("_name_or_path", "id2label", "label2id", "problem_type", "chunk_size_feed_forward"),
@@ -643,28 +640,6 @@ def begin_directory(directory: Path) -> None:
         for file in directory.glob(pattern):
             if file.is_file():
                 file.unlink()
-
-
-@contextmanager
-def staged(directory: Path) -> Iterator[Path]:
-    """A folder whose files are flushed to the disk and moved into `directory` when the block ends well."""
-    staging = directory / STAGING
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    try:
-        yield staging
-        for file in sorted(staging.iterdir()):
-            with open(file, "rb") as content:
-                flush(content.fileno())
-            os.replace(file, directory / file.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    # The names too must be on the disk before the next file's are, config.json last.
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        flush(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_json(directory: Path, name: str, content: dict) -> None:

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 PROJECTOR_FILE = "mm_projector.bin"
-NO_FLUSH = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # of fsync, where a file system has none
 
 
 def build_projector(kind: str, vision_width: int, text_width: int) -> nn.Module:
@@ -114,26 +113,15 @@ def save_projector(
     unfinished = path.with_name(path.name + ".unfinished")
     content = io.BytesIO()  # writing to the file itself torch would make a RuntimeError of a full disk
     torch.save(weights, content)
-    with open(unfinished, "wb") as file:
+    with open(unfinished, "wb") as file:  # what files.py does, once more: this module stands alone
         file.write(content.getbuffer())
         file.flush()
-        flush(file.fileno())
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # a file system that has no fsync
+                raise
     os.replace(unfinished, path)
-
-
-def flush(descriptor: int) -> str | None:
-    """Have the disk write a file or directory before this returns. Raises OSError if it fails.
-
-    Some network file systems and FUSE's have no such operation, or none for directories. What is written there is
-    written when they please: the reason is returned, and nothing is lost unless the machine goes down.
-    """
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in NO_FLUSH:
-            raise
-        return error.strerror
-    return None
 
 
 def find_projector(path: str | Path) -> Path:

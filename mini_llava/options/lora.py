@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..data.tokenization import load_tokenizer
-from ..formats.write import begin_directory, llava_config, staged, write_json
+from ..files import staged
+from ..formats.write import begin_directory, llava_config, write_json
 from ..model.llava import LlavaModel
 from ..model.projector import gathered_state_dict, list_some, read_tensors, whole
 from ..model.vision_tower import published_name

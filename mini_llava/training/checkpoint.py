@@ -24,9 +24,9 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..files import flush, flush_file
 from ..guards.identity import differences
 from ..guards.ownership import check_still_owned
-from ..model.projector import flush
 from ..words import counted
 from .backend import gather_from_ranks, is_deepspeed, versions, zero_stage
 
@@ -217,8 +217,9 @@ def save_checkpoint(
                     "files": files | _flush_weights(temporary, besides=files),
                 }
                 manifest["sha256"] = _manifest_checksum(manifest)
-                _write_flushed(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
-                _flush_directory(temporary)
+                (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+                flush_file(temporary / "manifest.json")
+                flush_file(temporary)
                 _rename_into_place(temporary, final)
                 warnings = remove_oldest(output_dir, step, keep)
     except CheckpointError:
@@ -331,34 +332,15 @@ def _manifest_checksum(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _write_flushed(path: Path, content: bytes) -> str | None:
-    """Returns why it could not be flushed, if it could not."""
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        return flush(file.fileno())
-
-
-def _flush_directory(path: Path) -> str | None:
-    """Makes renames and new entries of a directory durable; returns why it could not be, if it could not."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        return flush(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _flush_weights(directory: Path, besides: dict[str, dict]) -> dict[str, dict]:
     """Flushes the files that `write_weights` made; returns their names, sizes and checksums."""
     digests = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
-        if path.is_dir():
-            _flush_directory(path)
-        elif name not in besides:
-            with open(path, "rb") as file:
-                flush(file.fileno())
-            digests[name] = digest(path)
+        if name not in besides:
+            flush_file(path)
+            if path.is_file():
+                digests[name] = digest(path)
     return digests
 
 
@@ -375,7 +357,7 @@ def _rename_into_place(temporary: Path, final: Path) -> None:
         if replaced:
             os.rename(replaced, final)
         raise OSError(f"the directory {temporary.name} cannot be renamed: {error.strerror}") from error
-    _flush_directory(final.parent)
+    flush_file(final.parent)
     if replaced:
         shutil.rmtree(replaced, ignore_errors=True)  # what is left is removed by the next run
 
@@ -386,7 +368,7 @@ def _out_of_sight(checkpoint: Path) -> Path:
     if removed.exists():
         shutil.rmtree(removed)
     os.rename(checkpoint, removed)
-    _flush_directory(checkpoint.parent)
+    flush_file(checkpoint.parent)
     return removed
 
 
@@ -436,8 +418,9 @@ def try_a_save(output_dir: Path, name: str) -> str | None:
     temporary, final = output_dir / f"{name}.incomplete", output_dir / name
     try:
         temporary.mkdir()
-        no_flush = _write_flushed(temporary / "file", bytes(2**16))
-        no_flush = _flush_directory(temporary) or no_flush
+        (temporary / "file").write_bytes(bytes(2**16))
+        no_flush = flush_file(temporary / "file")
+        no_flush = flush_file(temporary) or no_flush
         _rename_into_place(temporary, final)
     finally:
         for path in (temporary, final):
