@@ -154,19 +154,23 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         sampler.load_state_dict(manifest["sampler"], order_may_differ=bool(training.resume_ignore))
         for note in resume_notes(manifest, identity):
             say(note)
-    described = dict(
-        model=accelerator.unwrap_model(model),
+    described = write.Description(
         projector_type=model_flags.mm_projector_type,
         vision_tower_name=model_flags.vision_tower,
         version=model_flags.version,
         image_aspect_ratio=data_flags.image_aspect_ratio,
         model_max_length=data_flags.model_max_length,
-        is_main_process=accelerator.is_main_process,
+        template=inputs.template,
+        tokenizer=tokenizer,
+        image_processor=inputs.image_processor,
+        export_format=training.export_format,
+        # A tower that is not quite the one of its name: trained, now or in the model that the run started from.
+        include_vision_tower=training.save_vision_tower or bool({"vision_tower"} & (trained | source.stored.keys())),
+        dtype=backend.compute_dtype(accelerator),
     )
     whole_model = bool(trained - {"projector", "new_tokens", "image_newline"}) and not training.lora_enable
-    save_trained = write.save_projector_only
-    if training.lora_enable:
-        save_trained = functools.partial(lora.save_lora, tokenizer=tokenizer)
+    save_trained = lora.save_lora if training.lora_enable else write.save_projector_only
+    bare = accelerator.unwrap_model(model)
 
     # --- What a person sees ------------------------------------------------------------------------------------------
     say(f"\n{backend.describe(accelerator)}\n\n{table}\n")
@@ -235,7 +239,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
             sampler.step,
             description | {"identity": identity},
             None if lockstep.fault else training.save_total_limit,  # a state that a fault has ended replaces none
-            write_weights=functools.partial(save_trained, **described),
+            write_weights=functools.partial(save_trained, model=bare, described=described),
         )
         saved_step = sampler.step if saved.is_whole else saved_step
         progress.say(saved.text)
@@ -322,17 +326,12 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     # --- The result --------------------------------------------------------------------------------------------------
     with output_folder.writing_the_result(output_dir):
         if training.lora_enable:
-            say(save_trained(output_dir, **described))
+            say(save_trained(output_dir, bare, described))
         elif not whole_model:
-            write.save_projector_only(output_dir, **described)
+            write.save_projector_only(output_dir, bare, described)
             say(f"The projector is in {output_dir}/mm_projector.bin; stage 2 takes it as --pretrain_mm_mlp_adapter.")
         else:
-            # A tower that is not quite the one of its name: trained, now or in the model that the run started from.
-            with_tower = training.save_vision_tower or "vision_tower" in trained or "vision_tower" in source.stored
-            layout, dtype = training.export_format, backend.compute_dtype(accelerator)
-            saved_with = (inputs.image_processor, inputs.template)
-            whole = (output_dir, tokenizer, *saved_with, layout, with_tower, dtype)
-            say(write.save_whole_model(*whole, **described))
+            say(write.save_whole_model(output_dir, bare, described))
     with backend.never_fatal(f"{output_dir}/skipped.jsonl cannot be counted"):
         for line in count_skipped(output_dir / "skipped.jsonl"):
             say(f"skipped: {line}")

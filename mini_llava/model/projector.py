@@ -63,8 +63,13 @@ def whole(parameter: torch.Tensor, modified: bool = False):
     return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if modified else None)
 
 
+def is_main_process() -> bool:
+    """Return whether this rank writes files: the first one, or the only process."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
 def gathered_state_dict(
-    named_parameters: Iterable[tuple[str, torch.Tensor]], is_main_process: bool, dtype: torch.dtype | None = None
+    named_parameters: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, whole tensor on the CPU) one after the other, on the main process only.
 
@@ -74,13 +79,12 @@ def gathered_state_dict(
 
     Args:
         named_parameters: names with parameters or buffers, in the same order on every rank.
-        is_main_process: whether this rank receives the tensors.
         dtype: floating-point tensors are cast to it; None keeps them as they are.
     """
     for name, parameter in named_parameters:
         tensor = None
         with whole(parameter):
-            if is_main_process:
+            if is_main_process():
                 target = dtype if dtype is not None and parameter.is_floating_point() else parameter.dtype
                 # copy=True: on a CPU the tensor would otherwise share memory that DeepSpeed frees on leaving the block.
                 tensor = parameter.detach().to(device="cpu", dtype=target, copy=True).contiguous()
@@ -92,7 +96,6 @@ def save_projector(
     projector: nn.Module,
     path: str | Path,
     dtype: torch.dtype | None = None,
-    is_main_process: bool = True,
     beside: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write LLaVA's `mm_projector.bin`: a dict of `model.mm_projector.0.weight` and so on, in `dtype` or as trained.
@@ -104,8 +107,8 @@ def save_projector(
         beside: what else was trained with it and belongs into the file, by its name there.
     """
     named = [(f"model.mm_projector.{name}", tensor) for name, tensor in projector.state_dict(keep_vars=True).items()]
-    weights = dict(gathered_state_dict([*named, *(beside or {}).items()], is_main_process, dtype))
-    if not is_main_process:
+    weights = dict(gathered_state_dict([*named, *(beside or {}).items()], dtype))
+    if not is_main_process():
         return
     path = Path(path)
     path = path / PROJECTOR_FILE if path.is_dir() else path

@@ -195,11 +195,10 @@ def test_the_conversation_template_stays_known(published, tmp_path):
 
 def test_other_language_models_and_tied_embeddings_make_the_round_trip(tmp_path):
     from mini_llava.formats.write import save_llava
-    from tests.model.test_formats import LLAVA, build, save, tied_language_model, tokenizer
+    from tests.model.test_formats import build, described, save, tied_language_model
 
     model = build(language_model=tied_language_model())
-    settings = LLAVA | {"vision_tower_name": str(CLIP), "projector_type": "mlp2x_gelu", "dtype": torch.float32}
-    save_llava(tmp_path / "llava", model, tokenizer(), **settings)
+    save_llava(tmp_path / "llava", model, described(vision_tower_name=str(CLIP)))
     save(tmp_path / "transformers", model)
     for folder in ("llava", "transformers"):
         source = open_here(tmp_path / folder)
