@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -30,25 +29,18 @@ from ..data.templates import IMAGE_MARK, Template, chat_template
 from ..data.tokenization import SENTENCEPIECE_FILE, find_file, image_token_tokenizer, slow_llama_config
 from ..files import staged
 from ..model.llava import LlavaModel
-from ..model.projector import PROJECTOR_FILE, gathered_state_dict, is_main_process, save_projector
+from ..model.projector import PROJECTOR_FILE, is_main_process, save_projector
 from ..model.vision_tower import VisionTower, published_name
 from ..options.image_newline import KEY
 from ..options.tiles import Tiling
+from .layouts import MODEL_FILES
+from .weights import SHARD_BYTES, whole_shape, write_json, write_weights
 
-SHARD_BYTES = 5_000_000_000
 # Embeddings in a multiple of 64 rows, as llava-hf publishes them: matrix products over the vocabulary are faster so.
 ROWS_MULTIPLE = 64
 
 # Read only when sampling. Vicuna sets the first two without `do_sample`, and transformers then refuses to save them.
 SAMPLING_SETTINGS = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-# What an older model in the directory may consist of; left there, it would be read beside the new one.
-MODEL_FILES = (
-    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
-    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "mm_projector.bin"),
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
-    *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin"),
-    "chat_template.jinja",
-)
 # What transformers adds to every configuration, and where the weights lay on somebody's disk.
 CONFIG_NOISE = (
     *("_name_or_path", "id2label", "label2id", "problem_type", "chunk_size_feed_forward"),
@@ -205,7 +197,7 @@ def save_transformers(
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
 
     embeddings = model.language_model.get_input_embeddings().weight
-    old_rows = _whole_shape(embeddings)[0]
+    old_rows = whole_shape(embeddings)[0]
     rows = old_rows if image_token_id < old_rows else math.ceil((image_token_id + 1) / ROWS_MULTIPLE) * ROWS_MULTIPLE
 
     fast_vlm = tower.model.config.model_type == "timm_wrapper"
@@ -231,7 +223,7 @@ def save_transformers(
 
     if is_main_process():
         begin_directory(directory)
-    _write_weights(directory, weights, dtype, shard_bytes, resized)
+    write_weights(directory, weights, dtype, shard_bytes, resized)
     save_projector(model.projector, directory / PROJECTOR_FILE, dtype, _newline(model))
     if not is_main_process():
         return
@@ -319,7 +311,7 @@ def save_llava(
 
     if is_main_process():
         begin_directory(directory)
-    _write_weights(directory, weights, dtype, shard_bytes)
+    write_weights(directory, weights, dtype, shard_bytes)
     save_projector(model.projector, directory / PROJECTOR_FILE, dtype, _newline(model))
     if not is_main_process():
         return
@@ -530,55 +522,6 @@ def _newline(model: nn.Module) -> dict[str, torch.Tensor]:
     return {f"model.{KEY}": model.image_newline.weight} if model.image_newline is not None else {}
 
 
-def _whole_shape(tensor: torch.Tensor) -> torch.Size:
-    """The shape of the tensor, also where ZeRO-3 has left an empty one in its place."""
-    return getattr(tensor, "ds_shape", tensor.shape)
-
-
-def _write_weights(
-    directory: Path,
-    weights: list[tuple[str, torch.Tensor]],
-    dtype: torch.dtype,
-    shard_bytes: int,
-    rows: dict[str, int] | None = None,
-) -> None:
-    """Write safetensors files of about `shard_bytes` each, with their index; `rows` names matrices that grow."""
-    rows = rows or {}
-    shards: list[list[tuple[str, torch.Tensor]]] = [[]]
-    size = total = 0
-    for name, tensor in weights:
-        shape = _whole_shape(tensor)
-        item = math.prod((rows.get(name, shape[0]), *shape[1:]) if shape else ()) * dtype.itemsize
-        if shards[-1] and size + item > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append((name, tensor))
-        size, total = size + item, total + item
-
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        weight_map |= {name: file for name, _ in shard}
-        content = {
-            name: _grown(tensor, rows[name]) if name in rows else tensor
-            for name, tensor in gathered_state_dict(shard, dtype)
-        }
-        if is_main_process():
-            with staged(directory) as staging:
-                save_file(content, staging / file, metadata={"format": "pt"})
-    if is_main_process() and len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(directory, "model.safetensors.index.json", index)
-
-
-def _grown(matrix: torch.Tensor, rows: int) -> torch.Tensor:
-    """[old, width] -> [rows, width]: the new rows are the mean of the old ones."""
-    if rows == len(matrix):
-        return matrix
-    mean = matrix.mean(dim=0, dtype=torch.float32).to(matrix.dtype)
-    return torch.cat([matrix, mean.expand(rows - len(matrix), -1)])
-
-
 def begin_directory(directory: Path) -> None:
     """Remove an older model's config first, so that the rest is not taken for whole, then its other files."""
     check_may_be_written(directory)
@@ -587,9 +530,3 @@ def begin_directory(directory: Path) -> None:
         for file in directory.glob(pattern):
             if file.is_file():
                 file.unlink()
-
-
-def write_json(directory: Path, name: str, content: dict) -> None:
-    with staged(directory) as staging:
-        text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
-        (staging / name).write_text(text + "\n", encoding="utf-8")

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..files import STAGING
-from ..formats.write import MODEL_FILES
+from ..formats.layouts import MODEL_FILES
 from ..model.trained import numel
 from ..training.backend import compute_dtype, gather_from_ranks
 from ..training.checkpoint import (

@@ -15,7 +15,8 @@ from torch import nn
 
 from ..data.tokenization import load_tokenizer
 from ..files import staged
-from ..formats.write import Description, begin_directory, llava_config, write_json
+from ..formats.weights import write_json
+from ..formats.write import Description, begin_directory, llava_config
 from ..model.llava import LlavaModel
 from ..model.projector import gathered_state_dict, is_main_process, list_some, read_tensors, whole
 from ..model.vision_tower import published_name

@@ -13,9 +13,8 @@ import torch
 
 from ..arguments import KNOWN_VALUES, ModelArguments
 from ..formats import write
-from ..formats.read import map_parts
+from ..formats.read import map_llava
 from ..guards.output_folder import check_place
-from ..model.llava import LlavaModel
 from ..training.checkpoint import CheckpointError
 from .saved_models import DTYPES, LORA, WHOLE, SavedModel, open_saved
 
@@ -42,7 +41,7 @@ def export(
         raise ValueError(f"{saved.directory} was trained with --image_aspect_ratio {trained_with}: leave the flag out.")
     dtype = dtype or saved.stored_dtype()
     if saved.kind == WHOLE:
-        model = LlavaModel(*map_parts(saved.source), saved.source.tiling)
+        model = map_llava(saved.source)
         model.use_im_start_end, model.use_im_patch_token = saved.image_tokens()
     else:
         model = saved.load(dtype)

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from mini_llava import build as building
+from mini_llava.formats.towers import load_vision_tower
 from mini_llava.formats.write import Description
 from mini_llava.model.llava import LlavaModel
 from mini_llava.model.projector import build_projector
-from mini_llava.model.vision_tower import load_vision_tower
 from mini_llava.options import lora
 from mini_llava.tools.saved_models import open_saved
 from tests.end_to_end import runs

@@ -15,10 +15,10 @@ from mini_llava.data.loader import open_pixels
 from mini_llava.data.templates import get_template, render
 from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, load_tokenizer, tokenize
 from mini_llava.formats import write
-from mini_llava.formats.read import open_source
-from mini_llava.model.llava import LlavaModel, load_llava
+from mini_llava.formats.read import load_llava, open_source
+from mini_llava.formats.towers import load_vision_tower
+from mini_llava.model.llava import LlavaModel
 from mini_llava.model.projector import build_projector
-from mini_llava.model.vision_tower import load_vision_tower
 from mini_llava.options.image_newline import ImageNewline
 from mini_llava.options.tiles import choose_tiling, join_tiles
 from mini_llava.tools import chat, export
