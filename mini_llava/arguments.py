@@ -23,6 +23,7 @@ from pathlib import Path
 import yaml
 
 from .demo import STAGE_CONFIGS
+from .files import atomic_write
 from .words import counted
 
 
@@ -917,10 +918,9 @@ def save_arguments(arguments: Arguments, path: Path, extra: dict) -> None:
 
     Raises OSError: a sentence that names the file. An older one is replaced by the whole new one or not at all.
     """
-    temporary = path.with_name(f".{path.name}.incomplete")
     try:
-        temporary.write_text(yaml.safe_dump(arguments.as_dict() | {"run": extra}, sort_keys=False), encoding="utf-8")
-        temporary.replace(path)
+        with atomic_write(path) as file:
+            file.write(yaml.safe_dump(arguments.as_dict() | {"run": extra}, sort_keys=False).encode())
     except OSError as error:
         raise OSError(
             f"{path} cannot be written: {error.strerror}. Make room, or choose another --output_dir."

@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from .arguments import Arguments
-from .formats.read import Source
+from .formats.read import Source, load_llava
 from .model.attention import choose_attention
-from .model.llava import LlavaModel, load_llava
+from .model.llava import LlavaModel
 from .model.trained import apply_plan, freeze_plan, trainable_table, trained_in_full
 from .options import lora
 from .options.image_tokens import add_token_rows

@@ -43,21 +43,28 @@ class Saving:
             plan: what is trained, see `freeze_plan`.
         """
         self.arguments, self.flags, self.accelerator = arguments, arguments.training, accelerator
-        self.model, self.optimizer, self.source, self.data = model, optimizer, source, data
+        self.model, self.optimizer, self.data = model, optimizer, data
         self.sampler, self.total_steps = order.sampler, order.total_steps
         self.output_dir, self.trained = Path(self.flags.output_dir), trained_in_full(plan)
         trains_more = bool(self.trained - {"projector", "new_tokens", "image_newline"})
         self.kind = "adapters" if self.flags.lora_enable else "whole model" if trains_more else "projector"
         self.shared_note = output_folder.check_shared(accelerator, self.output_dir)
         self.identity = run_identity(accelerator, model, arguments, data, order)
-        self.described = dict(
-            model=accelerator.unwrap_model(model),
+        # A tower that is not quite the one of its name: trained, now or in the model that the run started from.
+        tower_differs = "vision_tower" in self.trained or "vision_tower" in source.stored
+        self.bare = accelerator.unwrap_model(model)
+        self.description = write.Description(
             projector_type=arguments.model.mm_projector_type,
             vision_tower_name=arguments.model.vision_tower,
             version=arguments.model.version,
             image_aspect_ratio=arguments.data.image_aspect_ratio,
             model_max_length=arguments.data.model_max_length,
-            is_main_process=accelerator.is_main_process,
+            template=data.inputs.template,
+            tokenizer=data.inputs.tokenizer,
+            image_processor=data.inputs.image_processor,
+            export_format=self.flags.export_format,
+            include_vision_tower=self.flags.save_vision_tower or tower_differs,
+            dtype=backend.compute_dtype(accelerator),
         )
         self.saved_step = self.sampler.step
 
@@ -101,13 +108,8 @@ class Saving:
         removes_old: older states make way as `--save_total_limit` says.
         """
         step = self.sampler.step
-        write_weights = write.save_projector_only
-        if self.kind == "adapters":
-            write_weights = functools.partial(lora.save_lora, tokenizer=self.data.inputs.tokenizer)
+        save_trained = lora.save_lora if self.kind == "adapters" else write.save_projector_only
         try:
-            with checkpoint.agreement(self.accelerator, f"{self.output_dir}/checkpoint-{step} could not be written"):
-                if self.accelerator.is_main_process:
-                    check_still_owned()
             saved = checkpoint.save_checkpoint(
                 self.accelerator,
                 self.model,
@@ -121,7 +123,8 @@ class Saving:
                     "identity": self.identity,
                 },
                 self.flags.save_total_limit if removes_old else None,
-                write_weights=functools.partial(write_weights, **self.described),
+                write_weights=functools.partial(save_trained, model=self.bare, described=self.description),
+                check_owner=check_still_owned,
             )
         except checkpoint.CheckpointError as error:
             present = checkpoint.complete_checkpoints(self.output_dir)
@@ -134,22 +137,14 @@ class Saving:
 
     def write_result(self) -> str:
         """Write what the run was for, in the layout that `--export_format` asks for, and return a line about it."""
+        result = (self.output_dir, self.bare, self.description)
         with output_folder.writing_the_result(self.output_dir):
             if self.kind == "adapters":
-                return lora.save_lora(self.output_dir, tokenizer=self.data.inputs.tokenizer, **self.described)
-            if self.kind == "projector":
-                write.save_projector_only(self.output_dir, **self.described)
-                file = self.output_dir / "mm_projector.bin"
-                return f"The projector is in {file}; stage 2 takes it as --pretrain_mm_mlp_adapter."
-            # A tower that is not quite the one of its name: trained, now or in the model that the run started from.
-            tower_differs = "vision_tower" in self.trained or "vision_tower" in self.source.stored
-            return write.save_whole_model(
-                self.output_dir,
-                self.data.inputs.tokenizer,
-                self.data.inputs.image_processor,
-                self.data.inputs.template,
-                self.flags.export_format,
-                self.flags.save_vision_tower or tower_differs,
-                backend.compute_dtype(self.accelerator),
-                **self.described,
+                return lora.save_lora(*result)
+            if self.kind == "whole model":
+                return write.save_whole_model(*result)
+            write.save_projector_only(*result)
+            return (
+                f"The projector is in {self.output_dir}/mm_projector.bin; stage 2 takes it as "
+                "--pretrain_mm_mlp_adapter."
             )

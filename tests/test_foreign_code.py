@@ -14,9 +14,8 @@ import train
 from mini_llava import arguments as flags
 from mini_llava.data.images import load_image_processor
 from mini_llava.data.tokenization import load_tokenizer
-from mini_llava.formats.read import open_source
-from mini_llava.model.llava import load_llava
-from mini_llava.model.vision_tower import load_vision_config
+from mini_llava.formats.read import load_llava, open_source
+from mini_llava.formats.towers import load_vision_config
 from mini_llava.tools import doctor
 from tests.end_to_end.runs import FIXTURES, flags_of
 from tests.launching import ROOT

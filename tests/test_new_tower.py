@@ -10,6 +10,7 @@ from transformers import (
     MLCDVisionModel,
 )
 
+from mini_llava.formats import towers
 from mini_llava.model import vision_tower
 from tests.end_to_end import runs
 from tests.model.test_towers import pictures
@@ -36,12 +37,12 @@ def tower(tmp_path_factory) -> str:
 
 def test_without_it_the_tower_is_refused_with_a_sentence(tower):
     with pytest.raises(ValueError, match=r"is mlcd_vision_model. Known are clip_vision_model, "):
-        vision_tower.load_vision_config(tower)
+        towers.load_vision_config(tower)
 
 
 def test_with_it_the_tower_trains_and_transformers_reads_the_result(tower, kinds, tmp_path, monkeypatch):
-    monkeypatch.setattr(vision_tower, "KINDS", kinds)
-    read = vision_tower.load_vision_tower(tower, -2, "patch", torch.float32)
+    monkeypatch.setitem(vision_tower.KINDS, NEW, kinds[NEW])
+    read = towers.load_vision_tower(tower, -2, "patch", torch.float32)
     with torch.no_grad():
         expected = AutoModel.from_pretrained(tower).eval()(pictures(), output_hidden_states=True).hidden_states[-2]
     assert torch.equal(read(pictures()), expected[:, 1:])

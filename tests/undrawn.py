@@ -5,9 +5,10 @@ Not in tests/training/test_summary.py, which is about it, nor in what is launche
 
 from pathlib import Path
 
+from mini_llava.files import atomic_write
+
 
 def write_undrawn(log: Path, file: Path) -> None:
     """Does what `draw_curves` does with files, whose order the crash tests look at."""
-    temporary = file.with_name(f".{file.name}.incomplete")
-    temporary.write_bytes(b"not drawn")
-    temporary.replace(file)
+    with atomic_write(file) as content:
+        content.write(b"not drawn")

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
-from mini_llava.data.collator import image_tokens, join_images
+from mini_llava.data.collator import join_images
 from mini_llava.data.templates import written_answer
-from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, expand_images, tokenize_prompt
+from mini_llava.data.tokenization import tokenize_prompt
+from mini_llava.evaluation.generate import expand_prompt, generate
 from mini_llava.tools.chat import Conversation
 from mini_llava.tools.saved_models import DTYPES, open_saved
 
@@ -63,25 +63,8 @@ def ask(
     for start in range(0, len(by_length), batch_size):
         batch = by_length[start : start + batch_size]
         pixels = [pixels_of[pictures[index]] for index in batch]
-        tokens = image_tokens(pixels, model.vision_tower.tokens_per_image)
-        # One picture a question.
-        ids = [
-            torch.from_numpy(expand_images(prompts[index], [count]).astype(np.int64))
-            for index, count in zip(batch, tokens, strict=True)
-        ]
-        input_ids = pad_sequence(ids, batch_first=True, padding_side="left")
-        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left")
-        is_image = input_ids == IMAGE_TOKEN_INDEX
-        images, feature_rows = join_images(pixels, conversation.size)
-        embeddings = model.embed(
-            input_ids.masked_fill(is_image, 0).to(conversation.device),
-            images.to(conversation.device),
-            is_image.flatten().nonzero().squeeze(-1).to(conversation.device),
-            None if feature_rows is None else feature_rows.to(conversation.device),
-        ).to(conversation.dtype)
-        output = model.language_model.generate(
-            inputs_embeds=embeddings, attention_mask=mask.to(conversation.device), max_new_tokens=LONGEST_ANSWER
-        )
+        ids = [expand_prompt(model, prompts[index], [picture]) for index, picture in zip(batch, pixels, strict=True)]
+        output = generate(model, ids, pixels, conversation.device, max_new_tokens=LONGEST_ANSWER)
         for index, text in zip(batch, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
             answers[index] = written_answer(template, text)
     return answers
@@ -122,7 +105,7 @@ def nearest(
     def features(names: Sequence[str]) -> torch.Tensor:
         parts = []
         for start in range(0, len(names), 128):
-            images, _ = join_images([pixels_of[name] for name in names[start : start + 128]], conversation.size)
+            images, _ = join_images([pixels_of[name] for name in names[start : start + 128]], tower.image_size)
             parts.append(tower(images.to(conversation.device)).float().mean(1))
         return torch.nn.functional.normalize(torch.cat(parts), dim=-1)
 

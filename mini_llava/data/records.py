@@ -8,12 +8,10 @@ Lengths are counted in tokens, by really tokenizing every record once, in parall
 import contextlib
 import functools
 import hashlib
-import io
 import json
 import multiprocessing
 import os
 import re
-import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -27,6 +25,7 @@ from filelock import FileLock
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..files import atomic_write
 from ..guards.processes import end_worker_with_parent
 from ..options import tiles
 from ..options.tiles import Tiling
@@ -354,12 +353,8 @@ def _index(file: DataFile, cache_folder: str | os.PathLike | None) -> np.ndarray
 
 
 def _write_arrays(file: Path, **arrays: np.ndarray) -> None:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-    with os.fdopen(descriptor, "wb") as target:
-        target.write(buffer.getbuffer())
-    os.replace(temporary, file)  # whole or absent
+    with atomic_write(file) as content:  # processes of several machines may be here at once
+        np.savez_compressed(content, **arrays)
 
 
 def _spans(file: DataFile) -> np.ndarray:

@@ -5,6 +5,7 @@ can be asked with the pictures shuffled: what a model still gets right then, it 
 number of the training: no weight, no generator of random numbers, no order.
 """
 
+import itertools
 import time
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
@@ -16,18 +17,17 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..arguments import Arguments, DataArguments
-from ..data.collator import image_tokens, join_images, sample_of_targets
+from ..data.collator import sample_of_targets
 from ..data.images import BadImage
 from ..data.loader import RankStep, RankSteps, fault_table, loss_group, rank_step_loader
 from ..data.records import RecordStore, missing_image
 from ..data.sampler import deal
 from ..data.templates import IMAGE_MARK, Template, written_answer
-from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, BadRecord, Sample, expand_images
+from ..data.tokenization import IGNORE_INDEX, BadRecord, Sample
 from ..guards.never_fatal import never_fatal
 from ..guards.preemption import start_worker
 from ..options.tiles import Tiles
@@ -39,6 +39,7 @@ from ..watch.json_lines import append_lines, read_lines
 from ..watch.log import append_json_line
 from ..watch.progress import questions_bar
 from ..words import counted
+from .generate import expand_prompt, generate
 from .scoring import CHOICE, EXACT_MATCH, is_right, metric_of
 from .shown import ShownAnswer, as_picture, as_table
 
@@ -325,16 +326,6 @@ class HeldOut:
         what: they are, for the progress bar.
         """
         llava = self.accelerator.unwrap_model(self.model)
-        attention = llava.language_model.config._attn_implementation
-        if attention == "varlen":  # for packed rows without a cache only
-            llava.language_model.set_attn_implementation("sdpa")
-        try:
-            return self._answer_all(llava, questions, what)
-        finally:
-            if attention == "varlen":
-                llava.language_model.set_attn_implementation(attention)
-
-    def _answer_all(self, llava: nn.Module, questions: Sequence[Question], what: str) -> list[str]:
         stop = [text for text in self.template.stop if text in self.tokenizer.get_vocab()]
         stop_ids = self.tokenizer.convert_tokens_to_ids(stop) or self.tokenizer.eos_token_id
         batch_size, rank = self.training.per_device_eval_batch_size, self.accelerator.process_index
@@ -371,27 +362,15 @@ class HeldOut:
         most_tokens: int,
         stop_ids: int | list[int],
     ) -> list[str]:
-        images, ids = [], []
-        for question, images_of_question in zip(batch, images_of_questions, strict=True):
-            tokens = image_tokens(images_of_question, llava.vision_tower.tokens_per_image)
-            ids.append(torch.from_numpy(expand_images(question.input_ids, tokens).astype(np.int64)))
-            images += images_of_question
-        input_ids = pad_sequence(ids, batch_first=True, padding_side="left")
-        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left")
-        is_image = input_ids == IMAGE_TOKEN_INDEX
-        pixel_values, feature_rows = join_images(images, llava.vision_tower.image_size)
-        device = self.accelerator.device
+        prompts = [question.input_ids for question in batch]
+        prompts = [expand_prompt(llava, *pair) for pair in zip(prompts, images_of_questions, strict=True)]
         settings = GenerationConfig(do_sample=False, max_new_tokens=most_tokens, eos_token_id=stop_ids, pad_token_id=0)
         with self.accelerator.autocast():
-            embeddings = llava.embed(
-                input_ids.masked_fill(is_image, 0).to(device),
-                pixel_values.to(device),
-                is_image.flatten().nonzero().squeeze(-1).to(device),
-                None if feature_rows is None else feature_rows.to(device),
-            )
-            output = llava.language_model.generate(
-                inputs_embeds=embeddings,
-                attention_mask=mask.to(device),
+            output = generate(
+                llava,
+                prompts,
+                list(itertools.chain(*images_of_questions)),
+                self.accelerator.device,
                 generation_config=settings,
                 synced_gpus=zero_stage(self.accelerator) == 3,
             )

@@ -7,119 +7,54 @@ files until they are copied: under ZeRO-3 rank 0 reads them, one after the other
 """
 
 import copy
-import json
 import math
-import pickle
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    CLIPImageProcessorPil,
     GenerationConfig,
     PreTrainedConfig,
 )
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from ..data.images import load_image_processor, of_size, output_size
+from ..data.images import load_image_processor, normalisation_table, of_size
 from ..data.tokenization import find_file, foreign_code_refused, read_json
 from ..model.attention import CAPPED
-from ..model.projector import PROJECTOR_FILE, build_projector
-from ..model.vision_tower import (
-    FASTVITHD,
-    VisionTower,
-    apple_name,
-    empty_model,
-    has_layers,
-    leading_tokens,
+from ..model.llava import LlavaModel
+from ..model.projector import build_projector, list_some, load_projector
+from ..model.vision_tower import VisionTower, empty_model, has_layers, leading_tokens, resize, tokens_per_image
+from ..options.fastvlm import FASTVITHD
+from ..options.image_newline import KEY, ImageNewline
+from ..options.tiles import Tiling, choose_tiling
+from .layouts import (
+    FAMILIES,
+    IMAGE_TOKEN_FLAGS,
+    KNOWN_TOWERS,
+    LLAVA_NAMES,
+    OF_LLAVA,
+    TRANSFORMERS_NAMES,
+    layout_of,
+    tiles_in,
+)
+from .towers import (
+    as_in_memory,
+    check_same_tower,
     load_vision_config,
     load_vision_tower,
-    published_name,
-    resize,
-    takes_any_size,
-    tokens_per_image,
+    tower_image_processor,
+    tower_image_size,
+    tower_inside,
 )
-from ..options.image_newline import ImageNewline
-from ..options.tiles import MERGE_TYPES, Tiling, choose_tiling
-
-# Looked for in this order; the first two are the ones that cannot hold code.
-WEIGHT_FILES = (
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-)
-# Buffers that older versions saved, today's compute them; and the head of apple's tower, behind the features.
-COMPUTED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids|vision_tower\.model\.head\.proj)$")
-
-# Where each part of the model is in the files: (how its names begin there, the part, how they begin here). The first
-# that fits counts. CLIP's names come with and without `vision_model.`, as transformers 4 and 5 have them.
-LLAVA_NAMES = (
-    ("model.image_newline", "image_newline", "weight"),
-    ("model.mm_projector.", "projector", ""),
-    ("model.vision_tower.vision_tower.vision_model.", "vision_tower", ""),
-    ("model.vision_tower.vision_tower.", "vision_tower", ""),
-    ("", "language_model", ""),
-)
-TRANSFORMERS_NAMES = (
-    # As transformers 4 writes them, and 5 too unless told otherwise
-    ("image_newline", "image_newline", "weight"),
-    ("multi_modal_projector.linear_1.", "projector", "0."),
-    ("multi_modal_projector.linear_2.", "projector", "2."),
-    ("vision_tower.vision_model.", "vision_tower", ""),
-    ("vision_tower.", "vision_tower", ""),
-    ("language_model.", "language_model", ""),
-    # As transformers 5 has them in memory
-    ("model.image_newline", "image_newline", "weight"),
-    ("model.multi_modal_projector.linear_1.", "projector", "0."),
-    ("model.multi_modal_projector.linear_2.", "projector", "2."),
-    ("model.vision_tower.vision_model.", "vision_tower", ""),
-    ("model.vision_tower.", "vision_tower", ""),
-    ("model.language_model.", "language_model", "model."),
-    ("lm_head.", "language_model", "lm_head."),
-)
-
-# Keys of LLaVA's configuration that are none of the language model's.
-OF_LLAVA = re.compile(r"(^|_)mm_|^image_|^tokenizer_|^(model_type|architectures|vision_tower|conversation_version)$")
-# Ours is written llava_qwen2, others' is llava_qwen; LLaVA-1.5's published "llava" is told by its architecture.
-FAMILIES = {"qwen": "qwen2"}
-
-# Transformers' layout does not name the tower; LLaVA's has to, and takes it by width, layers, patch, image, activation.
-# The weights are written too then, so that the name stands for the architecture and the image processor only.
-KNOWN_TOWERS = {
-    (1024, 24, 14, 336, "quick_gelu"): "openai/clip-vit-large-patch14-336",
-    (1024, 24, 14, 224, "quick_gelu"): "openai/clip-vit-large-patch14",
-    (1152, 27, 14, 384, "gelu_pytorch_tanh"): "google/siglip-so400m-patch14-384",
-}
-# What its configuration has besides CLIP's.
-OF_LLAVA_NEXT = {"image_processor_type", "image_grid_pinpoints", "do_pad"}
-OPTIONAL_PARTS = ("vision_tower", "image_newline")
-IMAGE_TOKEN_FLAGS = ("mm_use_im_start_end", "mm_use_im_patch_token")
-# What two configurations of the same tower share.
-SHAPE_OF_A_TOWER = (
-    *("model_type", "architecture", "hidden_size", "intermediate_size", "mlp_ratio"),
-    *("num_hidden_layers", "num_attention_heads", "num_register_tokens"),
-    *("patch_size", "hidden_act", "layer_norm_eps"),
-)
-
-
-class Stored(NamedTuple):
-    """A tensor mapped to its file, and where that is."""
-
-    tensor: torch.Tensor
-    file: Path
-    key: str
+from .weights import Stored, assign_parts, open_weights, what_else
 
 
 @dataclass
@@ -320,7 +255,7 @@ def open_source(model_flags, explicit: Iterable[str] = ()) -> Source:
     name = model_flags.model_name_or_path
     config = read_json(name, "config.json")
     if not config:
-        raise FileNotFoundError(f"{name} has no config.json, so it is no model. {_what_else(name)}")
+        raise FileNotFoundError(f"{name} has no config.json, so it is no model. {what_else(name)}")
     layout = layout_of(name, config)
     if layout == "language_model":
         if not model_flags.vision_tower:
@@ -340,7 +275,7 @@ def open_source(model_flags, explicit: Iterable[str] = ()) -> Source:
             model_flags.mm_projector_type,
             model_flags.mm_vision_select_layer,
             model_flags.mm_vision_select_feature,
-            stored=_tower_inside(model_flags.vision_tower, vision_config),
+            stored=tower_inside(model_flags.vision_tower, vision_config),
             trust_remote_code=trusted,
         )
         _check_weights(source)
@@ -360,8 +295,44 @@ def open_source(model_flags, explicit: Iterable[str] = ()) -> Source:
     return source
 
 
-def map_parts(source: Source) -> tuple[VisionTower, nn.Module, nn.Module, ImageNewline | None]:
-    """Tower, projector, language model and newline of a LLaVA model, whose weights stay in their files.
+def load_llava(
+    source: Source,
+    attn_implementation: str | None,
+    dtypes: dict[str, torch.dtype],
+    pretrained_projector: str | None = None,
+    quantisation: dict | None = None,
+    beside_token_rows: bool = False,
+) -> LlavaModel:
+    """Return the model that a run starts from: a language model with tower and projector, or all of a LLaVA model.
+
+    Args:
+        source: what `open_source` found.
+        attn_implementation: None takes what transformers has for this language model, eager if it caps scores.
+        dtypes: of the parts `language_model`, `vision_tower` and `projector`. Under ZeRO-3 the first two are read in
+            the DeepSpeed config's precision instead, because they are partitioned while they are read.
+        pretrained_projector: file or directory to read the projector from, in place of the source's; where neither has
+            one it gets new weights, from torch's generator.
+        quantisation: further arguments for reading the language model, see `distributed.quantisation`.
+        beside_token_rows: the projector's file holds the rows that `image_tokens.py` reads, too.
+    """
+    # The projector first: reading the models may or may not draw random numbers, which depends on the backend, and new
+    # weights should depend on the seed alone.
+    projector, newline = source.load_projector(), source.load_newline()
+    if pretrained_projector:
+        beside = ("embed_tokens.weight",) * beside_token_rows + (KEY,) * (newline is not None)
+        load_projector(projector, pretrained_projector, beside)
+        if newline is not None:
+            newline.load_beside_projector(pretrained_projector)
+    language_model = source.load_language_model(dtypes["language_model"], attn_implementation, **(quantisation or {}))
+    tower = source.load_vision_tower(dtypes["vision_tower"])
+    tower.pixel_table = normalisation_table(source.image_processor())
+    newline, projector = newline and newline.to(dtypes["projector"]), projector.to(dtypes["projector"])
+    parts = {"vision_tower": tower, "projector": projector, "language_model": language_model, "image_newline": newline}
+    return assemble(source, parts)
+
+
+def map_llava(source: Source) -> LlavaModel:
+    """Return a LLaVA model whose weights stay in their files.
 
     For writing another layout with hardly any memory: a tensor is read when it is written.
 
@@ -370,39 +341,33 @@ def map_parts(source: Source) -> tuple[VisionTower, nn.Module, nn.Module, ImageN
     """
     if source.layout == "language_model":
         raise ValueError(f"{source.name} is a language model ({source.language_config.model_type}), no LLaVA model.")
-    empty = empty_parts(source)
+    parts = empty_parts(source)
     for part, tensors in source.stored.items():
         # strict=False: of tied weights one is stored; everything else has been compared.
-        empty[part].load_state_dict({name: stored.tensor for name, stored in tensors.items()}, False, assign=True)
-    language_model = empty["language_model"]
+        parts[part].load_state_dict({name: stored.tensor for name, stored in tensors.items()}, False, assign=True)
+    language_model = parts["language_model"]
     language_model.tie_weights()
     language_model.generation_config = source.generation_config()
     if "vision_tower" in source.stored:
-        tower = source.as_tower(empty["vision_tower"])
+        tower = source.as_tower(parts["vision_tower"])
     else:
         tower = source.load_vision_tower(next(iter(source.stored["language_model"].values())).tensor.dtype)
-    return tower, empty["projector"], language_model, empty.get("image_newline")
+    return assemble(source, parts | {"vision_tower": tower})
+
+
+def assemble(source: Source, parts: dict[str, nn.Module | None]) -> LlavaModel:
+    """Return the model made of a `VisionTower` and the other parts, by the names that `empty_parts` has."""
+    newline = parts.get("image_newline")
+    model = LlavaModel(parts["vision_tower"], parts["projector"], parts["language_model"], newline, source.tiling)
+    model.base = source.name
+    return model
 
 
 # ------------------------------------------------------------------------------------------------------- the layouts
 
 
-def layout_of(name: str, config: dict) -> str:
-    """The layout that `config.json` speaks of."""
-    model_type, architectures = config.get("model_type", ""), config.get("architectures") or []
-    if "text_config" in config and "vision_config" in config:
-        if model_type not in ("llava", "llava_next", "fast_vlm"):
-            raise ValueError(
-                f"{name} is a model of type {model_type} ({', '.join(architectures)}). Of those with a vision tower "
-                f"inside only LLaVA's are known here (LlavaForConditionalGeneration, type llava, and "
-                f"LlavaNextForConditionalGeneration, type llava_next), and FastVLM's (type fast_vlm)."
-            )
-        return "transformers"
-    return "llava" if model_type.startswith("llava") or "mm_vision_tower" in config else "language_model"
-
-
 def _read_llava(name: str, config: dict, model_flags, explicit: set[str]) -> Source:
-    stored = _assign_parts(_open_weights(name, config), LLAVA_NAMES, name)
+    stored = assign_parts(open_weights(name, config), LLAVA_NAMES, name)
     tower = config.get("mm_vision_tower") or config.get("vision_tower")
     given = model_flags.vision_tower if "vision_tower" in explicit else None
     if given and _is_same_or_gone(given, tower):
@@ -416,7 +381,7 @@ def _read_llava(name: str, config: dict, model_flags, explicit: set[str]) -> Sou
         )
     vision_config, resized_to = load_vision_config(tower, model_flags.trust_remote_code), config.get("mm_image_size")
     if "vision_tower" not in stored:
-        stored |= _tower_inside(tower, vision_config)
+        stored |= tower_inside(tower, vision_config)
     elif resized_to and has_layers(vision_config):
         vision_config.image_size = resized_to
     return Source(
@@ -434,19 +399,6 @@ def _read_llava(name: str, config: dict, model_flags, explicit: set[str]) -> Sou
         *tiles_in(name, config),
         resized_to,
     )
-
-
-def tiles_in(name: str, config: dict) -> tuple[str | None, list | str | None]:
-    """Merge type and pinpoints of a LLaVA configuration; None, None where images are whole. Raises ValueError."""
-    aspect_ratio, merge_type = str(config.get("image_aspect_ratio")), config.get("mm_patch_merge_type", "flat")
-    if aspect_ratio == "anyres" and merge_type in MERGE_TYPES:
-        return merge_type, config.get("image_grid_pinpoints")
-    if aspect_ratio.startswith("anyres") or merge_type != "flat":
-        raise ValueError(
-            f"{name}: its config.json has image_aspect_ratio {aspect_ratio} with mm_patch_merge_type {merge_type}; "
-            f"known are anyres with {', '.join(MERGE_TYPES)}, and others with flat."
-        )
-    return None, None
 
 
 def read_language_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig | None:
@@ -497,7 +449,7 @@ def _read_transformers(name: str, config: dict, model_flags, explicit: set[str])
     language_config = whole.text_config
     language_config.tie_word_embeddings = whole.tie_word_embeddings  # transformers goes by the outer one
     tower = model_flags.vision_tower if "vision_tower" in explicit else None
-    resized = _check_same_tower(name, vision_config, tower) if tower else False
+    resized = check_same_tower(name, vision_config, tower) if tower else False
     keys = ("hidden_size", "num_hidden_layers", "patch_size", "image_size", "hidden_act")
     return Source(
         name,
@@ -509,7 +461,7 @@ def _read_transformers(name: str, config: dict, model_flags, explicit: set[str])
         "mlp2x_gelu",
         whole.vision_feature_layer,
         strategies[whole.vision_feature_select_strategy],
-        _assign_parts(_open_weights(name, config), TRANSFORMERS_NAMES, name),
+        assign_parts(open_weights(name, config), TRANSFORMERS_NAMES, name),
         merge_type="spatial_unpad" if tiled else None,
         # Height comes first there, width in LLaVA's own.
         pinpoints=[(width, height) for height, width in whole.image_grid_pinpoints] if tiled else None,
@@ -521,69 +473,6 @@ def _strategies(vision_config: PreTrainedConfig) -> dict[str, str]:
     """transformers' `vision_feature_select_strategy`: all of a hidden state, or all but its first token."""
     leading = leading_tokens(vision_config)
     return {"full": "cls_patch" if leading else "patch"} | ({"default": "patch"} if leading == 1 else {})
-
-
-# ------------------------------------------------------------------------------------------------- the tower
-
-
-def tower_image_processor(path: str) -> BaseImageProcessor:
-    """The image processor of a tower or model, folder or hub name.
-
-    Raises:
-        OSError, ValueError: there is none, or none that could be used.
-    """
-    apple = FASTVITHD.fullmatch(path)
-    written = {} if apple else read_json(path, "config.json")
-    if named := written.get("mm_vision_tower"):
-        return tower_image_processor(named)
-    of_its_own = "pretrained_cfg" not in written or find_file(path, "preprocessor_config.json")
-    if not apple and of_its_own:
-        processor = load_image_processor(path)
-        if not isinstance(processor, LlavaNextImageProcessorPil):
-            return processor
-        settings = processor.to_dict()  # CLIP's, and tiles
-        return CLIPImageProcessorPil(**{key: settings[key] for key in settings.keys() - OF_LLAVA_NEXT})
-    # timm's settings are in config.json, and apple's in the tower's name: mean 0 and std 1.
-    settings = written.get("pretrained_cfg") or {}
-    size = int(apple[1]) if apple else settings["input_size"][-1]
-    return CLIPImageProcessorPil(
-        size={"shortest_edge": size},
-        crop_size={"height": size, "width": size},
-        image_mean=tuple(settings.get("mean", (0.0, 0.0, 0.0))),
-        image_std=tuple(settings.get("std", (1.0, 1.0, 1.0))),
-    )
-
-
-def tower_image_size(path: str, vision_config: PreTrainedConfig) -> int:
-    """Side of the square picture: the configuration's, or for a tower that takes any size the image processor's."""
-    if not takes_any_size(vision_config):
-        return vision_config.image_size
-    return output_size(tower_image_processor(path))
-
-
-def _tower_inside(path: str, vision_config: PreTrainedConfig) -> dict[str, dict[str, Stored]]:
-    """The tower's weights out of a whole model that is given as the tower, and out of timm's files; else nothing.
-
-    Empty means that transformers reads the weights from `path` by itself.
-    """
-    if FASTVITHD.fullmatch(path):
-        raise ValueError(
-            f"--vision_tower {path} is only a name: its weights are inside apple's FastVLM checkpoints. Give the "
-            f"folder or hub name of one, or of a FastVLM model in transformers' layout."
-        )
-    config = read_json(path, "config.json")
-    if config.get("mm_vision_tower"):
-        parts = _assign_parts(_open_weights(path, config), LLAVA_NAMES, path)
-        if "vision_tower" in parts or FASTVITHD.fullmatch(config["mm_vision_tower"]):
-            return {"vision_tower": parts.get("vision_tower", {})}
-        return _tower_inside(config["mm_vision_tower"], vision_config)
-    if config.get("model_type") in ("llava", "llava_next", "fast_vlm"):
-        return {"vision_tower": _assign_parts(_open_weights(path, config), TRANSFORMERS_NAMES, path)["vision_tower"]}
-    if vision_config.model_type == "timm_wrapper":
-        weights = _open_weights(path, {"model_type": vision_config.model_type, **config})
-        names = {key: "timm_model." + key.removeprefix("timm_model.") for key in weights if not key.startswith("head.")}
-        return {"vision_tower": {name: weights[key] for key, name in names.items()}}
-    return {}
 
 
 # ------------------------------------------------------------------------------------------------- flags and the model
@@ -634,102 +523,7 @@ def _resize(source: Source, image_size: int | None) -> None:
     source.resized_to = image_size
 
 
-def _check_same_tower(name: str, vision_config: PreTrainedConfig, tower: str) -> bool:
-    """Raises ValueError for another tower than the one inside; returns whether that has been resized since."""
-    other = load_vision_config(tower)
-    for key in SHAPE_OF_A_TOWER:
-        theirs, ours = getattr(other, key, None), getattr(vision_config, key, None)
-        if ours != theirs:
-            raise ValueError(
-                f"--vision_tower {tower} contradicts {name}: its {key} is {theirs}, that of the tower inside the model "
-                f"is {ours}. Leave the flag out."
-            )
-    return has_layers(other) and other.image_size != vision_config.image_size
-
-
 # ------------------------------------------------------------------------------------------------- weights and files
-
-
-def _what_else(name: str) -> str:
-    """A sentence about a directory that holds something else than a model."""
-    if find_file(name, "adapter_config.json"):
-        return (
-            f"It holds adapters of a language model: python -m mini_llava.tools.export {name} OUT --merge makes a "
-            f"whole model of both, which can be started from; --lora_weight_path goes on from the adapters themselves."
-        )
-    if (manifest := Path(name) / "manifest.json").is_file():
-        trained = json.loads(manifest.read_text(encoding="utf-8")).get("parameters", [])
-        if any(parameter.startswith(("language_model.", "vision_tower.")) for parameter in trained):
-            return (
-                f"It is a training state. --resume_from_checkpoint {name} goes on with its run; to start a new one "
-                f"from what it has learned, python -m mini_llava.tools.export {name} OUT makes a model of it: give OUT "
-                f"instead. Started from its base, all that was trained would be lost."
-            )
-    if find_file(name, PROJECTOR_FILE):
-        return (
-            f"It holds a projector ({PROJECTOR_FILE}) and no language model, as stage 1 leaves it: give the language "
-            f"model as --model_name_or_path, and this as --pretrain_mm_mlp_adapter."
-        )
-    return f"Expected one of {', '.join(WEIGHT_FILES)}."
-
-
-def _open_weights(name: str, config: dict) -> dict[str, Stored]:
-    """All tensors of a directory or hub name by the names in its files, mapped and not read."""
-    found = next(((kind, file) for kind in WEIGHT_FILES if (file := find_file(name, kind))), None)
-    if found is None:
-        raise FileNotFoundError(f"{name} is of type {config['model_type']}, but has no weights. {_what_else(name)}")
-    kind, first = found
-    stored: dict[str, Stored] = {}
-    if not kind.endswith(".index.json"):
-        return _map_file(Path(first))
-    weight_map = json.loads(Path(first).read_text(encoding="utf-8"))["weight_map"]
-    for shard in sorted(set(weight_map.values())):
-        file = find_file(name, shard)
-        if file is None:
-            raise FileNotFoundError(f"{first} names {shard}, which is not beside it: the model is not whole.")
-        stored |= _map_file(Path(file))
-    if absent := sorted(weight_map.keys() - stored.keys()):
-        raise ValueError(f"{first} names {list_some(absent)}, in {weight_map[absent[0]]}, but that is not in the file.")
-    return stored
-
-
-def _map_file(file: Path) -> dict[str, Stored]:
-    """The tensors of a .safetensors or .bin file; of a .bin, a pickle, anything but tensors is refused unrun."""
-    try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, "pt") as opened:
-                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        else:
-            with open(file, "rb") as opened:
-                is_zip = opened.read(4) == b"PK\x03\x04"  # files of before torch 1.6 are not, and cannot be mapped
-            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{file} is damaged, or holds something other than tensors, which could run code when read. It was not "
-            f"loaded; take the model's safetensors files."
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} is not a whole file of weights ({error}). Fetch or write it again.") from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{file} does not hold a table of tensors by name.")
-    return {key: Stored(tensor, file, key) for key, tensor in tensors.items()}
-
-
-def _assign_parts(weights: dict[str, Stored], names: tuple, source: str) -> dict[str, dict[str, Stored]]:
-    """The tensors of each part under the names they have there."""
-    parts: dict[str, dict[str, Stored]] = {part: {} for part in ("language_model", "projector", *OPTIONAL_PARTS)}
-    for key, stored in weights.items():
-        if COMPUTED.search(key):
-            continue
-        rule = next((rule for rule in names if key.startswith(rule[0])), None)
-        if rule is None:
-            raise ValueError(f"{stored.file} holds {key}, which is no part of a LLaVA model that {source} would be.")
-        there, part, here = rule
-        name = here + key.removeprefix(there)
-        if name in parts[part]:
-            raise ValueError(f"{source} holds the {part}'s {name} twice, as {parts[part][name].key} and as {key}.")
-        parts[part][name] = stored
-    return {part: tensors for part, tensors in parts.items() if tensors or part not in OPTIONAL_PARTS}
 
 
 def empty_parts(source: Source) -> dict[str, nn.Module]:
@@ -772,7 +566,7 @@ def _check_weights(source: Source) -> None:
         module = _empty_part(source, part)
         expected = module.state_dict(keep_vars=True)
         if part == "vision_tower":
-            source.stored[part] = _as_in_memory(source.stored[part], expected, source.vision_config)
+            source.stored[part] = as_in_memory(source.stored[part], expected, source.vision_config)
         found = source.stored[part]
         kinds = {"projector": source.projector_type, "image_newline": source.merge_type}
         kind = kinds.get(part) or module.config.model_type
@@ -794,21 +588,6 @@ def _check_weights(source: Source) -> None:
                     f"{stored.file}: {stored.key} has dtype {stored.tensor.dtype}, which is no floating-point weight. "
                     f"Take a model that is not quantised."
                 )
-
-
-def _as_in_memory(
-    found: dict[str, Stored], expected: Iterable[str], vision_config: PreTrainedConfig
-) -> dict[str, Stored]:
-    """A tower's tensors under the names of this version of transformers: files have published ones, or apple's."""
-    if any(name.startswith("model.patch_embed.") for name in found):
-        names = {apple_name(name): name for name in expected}
-        return {names.get(name, name): stored for name, stored in found.items()}
-
-    def plain(name: str) -> str:
-        return published_name(vision_config, name).removeprefix("vision_model.")
-
-    names = {plain(name): name for name in expected}
-    return {names.get(plain(name), name): stored for name, stored in found.items()}
 
 
 def _tied_names(tensors: dict[str, torch.Tensor]) -> set[str]:
@@ -853,7 +632,3 @@ def restore_rotary_frequencies(model: nn.Module) -> None:
 
 def _width(config: PreTrainedConfig) -> int:
     return config.get_text_config().hidden_size
-
-
-def list_some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -8,41 +8,39 @@ partitioned model to the disk one shard at a time; `config.json` comes last, so 
 import copy
 import json
 import math
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
-from transformers import CONFIG_MAPPING, GenerationConfig, LlavaNextProcessor, LlavaProcessor
+from transformers import (
+    CONFIG_MAPPING,
+    GenerationConfig,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    PreTrainedTokenizerBase,
+)
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from ..data.templates import IMAGE_MARK, Template, chat_template
 from ..data.tokenization import SENTENCEPIECE_FILE, find_file, image_token_tokenizer, slow_llama_config
-from ..model.projector import PROJECTOR_FILE, flush, gathered_state_dict, save_projector
+from ..files import staged
+from ..model.llava import LlavaModel
+from ..model.projector import PROJECTOR_FILE, is_main_process, save_projector
 from ..model.vision_tower import VisionTower, published_name
 from ..options.image_newline import KEY
 from ..options.tiles import Tiling
+from .layouts import MODEL_FILES
+from .weights import SHARD_BYTES, whole_shape, write_json, write_weights
 
-SHARD_BYTES = 5_000_000_000
 # Embeddings in a multiple of 64 rows, as llava-hf publishes them: matrix products over the vocabulary are faster so.
 ROWS_MULTIPLE = 64
 
 # Read only when sampling. Vicuna sets the first two without `do_sample`, and transformers then refuses to save them.
 SAMPLING_SETTINGS = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-# What an older model in the directory may consist of; left there, it would be read beside the new one.
-MODEL_FILES = (
-    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
-    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "mm_projector.bin"),
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
-    *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin"),
-    "chat_template.jinja",
-)
-STAGING = ".unfinished"  # a folder in the directory that is written
 # What transformers adds to every configuration, and where the weights lay on somebody's disk.
 CONFIG_NOISE = (
     *("_name_or_path", "id2label", "label2id", "problem_type", "chunk_size_feed_forward"),
@@ -50,30 +48,48 @@ CONFIG_NOISE = (
 )
 
 
-def save_projector_only(
-    directory: str | Path,
-    model: nn.Module,
-    *,
-    projector_type: str,
-    vision_tower_name: str,
-    image_aspect_ratio: str,
-    model_max_length: int,
-    version: str | None = None,
-    dtype: torch.dtype | None = None,
-    is_main_process: bool = True,
-) -> None:
-    """Stage 1's result, as LLaVA writes it: `mm_projector.bin` and the `config.json` that says what it belongs to.
+@dataclass
+class Description:
+    """What a result's files say of it, beside what its model knows.
 
-    Every rank calls it, the main process writes. `dtype` None keeps the projector as trained. `vision_tower_name` is
-    the value of `--vision_tower`, `version` the conversation template's name.
+    Attributes:
+        projector_type, vision_tower_name, image_aspect_ratio, model_max_length: the values of the flags; LLaVA's
+            layout names the tower, transformers' needs no name.
+        version, template: the conversation template trained with, and its name. Without it no chat template is saved:
+            the language model's own would not be what the model was trained on.
+        tokenizer, image_processor: those trained with; copied, not changed. A projector has no need of them, an adapter
+            of the tokenizer alone.
+        export_format: of a whole model, `transformers` or `llava`.
+        include_vision_tower: whether LLaVA's layout gets the tower's weights, as it must where they were trained;
+            otherwise LLaVA fetches them by the tower's name. Transformers' always has them.
+        dtype: of a whole model's weights and in its configuration. Projectors and adapters are written as trained.
+    """
+
+    projector_type: str
+    vision_tower_name: str | None
+    image_aspect_ratio: str
+    model_max_length: int
+    version: str | None = None
+    template: Template | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    image_processor: BaseImageProcessor | None = None
+    export_format: str = "transformers"
+    include_vision_tower: bool = False
+    dtype: torch.dtype | None = None
+
+
+def save_projector_only(directory: str | Path, model: LlavaModel, described: Description) -> None:
+    """Write stage 1's result, as LLaVA does: `mm_projector.bin`, and the `config.json` that says what it belongs to.
+
+    Every rank calls it, the main process writes.
     """
     directory = Path(directory)
-    if is_main_process:
+    if is_main_process():
         begin_directory(directory)
     rows = {"model.embed_tokens.weight": model.new_tokens.weight} if model.new_tokens is not None else {}
-    save_projector(model.projector, directory / PROJECTOR_FILE, dtype, is_main_process, _newline(model) | rows)
-    if is_main_process:
-        config = llava_config(model, projector_type, vision_tower_name, image_aspect_ratio, model_max_length, version)
+    save_projector(model.projector, directory / PROJECTOR_FILE, beside=_newline(model) | rows)
+    if is_main_process():
+        config = llava_config(model, described)
         base = {"_name_or_path": model.base} if model.base else {}  # as LLaVA's own have it
         write_json(directory, "config.json", {**config, **base, "tune_mm_mlp_adapter": True})
 
@@ -122,9 +138,6 @@ def why_not_transformers(
 
     That class, and those for FastVLM and for images in tiles alike, has exactly two linear layers with a GELU between
     them, calls the language model without its head and puts a bare `lm_head` of its own on top.
-
-    That class, and `FastVlmForConditionalGeneration` alike, has exactly two linear layers with a GELU between them,
-    calls the language model without its head and puts a bare `lm_head` of its own on top.
     """
     if projector_type != "mlp2x_gelu":
         return f"transformers' LLaVA knows the projector mlp2x_gelu only, not {projector_type}."
@@ -156,21 +169,9 @@ def why_not_transformers(
 
 
 def save_transformers(
-    directory: str | Path,
-    model: nn.Module,
-    tokenizer,
-    image_processor,
-    *,
-    projector_type: str,
-    image_aspect_ratio: str,
-    dtype: torch.dtype,
-    chat_template: str | None = None,
-    stop: tuple[str, ...] = (),
-    version: str | None = None,
-    is_main_process: bool = True,
-    shard_bytes: int = SHARD_BYTES,
+    directory: str | Path, model: LlavaModel, described: Description, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """The whole model as `LlavaForConditionalGeneration` with processor and tokenizer, for transformers 4 and 5 alike.
+    """Write the whole model as `LlavaForConditionalGeneration` with its processor, for transformers 4 and 5 alike.
 
     With FastVLM's tower it is `FastVlmForConditionalGeneration`, which is LLaVA's but for how it takes the features; a
     model whose images come in tiles is `LlavaNextForConditionalGeneration`.
@@ -179,28 +180,24 @@ def save_transformers(
     the mean of the old ones: as inputs they give way to image features, and as outputs the mean never beats the best.
 
     Args:
-        model: the bare `LlavaModel`, without DDP or engine; every rank calls this, the main process writes.
-        tokenizer: the one trained with; it is copied, not changed.
-        image_processor: the tower's; `image_aspect_ratio` "pad" is added to the copy that is saved.
-        dtype: of the weights and in the configuration.
-        chat_template: Jinja text of the template trained with. None saves none: the language model's own would not
-            be what the model was trained on.
-        stop: what ends an answer in that template; `generate` stops at those that are tokens, and at the end token.
-        version: that template's name, which goes into the configuration as `conversation_version`.
+        model: bare, without DDP or engine; every rank calls this, the main process writes.
+        described: `image_aspect_ratio` "pad" is added to the copy of the image processor; `generate` stops at those
+            of the template's ends that are tokens, and at the end token.
         shard_bytes: size of one weight file, and of what the main process holds in memory.
 
     Raises:
         ValueError: the layout cannot express this model, or the directory holds another kind of model.
     """
-    tower = model.vision_tower
-    if reason := why_not_transformers(projector_type, model.language_model, tower, model.tiling):
+    tower, dtype, template = model.vision_tower, described.dtype, described.template
+    if reason := why_not_transformers(described.projector_type, model.language_model, tower, model.tiling):
         raise ValueError(f"{reason} Save it in LLaVA's layout.")
     directory = Path(directory)
-    tokenizer = _with_image_token(tokenizer, chat_template)
+    jinja = chat_template(template) if template else None
+    tokenizer = _with_image_token(described.tokenizer, jinja)
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
 
     embeddings = model.language_model.get_input_embeddings().weight
-    old_rows = _whole_shape(embeddings)[0]
+    old_rows = whole_shape(embeddings)[0]
     rows = old_rows if image_token_id < old_rows else math.ceil((image_token_id + 1) / ROWS_MULTIPLE) * ROWS_MULTIPLE
 
     fast_vlm = tower.model.config.model_type == "timm_wrapper"
@@ -224,23 +221,23 @@ def save_transformers(
     weights += [(language_name(name), tensor) for name, tensor in language_weights]
     resized = {language_name(name): rows for name in ("model.embed_tokens.weight", "lm_head.weight")}
 
-    if is_main_process:
+    if is_main_process():
         begin_directory(directory)
-    _write_weights(directory, weights, dtype, is_main_process, shard_bytes, resized)
-    save_projector(model.projector, directory / PROJECTOR_FILE, dtype, is_main_process, _newline(model))
-    if not is_main_process:
+    write_weights(directory, weights, dtype, shard_bytes, resized)
+    save_projector(model.projector, directory / PROJECTOR_FILE, dtype, _newline(model))
+    if not is_main_process():
         return
 
     # "default" takes off one token, the class token.
     strategy = "default" if tower.leading_tokens and tower.select_feature == "patch" else "full"
     processor = (LlavaNextProcessor if model.tiling else LlavaProcessor)(
-        image_processor=_as_llavas(image_processor, image_aspect_ratio, model.tiling),
+        image_processor=_as_llavas(described.image_processor, described.image_aspect_ratio, model.tiling),
         tokenizer=tokenizer,
         patch_size=tower.model.config.patch_size,
         vision_feature_select_strategy=strategy,
         num_additional_image_tokens=tower.leading_tokens,
         image_token=IMAGE_MARK,
-        chat_template=chat_template,
+        chat_template=jinja,
     )
     with staged(directory) as staging:
         processor.save_pretrained(staging)
@@ -248,6 +245,7 @@ def save_transformers(
         # Not read with tokenizer.json beside it; LLaVA's layout, exported from here, takes it.
         if tokenizer.name_or_path and (file := find_file(tokenizer.name_or_path, SENTENCEPIECE_FILE)):
             shutil.copyfile(file, staging / SENTENCEPIECE_FILE)
+    stop = template.stop if template else ()
     generation = generation_settings(model.language_model.generation_config, tokenizer, stop)
     write_json(directory, "generation_config.json", generation)
 
@@ -269,7 +267,7 @@ def save_transformers(
     ).to_dict()
     # Not transformers' own keys: they tell this program how the model was trained.
     config |= {
-        "conversation_version": version,
+        "conversation_version": described.version,
         "mm_use_im_start_end": model.use_im_start_end,
         "mm_use_im_patch_token": model.use_im_patch_token,
     }
@@ -279,105 +277,51 @@ def save_transformers(
     write_json(directory, "config.json", config)
 
 
-def save_whole_model(
-    directory: str | Path,
-    tokenizer,
-    image_processor,
-    template: Template,
-    export_format: str,
-    include_vision_tower: bool,
-    dtype: torch.dtype,
-    *,
-    model: nn.Module,
-    projector_type: str,
-    vision_tower_name: str | None,
-    image_aspect_ratio: str,
-    model_max_length: int,
-    version: str,
-    is_main_process: bool = True,
-) -> str:
-    """The whole model in the layout asked for, `transformers` or `llava`; returns a line about it.
+def save_whole_model(directory: str | Path, model: LlavaModel, described: Description) -> str:
+    """Write the whole model in the layout asked for; return a line about it.
 
-    LLaVA's layout takes the place of transformers' where that cannot express the model. `include_vision_tower` counts
-    in LLaVA's layout, transformers' always has the tower. Every rank calls it, the main process writes.
+    LLaVA's layout takes the place of transformers' where that cannot express the model. Every rank calls it, the main
+    process writes.
     """
-    reason = why_not_transformers(projector_type, model.language_model, model.vision_tower, model.tiling)
-    if reason is None and export_format == "transformers":
-        save_transformers(
-            directory,
-            model,
-            tokenizer,
-            image_processor,
-            projector_type=projector_type,
-            image_aspect_ratio=image_aspect_ratio,
-            dtype=dtype,
-            chat_template=chat_template(template),
-            stop=template.stop,
-            version=version,
-            is_main_process=is_main_process,
-        )
+    reason = why_not_transformers(described.projector_type, model.language_model, model.vision_tower, model.tiling)
+    if reason is None and described.export_format == "transformers":
+        save_transformers(directory, model, described)
         return f"The model is in {directory}; transformers' {_of_transformers(model)[1]}.from_pretrained reads it."
-    save_llava(
-        directory,
-        model,
-        tokenizer,
-        projector_type=projector_type,
-        vision_tower_name=vision_tower_name,
-        image_aspect_ratio=image_aspect_ratio,
-        model_max_length=model_max_length,
-        version=version,
-        dtype=dtype,
-        include_vision_tower=include_vision_tower,
-        is_main_process=is_main_process,
-    )
-    because = f": {reason}" if export_format == "transformers" else "."
+    save_llava(directory, model, described)
+    because = f": {reason}" if described.export_format == "transformers" else "."
     return f"The model is in {directory}, in the layout of LLaVA's own code{because}"
 
 
 def save_llava(
-    directory: str | Path,
-    model: nn.Module,
-    tokenizer,
-    *,
-    projector_type: str,
-    vision_tower_name: str,
-    image_aspect_ratio: str,
-    model_max_length: int,
-    dtype: torch.dtype,
-    version: str | None = None,
-    include_vision_tower: bool = False,
-    is_main_process: bool = True,
-    shard_bytes: int = SHARD_BYTES,
+    directory: str | Path, model: LlavaModel, described: Description, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """The whole model in the layout of LLaVA's own code (`liuhaotian/llava-v1.5-*`), which expresses every projector.
+    """Write the whole model in the layout of LLaVA's own code (`liuhaotian/llava-v1.5-*`), for every projector.
 
-    The tower's weights belong in it if they were trained; otherwise LLaVA fetches them by `vision_tower_name`.
     Every rank calls it, the main process writes.
     """
-    directory = Path(directory)
+    directory, dtype = Path(directory), described.dtype
     weights, tied = _language_weights(model.language_model)
     for name, tensor in model.projector.state_dict(keep_vars=True).items():
         weights.append((f"model.mm_projector.{name}", tensor))
     weights += _newline(model).items()
-    if include_vision_tower:
+    if described.include_vision_tower:
         for name, tensor in model.vision_tower.model.state_dict(keep_vars=True).items():
             name = published_name(model.vision_tower.model.config, name)
             weights.append((f"model.vision_tower.vision_tower.{name}", tensor))
 
-    if is_main_process:
+    if is_main_process():
         begin_directory(directory)
-    _write_weights(directory, weights, dtype, is_main_process, shard_bytes)
-    save_projector(model.projector, directory / PROJECTOR_FILE, dtype, is_main_process, _newline(model))
-    if not is_main_process:
+    write_weights(directory, weights, dtype, shard_bytes)
+    save_projector(model.projector, directory / PROJECTOR_FILE, dtype, _newline(model))
+    if not is_main_process():
         return
     with staged(directory) as staging:
-        _save_tokenizer_for_llava(staging, tokenizer)
-    generation = generation_settings(model.language_model.generation_config, tokenizer)
+        _save_tokenizer_for_llava(staging, described.tokenizer)
+    generation = generation_settings(model.language_model.generation_config, described.tokenizer)
     write_json(directory, "generation_config.json", generation)
-    config = llava_config(model, projector_type, vision_tower_name, image_aspect_ratio, model_max_length, version)
-    config = _portable({**config, "tie_word_embeddings": tied}, dtype)
+    config = _portable({**llava_config(model, described), "tie_word_embeddings": tied}, dtype)
     # LLaVA's loader ignores tower weights in the files unless this is set (its issues 902 and 1694).
-    config["unfreeze_mm_vision_tower"] = include_vision_tower
+    config["unfreeze_mm_vision_tower"] = described.include_vision_tower
     write_json(directory, "config.json", config)
 
 
@@ -410,15 +354,8 @@ def generation_settings(generation_config: GenerationConfig, tokenizer, stop: tu
 # ---------------------------------------------------------------------------------------------------- configurations
 
 
-def llava_config(
-    model: nn.Module,
-    projector_type: str,
-    vision_tower_name: str | None,
-    image_aspect_ratio: str,
-    model_max_length: int,
-    version: str | None = None,
-) -> dict:
-    """The language model's configuration with the keys that LLaVA's `initialize_vision_modules` and `train` add.
+def llava_config(model: LlavaModel, described: Description) -> dict:
+    """Return the language model's configuration with the keys that LLaVA's `initialize_vision_modules` and `train` add.
 
     `conversation_version` is ours: LLaVA's files do not say which template a model was trained with.
     """
@@ -428,8 +365,8 @@ def llava_config(
         "model_type": f"llava_{family}",
         "architectures": [f"Llava{family.capitalize()}ForCausalLM"],
         "use_mm_proj": True,
-        "mm_vision_tower": vision_tower_name,
-        "mm_projector_type": projector_type,
+        "mm_vision_tower": described.vision_tower_name,
+        "mm_projector_type": described.projector_type,
         "mm_hidden_size": model.vision_tower.hidden_size,
         "mm_vision_select_layer": model.vision_tower.select_layer,
         "mm_vision_select_feature": model.vision_tower.select_feature,
@@ -438,10 +375,10 @@ def llava_config(
         "mm_use_im_patch_token": model.use_im_patch_token,
         "tune_mm_mlp_adapter": False,
         "freeze_mm_mlp_adapter": False,
-        "image_aspect_ratio": image_aspect_ratio,
+        "image_aspect_ratio": described.image_aspect_ratio,
         "tokenizer_padding_side": "right",
-        "tokenizer_model_max_length": model_max_length,
-        "conversation_version": version,
+        "tokenizer_model_max_length": described.model_max_length,
+        "conversation_version": described.version,
     }
     if model.vision_tower.is_resized:  # ours: LLaVA's code takes the size that the tower's name stands for
         config["mm_image_size"] = model.vision_tower.image_size
@@ -585,56 +522,6 @@ def _newline(model: nn.Module) -> dict[str, torch.Tensor]:
     return {f"model.{KEY}": model.image_newline.weight} if model.image_newline is not None else {}
 
 
-def _whole_shape(tensor: torch.Tensor) -> torch.Size:
-    """The shape of the tensor, also where ZeRO-3 has left an empty one in its place."""
-    return getattr(tensor, "ds_shape", tensor.shape)
-
-
-def _write_weights(
-    directory: Path,
-    weights: list[tuple[str, torch.Tensor]],
-    dtype: torch.dtype,
-    is_main_process: bool,
-    shard_bytes: int,
-    rows: dict[str, int] | None = None,
-) -> None:
-    """Write safetensors files of about `shard_bytes` each, with their index; `rows` names matrices that grow."""
-    rows = rows or {}
-    shards: list[list[tuple[str, torch.Tensor]]] = [[]]
-    size = total = 0
-    for name, tensor in weights:
-        shape = _whole_shape(tensor)
-        item = math.prod((rows.get(name, shape[0]), *shape[1:]) if shape else ()) * dtype.itemsize
-        if shards[-1] and size + item > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append((name, tensor))
-        size, total = size + item, total + item
-
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        weight_map |= {name: file for name, _ in shard}
-        content = {
-            name: _grown(tensor, rows[name]) if name in rows else tensor
-            for name, tensor in gathered_state_dict(shard, is_main_process, dtype)
-        }
-        if is_main_process:
-            with staged(directory) as staging:
-                save_file(content, staging / file, metadata={"format": "pt"})
-    if is_main_process and len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(directory, "model.safetensors.index.json", index)
-
-
-def _grown(matrix: torch.Tensor, rows: int) -> torch.Tensor:
-    """[old, width] -> [rows, width]: the new rows are the mean of the old ones."""
-    if rows == len(matrix):
-        return matrix
-    mean = matrix.mean(dim=0, dtype=torch.float32).to(matrix.dtype)
-    return torch.cat([matrix, mean.expand(rows - len(matrix), -1)])
-
-
 def begin_directory(directory: Path) -> None:
     """Remove an older model's config first, so that the rest is not taken for whole, then its other files."""
     check_may_be_written(directory)
@@ -643,31 +530,3 @@ def begin_directory(directory: Path) -> None:
         for file in directory.glob(pattern):
             if file.is_file():
                 file.unlink()
-
-
-@contextmanager
-def staged(directory: Path) -> Iterator[Path]:
-    """A folder whose files are flushed to the disk and moved into `directory` when the block ends well."""
-    staging = directory / STAGING
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    try:
-        yield staging
-        for file in sorted(staging.iterdir()):
-            with open(file, "rb") as content:
-                flush(content.fileno())
-            os.replace(file, directory / file.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    # The names too must be on the disk before the next file's are, config.json last.
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        flush(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(directory: Path, name: str, content: dict) -> None:
-    with staged(directory) as staging:
-        text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
-        (staging / name).write_text(text + "\n", encoding="utf-8")

@@ -19,7 +19,8 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
 
-from ..formats.write import MODEL_FILES, STAGING
+from ..files import STAGING
+from ..formats.layouts import MODEL_FILES
 from ..model.trained import numel
 from ..training.backend import KINDS, compute_dtype, gather_from_ranks
 from ..training.checkpoint import (
@@ -37,6 +38,7 @@ from .ownership import check_still_owned
 SEEN_BY_ALL = ".seen-by-all-"
 # The names that a run gives to what it has not finished, and nothing else may be removed by.
 OF_A_CHECK = re.compile(rf"{re.escape(SEEN_BY_ALL)}[0-9a-f]{{32}}(-\d+(\.incomplete)?)?")
+OF_A_FILE = re.compile(r"\..+\.[0-9a-f]{32}\.incomplete")
 OF_A_SAVE = re.compile(r"\.checkpoint-\d+\.(incomplete|removed)")
 # What a run writes over, unlinks or empties: its result, its reports, and where the result is prepared. Not what it
 # writes before arguments.yaml, which a killed run leaves alone: `cache`, `preempted`, `.owner`.
@@ -56,7 +58,7 @@ def remove_leftovers(output_dir: Path, step: int, keep: int | None) -> list[str]
     """
     sentences = remove_oldest(output_dir, step, keep)
     for path in sorted(output_dir.glob(".*")):
-        if OF_A_CHECK.fullmatch(path.name):
+        if OF_A_CHECK.fullmatch(path.name) or OF_A_FILE.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         elif OF_A_SAVE.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)

@@ -13,12 +13,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..data.images import normalisation_table
 from ..data.tokenization import IGNORE_INDEX
-from ..formats.read import Source
-from ..options.image_newline import KEY, ImageNewline
+from ..options.image_newline import ImageNewline
 from ..options.tiles import Tiling
-from .projector import load_projector
 from .vision_tower import VisionTower
 
 # Logits are turned to fp32 this many at a time, so that a vocabulary of 150,000 does not need gigabytes at once.
@@ -149,43 +146,6 @@ class LlavaModel(nn.Module):
         layers = [module for module in self.language_model.modules() if isinstance(module, GradientCheckpointingLayer)]
         for number, layer in enumerate(layers):
             layer.gradient_checkpointing = int((number + 1) * share) > int(number * share)
-
-
-def load_llava(
-    source: Source,
-    attn_implementation: str | None,
-    dtypes: dict[str, torch.dtype],
-    pretrained_projector: str | None = None,
-    quantisation: dict | None = None,
-    beside_token_rows: bool = False,
-) -> LlavaModel:
-    """The model that a run starts from: of a plain language model with a tower and a projector, of a LLaVA model all.
-
-    Args:
-        source: what `open_source` found.
-        attn_implementation: None takes what transformers has for this language model, eager if it caps scores.
-        dtypes: of the parts `language_model`, `vision_tower` and `projector`. Under ZeRO-3 the first two are read in
-            the DeepSpeed config's precision instead, because they are partitioned while they are read.
-        pretrained_projector: file or directory to read the projector from, in place of the source's; where neither has
-            one it gets new weights, from torch's generator.
-        quantisation: further arguments for reading the language model, see `distributed.quantisation`.
-        beside_token_rows: the projector's file holds the rows that `image_tokens.py` reads, too.
-    """
-    # The projector first: reading the models may or may not draw random numbers, which depends on the backend, and new
-    # weights should depend on the seed alone.
-    projector, newline = source.load_projector(), source.load_newline()
-    if pretrained_projector:
-        beside = ("embed_tokens.weight",) * beside_token_rows + (KEY,) * (newline is not None)
-        load_projector(projector, pretrained_projector, beside)
-        if newline is not None:
-            newline.load_beside_projector(pretrained_projector)
-    language_model = source.load_language_model(dtypes["language_model"], attn_implementation, **(quantisation or {}))
-    tower = source.load_vision_tower(dtypes["vision_tower"])
-    tower.pixel_table = normalisation_table(source.image_processor())
-    newline = newline and newline.to(dtypes["projector"])
-    model = LlavaModel(tower, projector.to(dtypes["projector"]), language_model, newline, source.tiling)
-    model.base = source.name
-    return model
 
 
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 PROJECTOR_FILE = "mm_projector.bin"
-NO_FLUSH = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # of fsync, where a file system has none
 
 
 def build_projector(kind: str, vision_width: int, text_width: int) -> nn.Module:
@@ -64,8 +63,13 @@ def whole(parameter: torch.Tensor, modified: bool = False):
     return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if modified else None)
 
 
+def is_main_process() -> bool:
+    """Return whether this rank writes files: the first one, or the only process."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
 def gathered_state_dict(
-    named_parameters: Iterable[tuple[str, torch.Tensor]], is_main_process: bool, dtype: torch.dtype | None = None
+    named_parameters: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, whole tensor on the CPU) one after the other, on the main process only.
 
@@ -75,13 +79,12 @@ def gathered_state_dict(
 
     Args:
         named_parameters: names with parameters or buffers, in the same order on every rank.
-        is_main_process: whether this rank receives the tensors.
         dtype: floating-point tensors are cast to it; None keeps them as they are.
     """
     for name, parameter in named_parameters:
         tensor = None
         with whole(parameter):
-            if is_main_process:
+            if is_main_process():
                 target = dtype if dtype is not None and parameter.is_floating_point() else parameter.dtype
                 # copy=True: on a CPU the tensor would otherwise share memory that DeepSpeed frees on leaving the block.
                 tensor = parameter.detach().to(device="cpu", dtype=target, copy=True).contiguous()
@@ -93,7 +96,6 @@ def save_projector(
     projector: nn.Module,
     path: str | Path,
     dtype: torch.dtype | None = None,
-    is_main_process: bool = True,
     beside: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write LLaVA's `mm_projector.bin`: a dict of `model.mm_projector.0.weight` and so on, in `dtype` or as trained.
@@ -105,8 +107,8 @@ def save_projector(
         beside: what else was trained with it and belongs into the file, by its name there.
     """
     named = [(f"model.mm_projector.{name}", tensor) for name, tensor in projector.state_dict(keep_vars=True).items()]
-    weights = dict(gathered_state_dict([*named, *(beside or {}).items()], is_main_process, dtype))
-    if not is_main_process:
+    weights = dict(gathered_state_dict([*named, *(beside or {}).items()], dtype))
+    if not is_main_process():
         return
     path = Path(path)
     path = path / PROJECTOR_FILE if path.is_dir() else path
@@ -114,26 +116,15 @@ def save_projector(
     unfinished = path.with_name(path.name + ".unfinished")
     content = io.BytesIO()  # writing to the file itself torch would make a RuntimeError of a full disk
     torch.save(weights, content)
-    with open(unfinished, "wb") as file:
+    with open(unfinished, "wb") as file:  # what files.py does, once more: this module stands alone
         file.write(content.getbuffer())
         file.flush()
-        flush(file.fileno())
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # a file system that has no fsync
+                raise
     os.replace(unfinished, path)
-
-
-def flush(descriptor: int) -> str | None:
-    """Have the disk write a file or directory before this returns. Raises OSError if it fails.
-
-    Some network file systems and FUSE's have no such operation, or none for directories. What is written there is
-    written when they please: the reason is returned, and nothing is lost unless the machine goes down.
-    """
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in NO_FLUSH:
-            raise
-        return error.strerror
-    return None
 
 
 def find_projector(path: str | Path) -> Path:

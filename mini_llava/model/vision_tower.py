@@ -7,15 +7,13 @@ a copy without memory is run, and autograd says which parameters its features de
 """
 
 import copy
-import re
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import MODEL_MAPPING, PreTrainedConfig
 
 from ..data.images import normalise
-from ..data.tokenization import foreign_code_refused, read_json
 from .projector import whole
 
 SELECT_FEATURES = ("patch", "cls_patch")
@@ -49,8 +47,6 @@ KINDS = {
     "dinov2_with_registers": Kind(class_token=True, renamed=_DINOV2_NAMES),
     "timm_wrapper": Kind(class_token=False),
 }
-# The tower of FastVLM under the name that apple's own checkpoints have for it; the number is the image size.
-FASTVITHD = re.compile(r"mobileclip_l_(\d+)")
 
 
 class VisionTower(nn.Module):
@@ -234,111 +230,3 @@ def published_name(config: PreTrainedConfig, name: str) -> str:
     for here, there in kind.renamed:
         name = name.replace(here, there)
     return kind.level + name.removeprefix(kind.level)
-
-
-def apple_name(name: str) -> str:
-    """The name that a weight of timm's `fastvit_mci3` has in apple's FastVLM checkpoints.
-
-    Apple numbers downsampling, position encoding and stages in one list: 0, (1) 2, (3) 4, (5, 6) 7, (8, 9) 10.
-    """
-    name = name.removeprefix("timm_model.")
-    if match := re.match(r"stages\.(\d)\.", name):
-        stage = int(match[1])
-        blocks = (0, 2, 4, 7, 10)[stage]
-        down = (None, 1, 3, 5, 8)[stage]
-        for here, there in (("blocks", blocks), ("downsample", down), ("pos_emb", blocks - 1)):
-            name = name.replace(f"stages.{stage}.{here}.", f"network.{there}.")
-        name = name.replace(f"network.{down}.proj.0.reparam_conv", f"network.{down}.proj.0.lkb_reparam")
-        name = name.replace(".mlp.", ".convffn.").replace(".gamma", "")
-    for here, there in (("stem", "patch_embed"), ("final_conv", "conv_exp")):
-        name = re.sub(rf"^{here}\.", f"{there}.", name)
-    return "model." + name.replace(".se.fc1.", ".se.reduce.").replace(".se.fc2.", ".se.expand.")
-
-
-# ------------------------------------------------------------------------------------------------------------- reading
-
-
-def load_vision_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The configuration of a vision tower; of a whole model (contrastive, LLaVA, FastVLM) that of its vision part.
-
-    Raises:
-        ValueError: it is none of `KINDS`, or it needs timm, which cannot be imported.
-        OSError: there is no such tower, or the hub cannot be asked for it.
-    """
-    if FASTVITHD.fullmatch(path):
-        return _complete_timm(_timm_config(architecture="fastvit_mci3", model_args={"inference_mode": True}))
-    written = read_json(path, "config.json")
-    if not written:
-        raise FileNotFoundError(f"{path} has no config.json, so it is not a vision tower (--vision_tower).")
-    if tower := written.get("mm_vision_tower"):  # the layout of LLaVA's own code
-        return load_vision_config(tower, trust_remote_code)
-    if "architecture" in (written.get("vision_config") or written):  # timm's key
-        check_timm()
-    with foreign_code_refused(path):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    config = getattr(config, "vision_config", config)
-    if config.model_type not in KINDS:
-        naflex = " Of SigLIP 2 the models with one fixed resolution are, the NaFlex ones are not."
-        raise ValueError(
-            f"{path}: the model type of its vision tower is {config.model_type}. Known are {', '.join(KINDS)}."
-            + (naflex if config.model_type == "siglip2_vision_model" else "")
-        )
-    return _complete_timm(config) if config.model_type == "timm_wrapper" else config
-
-
-def load_vision_tower(
-    path: str,
-    select_layer: int,
-    select_feature: str,
-    dtype: torch.dtype,
-    trust_remote_code: bool = False,
-    image_size: int | None = None,
-) -> VisionTower:
-    """Reads a tower from a local directory or a hub name, whole contrastive models included.
-
-    Raises:
-        ValueError: weights are missing, which transformers would only warn of and make up.
-    """
-    config = load_vision_config(path, trust_remote_code)
-    with foreign_code_refused(path):
-        model, loading = MODEL_MAPPING[type(config)].from_pretrained(
-            path, config=config, dtype=dtype, output_loading_info=True
-        )
-    if missing := sorted(loading["missing_keys"]):
-        raise ValueError(
-            f"--vision_tower {path} lacks {missing[0]}"
-            + (f" and {len(missing) - 1} more weight{'s' * (len(missing) != 2)}" if len(missing) > 1 else "")
-            + f": it holds no whole {type(model).__name__}."
-        )
-    return VisionTower(model, select_layer, select_feature, image_size)
-
-
-def check_timm() -> None:
-    """timm builds FastVLM's tower; it is imported only where there is one."""
-    try:
-        import timm  # noqa: F401
-    except (ImportError, RuntimeError) as error:  # a torchvision that does not fit the torch is a RuntimeError
-        raise ValueError(
-            f"The vision tower is a model of timm, which cannot be imported here ({error}). Install it with `pip "
-            f"install timm`; it needs a torchvision that fits the installed torch."
-        ) from error
-
-
-def _timm_config(**settings) -> PreTrainedConfig:
-    check_timm()
-    from transformers import TimmWrapperConfig
-
-    return TimmWrapperConfig(**settings)
-
-
-def _complete_timm(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Width and stride, which a timm model shows only when it is built, under the names that the others have."""
-    side = 256
-    shape = empty_model(config)(torch.empty(1, 3, side, side, device="meta"), do_pooling=False).last_hidden_state.shape
-    if len(shape) != 4:
-        raise ValueError(
-            f"The timm model {config.architecture} gives features of shape {list(shape)}. Known are those that give a "
-            f"grid [1, width, rows, columns], as FastVLM's does."
-        )
-    config.hidden_size, config.patch_size = shape[1], side // shape[2]
-    return config

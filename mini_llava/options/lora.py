@@ -14,9 +14,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..data.tokenization import load_tokenizer
-from ..formats.write import begin_directory, llava_config, staged, write_json
+from ..files import staged
+from ..formats.weights import write_json
+from ..formats.write import Description, begin_directory, llava_config
 from ..model.llava import LlavaModel
-from ..model.projector import gathered_state_dict, list_some, read_tensors, whole
+from ..model.projector import gathered_state_dict, is_main_process, list_some, read_tensors, whole
 from ..model.vision_tower import published_name
 from .image_newline import KEY
 from .image_tokens import add_token_rows, set_rows
@@ -140,13 +142,12 @@ def fingerprint(language_model: nn.Module) -> str:
 # ---------------------------------------------------------------------------------------------------------- writing
 
 
-def save_lora(directory: str | Path, tokenizer, *, model: LlavaModel, is_main_process: bool = True, **described) -> str:
-    """A LoRA run as LLaVA lays it out, and whole without the run: adapter, projector, config and tokenizer.
+def save_lora(directory: str | Path, model: LlavaModel, described: Description) -> str:
+    """Write a LoRA run as LLaVA lays it out, whole without the run: adapter, projector, config and tokenizer.
 
     `adapter_model.safetensors` and `adapter_config.json` are PEFT's; `non_lora_trainables.bin` has the projector,
     trained or not, and the trained weights of the tower; `config.json` is the LLaVA model's. Every rank calls it
-    (ZeRO-3 gathers, one tensor at a time), the main process writes. `described` is what the other saving functions are
-    told about the model. Returns a line about it.
+    (ZeRO-3 gathers, one tensor at a time), the main process writes. Return a line about it.
     """
     directory = Path(directory)
     [(adapter, config)] = model.language_model.peft_config.items()
@@ -161,24 +162,23 @@ def save_lora(directory: str | Path, tokenizer, *, model: LlavaModel, is_main_pr
     for name, parameter in tower:
         others.append((f"{PREFIX}model.{TOWER}{published_name(model.vision_tower.model.config, name)}", parameter))
 
-    if is_main_process:
+    if is_main_process():
         begin_directory(directory)
-    adapter_weights = dict(gathered_state_dict(adapter_weights, is_main_process))
-    others = dict(gathered_state_dict(others, is_main_process))
-    if is_main_process:
+    adapter_weights, others = dict(gathered_state_dict(adapter_weights)), dict(gathered_state_dict(others))
+    if is_main_process():
         if model.use_im_start_end:  # no need of the other rows, which are the base's
             key = PREFIX + "model." + TOKENS
             others[key] = others[key][model.first_image_token :][:2].clone()
         with staged(directory) as staging:
             save_file(adapter_weights, staging / ADAPTER_FILES[0], metadata={"format": "pt"})
             torch.save(others, staging / OTHERS_FILE)
-            tokenizer.save_pretrained(staging)
+            described.tokenizer.save_pretrained(staging)
         # The full names: PEFT would keep the shortest endings that fit this language model, and apply them to the
         # tower too when they are read beside one.
         changed = {"target_modules": sorted(adapters(model.language_model)), "inference_mode": True}
         settings = {key: value for key, value in config.to_dict().items() if key in ADAPTER_SETTINGS}
         write_json(directory, ADAPTER_CONFIG, {**settings, "peft_type": "LORA", "task_type": "CAUSAL_LM", **changed})
-        llava = llava_config(model, **described)
+        llava = llava_config(model, described)
         llava.pop("quantization_config", None)  # the adapters fit the unquantised model as well
         llava |= {
             "unfreeze_mm_vision_tower": bool(tower),

@@ -13,18 +13,16 @@ import sys
 import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import GenerationConfig, StoppingCriteria, TextStreamer
 from transformers.utils import logging
 
-from ..data.collator import image_tokens, join_images
 from ..data.images import BadImage
 from ..data.loader import open_pixels
 from ..data.templates import IMAGE_MARK, written_answer
-from ..data.tokenization import IMAGE_TOKEN_INDEX, BadRecord, expand_images, tokenize_prompt
+from ..data.tokenization import BadRecord, tokenize_prompt
+from ..evaluation.generate import expand_prompt, generate
 from ..formats.write import generation_settings
-from ..options.tiles import Tiles
 from ..training.checkpoint import CheckpointError
 from .saved_models import DTYPES, SavedModel, open_saved
 
@@ -38,9 +36,9 @@ class Conversation:
         """`generation` is for `GenerationConfig`: `max_new_tokens`, `do_sample` and so on."""
         self.template, self.tokenizer = saved.template, saved.tokenizer
         self.model, self.device = saved.load(dtype).to(device), device
-        self.dtype, self.size = dtype, self.model.vision_tower.image_size
         self.longest = saved.source.language_config.max_position_embeddings
-        how = dict(processor=saved.source.image_processor(), aspect_ratio=saved.image_aspect_ratio(), size=self.size)
+        how = dict(processor=saved.source.image_processor(), aspect_ratio=saved.image_aspect_ratio())
+        how["size"] = self.model.vision_tower.image_size
         how["tiling"] = self.model.tiling
         self.to_pixels = functools.partial(open_pixels, **how)
         config = self.model.language_model.generation_config
@@ -75,32 +73,23 @@ class Conversation:
         spoken = [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate([*turns, ""])]
         record = {"conversations": spoken, "image": [f"picture {index}" for index in range(len(pixels))]}
         ids = tokenize_prompt(record, self.template, self.tokenizer)
-        ids = expand_images(ids, image_tokens(pixels, self.model.vision_tower.tokens_per_image))
+        ids = expand_prompt(self.model, ids, pixels)
         if len(ids) >= self.longest:
             raise BadRecord(f"the conversation has {len(ids)} tokens, and the model takes {self.longest}: /reset.")
-        answer = self._generate(torch.from_numpy(ids.astype(np.int64))[None], pixels, stream)
-        self.turns, self.pixels, self.pending = [*turns, answer], pixels, []
-        return answer
-
-    def _generate(self, ids: torch.Tensor, pixels: list[torch.Tensor | Tiles], stream: bool) -> str:
-        is_image = ids == IMAGE_TOKEN_INDEX
-        images, feature_rows = join_images(pixels, self.size)
-        embeddings = self.model.embed(
-            ids.masked_fill(is_image, 0).to(self.device),
-            images.to(self.device),
-            is_image.flatten().nonzero().squeeze(-1).to(self.device),
-            None if feature_rows is None else feature_rows.to(self.device),
-        ).to(self.dtype)
         settings = self.model.language_model.generation_config
-        output = self.model.language_model.generate(
-            inputs_embeds=embeddings,
-            attention_mask=torch.ones_like(ids).to(self.device),
-            max_new_tokens=min(settings.max_new_tokens, self.longest - ids.shape[1]),
+        output = generate(
+            self.model,
+            [ids],
+            pixels,
+            self.device,
+            max_new_tokens=min(settings.max_new_tokens, self.longest - len(ids)),
             use_cache=True,
             stopping_criteria=[StopAt(self)],
             streamer=Printer(self) if stream else None,
         )
-        return written_answer(self.template, self.tokenizer.decode(output[0], skip_special_tokens=True))
+        answer = written_answer(self.template, self.tokenizer.decode(output[0], skip_special_tokens=True))
+        self.turns, self.pixels, self.pending = [*turns, answer], pixels, []
+        return answer
 
 
 class StopAt(StoppingCriteria):

@@ -29,6 +29,7 @@ from ..data.loader import count_reasons
 from ..data.templates import IMAGE_MARK
 from ..data.tokenization import BadRecord, check_record, shorten
 from ..data.unread import allowed, kind_of_name
+from ..files import atomic_write
 from ..watch.json_lines import read_lines
 from ..words import counted
 
@@ -504,8 +505,7 @@ def convert_file(number: int, path: Path, given: argparse.Namespace, asked: Colu
     if part.exists():
         return
     entries = tqdm(read_entries(path, asked), desc=path.name, unit=" entries", delay=2, mininterval=1, leave=False)
-    records, faults = (file.with_suffix(".incomplete") for file in (part, bad))
-    with open(records, "w", encoding="utf-8") as good_lines, open(faults, "w", encoding="utf-8") as bad_lines:
+    with atomic_write(part) as good_lines, atomic_write(bad) as bad_lines:  # the latter gets its name first
         for row, (name, entry) in enumerate(entries):
             place = f"{number:05d}/{row // 1000:04d}/{row:07d}"  # no folder of a hundred thousand files
             try:
@@ -515,29 +515,18 @@ def convert_file(number: int, path: Path, given: argparse.Namespace, asked: Colu
                 how = (asked, given.image_root, given.drop_system, allowed(given.leave_unread))
                 record, images = make_record(entry, called, place, *how)
             except (BadEntry, BadRecord) as error:
-                bad_lines.write(json.dumps({"file": str(path), "entry": name, "reason": str(error)}) + "\n")
+                entry = {"file": str(path), "entry": name, "reason": str(error)}
+                bad_lines.write(json.dumps(entry).encode() + b"\n")
                 continue
             for image, content in images.items():
                 (output / "images" / image).parent.mkdir(parents=True, exist_ok=True)
                 (output / "images" / image).write_bytes(content)
-            good_lines.write(json.dumps(record) + "\n")
-    os.sync()  # the images too, before the part says that they are there
-    faults.rename(bad)
-    records.rename(part)
+            good_lines.write(json.dumps(record).encode() + b"\n")
+        os.sync()  # the images too, before the part says that they are there
 
 
 def _part(output: Path, number: int, kind: str) -> Path:
     return output / "parts" / f"{number:05d}.{kind}.jsonl"
-
-
-def write_whole(file: Path, contents: Iterable[bytes]) -> None:
-    """Writes a file that is whole or absent."""
-    incomplete = file.with_suffix(".incomplete")
-    with open(incomplete, "wb") as whole:
-        whole.writelines(contents)
-        whole.flush()
-        os.fsync(whole.fileno())
-    incomplete.rename(file)
 
 
 def convert(given: argparse.Namespace) -> int:
@@ -557,14 +546,16 @@ def convert(given: argparse.Namespace) -> int:
             raise ValueError(f"{output} holds a conversion of other files or with other flags: take another --output.")
         shutil.rmtree(output / "images", ignore_errors=True)  # of an attempt that finished no file
         output.mkdir(parents=True, exist_ok=True)
-        write_whole(plan_file, [json.dumps(plan, indent=1).encode()])
+        with atomic_write(plan_file) as file:
+            file.write(json.dumps(plan, indent=1).encode())
     if not records.exists():
         for folder in ("parts", "images"):
             (output / folder).mkdir(exist_ok=True)
         for number, path in enumerate(files):
             convert_file(number, path, given, asked)
         for kind, whole in (("bad", faults), ("records", records)):
-            write_whole(whole, (_part(output, number, kind).read_bytes() for number in range(len(files))))
+            with atomic_write(whole) as file:
+                file.writelines(_part(output, number, kind).read_bytes() for number in range(len(files)))
     shutil.rmtree(output / "parts", ignore_errors=True)
 
     with open(records, "rb") as lines:

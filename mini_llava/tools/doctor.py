@@ -27,9 +27,10 @@ from ..data.sampler import GlobalBatchSampler, computed_tokens, deal
 from ..data.templates import get_template
 from ..data.tokenization import IGNORE_INDEX, BadRecord, Sample, load_tokenizer, tokenize
 from ..data.unread import allowed
-from ..formats.read import read_language_config, tower_image_size
+from ..formats.read import read_language_config
+from ..formats.towers import load_vision_config, tower_image_size
 from ..guards import preflight
-from ..model.vision_tower import load_vision_config, tokens_per_image
+from ..model.vision_tower import tokens_per_image
 from ..options.image_tokens import missing_rows
 from ..options.tiles import MERGE_TYPES, choose_tiling
 from ..words import counted

@@ -13,9 +13,8 @@ import torch
 
 from ..arguments import KNOWN_VALUES, ModelArguments
 from ..formats import write
-from ..formats.read import map_parts
+from ..formats.read import map_llava
 from ..guards.output_folder import check_place
-from ..model.llava import LlavaModel
 from ..training.checkpoint import CheckpointError
 from .saved_models import DTYPES, LORA, WHOLE, SavedModel, open_saved
 
@@ -42,28 +41,24 @@ def export(
         raise ValueError(f"{saved.directory} was trained with --image_aspect_ratio {trained_with}: leave the flag out.")
     dtype = dtype or saved.stored_dtype()
     if saved.kind == WHOLE:
-        model = LlavaModel(*map_parts(saved.source), saved.source.tiling)
+        model = map_llava(saved.source)
         model.use_im_start_end, model.use_im_patch_token = saved.image_tokens()
     else:
         model = saved.load(dtype)
-    described = dict(
-        model=model,
+    described = write.Description(
         projector_type=saved.source.projector_type,
         vision_tower_name=saved.source.vision_tower,
         image_aspect_ratio=image_aspect_ratio or trained_with,
         model_max_length=saved.model_max_length(),
         version=saved.version,
+        template=saved.template,
+        tokenizer=saved.tokenizer,
+        image_processor=saved.source.image_processor(),
+        export_format=export_format,
+        include_vision_tower=save_vision_tower or saved.tower_is_own,
+        dtype=dtype,
     )
-    return write.save_whole_model(
-        directory,
-        saved.tokenizer,
-        saved.source.image_processor(),
-        saved.template,
-        export_format,
-        save_vision_tower or saved.tower_is_own,
-        dtype,
-        **described,
-    )
+    return write.save_whole_model(directory, model, described)
 
 
 def check_empty(directory: Path, overwrite: bool) -> None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from ..arguments import Arguments, TrainingArguments
 from ..build import plan_of
 from ..data.records import Lengths, RecordStore, measure_some
-from ..formats.read import Source, empty_parts
+from ..formats.read import Source, assemble, empty_parts
 from ..guards import preflight
 from ..guards.longest import Longest, kept_of_a_position, longest_micro_batch
 from ..guards.output_folder import disk_needs
@@ -73,8 +73,7 @@ class Planned:
         """What `build_model` builds, on the meta device, and its freeze plan."""
         flags, training = self.arguments.model, self.arguments.training
         plan, parts = plan_of(self.arguments, self.source), empty_parts(self.source)
-        tower, newline = self.source.as_tower(parts["vision_tower"]), parts.get("image_newline")
-        model = LlavaModel(tower, parts["projector"], parts["language_model"], newline, self.source.tiling)
+        model = assemble(self.source, parts | {"vision_tower": self.source.as_tower(parts["vision_tower"])})
         for name, part in model.named_children():
             part.to(self.layout.master_dtype if name in trained_in_full(plan) else self.layout.compute_dtype)
         if training.lora_enable:

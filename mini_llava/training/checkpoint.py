@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..model.projector import flush
+from ..files import flush, flush_file
 from ..words import counted
 from .backend import (
     create_moments,
@@ -77,6 +77,7 @@ def save_checkpoint(
     description: dict,
     keep: int | None,
     write_weights: Callable[[Path], None] | None = None,
+    check_owner: Callable[[], None] | None = None,
 ) -> Saved:
     """Writes `output_dir/checkpoint-<step>` and removes the oldest beyond `keep`. All ranks must call it.
 
@@ -87,6 +88,7 @@ def save_checkpoint(
         description: JSON values put into the manifest (sampler cursor, arguments, identity of the run).
         write_weights: called as `write_weights(directory)` on all ranks; writes loadable weights beside the state. Its
             collectives must come before its first write, for a rank that fails enters none.
+        check_owner: called on the main process first; raises OSError if another run has taken the directory.
 
     Raises:
         CheckpointError: on all ranks, with the reasons of those that failed; nothing is left behind and older
@@ -101,6 +103,8 @@ def save_checkpoint(
     try:
         with agreement(accelerator, failure):
             if accelerator.is_main_process:
+                if check_owner is not None:
+                    check_owner()
                 _refuse_to_replace(final)
                 if temporary.exists():
                     shutil.rmtree(temporary)
@@ -128,8 +132,9 @@ def save_checkpoint(
                     "files": files | _flush_weights(temporary, besides=files),
                 }
                 manifest["sha256"] = _manifest_checksum(manifest)
-                _write_flushed(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
-                _flush_directory(temporary)
+                (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+                flush_file(temporary / "manifest.json")
+                flush_file(temporary)
                 _rename_into_place(temporary, final)
                 warnings = remove_oldest(output_dir, step, keep)
     except CheckpointError:
@@ -204,34 +209,15 @@ def _manifest_checksum(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _write_flushed(path: Path, content: bytes) -> str | None:
-    """Returns why it could not be flushed, if it could not."""
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        return flush(file.fileno())
-
-
-def _flush_directory(path: Path) -> str | None:
-    """Makes renames and new entries of a directory durable; returns why it could not be, if it could not."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        return flush(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _flush_weights(directory: Path, besides: dict[str, dict]) -> dict[str, dict]:
     """Flushes the files that `write_weights` made; returns their names, sizes and checksums."""
     digests = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
-        if path.is_dir():
-            _flush_directory(path)
-        elif name not in besides:
-            with open(path, "rb") as file:
-                flush(file.fileno())
-            digests[name] = digest(path)
+        if name not in besides:
+            flush_file(path)
+            if path.is_file():
+                digests[name] = digest(path)
     return digests
 
 
@@ -248,7 +234,7 @@ def _rename_into_place(temporary: Path, final: Path) -> None:
         if replaced:
             os.rename(replaced, final)
         raise OSError(f"the directory {temporary.name} cannot be renamed: {error.strerror}") from error
-    _flush_directory(final.parent)
+    flush_file(final.parent)
     if replaced:
         shutil.rmtree(replaced, ignore_errors=True)  # what is left is removed by the next run
 
@@ -259,7 +245,7 @@ def _out_of_sight(checkpoint: Path) -> Path:
     if removed.exists():
         shutil.rmtree(removed)
     os.rename(checkpoint, removed)
-    _flush_directory(checkpoint.parent)
+    flush_file(checkpoint.parent)
     return removed
 
 
@@ -309,8 +295,9 @@ def try_a_save(output_dir: Path, name: str) -> str | None:
     temporary, final = output_dir / f"{name}.incomplete", output_dir / name
     try:
         temporary.mkdir()
-        no_flush = _write_flushed(temporary / "file", bytes(2**16))
-        no_flush = _flush_directory(temporary) or no_flush
+        (temporary / "file").write_bytes(bytes(2**16))
+        no_flush = flush_file(temporary / "file")
+        no_flush = flush_file(temporary) or no_flush
         _rename_into_place(temporary, final)
     finally:
         for path in (temporary, final):

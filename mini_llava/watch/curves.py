@@ -6,6 +6,7 @@ From the log and not from memory, so that a run that was resumed shows all of it
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..files import atomic_write
 from .json_lines import read_lines
 
 PARTS_AT_MOST = 6  # more lines in one panel cannot be told apart
@@ -56,9 +57,8 @@ def draw_curves(log: Path, file: Path) -> None:
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(fontsize=8, frameon=False)
-    temporary = file.with_name(f".{file.name}.incomplete")
-    figure.savefig(temporary, format="png")
-    temporary.replace(file)
+    with atomic_write(file) as content:
+        figure.savefig(content, format="png")
 
 
 def smoothed(values: Sequence[float]) -> list[float]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from ..data.images import BadImage, image_path
 from ..data.records import RecordStore
 from ..data.tokenization import BadRecord
+from ..files import atomic_write
 from ..guards.never_fatal import never_fatal
 from ..words import counted
 from .curves import draw_curves
@@ -40,7 +41,8 @@ def write_summary(output_dir: Path, logging_steps: int, pauses: dict[str, float]
         values = summarise(list(read_lines(output_dir / "log.jsonl")), logging_steps, pauses)
         values |= {"output_dir": str(output_dir), "talk_to_it": talk_command(output_dir, store)}
         text = describe(values)
-        (output_dir / "summary.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        with atomic_write(output_dir / "summary.json") as file:
+            file.write(json.dumps(values, indent=1).encode() + b"\n")
     return text
 
 

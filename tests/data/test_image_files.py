@@ -36,7 +36,7 @@ from mini_llava.data.images import (
     resize_padded,
     white_value,
 )
-from mini_llava.model.vision_tower import load_vision_tower
+from mini_llava.formats.towers import load_vision_tower
 
 FIXTURES = Path(__file__).parent.parent / "parity" / "fixtures"
 

@@ -12,8 +12,7 @@ from transformers import LlavaForConditionalGeneration
 
 from mini_llava import build
 from mini_llava.arguments import ModelArguments
-from mini_llava.formats.read import open_source
-from mini_llava.model.llava import load_llava
+from mini_llava.formats.read import load_llava, open_source
 from mini_llava.tools import export
 from mini_llava.tools.saved_models import open_saved
 from tests.end_to_end import runs

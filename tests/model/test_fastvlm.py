@@ -19,16 +19,11 @@ from mini_llava.arguments import ModelArguments
 from mini_llava.data.images import normalisation_table, normalise, output_size, pixel_values
 from mini_llava.data.tokenization import load_tokenizer
 from mini_llava.formats import write
-from mini_llava.formats.read import open_source, tower_image_processor
-from mini_llava.model.llava import LlavaModel, load_llava
-from mini_llava.model.vision_tower import (
-    apple_name,
-    check_timm,
-    empty_model,
-    load_vision_config,
-    load_vision_tower,
-    tokens_per_image,
-)
+from mini_llava.formats.read import load_llava, open_source
+from mini_llava.formats.towers import load_vision_config, load_vision_tower, tower_image_processor
+from mini_llava.model.llava import LlavaModel
+from mini_llava.model.vision_tower import empty_model, tokens_per_image
+from mini_llava.options.fastvlm import apple_name, check_timm
 from mini_llava.tools import chat
 from mini_llava.watch.flops import FlopCounter
 from tests.end_to_end import runs

@@ -27,7 +27,10 @@ from transformers import (
 from mini_llava.data.images import load_image_processor
 from mini_llava.data.templates import chat_template, get_template, render
 from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, add_image_tokens, load_tokenizer, tokenize_prompt
+from mini_llava.formats.towers import load_vision_tower
+from mini_llava.formats.weights import SHARD_BYTES
 from mini_llava.formats.write import (
+    Description,
     generation_settings,
     save_llava,
     save_projector_only,
@@ -36,7 +39,6 @@ from mini_llava.formats.write import (
 )
 from mini_llava.model.llava import LlavaModel
 from mini_llava.model.projector import build_projector, load_projector
-from mini_llava.model.vision_tower import load_vision_tower
 from tests import forked_runs
 from tests.slow_llama import SlowLlama, configure, like_llama_2
 
@@ -74,10 +76,14 @@ def image_processor():
     return CLIPImageProcessorPil.from_pretrained(FIXTURES / "clip")
 
 
-def save(directory, model, **changes):
-    settings = {"projector_type": "mlp2x_gelu", "image_aspect_ratio": "pad", "dtype": torch.float32} | changes
-    trained_with = settings.pop("tokenizer", None) or tokenizer()
-    save_transformers(directory, model, trained_with, image_processor(), **settings)
+def described(**changes) -> Description:
+    settings = {"projector_type": "mlp2x_gelu", "vision_tower_name": "clip", "image_aspect_ratio": "pad"}
+    settings |= {"model_max_length": 384, "tokenizer": tokenizer(), "image_processor": image_processor()}
+    return Description(**settings | {"dtype": torch.float32} | changes)
+
+
+def save(directory, model, shard_bytes=SHARD_BYTES, **changes):
+    save_transformers(directory, model, described(**changes), shard_bytes)
 
 
 def load_whole(directory) -> LlavaForConditionalGeneration:
@@ -196,7 +202,7 @@ def test_names_are_those_that_old_and_new_transformers_read(tmp_path):
 
 def test_a_second_save_replaces_the_first_and_leaves_nothing_of_it(tmp_path):
     model = build()
-    save(tmp_path, model, shard_bytes=60_000, chat_template="old")
+    save(tmp_path, model, shard_bytes=60_000, template=get_template("v1"))
     (tmp_path / "notes.txt").write_text("mine")
     save(tmp_path, model)
     assert (tmp_path / "notes.txt").exists()
@@ -211,7 +217,7 @@ def test_the_language_model_s_own_directory_is_not_overwritten(tmp_path):
     with pytest.raises(ValueError, match=r"type llama.*--output_dir"):
         save(base, build())
     with pytest.raises(ValueError, match=r"type llama.*--output_dir"):
-        save_projector_only(base, build(), projector_type="mlp2x_gelu", **LLAVA)
+        save_projector_only(base, build(), described())
     AutoModelForCausalLM.from_pretrained(base)
 
 
@@ -325,7 +331,7 @@ def test_messages_with_runs_of_blanks_give_them_too(tmp_path, legacy):
     """The base has no more than a tokenizer.model, the reader the chat template of the processor that was saved."""
     trained_with = load_tokenizer(like_llama_2(tmp_path / "base", legacy=legacy))
     template = add_image_tokens(trained_with, get_template("v1"), True, False)
-    save(tmp_path / "run", build(), tokenizer=trained_with, chat_template=chat_template(template))
+    save(tmp_path / "run", build(), tokenizer=trained_with, template=template)
     processor, picture = AutoProcessor.from_pretrained(tmp_path / "run"), Image.open(PICTURE).convert("RGB")
     for text, answer in (("a  b", " yes"), ("  if x:\n        return  x", "   "), ("\n \n", "It  is.  "), ("Hi", "Ho")):
         turns = [f"<image>\n{text}", answer, f"{text}   {text}"]
@@ -342,11 +348,12 @@ def test_messages_with_runs_of_blanks_give_them_too(tmp_path, legacy):
 
 
 def test_only_the_training_template_is_saved(tmp_path):
-    template = "{% for message in messages %}USER: {{ message['content'] }} ASSISTANT:{% endfor %}"
-    save(tmp_path / "with", build(), chat_template=template)
+    template = get_template("v1")
+    save(tmp_path / "with", build(), template=template)
     processor = AutoProcessor.from_pretrained(tmp_path / "with")
-    assert processor.chat_template == template
-    assert processor.apply_chat_template([{"role": "user", "content": "Hi"}]) == "USER: Hi ASSISTANT:"
+    assert processor.chat_template == chat_template(template)
+    prompt = processor.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+    assert prompt.endswith(" USER: Hi ASSISTANT:")
 
     foreign = tokenizer()
     foreign.chat_template = "Another system prompt"
@@ -381,20 +388,9 @@ def test_saving_what_transformers_cannot_express_is_refused(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-LLAVA = {"vision_tower_name": "clip", "image_aspect_ratio": "pad", "model_max_length": 384}
-
-
 def test_llavas_layout_has_llavas_names_and_shapes(tmp_path):
     model = build()
-    save_llava(
-        tmp_path,
-        model,
-        tokenizer(),
-        projector_type="mlp2x_gelu",
-        dtype=torch.float16,
-        include_vision_tower=True,
-        **LLAVA,
-    )
+    save_llava(tmp_path, model, described(dtype=torch.float16, include_vision_tower=True))
     with safe_open(FIXTURES / "llava_init" / "model.safetensors", "pt") as golden:
         shapes = {name: golden.get_slice(name).get_shape() for name in golden.keys()}  # noqa: SIM118
     found = load_file(tmp_path / "model.safetensors")
@@ -430,7 +426,7 @@ def test_llavas_loader_reads_the_ids_trained_with_from_its_layout(tmp_path, lega
     template = add_image_tokens(trained_with, get_template("v1"), True, patch)
     names = ["<im_patch>"] * patch + ["<im_start>", "<im_end>"]
     saved = tmp_path / "run"
-    save_llava(saved, build(), trained_with, projector_type="mlp2x_gelu", dtype=torch.float32, **LLAVA)
+    save_llava(saved, build(), described(tokenizer=trained_with))
 
     config = json.loads((saved / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert config["additional_special_tokens"] == ["<|im_end|>", "<sep>", *names]
@@ -473,7 +469,7 @@ def test_llavas_layout_without_a_tokenizer_model_has_names_that_transformers_4_k
     base = shutil.copytree(FIXTURES / family, tmp_path / "base")
     (base / "tokenizer.model").unlink(missing_ok=True)
     trained_with, saved = load_tokenizer(base), tmp_path / "run"
-    save_llava(saved, build(), trained_with, projector_type="mlp2x_gelu", dtype=torch.float32, **LLAVA)
+    save_llava(saved, build(), described(tokenizer=trained_with))
     config = json.loads((saved / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert not {"backend", "is_local", "local_files_only", "extra_special_tokens"} & config.keys()
@@ -489,7 +485,7 @@ def test_llavas_layout_without_a_tokenizer_model_has_names_that_transformers_4_k
 @pytest.mark.parametrize("kind", ["linear", "mlp3x_gelu"])
 def test_llavas_layout_takes_every_projector_and_leaves_a_frozen_tower_out(tmp_path, kind):
     model = build(kind)
-    save_llava(tmp_path, model, tokenizer(), projector_type=kind, dtype=torch.float32, **LLAVA)
+    save_llava(tmp_path, model, described(projector_type=kind))
     found = load_file(tmp_path / "model.safetensors")
     assert not any("vision_tower" in name for name in found)
     for name, tensor in model.projector.state_dict().items():
@@ -500,7 +496,7 @@ def test_llavas_layout_takes_every_projector_and_leaves_a_frozen_tower_out(tmp_p
 
 def test_stage_one_leaves_a_projector_and_a_config_with_llavas_keys(tmp_path):
     model = build()
-    save_projector_only(tmp_path, model, projector_type="mlp2x_gelu", **LLAVA)
+    save_projector_only(tmp_path, model, described())
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "mm_projector.bin"]
     config = json.loads((tmp_path / "config.json").read_text())
     expected = {
@@ -529,9 +525,8 @@ def test_a_partitioned_model_is_saved_as_a_whole_one_is(tmp_path):
     for name, language_model in (("llama", None), ("qwen", tied_language_model())):
         model, whole, partitioned = build(language_model=language_model), tmp_path / "whole", tmp_path / "partitioned"
         save(whole / name / "transformers", model, shard_bytes=60_000)
-        settings = {"projector_type": "mlp2x_gelu", "dtype": torch.float32, **LLAVA}
-        save_llava(whole / name / "llava", model, tokenizer(), include_vision_tower=True, **settings)
-        save_projector_only(whole / name / "projector", model, **settings)
+        save_llava(whole / name / "llava", model, described(include_vision_tower=True))
+        save_projector_only(whole / name / "projector", model, described())
         files = sorted(file.relative_to(whole) for file in (whole / name).rglob("*") if file.is_file())
         assert files == sorted(
             file.relative_to(partitioned) for file in (partitioned / name).rglob("*") if file.is_file()

@@ -32,18 +32,19 @@ def towers(tmp_path_factory) -> dict[str, str]:
 def save(model, directory, layout: str, tower: str) -> None:
     write.save_whole_model(
         directory,
-        load_tokenizer(FIXTURES / "llm"),
-        of_size(load_image_processor(tower), model.vision_tower.image_size),
-        get_template("v1"),
-        layout,
-        False,
-        torch.float32,
-        model=model,
-        projector_type="mlp2x_gelu",
-        vision_tower_name=tower,
-        image_aspect_ratio="pad",
-        model_max_length=500,
-        version="v1",
+        model,
+        write.Description(
+            projector_type="mlp2x_gelu",
+            vision_tower_name=tower,
+            image_aspect_ratio="pad",
+            model_max_length=500,
+            version="v1",
+            template=get_template("v1"),
+            tokenizer=load_tokenizer(FIXTURES / "llm"),
+            image_processor=of_size(load_image_processor(tower), model.vision_tower.image_size),
+            export_format=layout,
+            dtype=torch.float32,
+        ),
     )
 
 
@@ -99,14 +100,7 @@ def test_transformers_reads_it_in_its_new_size(towers, kind, tmp_path):
 
 def test_a_projectors_directory_says_the_size_that_it_was_trained_with(towers, tmp_path):
     model = llava(towers["clip"], image_size=SIZE)
-    write.save_projector_only(
-        tmp_path,
-        model,
-        projector_type="mlp2x_gelu",
-        vision_tower_name=towers["clip"],
-        image_aspect_ratio="pad",
-        model_max_length=500,
-    )
+    write.save_projector_only(tmp_path, model, write.Description("mlp2x_gelu", towers["clip"], "pad", 500))
     again = open_saved(str(tmp_path)).load()
     assert again.vision_tower.image_size == SIZE and torch.equal(logits(again), logits(model))
 

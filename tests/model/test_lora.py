@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from mini_llava import build as building
+from mini_llava.formats.towers import load_vision_tower
+from mini_llava.formats.write import Description
 from mini_llava.model.llava import LlavaModel
 from mini_llava.model.projector import build_projector
-from mini_llava.model.vision_tower import load_vision_tower
 from mini_llava.options import lora
 from mini_llava.tools.saved_models import open_saved
 from tests.end_to_end import runs
@@ -111,15 +112,8 @@ def test_biases_are_trained_saved_and_merged_where_asked_for(tmp_path, bias, cou
 
 
 def save_directory(directory: Path, model: LlavaModel) -> None:
-    lora.save_lora(
-        directory,
-        tokenizer(),
-        model=model,
-        projector_type="mlp2x_gelu",
-        vision_tower_name=str(runs.FIXTURES / "clip"),
-        image_aspect_ratio="pad",
-        model_max_length=512,
-    )
+    tower = str(runs.FIXTURES / "clip")
+    lora.save_lora(directory, model, Description("mlp2x_gelu", tower, "pad", 512, tokenizer=tokenizer()))
 
 
 # --- what is done with a directory -----------------------------------------------------------------------------------

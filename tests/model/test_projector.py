@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from mini_llava.model import projector as projector_module
 from mini_llava.model.projector import build_projector, gathered_state_dict, load_projector, save_projector
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
@@ -74,18 +75,20 @@ def test_the_file_has_the_asked_dtype_and_loads_into_the_projectors_own(tmp_path
     assert torch.equal(loaded.weight, saved.weight.bfloat16().float())
 
 
-def test_only_the_main_process_writes(tmp_path):
-    save_projector(build_projector("linear", 6, 8), tmp_path / "out" / "mm_projector.bin", is_main_process=False)
+def test_only_the_main_process_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(projector_module, "is_main_process", lambda: False)
+    save_projector(build_projector("linear", 6, 8), tmp_path / "out" / "mm_projector.bin")
     assert not (tmp_path / "out").exists()
 
 
-def test_gathered_tensors_are_copies_and_only_for_the_main_process():
+def test_gathered_tensors_are_copies_and_only_for_the_main_process(monkeypatch):
     projector = build_projector("linear", 6, 8)
-    gathered = dict(gathered_state_dict(projector.named_parameters(), True))
+    gathered = dict(gathered_state_dict(projector.named_parameters()))
     with torch.no_grad():
         projector.weight.zero_()
     assert gathered["weight"].abs().sum() > 0
-    assert dict(gathered_state_dict(projector.named_parameters(), False)) == {}
+    monkeypatch.setattr(projector_module, "is_main_process", lambda: False)
+    assert dict(gathered_state_dict(projector.named_parameters())) == {}
 
 
 def test_published_weights_of_llava_load(tmp_path):

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from mini_llava.arguments import ModelArguments
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import load_tokenizer, tokenize
-from mini_llava.formats.read import map_parts, open_source, restore_rotary_frequencies
-from mini_llava.model.llava import LlavaModel, load_llava
+from mini_llava.formats.read import load_llava, map_llava, open_source, restore_rotary_frequencies
+from mini_llava.model.llava import LlavaModel
 from mini_llava.tools import export
 from tests.published_layouts import CLIP, FIXTURES, edit_json, like_liuhaotian, like_llava_hf, llava_weights, write_json
 
@@ -176,8 +176,7 @@ def test_weights_inside_count_and_not_those_of_the_towers_name(tmp_path):
 
 
 def test_exporting_reads_no_weight_before_it_is_written(published):
-    tower, projector, language_model, _ = map_parts(open_here(published["transformers 4's"]))
-    parameters = [*tower.parameters(), *projector.parameters(), *language_model.parameters()]
+    parameters = list(map_llava(open_here(published["transformers 4's"])).parameters())
     assert {parameter.dtype for parameter in parameters} == {torch.float16}
     assert not any(parameter.is_meta for parameter in parameters)
 
@@ -195,11 +194,10 @@ def test_the_conversation_template_stays_known(published, tmp_path):
 
 def test_other_language_models_and_tied_embeddings_make_the_round_trip(tmp_path):
     from mini_llava.formats.write import save_llava
-    from tests.model.test_formats import LLAVA, build, save, tied_language_model, tokenizer
+    from tests.model.test_formats import build, described, save, tied_language_model
 
     model = build(language_model=tied_language_model())
-    settings = LLAVA | {"vision_tower_name": str(CLIP), "projector_type": "mlp2x_gelu", "dtype": torch.float32}
-    save_llava(tmp_path / "llava", model, tokenizer(), **settings)
+    save_llava(tmp_path / "llava", model, described(vision_tower_name=str(CLIP)))
     save(tmp_path / "transformers", model)
     for folder in ("llava", "transformers"):
         source = open_here(tmp_path / folder)
@@ -207,7 +205,7 @@ def test_other_language_models_and_tied_embeddings_make_the_round_trip(tmp_path)
         loaded = load_llava(source, "sdpa", FP32).eval()
         torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
         assert loaded.language_model.lm_head.weight is loaded.language_model.get_input_embeddings().weight
-        LlavaModel(*map_parts(source))
+        map_llava(source)
 
 
 # --- flags that contradict the model ---------------------------------------------------------------------------------

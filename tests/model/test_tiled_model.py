@@ -15,10 +15,10 @@ from mini_llava.data.loader import open_pixels
 from mini_llava.data.templates import get_template, render
 from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, load_tokenizer, tokenize
 from mini_llava.formats import write
-from mini_llava.formats.read import open_source
-from mini_llava.model.llava import LlavaModel, load_llava
+from mini_llava.formats.read import load_llava, open_source
+from mini_llava.formats.towers import load_vision_tower
+from mini_llava.model.llava import LlavaModel
 from mini_llava.model.projector import build_projector
-from mini_llava.model.vision_tower import load_vision_tower
 from mini_llava.options.image_newline import ImageNewline
 from mini_llava.options.tiles import choose_tiling, join_tiles
 from mini_llava.tools import chat, export
@@ -129,18 +129,18 @@ def saved(tmp_path_factory):
     for layout in ("transformers", "llava"):
         write.save_whole_model(
             folder / layout,
-            textual()["tokenizer"],
-            load_image_processor(FIXTURES / "clip"),
-            textual()["template"],
-            layout,
-            False,
-            torch.float32,
-            model=model,
-            projector_type="mlp2x_gelu",
-            vision_tower_name=str(FIXTURES / "clip"),
-            image_aspect_ratio="anyres",
-            model_max_length=500,
-            version="v1",
+            model,
+            write.Description(
+                projector_type="mlp2x_gelu",
+                vision_tower_name=str(FIXTURES / "clip"),
+                image_aspect_ratio="anyres",
+                model_max_length=500,
+                version="v1",
+                **textual(),
+                image_processor=load_image_processor(FIXTURES / "clip"),
+                export_format=layout,
+                dtype=torch.float32,
+            ),
         )
     to_llava = ["--export_format", "llava", "--vision_tower", str(FIXTURES / "clip")]
     export.main([str(folder / "transformers"), str(folder / "llava from transformers"), *to_llava])
@@ -195,15 +195,15 @@ def test_transformers_gives_the_logits_of_other_towers(kind, tmp_path):
     source = open_source(flags)
     source.choose_tiling(flags, DataArguments(image_aspect_ratio="anyres"), set())
     model = load_llava(source, "sdpa", dict.fromkeys(("language_model", "vision_tower", "projector"), torch.float32))
-    described = {"projector_type": "mlp2x_gelu", "image_aspect_ratio": "anyres", "dtype": torch.float32}
-    save, processor = write.save_transformers, source.image_processor()
-    save(tmp_path / "saved", model.eval(), textual()["tokenizer"], processor, **described)
+    described = write.Description("mlp2x_gelu", tower, "anyres", 500, dtype=torch.float32)
+    described.tokenizer, described.image_processor = textual()["tokenizer"], source.image_processor()
+    write.save_transformers(tmp_path / "saved", model.eval(), described)
     whole, loading = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "saved", output_loading_info=True)
     assert not any(loading.values()), loading
     picture = Image.open(IMAGES / WIDE)
     saved_processor = AutoProcessor.from_pretrained(tmp_path / "saved", use_fast=False)
     inputs = saved_processor(text="<image>\nWhat?", images=picture, return_tensors="pt")
-    ids, opened = inputs["input_ids"], model.tiling.open(picture, processor.resample)
+    ids, opened = inputs["input_ids"], model.tiling.open(picture, described.image_processor.resample)
     places = (ids[0] == whole.config.image_token_id).nonzero().flatten()
     with torch.no_grad():
         embeddings = model.embed(ids.where(ids < 800, 0), opened.tiles, places, join_tiles([opened])[1])

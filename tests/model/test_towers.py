@@ -24,9 +24,10 @@ from transformers import (
 from mini_llava.arguments import ModelArguments
 from mini_llava.data.images import normalisation_table, normalise, pixel_values
 from mini_llava.formats import write
-from mini_llava.formats.read import open_source, tower_image_processor
-from mini_llava.model.llava import LlavaModel, load_llava
-from mini_llava.model.vision_tower import empty_model, load_vision_config, load_vision_tower, tokens_per_image
+from mini_llava.formats.read import load_llava, open_source
+from mini_llava.formats.towers import load_vision_config, load_vision_tower, tower_image_processor
+from mini_llava.model.llava import LlavaModel
+from mini_llava.model.vision_tower import empty_model, tokens_per_image
 from mini_llava.tools import chat, doctor, export
 from mini_llava.tools.saved_models import open_saved
 from mini_llava.watch.flops import FlopCounter

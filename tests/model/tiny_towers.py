@@ -23,7 +23,7 @@ from transformers import (
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import load_tokenizer
 from mini_llava.formats import write
-from mini_llava.formats.read import tower_image_processor
+from mini_llava.formats.towers import tower_image_processor
 from mini_llava.model.llava import LlavaModel
 
 IMAGE_SIZE, PATCH_SIZE, HIDDEN_SIZE, LAYERS = 28, 14, 32, 3
@@ -113,16 +113,18 @@ def save_whole(
     """Writes the result of a run with this tower and the tokenizer of this language model; returns the run's line."""
     return write.save_whole_model(
         folder,
-        load_tokenizer(language_model),
-        tower_image_processor(tower),
-        get_template(version),
-        export_format,
-        True,
-        torch.float32,
-        model=model,
-        projector_type="mlp2x_gelu",
-        vision_tower_name=tower,
-        image_aspect_ratio=ratio,
-        model_max_length=128,
-        version=version,
+        model,
+        write.Description(
+            projector_type="mlp2x_gelu",
+            vision_tower_name=tower,
+            image_aspect_ratio=ratio,
+            model_max_length=128,
+            version=version,
+            template=get_template(version),
+            tokenizer=load_tokenizer(language_model),
+            image_processor=tower_image_processor(tower),
+            export_format=export_format,
+            include_vision_tower=True,
+            dtype=torch.float32,
+        ),
     )

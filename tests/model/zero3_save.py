@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from mini_llava.formats.write import save_llava, save_projector_only, save_transformers
-from tests.model.test_formats import LLAVA, build, image_processor, tied_language_model, tokenizer
+from tests.model.test_formats import build, described, tied_language_model
 
 ZERO3 = {
     "train_micro_batch_size_per_gpu": 1,
@@ -20,25 +20,15 @@ ZERO3 = {
 def main(directory: Path) -> None:
     torch.set_num_threads(1)
     deepspeed.init_distributed("gloo")
-    is_main_process = dist.get_rank() == 0
     for name, language_model in (("llama", None), ("qwen", tied_language_model())):
         model = build(language_model=language_model)
         optimizer = torch.optim.AdamW(model.parameters())
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ZERO3)
         model = engine.module
         assert all(parameter.numel() == 0 for parameter in model.parameters()), "nothing is partitioned"
-        common = {"dtype": torch.float32, "is_main_process": is_main_process}
-        save_transformers(
-            directory / name / "transformers",
-            *(model, tokenizer(), image_processor()),
-            projector_type="mlp2x_gelu",
-            image_aspect_ratio="pad",
-            shard_bytes=60_000,
-            **common,
-        )
-        settings = {"projector_type": "mlp2x_gelu", **LLAVA, **common}
-        save_llava(directory / name / "llava", model, tokenizer(), include_vision_tower=True, **settings)
-        save_projector_only(directory / name / "projector", model, **settings)
+        save_transformers(directory / name / "transformers", model, described(), shard_bytes=60_000)
+        save_llava(directory / name / "llava", model, described(include_vision_tower=True))
+        save_projector_only(directory / name / "projector", model, described())
         assert all(parameter.numel() == 0 for parameter in model.parameters()), "a parameter was left whole"
     dist.barrier()
     dist.destroy_process_group()

@@ -11,8 +11,8 @@ from mini_llava.data.collator import collate
 from mini_llava.data.images import load_image, load_image_processor, normalisation_table, normalise, pixel_values
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import Sample, load_tokenizer, tokenize
-from mini_llava.formats.read import open_source
-from mini_llava.model.llava import LlavaModel, load_llava
+from mini_llava.formats.read import load_llava, open_source
+from mini_llava.model.llava import LlavaModel
 
 FIXTURES = Path(__file__).parent / "fixtures"
 LLAVA = "LLaVA c121f04"

@@ -64,7 +64,9 @@ def save(accelerator):
     model, optimizer = accelerator.prepare(model, optimizer)
     model(torch.ones(1, 300)).sum().backward()
     optimizer.step()
-    return lambda folder, step, keep=None: save_checkpoint(accelerator, model, optimizer, folder, step, {}, keep)
+    return lambda folder, step, keep=None: save_checkpoint(
+        accelerator, model, optimizer, folder, step, {}, keep, check_owner=ownership.check_still_owned
+    )
 
 
 def hidden(folder: Path) -> list[str]:
@@ -238,7 +240,13 @@ def test_files_that_no_run_would_replace_may_be_there_and_stay(tmp_path):
 
 
 def test_what_a_run_left_behind_before_its_first_step_blocks_no_other(tmp_path):
-    for name in ("cache/lengths", "preempted", ".owner", f".seen-by-all-{'0' * 32}", ".arguments.yaml.incomplete"):
+    for name in (
+        "cache/lengths",
+        "preempted",
+        ".owner",
+        f".seen-by-all-{'0' * 32}",
+        f".arguments.yaml.{'0' * 32}.incomplete",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / f".seen-by-all-{'0' * 32}-1.incomplete").mkdir()

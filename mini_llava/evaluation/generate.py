@@ -1,0 +1,57 @@
+"""Answers of a model, in training or after it: prompts and pictures in, tokens out.
+
+Replaces LLaVA's own `generate`, which takes one picture size and pads nothing. Pictures are placed by the model's
+`embed`, as in training; everything else is transformers' `generate` of the language model.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from ..data.collator import image_tokens, join_images
+from ..data.tokenization import IMAGE_TOKEN_INDEX, expand_images
+from ..model.llava import LlavaModel
+from ..options.tiles import Tiles
+
+
+def expand_prompt(model: LlavaModel, prompt: np.ndarray, images: Sequence[torch.Tensor | Tiles]) -> np.ndarray:
+    """Return a prompt [L], with one token for each image, with as many as the image has features."""
+    return expand_images(prompt, image_tokens(images, model.vision_tower.tokens_per_image))
+
+
+def generate(
+    model: LlavaModel,
+    prompts: Sequence[np.ndarray],
+    images: Sequence[torch.Tensor | Tiles],
+    device: torch.device | str,
+    **options,
+) -> torch.Tensor:
+    """Return the tokens of the answers, int64 [prompts, longest answer]. Under ZeRO-3 all ranks must call it.
+
+    Args:
+        prompts: each expanded.
+        images: of all prompts, in order.
+        options: of transformers' `generate`; what they leave open, the language model's `generation_config` says.
+    """
+    rows = [torch.from_numpy(prompt.astype(np.int64)) for prompt in prompts]
+    input_ids = pad_sequence(rows, batch_first=True, padding_side="left")
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+    is_image = input_ids == IMAGE_TOKEN_INDEX
+    pixel_values, feature_rows = join_images(images, model.vision_tower.image_size)
+    embeddings = model.embed(
+        input_ids.masked_fill(is_image, 0).to(device),
+        pixel_values.to(device),
+        is_image.flatten().nonzero().squeeze(-1).to(device),
+        None if feature_rows is None else feature_rows.to(device),
+    )
+    language_model = model.language_model
+    attention = language_model.config._attn_implementation
+    if attention == "varlen":  # for packed rows without a cache only
+        language_model.set_attn_implementation("sdpa")
+    try:
+        return language_model.generate(inputs_embeds=embeddings, attention_mask=mask.to(device), **options)
+    finally:
+        if attention == "varlen":
+            language_model.set_attn_implementation(attention)
