@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from benchmarks import without  # noqa: E402
 from mini_llava import arguments as flags  # noqa: E402
+from mini_llava.formats import write  # noqa: E402
 from mini_llava.training import backend  # noqa: E402
 
 COLUMNS = {
@@ -89,8 +90,8 @@ def run(own: argparse.Namespace, flags_of_train: list[str]) -> list[dict]:
     """Trains, and returns the logged steps."""
     arguments = arguments_of_the_run(own, flags_of_train)
     # What comes after the last step is not measured, and a 7B model takes a minute to write.
-    train.formats.save_whole_model = lambda *_, **__: "Nothing is saved."
-    train.formats.save_projector_only = lambda *_, **__: None
+    write.save_whole_model = lambda *_, **__: "Nothing is saved."
+    write.save_projector_only = lambda *_, **__: None
     # So few steps would each have their norms taken; of LLaVA's 5,198 every tenth has.
     train.norms_are_due = lambda *_: False
     if own.profile:

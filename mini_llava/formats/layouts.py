@@ -14,6 +14,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
+
 # What an older model in the directory may consist of; left there, it would be read beside the new one.
 MODEL_FILES = (
     *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
@@ -22,6 +23,7 @@ MODEL_FILES = (
     *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin"),
     "chat_template.jinja",
 )
+
 # Where each part of the model is in the files: (how its names begin there, the part, how they begin here). The first
 # that fits counts. CLIP's names come with and without `vision_model.`, as transformers 4 and 5 have them.
 LLAVA_NAMES = (
@@ -48,10 +50,13 @@ TRANSFORMERS_NAMES = (
     ("model.language_model.", "language_model", "model."),
     ("lm_head.", "language_model", "lm_head."),
 )
+
 # Keys of LLaVA's configuration that are none of the language model's.
 OF_LLAVA = re.compile(r"(^|_)mm_|^image_|^tokenizer_|^(model_type|architectures|vision_tower|conversation_version)$")
+
 # Ours is written llava_qwen2, others' is llava_qwen; LLaVA-1.5's published "llava" is told by its architecture.
 FAMILIES = {"qwen": "qwen2"}
+
 # Transformers' layout does not name the tower; LLaVA's has to, and takes it by width, layers, patch, image, activation.
 # The weights are written too then, so that the name stands for the architecture and the image processor only.
 KNOWN_TOWERS = {

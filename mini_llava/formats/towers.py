@@ -19,6 +19,7 @@ from .weights import Stored, assign_parts, open_weights
 
 # What its configuration has besides CLIP's.
 OF_LLAVA_NEXT = {"image_processor_type", "image_grid_pinpoints", "do_pad"}
+
 # What two configurations of the same tower share.
 SHAPE_OF_A_TOWER = (
     *("model_type", "architecture", "hidden_size", "intermediate_size", "mlp_ratio"),

@@ -21,6 +21,7 @@ from ..model.projector import PROJECTOR_FILE, gathered_state_dict, is_main_proce
 from .layouts import WEIGHT_FILES
 
 SHARD_BYTES = 5_000_000_000
+
 # Buffers that older versions saved, today's compute them; and the head of apple's tower, behind the features.
 COMPUTED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids|vision_tower\.model\.head\.proj)$")
 OPTIONAL_PARTS = ("vision_tower", "image_newline")
