@@ -25,9 +25,9 @@ import torch
 from mini_llava import arguments as flags
 from mini_llava import demo
 from mini_llava.build import build_model
-from mini_llava.data.loader import RankSteps, count_skipped, log_skipped, rank_step_loader, refuse_or_report
-from mini_llava.data.records import RecordStore, measure
-from mini_llava.evaluation.evaluate import HeldOut, read_held_out
+from mini_llava.data.lengths import measure
+from mini_llava.data.loader import RankSteps, rank_step_loader
+from mini_llava.evaluation.evaluate import HeldOut, read_questions
 from mini_llava.formats import write
 from mini_llava.formats.read import open_source
 from mini_llava.guards import liveness, output_folder, ownership, preflight
@@ -35,7 +35,7 @@ from mini_llava.guards.early import check_files, check_output, check_what_a_run_
 from mini_llava.guards.identity import resume_notes, run_identity
 from mini_llava.guards.longest import try_longest
 from mini_llava.guards.not_finite import why_not_taken
-from mini_llava.inputs import choose_inputs
+from mini_llava.inputs import open_held_out, open_samples
 from mini_llava.model.trained import trainable_table, trained_in_full
 from mini_llava.options import lora
 from mini_llava.tools import plan as planning
@@ -47,6 +47,7 @@ from mini_llava.training.order import choose_order
 from mini_llava.training.schedule import learning_rate_factor, warmup_steps
 from mini_llava.watch import first_batch
 from mini_llava.watch.norms import norms_are_due, step_norms
+from mini_llava.watch.skipped import count_skipped, log_skipped, refuse_or_report
 from mini_llava.watch.summary import write_summary
 from mini_llava.words import counted
 
@@ -76,20 +77,17 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
 
     # --- Data: what becomes of one record ----------------------------------------------------------------------------
     # Read and measured before the process group exists: NCCL gives up after ten minutes of waiting for one rank.
-    inputs = choose_inputs(arguments, source)
-    tokenizer, new_tokens = inputs.tokenizer, inputs.new_tokens
-    store = RecordStore(data_flags.data_path, data_flags.image_folder, data_flags.exclude, output_dir / "cache")
-    key = inputs.measurement_key
+    samples = open_samples(arguments, source, output_dir / "cache")
+    store, tokenizer = samples.store, samples.tokenizer
     if training.dry_run:
         if rank == 0:
-            planning.plan_run(arguments, source, inputs, store)
+            planning.plan_run(arguments, source, samples)
         return
-    workers = max(1, data_flags.dataloader_num_workers)
-    lengths = measure(store, inputs.to_sample, workers, output_dir / "cache", key, inputs.tiling)
+    held_out_samples = open_held_out(arguments, samples)
+    lengths = measure(samples, max(1, data_flags.dataloader_num_workers), output_dir / "cache")
     for line in refuse_or_report(store, lengths.bad, data_flags.on_bad_sample):
         say(f"skipped: {line}")
-    of_questions = (inputs.to_eval_sample, inputs.to_prompt, inputs.to_pixels, inputs.image_size)
-    questions = read_held_out(data_flags, training.seed, *of_questions)
+    questions = read_questions(held_out_samples, data_flags.eval_max_samples, training.seed) if held_out_samples else []
 
     # --- Processes, precision ----------------------------------------------------------------------------------------
     precision = backend.choose_precision(training.bf16, training.fp16, arguments.explicit)
@@ -101,19 +99,21 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     # --- Order: the global batches, the micro-batches of each, and the longest of these ------------------------------
     order = choose_order(arguments, store, lengths, world_size)
     sampler, total_steps = order.sampler, order.total_steps
-    held_out_tokens = max((question.tokens for question in questions[1]), default=0) if questions else 0
+    held_out_tokens = max((question.tokens for question in questions), default=0)
     for line in preflight.report(
-        preflight.check_run(arguments, source, inputs, lengths, order, held_out_tokens), training.allow
+        preflight.check_run(arguments, source, samples, lengths, order, held_out_tokens), training.allow
     ):
         say(line)
     devices, dealt = planning.running_layout(accelerator), order.dealt_batches()
-    planned = planning.planned_run(arguments, source, tokenizer, new_tokens, devices, lengths, order.layout, dealt)
+    planned = planning.planned_run(
+        arguments, source, tokenizer, samples.new_tokens, devices, lengths, order.layout, dealt
+    )
     if advice is not None:
         advice.planned = planned
 
     # --- Model, what of it is trained, optimizer ---------------------------------------------------------------------
     torch.manual_seed(training.seed)  # the same on every rank, because new weights must be equal
-    model, plan = build_model(arguments, source, tokenizer, new_tokens, accelerator)
+    model, plan = build_model(arguments, source, tokenizer, samples.new_tokens, accelerator)
     trained = trained_in_full(plan)
     rates = {"projector": training.mm_projector_lr, "vision_tower": training.mm_vision_tower_lr}
     rates["image_newline"] = rates["projector"]
@@ -140,9 +140,9 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         store,
         lengths.has_image,
         sampler.state_dict(),
-        (questions[0].store, questions[1]) if questions else None,
+        (held_out_samples.store, questions) if questions else None,
         tokenizer,
-        inputs.image_processor,
+        samples.image_processor,
         total_steps,
         slots=sampler.slots,
     )
@@ -197,14 +197,13 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     backend.start_trackers(accelerator, arguments.as_dict(), sampler.step if resume_from else None, table)
 
     # --- The longest micro-batch once, before anything takes time: if memory does not suffice, it shows here ---------
-    how = (inputs.to_sample, inputs.to_pixels, inputs.image_size)
-    rank_steps = RankSteps(store, *how, data_flags.packing, data_flags.on_bad_sample)
-    first_batch.show(accelerator, rank_steps, order.dealt_batches(), tokenizer, sampler.step + 1)
+    rank_steps = RankSteps(samples, data_flags.packing, data_flags.on_bad_sample)
+    first_batch.show(accelerator, samples, order.dealt_batches(), sampler.step + 1)
     if training.longest_batch_first and sampler.step < total_steps:
         say(try_longest(accelerator, model, optimizer, rank_steps, planned.longest))
     max_skipped = data_flags.max_skipped_share * STEPS_LOOKED_AT * sampler.global_batch_size
     lockstep = Lockstep(accelerator, preemption, max_skipped)
-    held_out = HeldOut(arguments, accelerator, model, questions, tokenizer, inputs.eval_template, total_steps, lockstep)
+    held_out = HeldOut(arguments, accelerator, model, held_out_samples, questions, total_steps, lockstep)
     # Before step 1, and where a kill came between a save and its evaluation.
     if held_out.is_due(sampler.step) and not held_out.evaluate(sampler.step, say):
         lockstep.raise_fault()
@@ -330,7 +329,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
             # A tower that is not quite the one of its name: trained, now or in the model that the run started from.
             with_tower = training.save_vision_tower or "vision_tower" in trained or "vision_tower" in source.stored
             layout, dtype = training.export_format, backend.compute_dtype(accelerator)
-            saved_with = (inputs.image_processor, inputs.template)
+            saved_with = (samples.image_processor, samples.template)
             whole = (output_dir, tokenizer, *saved_with, layout, with_tower, dtype)
             say(write.save_whole_model(*whole, **described))
     with backend.never_fatal(f"{output_dir}/skipped.jsonl cannot be counted"):

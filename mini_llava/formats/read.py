@@ -50,8 +50,7 @@ from ..model.vision_tower import (
     takes_any_size,
     tokens_per_image,
 )
-from ..options.image_newline import ImageNewline
-from ..options.tiles import MERGE_TYPES, Tiling, choose_tiling
+from ..options.tiles import MERGE_TYPES, ImageNewline, Tiling, choose_tiling
 
 # Looked for in this order; the first two are the ones that cannot hold code.
 WEIGHT_FILES = (

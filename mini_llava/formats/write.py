@@ -25,8 +25,7 @@ from ..data.templates import IMAGE_MARK, Template, chat_template
 from ..data.tokenization import SENTENCEPIECE_FILE, find_file, image_token_tokenizer, slow_llama_config
 from ..model.projector import PROJECTOR_FILE, flush, gathered_state_dict, save_projector
 from ..model.vision_tower import VisionTower, published_name
-from ..options.image_newline import KEY
-from ..options.tiles import Tiling
+from ..options.tiles import NEWLINE_KEY, Tiling
 
 SHARD_BYTES = 5_000_000_000
 # Embeddings in a multiple of 64 rows, as llava-hf publishes them: matrix products over the vocabulary are faster so.
@@ -582,7 +581,7 @@ def _language_weights(language_model: nn.Module) -> tuple[list[tuple[str, torch.
 
 def _newline(model: nn.Module) -> dict[str, torch.Tensor]:
     """The newline by the name that LLaVA gives it, if the model has one."""
-    return {f"model.{KEY}": model.image_newline.weight} if model.image_newline is not None else {}
+    return {f"model.{NEWLINE_KEY}": model.image_newline.weight} if model.image_newline is not None else {}
 
 
 def _whole_shape(tensor: torch.Tensor) -> torch.Size:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from ..data.loader import RankStep, log_skipped
+from ..data.loader import RankStep
 from ..data.records import RecordStore
 from ..training.backend import gather_from_ranks, never_fatal, sum_over_ranks
 from ..training.lockstep import DataFault
 from ..training.meter import Meter
+from ..watch.skipped import log_skipped
 
 
 def why_not_taken(

@@ -16,8 +16,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..data.images import normalisation_table
 from ..data.tokenization import IGNORE_INDEX
 from ..formats.read import Source
-from ..options.image_newline import KEY, ImageNewline
-from ..options.tiles import Tiling
 from .projector import load_projector
 from .vision_tower import VisionTower
 
@@ -33,10 +31,14 @@ class LlavaModel(nn.Module):
         vision_tower: VisionTower,
         projector: nn.Module,
         language_model: nn.Module,
-        image_newline: ImageNewline | None = None,
-        tiling: Tiling | None = None,
+        image_newline: nn.Module | None = None,
+        tiling: object | None = None,
     ):
-        """`tiling`: how its images come in tiles; None: whole. With `spatial_unpad` it needs a newline."""
+        """
+        Args:
+            image_newline: appends the embedding that ends a row of features, [n, width] -> [n + 1, width].
+            tiling: how images are split into tiles (`options.tiles.Tiling`); None: they are whole.
+        """
         super().__init__()
         self.vision_tower, self.projector, self.language_model = vision_tower, projector, language_model
         self.image_newline, self.tiling = image_newline, tiling
@@ -175,7 +177,7 @@ def load_llava(
     # weights should depend on the seed alone.
     projector, newline = source.load_projector(), source.load_newline()
     if pretrained_projector:
-        beside = ("embed_tokens.weight",) * beside_token_rows + (KEY,) * (newline is not None)
+        beside = ("embed_tokens.weight",) * beside_token_rows + ("image_newline",) * (newline is not None)
         load_projector(projector, pretrained_projector, beside)
         if newline is not None:
             newline.load_beside_projector(pretrained_projector)

@@ -7,7 +7,6 @@ with the template trained with; an answer is what `generate` of transformers giv
 
 import argparse
 import contextlib
-import functools
 import os
 import sys
 import warnings
@@ -18,13 +17,11 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, TextStreamer
 from transformers.utils import logging
 
-from ..data.collator import image_tokens, join_images
-from ..data.images import BadImage
-from ..data.loader import open_pixels
+from ..data.collator import join_pictures
+from ..data.images import BadImage, Picture, open_picture
 from ..data.templates import IMAGE_MARK, written_answer
 from ..data.tokenization import IMAGE_TOKEN_INDEX, BadRecord, expand_images, tokenize_prompt
 from ..formats.write import generation_settings
-from ..options.tiles import Tiles
 from ..training.checkpoint import CheckpointError
 from .saved_models import DTYPES, SavedModel, open_saved
 
@@ -40,9 +37,8 @@ class Conversation:
         self.model, self.device = saved.load(dtype).to(device), device
         self.dtype, self.size = dtype, self.model.vision_tower.image_size
         self.longest = saved.source.language_config.max_position_embeddings
-        how = dict(processor=saved.source.image_processor(), aspect_ratio=saved.image_aspect_ratio(), size=self.size)
-        how["tiling"] = self.model.tiling
-        self.to_pixels = functools.partial(open_pixels, **how)
+        tower, processor = self.model.vision_tower, saved.source.image_processor()
+        self.opened_with = (processor, saved.image_aspect_ratio(), self.size, tower.tokens_per_image, self.model.tiling)
         config = self.model.language_model.generation_config
         ends = generation_settings(config, self.tokenizer, self.template.stop).get("eos_token_id")
         generation = {**generation, "eos_token_id": ends, "pad_token_id": self.tokenizer.pad_token_id or 0}
@@ -50,12 +46,12 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        self.turns, self.pixels, self.pending = [], [], []
+        self.turns, self.pictures, self.pending = [], [], []
 
     def add_image(self, file: str) -> None:
         """Reads a picture, which belongs to the next question. Raises BadImage."""
         path = Path(os.path.realpath(os.path.expanduser(file)))
-        self.pending.append(self.to_pixels(str(path.parent), path.name))
+        self.pending.append(open_picture(path.parent, path.name, *self.opened_with))
 
     @torch.inference_mode()
     def ask(self, question: str, stream: bool = False) -> str:
@@ -69,25 +65,25 @@ class Conversation:
         if IMAGE_MARK not in question:
             question = (IMAGE_MARK + "\n") * len(self.pending) + question
         if self.template.captions_only:  # each picture stands for itself
-            self.turns, self.pixels = [], []
-        turns, pixels = [*self.turns, question], self.pixels + self.pending
+            self.turns, self.pictures = [], []
+        turns, pictures = [*self.turns, question], self.pictures + self.pending
         # The last answer is the one asked for: whatever stands there is left out of the prompt.
         spoken = [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate([*turns, ""])]
-        record = {"conversations": spoken, "image": [f"picture {index}" for index in range(len(pixels))]}
+        record = {"conversations": spoken, "image": [f"picture {index}" for index in range(len(pictures))]}
         ids = tokenize_prompt(record, self.template, self.tokenizer)
-        ids = expand_images(ids, image_tokens(pixels, self.model.vision_tower.tokens_per_image))
+        ids = expand_images(ids, [picture.tokens for picture in pictures])
         if len(ids) >= self.longest:
             raise BadRecord(f"the conversation has {len(ids)} tokens, and the model takes {self.longest}: /reset.")
-        answer = self._generate(torch.from_numpy(ids.astype(np.int64))[None], pixels, stream)
-        self.turns, self.pixels, self.pending = [*turns, answer], pixels, []
+        answer = self._generate(torch.from_numpy(ids.astype(np.int64))[None], pictures, stream)
+        self.turns, self.pictures, self.pending = [*turns, answer], pictures, []
         return answer
 
-    def _generate(self, ids: torch.Tensor, pixels: list[torch.Tensor | Tiles], stream: bool) -> str:
+    def _generate(self, ids: torch.Tensor, pictures: list[Picture], stream: bool) -> str:
         is_image = ids == IMAGE_TOKEN_INDEX
-        images, feature_rows = join_images(pixels, self.size)
+        pixel_values, feature_rows = join_pictures(pictures, self.size)
         embeddings = self.model.embed(
             ids.masked_fill(is_image, 0).to(self.device),
-            images.to(self.device),
+            pixel_values.to(self.device),
             is_image.flatten().nonzero().squeeze(-1).to(self.device),
             None if feature_rows is None else feature_rows.to(self.device),
         ).to(self.dtype)

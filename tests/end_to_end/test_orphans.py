@@ -9,9 +9,10 @@ import time
 import psutil
 import pytest
 
+from mini_llava import processes
 from mini_llava.data import records
-from mini_llava.data.records import WorkerKilled, map_ranges
-from mini_llava.guards import preemption, processes
+from mini_llava.guards import preemption
+from mini_llava.processes import WorkerKilled, map_ranges
 from mini_llava.training.checkpoint import read_manifest
 from tests.end_to_end import runs
 from tests.forked_runs import start
