@@ -3,7 +3,6 @@
 Configurations, tokenizer and image processor are read here, no weight.
 """
 
-import functools
 import os
 from dataclasses import replace
 
@@ -35,21 +34,23 @@ def open_samples(arguments: Arguments, source: Source, cache_folder: str | os.Pa
     known_tokens, image_size = len(tokenizer), source.image_size()
     template = choose_template(model_flags, model_flags.version, tokenizer)
     rows = missing_rows(tokenizer, source.language_config) if model_flags.resize_token_embeddings else 0
-    samples = functools.partial(
-        Samples,
-        template=template,
-        tokenizer=tokenizer,
-        max_length=data_flags.model_max_length,
-        tokens_per_image=tokens_per_image(source.vision_config, source.select_feature, image_size),
-        image_processor=source.image_processor(),
-        image_aspect_ratio=data_flags.image_aspect_ratio,
-        image_size=image_size,
-        tiling=tiling,
-        left_unread=allowed(data_flags.leave_unread or []),
+    image_tokens = tokens_per_image(source.vision_config, source.select_feature, image_size)
+    image_processor, left_unread = source.image_processor(), allowed(data_flags.leave_unread or [])
+    # After all that may be refused at once: a large file takes long to read.
+    store = RecordStore(data_flags.data_path, data_flags.image_folder, data_flags.exclude, cache_folder)
+    return Samples(
+        store,
+        template,
+        tokenizer,
+        data_flags.model_max_length,
+        image_tokens,
+        image_processor,
+        data_flags.image_aspect_ratio,
+        image_size,
+        tiling,
+        left_unread,
         new_tokens=max(len(tokenizer) - known_tokens, rows),
     )
-    # Last, for a large file takes long to read.
-    return samples(RecordStore(data_flags.data_path, data_flags.image_folder, data_flags.exclude, cache_folder))
 
 
 def open_held_out(arguments: Arguments, samples: Samples) -> Samples | None:

@@ -15,7 +15,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..data.images import normalisation_table
 from ..data.tokenization import IGNORE_INDEX
-from ..formats.read import Source
 from .projector import load_projector
 from .vision_tower import VisionTower
 
@@ -154,7 +153,7 @@ class LlavaModel(nn.Module):
 
 
 def load_llava(
-    source: Source,
+    source,
     attn_implementation: str | None,
     dtypes: dict[str, torch.dtype],
     pretrained_projector: str | None = None,
@@ -164,7 +163,7 @@ def load_llava(
     """The model that a run starts from: of a plain language model with a tower and a projector, of a LLaVA model all.
 
     Args:
-        source: what `open_source` found.
+        source: what `open_source` found (`formats.read.Source`).
         attn_implementation: None takes what transformers has for this language model, eager if it caps scores.
         dtypes: of the parts `language_model`, `vision_tower` and `projector`. Under ZeRO-3 the first two are read in
             the DeepSpeed config's precision instead, because they are partitioned while they are read.

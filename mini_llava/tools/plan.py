@@ -246,12 +246,8 @@ def running_layout(accelerator: Accelerator) -> Layout:
 # --- the plan of a run -----------------------------------------------------------------------------------------------
 
 
-def plan_run(
-    arguments: Arguments,
-    source: Source,
-    samples: Samples,
-) -> None:
-    """Prints the plan.
+def plan_run(arguments: Arguments, source: Source, samples: Samples) -> None:
+    """Print the plan.
 
     Raises:
         ValueError: its parts do not belong together, or it cannot fit; the sentence names what to change.
