@@ -75,20 +75,20 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     data = read_data(arguments, source, report.say)
     accelerator = backend.start(arguments)
     liveness.watch_other_ranks(rank, world_size, preemption.exit_code)
-    order = choose_order(arguments, data.store, data.lengths, world_size)
+    order = choose_order(arguments, data.samples.store, data.lengths, world_size)
     sampler, total_steps = order.sampler, order.total_steps
-    findings = preflight.check_run(arguments, source, data.inputs, data.lengths, order, data.longest_held_out)
+    findings = preflight.check_run(arguments, source, data.samples, data.lengths, order, data.longest_held_out)
     for line in preflight.report(findings, training.allow):
         report.say(line)
-    new, devices = (data.inputs.tokenizer, data.inputs.new_tokens), planning.running_layout(accelerator)
-    layout = (devices, data.lengths, order.layout, order.dealt_batches())
+    new = (data.samples.tokenizer, data.samples.new_tokens)
+    layout = (planning.running_layout(accelerator), data.lengths, order.layout, order.dealt_batches())
     planned = planning.planned_run(arguments, source, *new, *layout)
     if advice is not None:
         advice.planned = planned
 
     # --- Model, what of it is trained, optimizer ---------------------------------------------------------------------
     torch.manual_seed(training.seed)  # the same on every rank, because new weights must be equal
-    model, plan = build_model(arguments, source, data.inputs.tokenizer, data.inputs.new_tokens, accelerator)
+    model, plan = build_model(arguments, source, data.samples.tokenizer, data.samples.new_tokens, accelerator)
     optimizer, table = build_optimizer(arguments, model, plan, accelerator)
     model, optimizer = backend.prepare(accelerator, model, optimizer)
     model.train()
@@ -102,12 +102,11 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         preemption.forget_earlier()
     notes = backend.memory_note(accelerator, model), saving.disk_note()
     report.begin(accelerator, data, order, table, notes, resumed)
-    first_batch.show(accelerator, data.steps, order.dealt_batches(), data.inputs.tokenizer, sampler.step + 1)
+    first_batch.show(accelerator, data.samples, order.dealt_batches(), sampler.step + 1)
     if training.longest_batch_first and sampler.step < total_steps:  # if memory does not suffice, it shows here
         report.say(try_longest(accelerator, model, optimizer, data.steps, planned.longest))
     lockstep = Lockstep(accelerator, preemption, arguments.data.max_skipped_share * sampler.global_batch_size)
-    of_questions = (data.held_out, data.inputs.tokenizer, data.inputs.eval_template)
-    evaluation = HeldOut(arguments, accelerator, model, *of_questions, total_steps, lockstep)
+    evaluation = HeldOut(arguments, accelerator, model, data.held_out, data.questions, total_steps, lockstep)
     # Before step 1, and where a kill came between a save and its evaluation.
     if evaluation.is_due(sampler.step) and not evaluation.evaluate(sampler.step, report.say):
         lockstep.raise_fault()
@@ -124,7 +123,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     )
     warmup = warmup_steps(training.warmup_ratio, total_steps)
     flops = FlopCounter(accelerator.unwrap_model(model), peak_flops(accelerator))
-    meter = Meter(accelerator, flops, loss_parts(data.store.source_names(), data.lengths.has_image))
+    meter = Meter(accelerator, flops, loss_parts(data.samples.store.source_names(), data.lengths.has_image))
     report.start_progress_line()
     gc.collect()
     gc.freeze()  # model and libraries stay: collections in the loop need not look through them again
@@ -146,7 +145,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
                     backend.backward(accelerator, loss * world_size)  # every backend averages the ranks' gradients
                 meter.add(micro_batch, token_losses, loss)
             gradient_norm, finite = backend.optimizer_step(accelerator, optimizer, training.max_grad_norm)
-            if not finite and lockstep.stop(why_not_taken(accelerator, meter, sampler, work, data.store)):
+            if not finite and lockstep.stop(why_not_taken(accelerator, meter, sampler, work, data.samples.store)):
                 break
             meter.add_step(work)
         else:  # every sample of the global batch was skipped: AdamW would still decay and move the weights

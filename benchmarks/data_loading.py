@@ -38,10 +38,11 @@ import random_setup  # noqa: E402
 
 from mini_llava.data.collator import collate  # noqa: E402
 from mini_llava.data.images import load_image, normalisation_table, normalise, pixel_values  # noqa: E402
-from mini_llava.data.loader import RankSteps, open_pixels, rank_step_loader  # noqa: E402
+from mini_llava.data.loader import RankSteps, rank_step_loader  # noqa: E402
 from mini_llava.data.records import RecordStore  # noqa: E402
+from mini_llava.data.samples import Samples  # noqa: E402
 from mini_llava.data.templates import get_template, render  # noqa: E402
-from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, load_tokenizer, tokenize  # noqa: E402
+from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, load_tokenizer  # noqa: E402
 from mini_llava.training.backend import versions  # noqa: E402
 
 SIZE, IMAGE_TOKENS, MAX_LENGTH, BATCH = 336, 576, 2048, 16
@@ -115,12 +116,10 @@ class Ours:
     """The store, the functions and the loader that `train.py` uses."""
 
     def __init__(self, directory: Path):
-        self.store = RecordStore([str(directory / "stage2.json")], [str(directory / "images")])
-        tokenizer = load_tokenizer(directory / "language_model")
-        textual = dict(template=TEMPLATE, tokenizer=tokenizer, tokens_per_image=IMAGE_TOKENS, max_length=MAX_LENGTH)
-        self.tokenize = functools.partial(tokenize, **textual)
-        to_pixels = functools.partial(open_pixels, processor=PROCESSOR, aspect_ratio="pad", size=SIZE)
-        self.steps = RankSteps(self.store, self.tokenize, to_pixels, SIZE, packed=True)
+        store = RecordStore([str(directory / "stage2.json")], [str(directory / "images")])
+        textual = (TEMPLATE, load_tokenizer(directory / "language_model"), MAX_LENGTH)
+        self.samples = Samples(store, *textual, IMAGE_TOKENS, PROCESSOR, "pad", SIZE)
+        self.steps = RankSteps(self.samples, packed=True)
 
     def batches(self, order: list[list[int]], workers: int) -> Iterable:
         return rank_step_loader(self.steps, [[batch] for batch in order], workers, pin_memory=False)
@@ -130,16 +129,15 @@ def check_that_both_give_the_same(straightforward: Straightforward, ours: Ours, 
     table = normalisation_table(PROCESSOR)
     for index in indices:
         theirs = straightforward[index]
-        sample = ours.tokenize(ours.store[index])
+        sample = ours.samples[index]
         keep = np.ones(len(sample.input_ids), bool)
         is_image = np.flatnonzero(sample.input_ids == IMAGE_TOKEN_INDEX)
         keep[is_image[1:]] = False  # of the positions of an image they have one
         length = int(keep.sum())
         assert sample.input_ids[keep].tolist() == theirs["input_ids"][:length].tolist(), index
         assert sample.labels[keep].tolist() == theirs["labels"][:length].tolist(), index
-        for name in sample.images:
-            pixels = ours.steps.load_pixels(ours.store.image_folder(index), name)
-            assert normalise(pixels, table).equal(theirs["pixel_values"]), index
+        for picture in sample.pictures:
+            assert normalise(picture.pixels[0], table).equal(theirs["pixel_values"]), index
 
 
 def measure_loader(batches: Iterable, samples: int, images: int) -> dict[str, float]:
@@ -158,12 +156,11 @@ def measure_loader(batches: Iterable, samples: int, images: int) -> dict[str, fl
 
 def parts_of_a_sample(straightforward: Straightforward, ours: Ours, indices: list[int]) -> list[tuple[str, str, str]]:
     """CPU milliseconds of the steps of one sample in this process, medians over samples with an image."""
-    folder, store = str(straightforward.images), ours.store
+    folder, store = str(straightforward.images), ours.samples.store
     names = {index: store[index]["image"] for index in indices}
-    texts = {index: ours.tokenize(store[index]) for index in indices}
+    samples = {index: ours.samples[index] for index in indices}
     opened = {index: load_image(folder, name) for index, name in names.items()}
     floats = {index: straightforward[index] for index in indices}
-    bytes_ = {index: pixel_values(image, PROCESSOR, "pad") for index, image in opened.items()}
 
     def timed(function: Callable[[int], object]) -> str:
         return f"{median_milliseconds([functools.partial(function, index) for index in indices]):.2f}"
@@ -173,7 +170,7 @@ def parts_of_a_sample(straightforward: Straightforward, ours: Ours, indices: lis
         (
             "tokenize",
             timed(lambda i: straightforward.text(straightforward.records[i])),
-            timed(lambda i: ours.tokenize(store[i])),
+            timed(lambda i: ours.samples.tokenize(i)),
         ),
         (
             "read and decode",
@@ -188,7 +185,7 @@ def parts_of_a_sample(straightforward: Straightforward, ours: Ours, indices: lis
         (
             "collate",
             timed(lambda i: straightforward.collate([floats[i]])),
-            timed(lambda i: collate([texts[i]], [bytes_[i]], SIZE, True)),
+            timed(lambda i: collate([samples[i]], SIZE, True)),
         ),
     ]
 

@@ -30,9 +30,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import random_setup  # noqa: E402
 from data_loading import BATCH, IMAGE_TOKENS, MAX_LENGTH, PROCESSOR, SIZE, TEMPLATE, make_setup, table, where  # noqa: E402
 
-from mini_llava.data.loader import RankSteps, open_pixels, rank_step_loader  # noqa: E402
-from mini_llava.data.records import RecordStore, measure, measurement_key  # noqa: E402
-from mini_llava.data.tokenization import load_tokenizer, tokenize  # noqa: E402
+from mini_llava.data.lengths import measure  # noqa: E402
+from mini_llava.data.loader import RankSteps, rank_step_loader  # noqa: E402
+from mini_llava.data.records import RecordStore  # noqa: E402
+from mini_llava.data.samples import Samples  # noqa: E402
+from mini_llava.data.tokenization import load_tokenizer  # noqa: E402
 
 
 def write_records(file: Path, count: int, pictures: int) -> None:
@@ -80,7 +82,7 @@ def memory(process: str | int) -> dict[str, float]:
 def memory_of_workers(steps: RankSteps, workers: int, batches_each: int) -> list[dict[str, float]]:
     """Each worker's memory once it has prepared so many micro-batches from all over the file."""
     generator = torch.Generator().manual_seed(0)
-    order = torch.randint(len(steps.store), (workers * (batches_each + 2), BATCH), generator=generator).tolist()
+    order = torch.randint(len(steps.samples), (workers * (batches_each + 2), BATCH), generator=generator).tolist()
     loader = iter(rank_step_loader(steps, [[batch] for batch in order], workers, pin_memory=False))
     for _ in range(workers * batches_each):
         next(loader)
@@ -121,19 +123,15 @@ def main(words: list[str] | None = None) -> None:
     rows.append(("the store, pickled", f"{len(pickle.dumps(store)) / 2**20:.1f} MiB"))
 
     tokenizer = load_tokenizer(directory / "language_model")
-    textual = dict(template=TEMPLATE, tokenizer=tokenizer, tokens_per_image=IMAGE_TOKENS, max_length=MAX_LENGTH)
-    to_sample = functools.partial(tokenize, **textual)
+    samples = Samples(store, TEMPLATE, tokenizer, MAX_LENGTH, IMAGE_TOKENS, PROCESSOR, "pad", SIZE)
     if arguments.lengths:
-        key = measurement_key(TEMPLATE, tokenizer, IMAGE_TOKENS, MAX_LENGTH)
         processes = len(os.sched_getaffinity(0))
-        length_pass = functools.partial(measure, store, to_sample, processes, cache, key)
+        length_pass = functools.partial(measure, samples, processes, cache)
         lengths, seconds = timed(length_pass)
         rows.append((f"length pass, {processes} processes, {int(lengths.length.sum()):,} tokens", seconds))
         rows.append(("length pass, again: from its cache", timed(length_pass)[1]))
 
-    to_pixels = functools.partial(open_pixels, processor=PROCESSOR, aspect_ratio="pad", size=SIZE)
-    steps = RankSteps(store, to_sample, to_pixels, SIZE, packed=True)
-    found = memory_of_workers(steps, arguments.workers, arguments.batches)
+    found = memory_of_workers(RankSteps(samples, packed=True), arguments.workers, arguments.batches)
     for kind in ("private", "proportional", "resident"):
         total, largest = sum(each[kind] for each in found), max(each[kind] for each in found)
         rows.append((f"{arguments.workers} workers, {kind} memory", f"{total:.0f} MiB, the largest {largest:.0f}"))

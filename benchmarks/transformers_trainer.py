@@ -8,7 +8,6 @@ through `LlavaForConditionalGeneration` and padded batches, dealt in LLaVA's way
 """
 
 import argparse
-import functools
 import json
 import os
 import sys
@@ -37,10 +36,12 @@ from benchmarks.throughput import arguments_of_the_run  # noqa: E402
 from benchmarks.without import float_pixels  # noqa: E402
 from mini_llava import arguments as flags  # noqa: E402
 from mini_llava.data.images import load_image_processor  # noqa: E402
-from mini_llava.data.records import RecordStore, measure, measurement_key  # noqa: E402
+from mini_llava.data.lengths import measure  # noqa: E402
+from mini_llava.data.records import RecordStore  # noqa: E402
 from mini_llava.data.sampler import GlobalBatchSampler, computed_tokens  # noqa: E402
+from mini_llava.data.samples import Samples  # noqa: E402
 from mini_llava.data.templates import get_template  # noqa: E402
-from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, load_tokenizer, tokenize  # noqa: E402
+from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, load_tokenizer  # noqa: E402
 from mini_llava.formats.read import Source, open_source  # noqa: E402
 from mini_llava.model.vision_tower import tokens_per_image  # noqa: E402
 from mini_llava.training import backend  # noqa: E402
@@ -78,13 +79,16 @@ def train(arguments: flags.Arguments) -> None:
     rank, world_size = backend.launched_rank()
     source = open_source(model_flags, arguments.explicit)
     tokenizer = load_tokenizer(source.name)
-    template = get_template(model_flags.version, tokenizer)
-    image_tokens = tokens_per_image(source.vision_config, source.select_feature)
-    textual = dict(template=template, tokenizer=tokenizer, tokens_per_image=image_tokens)
-    to_sample = functools.partial(tokenize, max_length=data_flags.model_max_length, **textual)
-    store = RecordStore(data_flags.data_path, data_flags.image_folder)
-    key = measurement_key(template, tokenizer, image_tokens, data_flags.model_max_length)
-    lengths = measure(store, to_sample, max(1, data_flags.dataloader_num_workers), output_dir / "cache", key)
+    samples = Samples(
+        RecordStore(data_flags.data_path, data_flags.image_folder),
+        get_template(model_flags.version, tokenizer),
+        tokenizer,
+        data_flags.model_max_length,
+        tokens_per_image(source.vision_config, source.select_feature),
+        load_image_processor(model_flags.vision_tower),
+        data_flags.image_aspect_ratio,
+    )
+    lengths = measure(samples, max(1, data_flags.dataloader_num_workers), output_dir / "cache")
     size, micro_batches, _ = flags.choose_batch(arguments, world_size)
     micro_batch = training.per_device_train_batch_size
     if size != world_size * micro_batches * micro_batch:
@@ -143,13 +147,7 @@ def train(arguments: flags.Arguments) -> None:
     trainer = InOrder(
         model=model,
         args=settings,
-        train_dataset=Records(
-            store,
-            to_sample,
-            load_image_processor(model_flags.vision_tower),
-            data_flags.image_aspect_ratio,
-            model.config.image_token_id,
-        ),
+        train_dataset=Records(samples, model.config.image_token_id),
         data_collator=pad,
         callbacks=[clock],
     )
@@ -282,18 +280,17 @@ def read_weights(directory: str) -> dict[str, torch.Tensor]:
 class Records(Dataset):
     """A record as Trainer's users have it: ids and labels of this project's tokenization, floats of its image."""
 
-    def __init__(self, store, to_sample, processor, aspect_ratio: str, image_token_id: int):
-        self.store, self.to_sample, self.processor = store, to_sample, processor
-        self.aspect_ratio, self.image_token_id = aspect_ratio, image_token_id
+    def __init__(self, samples: Samples, image_token_id: int):
+        self.samples, self.image_token_id = samples, image_token_id
 
     def __len__(self) -> int:
-        return len(self.store)
+        return len(self.samples)
 
     def __getitem__(self, index: int) -> dict:
-        sample = self.to_sample(self.store[index])
+        sample = self.samples.tokenize(index)
         ids, labels = (torch.from_numpy(values).long() for values in (sample.input_ids, sample.labels))
-        folder = self.store.image_folder(index)
-        pixels = [float_pixels(folder, name, self.processor, self.aspect_ratio) for name in sample.images]
+        how = (self.samples.image_processor, self.samples.image_aspect_ratio)
+        pixels = [float_pixels(self.samples.store.image_folder(index), name, *how) for name in sample.images]
         return {
             "input_ids": ids.where(ids != IMAGE_TOKEN_INDEX, self.image_token_id),
             "labels": labels,

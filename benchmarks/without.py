@@ -15,10 +15,9 @@ from transformers.image_processing_utils import BaseImageProcessor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
-from mini_llava import inputs
-from mini_llava.data import loader
+from mini_llava.data import loader, samples
 from mini_llava.data.collator import MicroBatch
-from mini_llava.data.images import load_image, pad_to_square
+from mini_llava.data.images import Picture, load_image, pad_to_square
 from mini_llava.data.tokenization import IGNORE_INDEX
 from mini_llava.model import attention
 from mini_llava.options import kernels
@@ -41,11 +40,18 @@ def all_logits() -> None:
 
 def floats_from_the_loader() -> None:
     """Images are normalised in the loader's processes and travel as fp32, four times the bytes."""
-    inputs.open_pixels = float_pixels
+    samples.open_picture = float_picture
 
 
-def float_pixels(folder: str, name: str, processor: BaseImageProcessor, aspect_ratio: str, **_) -> torch.Tensor:
-    """An image file to float32 [3, H, W], all of it by the processor; not in tiles."""
+def float_picture(
+    folder: str, name: str, processor: BaseImageProcessor, aspect_ratio: str, size: int, features: int, tiling: None
+) -> Picture:
+    """Return `float_pixels` as the trainer takes them; not in tiles."""
+    return Picture(float_pixels(folder, name, processor, aspect_ratio)[None], features)
+
+
+def float_pixels(folder: str, name: str, processor: BaseImageProcessor, aspect_ratio: str) -> torch.Tensor:
+    """Return an image file as float32 [3, H, W], all of it by the processor."""
     image = load_image(folder, name)
     if aspect_ratio == "pad":
         image = pad_to_square(image, tuple(int(mean * 255) for mean in processor.image_mean))

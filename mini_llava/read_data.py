@@ -1,4 +1,4 @@
-"""The data of a run: its records, what is made of each, how long they are, and the held-out questions.
+"""The data of a run: its samples, how long they are, and the held-out questions.
 
 Read and measured before the process group exists: NCCL gives up after ten minutes of waiting for one rank.
 """
@@ -8,33 +8,35 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .arguments import Arguments
-from .data.loader import RankSteps, refuse_or_report
-from .data.records import Lengths, RecordStore, measure
-from .evaluation.evaluate import Question, read_held_out
+from .data.lengths import Lengths, measure
+from .data.loader import RankSteps
+from .data.samples import Samples
+from .evaluation.evaluate import Question, read_questions
 from .formats.read import Source
-from .inputs import Inputs, choose_inputs
+from .inputs import open_held_out, open_samples
+from .watch.skipped import refuse_or_report
 
 
 @dataclass
 class Data:
     """
     Attributes:
-        inputs: what is made of a record and of a picture.
-        lengths: of each record, exact.
+        lengths: of each sample, exact.
         steps: maps the records of a rank's micro-batches to what it computes in a step.
-        held_out: the questions of `--eval_data_path` with their records; None without the flag.
+        held_out: the samples of `--eval_data_path`, None without the flag.
+        questions: what is asked about them.
     """
 
-    inputs: Inputs
-    store: RecordStore
+    samples: Samples
     lengths: Lengths
     steps: RankSteps
-    held_out: tuple[RankSteps, list[Question]] | None
+    held_out: Samples | None
+    questions: list[Question]
 
     @property
     def longest_held_out(self) -> int:
         """Tokens of the longest held-out record; 0 without any."""
-        return max((question.tokens for question in self.held_out[1]), default=0) if self.held_out else 0
+        return max((question.tokens for question in self.questions), default=0)
 
 
 def read_data(arguments: Arguments, source: Source, say: Callable[[str], None]) -> Data:
@@ -44,14 +46,10 @@ def read_data(arguments: Arguments, source: Source, say: Callable[[str], None]) 
         BadRecord: with all faults of the records, unless `--on_bad_sample skip` leaves them out.
     """
     flags, cache = arguments.data, Path(arguments.training.output_dir) / "cache"
-    inputs = choose_inputs(arguments, source)
-    store = RecordStore(flags.data_path, flags.image_folder, flags.exclude, cache)
-    workers = max(1, flags.dataloader_num_workers)
-    lengths = measure(store, inputs.to_sample, workers, cache, inputs.measurement_key, inputs.tiling)
-    for line in refuse_or_report(store, lengths.bad, flags.on_bad_sample):
+    samples = open_samples(arguments, source, cache)
+    held_out = open_held_out(arguments, samples)
+    lengths = measure(samples, max(1, flags.dataloader_num_workers), cache)
+    for line in refuse_or_report(samples.store, lengths.bad, flags.on_bad_sample):
         say(f"skipped: {line}")
-    steps = RankSteps(store, inputs.to_sample, inputs.to_pixels, inputs.image_size, flags.packing, flags.on_bad_sample)
-    held_out = read_held_out(
-        flags, arguments.training.seed, inputs.to_eval_sample, inputs.to_prompt, inputs.to_pixels, inputs.image_size
-    )
-    return Data(inputs, store, lengths, steps, held_out)
+    questions = read_questions(held_out, flags.eval_max_samples, arguments.training.seed) if held_out else []
+    return Data(samples, lengths, RankSteps(samples, flags.packing, flags.on_bad_sample), held_out, questions)

@@ -138,7 +138,7 @@ class _Marker:
             time.sleep(SECONDS_HELD)
 
     def begin(self) -> None:
-        from mini_llava.data import loader, records
+        from mini_llava.data import lengths, loader
         from mini_llava.evaluation import evaluate
         from mini_llava.formats import write
         from mini_llava.guards import early, longest
@@ -147,7 +147,7 @@ class _Marker:
 
         self.after(Preemption, "watch", FIRST_LINE)
         self.after(early, "check_output", OWNS_ITS_FOLDER)
-        self.around(records, "_scan", LENGTHS)
+        self.around(lengths, "_scan", LENGTHS)
         self.around(longest, "try_longest", TRIAL)
         self.after(Preemption, "heed", LOOP)
         self.around_steps(lockstep.Lockstep)

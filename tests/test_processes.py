@@ -8,7 +8,7 @@ import time
 import psutil
 import pytest
 
-from mini_llava.data import records
+from mini_llava.data import lengths
 from tests.end_to_end import runs
 from tests.forked_runs import start
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 def wait_long_in_each_part() -> None:
-    records._scan_part = lambda *_: time.sleep(600)
+    lengths._scan_part = lambda *_: time.sleep(600)
 
 
 def test_a_process_that_the_system_kills_in_the_length_pass_ends_the_run_with_a_sentence(tmp_path):

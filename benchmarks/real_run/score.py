@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from mini_llava.data.collator import join_images
+from mini_llava.data.collator import join_pictures
+from mini_llava.data.images import Picture, open_picture
 from mini_llava.data.templates import written_answer
 from mini_llava.data.tokenization import tokenize_prompt
 from mini_llava.evaluation.generate import expand_prompt, generate
@@ -40,10 +41,10 @@ def exchange(questions: Sequence[dict], seed: int) -> list[str]:
     return pictures
 
 
-def read_pixels(conversation: Conversation, folder: Path, images: Sequence[str]) -> dict[str, torch.Tensor]:
+def open_pictures(conversation: Conversation, folder: Path, images: Sequence[str]) -> dict[str, torch.Tensor]:
     """All pictures as the tower takes them, uint8: 192 KiB each at 256 pixels."""
     with ThreadPoolExecutor() as pool:
-        read = pool.map(lambda image: conversation.to_pixels(str(folder), image), images)
+        read = pool.map(lambda image: open_picture(folder, image, *conversation.opened_with), images)
         return dict(zip(images, read, strict=True))
 
 
@@ -52,7 +53,7 @@ def ask(
     conversation: Conversation,
     questions: Sequence[dict],
     pictures: Sequence[str],
-    pixels_of: Mapping[str, torch.Tensor],
+    opened_as: Mapping[str, Picture],
     batch_size: int,
 ) -> list[str]:
     """The greedy answers to the questions, each with the picture of that name."""
@@ -62,9 +63,9 @@ def ask(
     by_length = sorted(range(len(questions)), key=lambda index: len(prompts[index]))
     for start in range(0, len(by_length), batch_size):
         batch = by_length[start : start + batch_size]
-        pixels = [pixels_of[pictures[index]] for index in batch]
-        ids = [expand_prompt(model, prompts[index], [picture]) for index, picture in zip(batch, pixels, strict=True)]
-        output = generate(model, ids, pixels, conversation.device, max_new_tokens=LONGEST_ANSWER)
+        opened = [opened_as[pictures[index]] for index in batch]
+        ids = [expand_prompt(prompts[index], [picture]) for index, picture in zip(batch, opened, strict=True)]
+        output = generate(model, ids, opened, conversation.device, max_new_tokens=LONGEST_ANSWER)
         for index, text in zip(batch, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
             answers[index] = written_answer(template, text)
     return answers
@@ -97,7 +98,7 @@ def interval(
 
 @torch.inference_mode()
 def nearest(
-    conversation: Conversation, shown: Sequence[str], asked: Sequence[str], pixels_of: Mapping[str, torch.Tensor]
+    conversation: Conversation, shown: Sequence[str], asked: Sequence[str], opened_as: Mapping[str, Picture]
 ) -> list[str]:
     """For each picture asked about, the training picture nearest to it by the mean of the tower's features."""
     tower = conversation.model.vision_tower
@@ -105,7 +106,7 @@ def nearest(
     def features(names: Sequence[str]) -> torch.Tensor:
         parts = []
         for start in range(0, len(names), 128):
-            images, _ = join_images([pixels_of[name] for name in names[start : start + 128]], tower.image_size)
+            images, _ = join_pictures([opened_as[name] for name in names[start : start + 128]], tower.image_size)
             parts.append(tower(images.to(conversation.device)).float().mean(1))
         return torch.nn.functional.normalize(torch.cat(parts), dim=-1)
 
@@ -155,16 +156,16 @@ def main() -> None:
     shown = json.loads((given.data / "stage1.json").read_text(encoding="utf-8"))[:: given.every_neighbour]
     names = {record["image"]: first_sentence(record["conversations"][1]["value"]) for record in shown}
 
-    scores, answers, pixels_of = [], {file: {} for file in FILES}, {}
+    scores, answers, opened_as = [], {file: {} for file in FILES}, {}
     for model in given.models:
         name, _, place = model.partition("=")
         directory, _, version = place.partition(":")
         conversation = Conversation(
             open_saved(directory, version=version or None), dtype, device, {"max_new_tokens": LONGEST_ANSWER}
         )
-        if not pixels_of:  # all models have the same tower, and so the same pixels
+        if not opened_as:  # all models have the same tower, and so the same pixels
             images = {question["image"] for questions in asked.values() for question in questions} | names.keys()
-            pixels_of = read_pixels(conversation, given.data / "images", sorted(images))
+            opened_as = open_pictures(conversation, given.data / "images", sorted(images))
         is_caption = conversation.template.captions_only
         for file, questions in asked.items():
             if is_caption:  # which has no question: the name is what it should begin with
@@ -172,7 +173,7 @@ def main() -> None:
             if not questions:
                 continue
             written = [
-                ask(conversation, questions, pictures, pixels_of, given.batch_size)
+                ask(conversation, questions, pictures, opened_as, given.batch_size)
                 for pictures in ([question["image"] for question in questions], exchange(questions, seed=0))
             ]
             answers[file][name] = {q["id"]: both for q, both in zip(questions, zip(*written, strict=True), strict=True)}
@@ -183,7 +184,7 @@ def main() -> None:
     for file in ("new_hand", "photographs"):
         questions = [question for question in asked[file] if question["kind"] == "name"]
         written = [
-            [names[image] for image in nearest(conversation, list(names), pictures, pixels_of)]
+            [names[image] for image in nearest(conversation, list(names), pictures, opened_as)]
             for pictures in ([question["image"] for question in questions], exchange(questions, seed=0))
         ]
         scores += score("nearest training picture", file, questions, written, False)

@@ -10,21 +10,19 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ..options.tiles import Tiles, join_tiles
+from .images import NEWLINE, Picture
 from .tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Sample
 
 MicroBatch = dict[str, torch.Tensor | int | None]
 
 
-def collate(
-    samples: Sequence[Sample], images: Sequence[torch.Tensor | Tiles], image_size: int, packed: bool
-) -> MicroBatch:
-    """One micro-batch of B rows and L columns (packed: one row) as the model's `forward` takes it.
+def collate(samples: Sequence[Sample], image_size: int, packed: bool) -> MicroBatch:
+    """Return one micro-batch of B rows and L columns (packed: one row) as the model's `forward` takes it.
 
     Args:
-        samples: may be empty, at the end of an epoch.
-        images: in the order of the placeholders, each as uint8 [3, image_size, image_size] or in tiles of that size.
-        packed: samples behind each other in one row, told apart by `position_ids` and `cu_seqlens`.
+        samples: with their pictures; may be empty, at the end of an epoch.
+        image_size: of the vision tower, pixels.
+        packed: samples concatenated in one row, delimited by `position_ids` and `cu_seqlens`.
 
     Returns:
         input_ids      int64 [B, L], 0 at image positions and padding (both are overwritten or masked, so that no real
@@ -57,7 +55,7 @@ def collate(
         positions = np.tile(np.arange(columns), (len(lengths), 1))
         attention_mask, cu_seqlens = torch.from_numpy(mask), None
 
-    pixel_values, feature_rows = join_images(images, image_size)
+    pixel_values, feature_rows = join_pictures([picture for each in samples for picture in each.pictures], image_size)
     is_image = ids == IMAGE_TOKEN_INDEX
     columns_to_predict = np.flatnonzero((next_labels != IGNORE_INDEX).any(axis=0))
     if len(columns_to_predict) == 0:  # nothing is trained here, but the language model's head must run on every rank
@@ -84,16 +82,19 @@ def sample_of_targets(batch: MicroBatch) -> torch.Tensor:
     return torch.searchsorted(batch["cu_seqlens"][1:], batch["logit_positions"], right=True)[None]
 
 
-def join_images(images: Sequence[torch.Tensor | Tiles], image_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`pixel_values` and `feature_rows` as `collate` describes them."""
-    if not images:
+def join_pictures(pictures: Sequence[Picture], image_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return `pixel_values` and `feature_rows` as `collate` describes them; a newline's row is that behind the last."""
+    if not pictures:
         return torch.zeros(1, 3, image_size, image_size), None
-    return join_tiles(images) if isinstance(images[0], Tiles) else (torch.stack(list(images)), None)
-
-
-def image_tokens(images: Sequence[torch.Tensor | Tiles], tokens_per_image: int) -> list[int]:
-    """How many placeholders each image takes; `tokens_per_image` counts for one that is not in tiles."""
-    return [len(image.order) if isinstance(image, Tiles) else tokens_per_image for image in images]
+    pixel_values = torch.cat([picture.pixels for picture in pictures])
+    if pictures[0].order is None:
+        return pixel_values, None
+    first = np.cumsum([0, *(picture.features for picture in pictures)])
+    rows = [
+        np.where(picture.order == NEWLINE, first[-1], picture.order + start)
+        for picture, start in zip(pictures, first, strict=False)
+    ]
+    return pixel_values, torch.from_numpy(np.concatenate(rows))
 
 
 def _pad(rows: list[np.ndarray], columns: int, value: int) -> np.ndarray:

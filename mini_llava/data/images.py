@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ MODES = {
     "F": REFUSED,  # no format tells which value is white
 }
 PHOTOMETRIC, BITS, SAMPLE_FORMAT = 262, 258, 339  # tags of a TIFF
-ASPECT_RATIOS = ("pad", "square")  # of one picture as a whole; tiles are made in anyres.py
+ASPECT_RATIOS = ("pad", "square")  # of one picture as a whole; tiles are made in options/tiles.py
 MAX_NAME_BYTES = 4096  # Linux knows no longer path, and following one of megabytes takes minutes
 # The formats of photographs and drawings. Pillow knows some fifty, and starts another program (Ghostscript) for some.
 Image.init()
@@ -62,8 +63,32 @@ FURTHEST_TAP = 3  # pixels of the result that a value looks beyond itself: those
 MAX_SIDE_RATIO = 200  # a thinner strip than 1:200 fills gigabytes when its short side is resized to the tower's
 
 
+NEWLINE = -1  # in the order of a picture's features: the learned embedding that ends a row of them
+
+
 class BadImage(ValueError):
     """One sentence about why an image cannot be used; whoever knows it adds the record."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What the vision tower gets of an image, and which of its features go to the image's placeholders.
+
+    Attributes:
+        pixels: uint8 [tiles, 3, S, S]; one tile, unless options/tiles.py has split the image up.
+        features: how many the tower makes of all tiles.
+        order: int32 [tokens], for each placeholder the number of its feature, counted through the tiles, or NEWLINE;
+            None: all features as they come.
+    """
+
+    pixels: torch.Tensor
+    features: int
+    order: np.ndarray | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many placeholders it takes."""
+        return self.features if self.order is None else len(self.order)
 
 
 def image_path(folder: str | os.PathLike, name: str) -> str:
@@ -195,6 +220,36 @@ def _check_sides(path: str, size: tuple[int, int]) -> None:
         raise BadImage(
             f"the image {shorten(path)} is {size[0]}x{size[1]}; sides beyond 1:{MAX_SIDE_RATIO} are refused."
         )
+
+
+def open_picture(
+    folder: str | os.PathLike,
+    name: str,
+    processor: BaseImageProcessor,
+    aspect_ratio: str,
+    size: int,
+    features: int,
+    tiling,
+) -> Picture:
+    """Open an image file for a vision tower that takes `size` pixels square and makes `features` of them.
+
+    Args:
+        tiling: what splits images of `aspect_ratio` "anyres" (`options.tiles.Tiling`); None: they stay whole.
+
+    Raises:
+        BadImage: the file cannot be used.
+        ValueError: processor and tower disagree.
+    """
+    image = load_image(folder, name)
+    if tiling is not None:
+        return tiling.open(image, processor.resample)
+    pixels = pixel_values(image, processor, aspect_ratio)
+    if pixels.shape[1:] != (size, size):
+        raise ValueError(
+            f"The image processor gives {pixels.shape[2]}x{pixels.shape[1]} pixels, but the vision tower takes "
+            f"{size}x{size}: its directory holds a preprocessor_config.json of another tower."
+        )
+    return Picture(pixels[None], features)
 
 
 def pixel_values(image: Image.Image, processor: BaseImageProcessor, aspect_ratio: str) -> torch.Tensor:

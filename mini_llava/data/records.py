@@ -1,38 +1,24 @@
-"""The training records as bytes and offsets, and the exact length of each.
+"""The training records as bytes and offsets.
 
-Replaces LLaVA's `json.load` of the whole dataset, once per process, and its word-count lengths. Files stay on disk; a
-record costs sixteen bytes of offsets that forked loader workers share, and is read and parsed when it is asked for.
-Lengths are counted in tokens, by really tokenizing every record once, in parallel. Both are kept in a cache.
+Replaces LLaVA's `json.load` of the whole dataset, once per process. Files stay on disk; a record costs sixteen bytes of
+offsets that forked loader workers share, and is read and parsed when it is asked for. The offsets are cached.
 """
 
-import contextlib
-import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from ..files import atomic_write
-from ..guards.processes import end_worker_with_parent
-from ..options import tiles
-from ..options.tiles import Tiling
 from ..words import counted
-from .images import BadImage, image_path
-from .templates import Template
-from .tokenization import IGNORE_INDEX, BadRecord, Sample, shorten
+from .tokenization import BadRecord, shorten
 
 CHUNK_BYTES = 16 * 2**20
 INDEX_CACHED_FROM = 32 * 2**20  # bytes; a smaller file is indexed in less than a second
@@ -346,13 +332,14 @@ def _index(file: DataFile, cache_folder: str | os.PathLike | None) -> np.ndarray
         digest, spans = file.digest(), _spans(file)
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        _write_arrays(cache, spans=spans, digest=np.array(digest))
+        write_arrays(cache, spans=spans, digest=np.array(digest))
     except OSError as error:
         warnings.warn(f"The index is not cached: {cache_folder} cannot be written ({error}).", stacklevel=3)
     return spans
 
 
-def _write_arrays(file: Path, **arrays: np.ndarray) -> None:
+def write_arrays(file: Path, **arrays: np.ndarray) -> None:
+    """Write an npz file, whole or not at all. Raises OSError."""
     with atomic_write(file) as content:  # processes of several machines may be here at once
         np.savez_compressed(content, **arrays)
 
@@ -473,288 +460,3 @@ def _check_first_line(file: DataFile, start: int, line: bytes) -> None:
 
 def _line(file: DataFile, byte: int) -> int:
     return 1 + sum(chunk.count(b"\n") for chunk in file.chunks(0, byte))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Lengths
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Lengths:
-    """What is known about each record before training.
-
-    length: int32 [n], tokens after truncation, an image counting all its positions; 0 for a bad record.
-    trained: int32 [n], trained tokens; 0 for a bad record.
-    pictures: int32 [n], what the vision tower is given: images, or all their tiles.
-    bad: index -> one sentence, for the records that cannot be trained on.
-    """
-
-    length: np.ndarray
-    trained: np.ndarray
-    pictures: np.ndarray
-    bad: dict[int, str]
-
-    @property
-    def has_image(self) -> np.ndarray:
-        """bool [n]."""
-        return self.pictures > 0
-
-
-def measurement_key(
-    template: Template,
-    tokenizer: PreTrainedTokenizerBase,
-    tokens_per_image: int | Tiling,
-    max_length: int,
-    left_unread: Collection[str] = (),
-) -> str:
-    """A digest of all that decides a record's length except records and images, the code included."""
-    digest = hashlib.blake2b(digest_size=16)
-    numbers = f"{tokens_per_image} {max_length}"
-    for part in (repr(template), tokenizer.backend_tokenizer.to_str(), numbers, repr(sorted(left_unread))):
-        digest.update(part.encode("utf-8") + b"\0")
-    for name in ("templates", "tokenization", "unread", "records"):
-        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
-    digest.update(Path(tiles.__file__).read_bytes())
-    return digest.hexdigest()
-
-
-def measure(
-    store: RecordStore,
-    tokenize_function: Callable[..., Sample],
-    num_workers: int,
-    cache_folder: str | os.PathLike | None,
-    key: str,
-    tiling: Tiling | None = None,
-) -> Lengths:
-    """Tokenize every record once and return its length, in `num_workers` forked processes.
-
-    The result is kept in `cache_folder` under a digest of the records and of `key` (see `measurement_key`). Processes
-    of one machine that ask at the same time wait for the first; where nothing can be written, each computes for itself.
-    Records that raise BadRecord, and those whose images are missing, are in `bad`; missing images are looked for
-    again when the cache is read. Any other error stops the scan and names the record.
-
-    Args:
-        tokenize_function: record and `folder`, that of its images, to `Sample`; may raise BadImage where it looks at
-            them.
-        tiling: how images are cut, if they are.
-    """
-    look_at = functools.partial(_scan_part, store, tokenize_function, tiling)
-    if cache_folder is None:
-        return _scan(look_at, len(store), num_workers).lengths(store, look_at)
-    file = _cache_file(store, cache_folder, key)
-    if scan := _Scan.read(file, len(store)):
-        return scan.lengths(store, look_at)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{file}.lock")
-        lock.acquire()
-    except (OSError, NotImplementedError) as error:  # a read-only folder, or a file system without locks
-        warnings.warn(f"Lengths are not cached: {cache_folder} cannot be written ({error}).", stacklevel=2)
-        return _scan(look_at, len(store), num_workers).lengths(store, look_at)
-    try:
-        scan = _Scan.read(file, len(store))
-        if scan is None:
-            scan = _scan(look_at, len(store), num_workers)
-            try:
-                scan.write(file)
-            except OSError as error:
-                warnings.warn(f"Lengths are not cached: {file} cannot be written ({error}).", stacklevel=2)
-    finally:
-        lock.release()
-    return scan.lengths(store, look_at)
-
-
-def measure_some(
-    store: RecordStore,
-    tokenize_function: Callable[[dict], Sample],
-    cache_folder: str | os.PathLike,
-    key: str,
-    most: int,
-    tiling: Tiling | None = None,
-) -> tuple[Lengths, int]:
-    """For a plan: what `measure` has cached, or what `most` of the records say about all; and how many were measured.
-
-    A record that was not measured stands with the length of one that was; images are not looked for.
-    """
-    if scan := _Scan.read(_cache_file(store, cache_folder, key), len(store)):
-        return scan.lengths(store, functools.partial(_scan_part, store, tokenize_function, tiling)), len(store)
-    chosen = np.linspace(0, len(store) - 1, min(most, len(store))).astype(int)
-    length, trained, pictures = [], [], []
-    for index in chosen.tolist():
-        with contextlib.suppress(BadRecord, BadImage):
-            folder = store.image_folder(index)
-            sample = tokenize_function(store[index], folder=folder)
-            length.append(len(sample.input_ids))
-            trained.append(np.count_nonzero(sample.labels != IGNORE_INDEX))
-            pictures.append(_pictures(sample, folder, tiling))
-    if not length:
-        raise BadRecord(
-            f"None of {counted(len(chosen), 'record')} can be trained on; mini_llava.tools.doctor says why."
-        )
-    some = np.arange(len(store)) % len(length)
-    arrays = (np.asarray(values, np.int32) for values in (length, trained, pictures))
-    return Lengths(*(array[some] for array in arrays), bad={}), len(length)
-
-
-def _cache_file(store: RecordStore, cache_folder: str | os.PathLike, key: str) -> Path:
-    name = hashlib.blake2b(f"{store.digest()} {key}".encode(), digest_size=16).hexdigest()
-    return Path(cache_folder) / f"lengths-{name}.npz"
-
-
-_MEASURED = ("length", "trained", "pictures")
-
-
-@dataclass
-class _Scan:
-    """The part of a measurement that depends on records and code alone, and so may be cached."""
-
-    length: np.ndarray
-    trained: np.ndarray
-    pictures: np.ndarray
-    faults: dict[int, str]
-    missing: dict[int, list[str]]
-    """Images that were not there. Put them in place and the next run finds them."""
-    unopened: dict[int, str]
-    """Records whose lengths are unknown, because the size of an image cannot be read. They too are tried again."""
-
-    def lengths(self, store: RecordStore, look_at: Callable[[range], "_Scan"]) -> Lengths:
-        bad = dict(self.faults)
-        for index in self.unopened:
-            again = look_at(range(index, index + 1))
-            for name in _MEASURED:
-                getattr(self, name)[index] = getattr(again, name)[0]
-            bad |= again.faults | again.unopened
-        for index, names in self.missing.items():
-            if sentence := missing_image(store, index, names):
-                bad[index] = sentence
-        usable = np.ones(len(self.length), dtype=bool)
-        usable[list(bad)] = False
-        return Lengths(self.length * usable, self.trained * usable, self.pictures, dict(sorted(bad.items())))
-
-    def write(self, file: Path) -> None:
-        texts = json.dumps([list(found.items()) for found in (self.faults, self.missing, self.unopened)]).encode()
-        measured = {name: getattr(self, name) for name in _MEASURED}
-        _write_arrays(file, **measured, texts=np.frombuffer(texts, dtype=np.uint8))
-
-    @classmethod
-    def read(cls, file: Path, count: int) -> "_Scan | None":
-        """The cached scan, or None if there is none or the file is damaged."""
-        try:
-            with np.load(file, allow_pickle=False) as arrays:
-                faults, missing, unopened = json.loads(arrays["texts"].tobytes())
-                measured = (arrays[name] for name in _MEASURED)
-                scan = cls(*measured, dict(faults), dict(missing), dict(unopened))
-        except Exception:  # a damaged archive raises zipfile, zlib, KeyError, ValueError or OSError
-            return None
-        return scan if len(scan.length) == count else None
-
-
-class WorkerKilled(OSError):
-    """One sentence about a process of a pool that the system, or somebody, has killed."""
-
-
-def map_ranges(
-    function: Callable[[range], object], count: int, num_workers: int, what: str, workers_flag: str = "--num_workers"
-) -> Iterator:
-    """Yields `function(part)` for the consecutive parts of `range(count)`, computed by forked processes, in order.
-
-    The processes share what the function refers to (store, tokenizer); nothing is pickled but the results.
-
-    Args:
-        what: is done, for the progress bar and errors: "measuring records".
-        workers_flag: the flag that `num_workers` comes from, for errors.
-
-    Raises:
-        WorkerKilled: the sentence says how far they had come.
-    """
-    parts = [range(start, min(start + 512, count)) for start in range(0, count, 512)]
-    progress = tqdm(total=count, desc=what, unit=f" {what.split()[-1]}", delay=2, mininterval=1)
-
-    def with_progress(results: Iterable) -> Iterator:
-        for part, result in zip(parts, results, strict=True):
-            progress.update(len(part))
-            yield result
-        progress.close()
-
-    if num_workers > 1 and len(parts) > 1 and "fork" in multiprocessing.get_all_start_methods():
-        # The tokenizer's own threads would give nothing here, and it complains when a process that used them forks.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        context, others = multiprocessing.get_context("fork"), multiprocessing.active_children()
-        with ProcessPoolExecutor(min(num_workers, len(parts)), context, _start_worker, (function,)) as workers:
-            try:
-                yield from with_progress(workers.map(_do_work, parts))
-            except BrokenProcessPool:
-                # The pool asks the others to end by a SIGTERM, which a run's children ignore, and would wait for ever.
-                for process in set(multiprocessing.active_children()).difference(others):
-                    process.kill()
-                raise WorkerKilled(
-                    f"A process was ended from outside while {what}, after {progress.n:,} of {count:,}; the system's "
-                    f"log (dmesg: out of memory?) may say why. Fewer {workers_flag} need less memory."
-                ) from None
-    else:
-        yield from with_progress(map(function, parts))
-
-
-def _start_worker(function: Callable[[range], object]) -> None:
-    global _work
-    end_worker_with_parent()
-    _work = function
-
-
-def _do_work(part: range) -> object:
-    return _work(part)
-
-
-def _scan(look_at: Callable[[range], _Scan], count: int, num_workers: int) -> _Scan:
-    parts = list(map_ranges(look_at, count, num_workers, "measuring records", "--dataloader_num_workers"))
-    return _Scan(
-        *(np.concatenate([getattr(part, name) for part in parts]) for name in _MEASURED),
-        faults={index: sentence for part in parts for index, sentence in part.faults.items()},
-        missing={index: names for part in parts for index, names in part.missing.items()},
-        unopened={index: sentence for part in parts for index, sentence in part.unopened.items()},
-    )
-
-
-def _scan_part(
-    store: RecordStore, tokenize_function: Callable[..., Sample], tiling: Tiling | None, part: range
-) -> _Scan:
-    scan = _Scan(*(np.zeros(len(part), np.int32) for _ in _MEASURED), {}, {}, {})
-    for place, index in enumerate(part):
-        try:
-            folder = store.image_folder(index)
-            sample = tokenize_function(store[index], folder=folder)
-            scan.pictures[place] = _pictures(sample, folder, tiling)
-        except BadRecord as error:
-            scan.faults[index] = str(error)
-            continue
-        except BadImage as error:
-            scan.unopened[index], scan.pictures[place] = str(error), 1  # or more
-            continue
-        except DataFileError:
-            raise
-        except Exception as error:
-            raise RuntimeError(f"{store.describe(index)} could not be tokenized: {error!r}") from error
-        scan.length[place] = len(sample.input_ids)
-        scan.trained[place] = np.count_nonzero(sample.labels != IGNORE_INDEX)
-        if missing_image(store, index, sample.images):
-            scan.missing[index] = sample.images
-    return scan
-
-
-def _pictures(sample: Sample, folder: str | None, tiling: Tiling | None) -> int:
-    """How many the vision tower gets of a sample."""
-    return sum(tiling.tiles(folder, name) for name in sample.images) if tiling else len(sample.images)
-
-
-def missing_image(store: RecordStore, index: int, names: list[str]) -> str | None:
-    """Why the images of a record cannot be opened, as far as their paths tell; None if nothing speaks against it."""
-    folder = store.image_folder(index)
-    if names and folder is None:
-        return f"it has the image {names[0]!r}, but no {store.folder_flag} is given."
-    try:
-        for name in names:
-            image_path(folder, name)
-    except BadImage as error:
-        return str(error)
-    return None

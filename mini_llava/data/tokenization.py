@@ -62,11 +62,13 @@ class Sample:
     input_ids: int32 [L], with a copy of IMAGE_TOKEN_INDEX for each token of an image.
     labels: int32 [L], IGNORE_INDEX where nothing is trained. Not shifted.
     images: file names in the order of the placeholders.
+    pictures: the images, a `Picture` each, once `Samples` has opened them.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     images: list[str]
+    pictures: Sequence = ()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,19 +18,18 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig
 
-from ..arguments import Arguments, DataArguments
+from ..arguments import Arguments
 from ..data.collator import sample_of_targets
-from ..data.images import BadImage
-from ..data.loader import RankStep, RankSteps, fault_table, loss_group, rank_step_loader
-from ..data.records import RecordStore, missing_image
+from ..data.images import BadImage, Picture
+from ..data.loader import RankStep, RankSteps, loss_group, rank_step_loader
 from ..data.sampler import deal
-from ..data.templates import IMAGE_MARK, Template, written_answer
-from ..data.tokenization import IGNORE_INDEX, BadRecord, Sample
+from ..data.samples import Samples
+from ..data.templates import IMAGE_MARK, written_answer
+from ..data.tokenization import IGNORE_INDEX, BadRecord
 from ..guards.never_fatal import never_fatal
 from ..guards.preemption import start_worker
-from ..options.tiles import Tiles
 from ..training.backend import gather_from_ranks, sum_over_ranks, to_device, zero_stage
 from ..training.lockstep import Lockstep
 from ..training.meter import loss_parts
@@ -38,6 +37,7 @@ from ..watch import trackers
 from ..watch.json_lines import append_lines, read_lines
 from ..watch.log import append_json_line
 from ..watch.progress import questions_bar
+from ..watch.skipped import fault_table
 from ..words import counted
 from .generate import expand_prompt, generate
 from .scoring import CHOICE, EXACT_MATCH, is_right, metric_of
@@ -73,58 +73,38 @@ class Question:
     tokens: int
 
 
-def read_held_out(
-    data_flags: DataArguments,
-    seed: int,
-    to_sample: Callable[..., Sample],
-    to_prompt: Callable[[dict], np.ndarray],
-    load_pixels: Callable[[str, str], torch.Tensor | Tiles],
-    image_size: int,
-) -> tuple[RankSteps, list[Question]] | None:
-    """Reads and checks the records of `--eval_data_path`; None without the flag.
-
-    They become micro-batches by the very code that the training's records go through.
-
-    Args:
-        to_sample: record and `folder`, that of its images, to `Sample`.
-        to_prompt: record to the ids up to the answer of its last question, with one token for each image.
-        load_pixels: (image folder, image name) to what `collate` takes.
+def read_questions(samples: Samples, most: int | None, seed: int) -> list[Question]:
+    """Read and check held-out records, `most` of them at most, drawn by `seed`.
 
     Raises BadRecord with all records that cannot be asked: leaving some out would make another score of it.
     """
-    if data_flags.eval_data_path is None:
-        return None
-    store = RecordStore(data_flags.eval_data_path, data_flags.eval_image_folder, flag_prefix="eval_")
-    chosen = range(len(store))
-    if data_flags.eval_max_samples and data_flags.eval_max_samples < len(store):
+    chosen = range(len(samples))
+    if most and most < len(samples):
         generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randperm(len(store), generator=generator)[: data_flags.eval_max_samples].tolist()
+        chosen = torch.randperm(len(samples), generator=generator)[:most].tolist()
     questions, faults = [], []
     for index in chosen:
         try:
-            record = store[index]
-            sample = to_sample(record, folder=store.image_folder(index))
-            prompt = to_prompt(record)
-            names = record.get("image", [])
-            names = [names] if isinstance(names, str) else names
-            if fault := missing_image(store, index, names):
+            tokens, prompt = len(samples.tokenize(index).input_ids), samples.prompt(index)
+            names = samples.store.image_names(index)
+            if fault := samples.missing_image(index, names):
                 raise BadRecord(fault)
+            record = samples.store[index]
             *_, question, answer = record["conversations"]
             if answer["from"] != "gpt":
                 raise BadRecord("its last question has no answer to compare with.")
             text = question["value"].replace(IMAGE_MARK, "").strip()
             images = [(index, name) for name in names]
-            known = (answer["value"], metric_of(record), len(sample.input_ids))
-            questions.append(Question(index, prompt, images, text, *known))
+            questions.append(Question(index, prompt, images, text, answer["value"], metric_of(record), tokens))
         except (BadRecord, BadImage) as error:
             faults.append((index, str(error)))
     if len(faults) == 1:
         [(index, sentence)] = faults
-        raise BadRecord(f"--eval_data_path: {store.describe(index)}: {sentence}")
+        raise BadRecord(f"--eval_data_path: {samples.describe(index)}: {sentence}")
     if faults:
         title = f"--eval_data_path: {len(faults):,} of {counted(len(chosen), 'record')} cannot be asked; fix them."
-        raise BadRecord("\n".join([title, *fault_table(store, faults)]))
-    return RankSteps(store, to_sample, load_pixels, image_size, data_flags.packing, on_bad_sample="skip"), questions
+        raise BadRecord("\n".join([title, *fault_table(samples.store, faults)]))
+    return questions
 
 
 def shuffle_images(questions: Sequence[Question], seed: int) -> list[Question]:
@@ -149,29 +129,27 @@ class HeldOut:
         arguments: Arguments,
         accelerator: Accelerator,
         model: nn.Module,
-        held_out: tuple[RankSteps, list[Question]] | None,
-        tokenizer: PreTrainedTokenizerBase,
-        template: Template,
+        samples: Samples | None,
+        questions: list[Question],
         total_steps: int,
         lockstep: Lockstep,
     ):
         """
         Args:
             model: prepared, a `LlavaModel`.
-            held_out: what `read_held_out` gave.
-            template: which says what ends an answer.
+            samples: the held-out ones; None without.
+            questions: what `read_questions` made of them.
             lockstep: asked between two batches whether the run ends here.
         """
         self.data_flags, self.training = arguments.data, arguments.training
         self.accelerator, self.model = accelerator, model
-        self.tokenizer, self.template = tokenizer, template
         self.total_steps, self.output_dir = total_steps, Path(arguments.training.output_dir)
         self.lockstep = lockstep
-        self.rank_steps, self.questions = held_out or (None, [])
+        self.samples, self.questions = samples, questions
         self.history: list[dict] = []
         if not self.questions:
             return
-        self.store = self.rank_steps.store
+        self.store, self.tokenizer, self.template = samples.store, samples.tokenizer, samples.template
         sources = [self.store.source(question.index) for question in self.questions]
         with_image = [bool(question.images) for question in self.questions]
         self.parts = loss_parts(self.store.source_names(), with_image)
@@ -276,14 +254,14 @@ class HeldOut:
         lengths = [question.tokens for question in self.questions]
         by_length = sorted(range(len(lengths)), key=lambda place: -lengths[place])
         size = self.training.per_device_eval_batch_size * ranks
-        layout = "packed" if self.rank_steps.packed else "padded"
+        layout = "packed" if self.data_flags.packing else "padded"
         mine = []  # for each step the places of the questions in each micro-batch of this rank
         for start in range(0, len(by_length), size):
             batch = by_length[start : start + size]
             dealt = deal(batch, lengths, ranks, 1, layout, self.data_flags.max_tokens_per_micro_batch)
             mine.append([of_ranks[rank] for of_ranks in dealt])
         loader = rank_step_loader(
-            self.rank_steps,
+            RankSteps(self.samples, self.data_flags.packing, on_bad_sample="skip"),
             ([[self.questions[place].index for place in places] for places in step] for step in mine),
             self.data_flags.dataloader_num_workers,
             pin_memory=device.type == "cuda",
@@ -341,14 +319,14 @@ class HeldOut:
                 first = start + rank * batch_size
                 places = by_length[first : first + batch_size]
                 asked = places or by_length[:1]
-                images, fault = [], None
+                pictures, fault = [], None
                 try:
-                    images = [[self._pixels(*image) for image in questions[place].images] for place in asked]
+                    pictures = [[self._picture(*image) for image in questions[place].images] for place in asked]
                 except Exception as error:
                     fault = error
                 self._go_on(fault)
                 most_tokens = max(self.most_tokens[place] for place in asked)
-                texts = self._generate(llava, [questions[place] for place in asked], images, most_tokens, stop_ids)
+                texts = self._generate(llava, [questions[place] for place in asked], pictures, most_tokens, stop_ids)
                 answers |= zip(places, texts, strict=False)
                 bar.update(min(size, len(by_length) - start))
         of_all = ChainMap(*gather_from_ranks(self.accelerator, answers))
@@ -358,18 +336,18 @@ class HeldOut:
         self,
         llava: nn.Module,
         batch: Sequence[Question],
-        images_of_questions: Sequence[Sequence[torch.Tensor | Tiles]],
+        pictures_of_questions: Sequence[Sequence[Picture]],
         most_tokens: int,
         stop_ids: int | list[int],
     ) -> list[str]:
-        prompts = [question.input_ids for question in batch]
-        prompts = [expand_prompt(llava, *pair) for pair in zip(prompts, images_of_questions, strict=True)]
+        pairs = zip(batch, pictures_of_questions, strict=True)
+        prompts = [expand_prompt(question.input_ids, pictures) for question, pictures in pairs]
         settings = GenerationConfig(do_sample=False, max_new_tokens=most_tokens, eos_token_id=stop_ids, pad_token_id=0)
         with self.accelerator.autocast():
             output = generate(
                 llava,
                 prompts,
-                list(itertools.chain(*images_of_questions)),
+                list(itertools.chain(*pictures_of_questions)),
                 self.accelerator.device,
                 generation_config=settings,
                 synced_gpus=zero_stage(self.accelerator) == 3,
@@ -377,9 +355,9 @@ class HeldOut:
         texts = self.tokenizer.batch_decode(output, skip_special_tokens=False)
         return [written_answer(self.template, text) for text in texts]
 
-    def _pixels(self, index: int, name: str) -> torch.Tensor | Tiles:
+    def _picture(self, index: int, name: str) -> Picture:
         try:
-            return self.rank_steps.load_pixels(self.store.image_folder(index), name)
+            return self.samples.open_picture(self.store.image_folder(index), name)
         except BadImage as error:
             raise BadImage(f"--eval_data_path: {self.store.describe(index)}: {error}") from None
 

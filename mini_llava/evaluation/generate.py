@@ -10,21 +10,21 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from ..data.collator import image_tokens, join_images
+from ..data.collator import join_pictures
+from ..data.images import Picture
 from ..data.tokenization import IMAGE_TOKEN_INDEX, expand_images
 from ..model.llava import LlavaModel
-from ..options.tiles import Tiles
 
 
-def expand_prompt(model: LlavaModel, prompt: np.ndarray, images: Sequence[torch.Tensor | Tiles]) -> np.ndarray:
-    """Return a prompt [L], with one token for each image, with as many as the image has features."""
-    return expand_images(prompt, image_tokens(images, model.vision_tower.tokens_per_image))
+def expand_prompt(prompt: np.ndarray, pictures: Sequence[Picture]) -> np.ndarray:
+    """Return a prompt [L], with one token for each picture, with as many as the picture has features."""
+    return expand_images(prompt, [picture.tokens for picture in pictures])
 
 
 def generate(
     model: LlavaModel,
     prompts: Sequence[np.ndarray],
-    images: Sequence[torch.Tensor | Tiles],
+    pictures: Sequence[Picture],
     device: torch.device | str,
     **options,
 ) -> torch.Tensor:
@@ -32,14 +32,14 @@ def generate(
 
     Args:
         prompts: each expanded.
-        images: of all prompts, in order.
+        pictures: of all prompts, in order.
         options: of transformers' `generate`; what they leave open, the language model's `generation_config` says.
     """
     rows = [torch.from_numpy(prompt.astype(np.int64)) for prompt in prompts]
     input_ids = pad_sequence(rows, batch_first=True, padding_side="left")
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
     is_image = input_ids == IMAGE_TOKEN_INDEX
-    pixel_values, feature_rows = join_images(images, model.vision_tower.image_size)
+    pixel_values, feature_rows = join_pictures(pictures, model.vision_tower.image_size)
     embeddings = model.embed(
         input_ids.masked_fill(is_image, 0).to(device),
         pixel_values.to(device),

@@ -33,8 +33,7 @@ from ..model.llava import LlavaModel
 from ..model.projector import build_projector, list_some, load_projector
 from ..model.vision_tower import VisionTower, empty_model, has_layers, leading_tokens, resize, tokens_per_image
 from ..options.fastvlm import FASTVITHD
-from ..options.image_newline import KEY, ImageNewline
-from ..options.tiles import Tiling, choose_tiling
+from ..options.tiles import NEWLINE_KEY, ImageNewline, Tiling, choose_tiling
 from .layouts import (
     FAMILIES,
     IMAGE_TOKEN_FLAGS,
@@ -319,7 +318,7 @@ def load_llava(
     # weights should depend on the seed alone.
     projector, newline = source.load_projector(), source.load_newline()
     if pretrained_projector:
-        beside = ("embed_tokens.weight",) * beside_token_rows + (KEY,) * (newline is not None)
+        beside = ("embed_tokens.weight",) * beside_token_rows + (NEWLINE_KEY,) * (newline is not None)
         load_projector(projector, pretrained_projector, beside)
         if newline is not None:
             newline.load_beside_projector(pretrained_projector)

@@ -31,8 +31,7 @@ from ..files import staged
 from ..model.llava import LlavaModel
 from ..model.projector import PROJECTOR_FILE, is_main_process, save_projector
 from ..model.vision_tower import VisionTower, published_name
-from ..options.image_newline import KEY
-from ..options.tiles import Tiling
+from ..options.tiles import NEWLINE_KEY, Tiling
 from .layouts import MODEL_FILES
 from .weights import SHARD_BYTES, whole_shape, write_json, write_weights
 
@@ -519,7 +518,7 @@ def _language_weights(language_model: nn.Module) -> tuple[list[tuple[str, torch.
 
 def _newline(model: nn.Module) -> dict[str, torch.Tensor]:
     """The newline by the name that LLaVA gives it, if the model has one."""
-    return {f"model.{KEY}": model.image_newline.weight} if model.image_newline is not None else {}
+    return {f"model.{NEWLINE_KEY}": model.image_newline.weight} if model.image_newline is not None else {}
 
 
 def begin_directory(directory: Path) -> None:

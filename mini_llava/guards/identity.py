@@ -57,7 +57,7 @@ def run_identity(accelerator: Accelerator, model: nn.Module, arguments: Argument
     Args:
         model: the prepared `LlavaModel`.
     """
-    values, of_sampler, store = arguments.as_dict(), order.sampler.state_dict(), data.store
+    values, of_sampler, store = arguments.as_dict(), order.sampler.state_dict(), data.samples.store
     flags = {name: value for name, value in values.items() if name not in DECIDES_NOTHING}
     flags |= {
         "max_steps": order.total_steps,
@@ -69,7 +69,7 @@ def run_identity(accelerator: Accelerator, model: nn.Module, arguments: Argument
     if values["loss_normalization"] == "micro_batch":
         flags["per_device_train_batch_size"] = f"{order.sampler.slots} micro-batches a step"
     llava = accelerator.unwrap_model(model)
-    tokenizer, held_out = data.inputs.tokenizer, data.held_out and (data.held_out[0].store, data.held_out[1])
+    tokenizer, held_out = data.samples.tokenizer, data.held_out and (data.held_out.store, data.questions)
     texts_to_ids = tokenizer.backend_tokenizer.to_str()
     if values["version"] == CHAT_TEMPLATE:
         texts_to_ids += str(tokenizer.chat_template)
@@ -86,7 +86,7 @@ def run_identity(accelerator: Accelerator, model: nn.Module, arguments: Argument
         "model": {
             "frozen": frozen_fingerprints(accelerator, llava),
             "tokenizer": _digest(texts_to_ids.encode()),
-            "image processor": _settings(data.inputs.image_processor.to_dict()),
+            "image processor": _settings(data.samples.image_processor.to_dict()),
             "language model": _settings(llava.language_model.config),
             "vision tower": _settings(llava.vision_tower.model.config),
         },

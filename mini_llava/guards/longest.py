@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ..data.lengths import Lengths
 from ..data.loader import RankSteps
-from ..data.records import Lengths
 from ..data.sampler import computed_tokens
 from ..tools.memory import Shape
 from ..training import backend

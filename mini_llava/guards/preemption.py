@@ -16,8 +16,8 @@ import threading
 import time
 from pathlib import Path
 
+from ..processes import end_with_parent, end_worker_with_parent, launcher
 from .output_streams import flush_before_the_end, say_before_the_end
-from .processes import end_with_parent, end_worker_with_parent, launcher
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 # Sent by the kernel alone, and so never somebody's second signal. Not everywhere, but where a launcher can be known.

@@ -17,12 +17,13 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..arguments import Arguments, ModelArguments, TrainingArguments
 from ..build import plan_of
-from ..data.records import Lengths
+from ..data.lengths import Lengths
+from ..data.samples import Samples
 from ..data.templates import CHAT_TEMPLATE, TEMPLATES, ChatTemplate, Template
 from ..data.tokenization import read_json
 from ..formats.layouts import FAMILIES
 from ..formats.read import Source, empty_language_model, same_layer
-from ..inputs import Inputs
+from ..inputs import held_out_template
 from ..model.projector import PROJECTOR_FILE, list_some
 from ..options.image_tokens import token_ids_end
 from ..options.lora import linear_layers
@@ -54,7 +55,7 @@ class Finding:
 
 
 def check_run(
-    arguments: Arguments, source: Source, inputs: Inputs, lengths: Lengths, order: Order, held_out_tokens: int = 0
+    arguments: Arguments, source: Source, samples: Samples, lengths: Lengths, order: Order, held_out_tokens: int = 0
 ) -> Iterator[Finding]:
     """Yield what each check finds, in the order in which a person would look.
 
@@ -62,16 +63,16 @@ def check_run(
         held_out_tokens: of the longest held-out record; 0: none.
     """
     training = arguments.training
-    yield from check_template(inputs.template, inputs.tokenizer)
-    if inputs.eval_template != inputs.template:
-        yield from check_template(inputs.eval_template, inputs.tokenizer, "--eval_version")
+    yield from check_template(samples.template, samples.tokenizer)
+    if (template := held_out_template(arguments, samples.tokenizer)) != samples.template:
+        yield from check_template(template, samples.tokenizer, "--eval_version")
     rows = source.language_config.get_text_config().vocab_size
-    yield from check_token_rows(inputs.tokenizer, rows, inputs.new_tokens)
+    yield from check_token_rows(samples.tokenizer, rows, samples.new_tokens)
     longest = max(int(lengths.length.max(initial=0)), held_out_tokens)
     yield from check_positions(longest, source.language_config)
     yield from check_projector(arguments.model, source)
     if training.lora_enable:
-        yield from check_adapters(source.language_config, inputs.new_tokens)
+        yield from check_adapters(source.language_config, samples.new_tokens)
     plan = plan_of(arguments, source)
     yield from check_steps(training, [part for part, how in plan.items() if how != "frozen"], order, lengths)
 

@@ -14,8 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..data.tokenization import IGNORE_INDEX
-from ..options.image_newline import ImageNewline
-from ..options.tiles import Tiling
 from .vision_tower import VisionTower
 
 # Logits are turned to fp32 this many at a time, so that a vocabulary of 150,000 does not need gigabytes at once.
@@ -30,10 +28,14 @@ class LlavaModel(nn.Module):
         vision_tower: VisionTower,
         projector: nn.Module,
         language_model: nn.Module,
-        image_newline: ImageNewline | None = None,
-        tiling: Tiling | None = None,
+        image_newline: nn.Module | None = None,
+        tiling: object | None = None,
     ):
-        """`tiling`: how its images come in tiles; None: whole. With `spatial_unpad` it needs a newline."""
+        """
+        Args:
+            image_newline: appends the embedding that ends a row of features, [n, width] -> [n + 1, width].
+            tiling: how images are split into tiles (`options.tiles.Tiling`); None: they are whole.
+        """
         super().__init__()
         self.vision_tower, self.projector, self.language_model = vision_tower, projector, language_model
         self.image_newline, self.tiling = image_newline, tiling

@@ -20,8 +20,8 @@ from ..formats.write import Description, begin_directory, llava_config
 from ..model.llava import LlavaModel
 from ..model.projector import gathered_state_dict, is_main_process, list_some, read_tensors, whole
 from ..model.vision_tower import published_name
-from .image_newline import KEY
 from .image_tokens import add_token_rows, set_rows
+from .tiles import NEWLINE_KEY
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -156,7 +156,7 @@ def save_lora(directory: str | Path, model: LlavaModel, described: Description) 
     tower = [(name, p) for name, p in model.vision_tower.model.named_parameters() if p.requires_grad]
     others = [(f"{PREFIX}model.{PROJECTOR}{name}", parameter) for name, parameter in model.projector.named_parameters()]
     if model.image_newline is not None:
-        others.append((f"{PREFIX}model.{KEY}", model.image_newline.weight))
+        others.append((f"{PREFIX}model.{NEWLINE_KEY}", model.image_newline.weight))
     if model.use_im_start_end:
         others.append((PREFIX + "model." + TOKENS, model.language_model.get_input_embeddings().weight))
     for name, parameter in tower:
@@ -277,7 +277,7 @@ def _fill(model: LlavaModel, directory: Path) -> None:
         raise FileNotFoundError(f"{directory} has no {OTHERS_FILE}: the projector is missing.")
     targets = {PROJECTOR + name: parameter for name, parameter in model.projector.named_parameters()}
     if model.image_newline is not None:
-        targets[KEY] = model.image_newline.weight
+        targets[NEWLINE_KEY] = model.image_newline.weight
     tower = {
         TOWER + published_name(model.vision_tower.model.config, name): (name, parameter)
         for name, parameter in model.vision_tower.model.named_parameters()

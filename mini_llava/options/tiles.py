@@ -9,33 +9,21 @@ import ast
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
-from ..data.images import BadImage, image_size
+from ..data.images import NEWLINE, BadImage, Picture, image_size
+from ..model.projector import PROJECTOR_FILE, read_tensors
 
 MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
-NEWLINE = -1  # in an order: the learned embedding that ends a row of features
+NEWLINE_KEY = "image_newline"  # its name in a projector's file
 # LLaVA-1.6's resolutions, as columns and rows of tiles.
 LLAVA_1_6 = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 MOST_TILES = 64  # of one picture: far more than any model was trained with, and far less than would fill a GPU
-
-
-class Tiles(NamedTuple):
-    """An opened picture.
-
-    tiles: uint8 [tiles, 3, S, S], the whole picture first.
-    order: int64 [tokens]; for each of its placeholders the number of the feature that goes there, counted through
-        its tiles, or NEWLINE.
-    features: how many its tiles give.
-    """
-
-    tiles: torch.Tensor
-    order: np.ndarray
-    features: int
 
 
 @dataclass(frozen=True)
@@ -93,11 +81,11 @@ class Tiling:
 
         return max(self.pinpoints, key=kept_and_wasted)  # the first of equals
 
-    def open(self, image: Image.Image, resample: Image.Resampling) -> Tiles:
-        """The tiles of a picture, resized with the image processor's filter."""
+    def open(self, image: Image.Image, resample: Image.Resampling) -> Picture:
+        """Return an image in tiles, the whole of it first, resized with the image processor's filter."""
         pixels = np.stack([np.asarray(tile) for tile in self.cut(image, resample)]).transpose(0, 3, 1, 2)
         tiles = torch.from_numpy(np.ascontiguousarray(pixels))
-        return Tiles(tiles, self.order(image.size), len(tiles) * self.grid**2)
+        return Picture(tiles, len(tiles) * self.grid**2, self.order(image.size))
 
     def cut(self, image: Image.Image, resample: Image.Resampling) -> list[Image.Image]:
         """The whole picture squeezed into one tile, then the tiles row by row, their padding black."""
@@ -113,17 +101,17 @@ class Tiling:
         return [image.resize((side, side), resample), *(canvas.crop((x, y, x + side, y + side)) for x, y in corners)]
 
     def order(self, size: tuple[int, int]) -> np.ndarray:
-        """What `Tiles.order` says, for a picture of (width, height)."""
+        """Return `Picture.order`, int32 [tokens], for an image of (width, height)."""
         grid, (width, height) = self.grid, self.resolution(size)
         columns, rows = width // self.tile_size, height // self.tile_size
-        of_whole = np.arange(grid**2)
-        numbers = np.arange(grid**2, (1 + rows * columns) * grid**2)
+        of_whole = np.arange(grid**2, dtype=np.int32)
+        numbers = np.arange(grid**2, (1 + rows * columns) * grid**2, dtype=np.int32)
         if self.merge_type == "flat":
             return np.concatenate([of_whole, numbers])
         picture = numbers.reshape(rows, columns, grid, grid).swapaxes(1, 2).reshape(rows * grid, columns * grid)
         if self.merge_type == "spatial_unpad":
             picture = self._unpadded(picture, size)
-            picture = np.concatenate([picture, np.full((len(picture), 1), NEWLINE)], axis=1)
+            picture = np.concatenate([picture, np.full((len(picture), 1), NEWLINE, np.int32)], axis=1)
         return np.concatenate([of_whole, picture.reshape(-1)])
 
     @staticmethod
@@ -177,16 +165,28 @@ def read_pinpoints(value: str | Sequence) -> tuple[tuple[int, int], ...]:
     return pinpoints
 
 
-def join_tiles(pictures: Sequence[Tiles]) -> tuple[torch.Tensor, torch.Tensor]:
-    """All tiles of several pictures, and the row of their features, a newline's behind the last, for each placeholder.
+class ImageNewline(nn.Module):
+    """LLaVA-1.6's learned embedding that ends each row of features: trained and saved with the projector."""
 
-    Returns:
-        tiles: uint8 [all tiles, 3, S, S].
-        feature_rows: int64 [image tokens], see `LlavaModel.embed`.
-    """
-    first = np.cumsum([0, *(picture.features for picture in pictures)])
-    rows = [
-        np.where(picture.order == NEWLINE, first[-1], picture.order + start)
-        for picture, start in zip(pictures, first, strict=False)
-    ]
-    return torch.cat([picture.tiles for picture in pictures]), torch.from_numpy(np.concatenate(rows))
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width) / width**0.5)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[features, width] -> [features + 1, width], the embedding last."""
+        return torch.cat([features, self.weight[None].to(features.dtype)])
+
+    @torch.no_grad()
+    def load_beside_projector(self, path: str | Path) -> None:
+        """Takes the newline out of a projector's file; one without (tiles may begin after stage 1) changes nothing.
+
+        Raises ValueError for another width.
+        """
+        path = Path(path)
+        path = path / PROJECTOR_FILE if path.is_dir() else path
+        for key, tensor in read_tensors(path).items():
+            if key.endswith(NEWLINE_KEY):
+                if tensor.shape != self.weight.shape:
+                    needed = list(self.weight.shape)
+                    raise ValueError(f"{path}: {key} is {list(tensor.shape)}, but this model needs {needed}.")
+                self.weight.copy_(tensor)

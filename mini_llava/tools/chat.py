@@ -7,7 +7,6 @@ with the template trained with; an answer is what `generate` of transformers giv
 
 import argparse
 import contextlib
-import functools
 import os
 import sys
 import warnings
@@ -17,8 +16,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, TextStreamer
 from transformers.utils import logging
 
-from ..data.images import BadImage
-from ..data.loader import open_pixels
+from ..data.images import BadImage, open_picture
 from ..data.templates import IMAGE_MARK, written_answer
 from ..data.tokenization import BadRecord, tokenize_prompt
 from ..evaluation.generate import expand_prompt, generate
@@ -37,10 +35,9 @@ class Conversation:
         self.template, self.tokenizer = saved.template, saved.tokenizer
         self.model, self.device = saved.load(dtype).to(device), device
         self.longest = saved.source.language_config.max_position_embeddings
-        how = dict(processor=saved.source.image_processor(), aspect_ratio=saved.image_aspect_ratio())
-        how["size"] = self.model.vision_tower.image_size
-        how["tiling"] = self.model.tiling
-        self.to_pixels = functools.partial(open_pixels, **how)
+        tower, processor = self.model.vision_tower, saved.source.image_processor()
+        size = (tower.image_size, tower.tokens_per_image)
+        self.opened_with = (processor, saved.image_aspect_ratio(), *size, self.model.tiling)
         config = self.model.language_model.generation_config
         ends = generation_settings(config, self.tokenizer, self.template.stop).get("eos_token_id")
         generation = {**generation, "eos_token_id": ends, "pad_token_id": self.tokenizer.pad_token_id or 0}
@@ -48,12 +45,12 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        self.turns, self.pixels, self.pending = [], [], []
+        self.turns, self.pictures, self.pending = [], [], []
 
     def add_image(self, file: str) -> None:
         """Reads a picture, which belongs to the next question. Raises BadImage."""
         path = Path(os.path.realpath(os.path.expanduser(file)))
-        self.pending.append(self.to_pixels(str(path.parent), path.name))
+        self.pending.append(open_picture(path.parent, path.name, *self.opened_with))
 
     @torch.inference_mode()
     def ask(self, question: str, stream: bool = False) -> str:
@@ -67,20 +64,20 @@ class Conversation:
         if IMAGE_MARK not in question:
             question = (IMAGE_MARK + "\n") * len(self.pending) + question
         if self.template.captions_only:  # each picture stands for itself
-            self.turns, self.pixels = [], []
-        turns, pixels = [*self.turns, question], self.pixels + self.pending
+            self.turns, self.pictures = [], []
+        turns, pictures = [*self.turns, question], self.pictures + self.pending
         # The last answer is the one asked for: whatever stands there is left out of the prompt.
         spoken = [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate([*turns, ""])]
-        record = {"conversations": spoken, "image": [f"picture {index}" for index in range(len(pixels))]}
+        record = {"conversations": spoken, "image": [f"picture {index}" for index in range(len(pictures))]}
         ids = tokenize_prompt(record, self.template, self.tokenizer)
-        ids = expand_prompt(self.model, ids, pixels)
+        ids = expand_prompt(ids, pictures)
         if len(ids) >= self.longest:
             raise BadRecord(f"the conversation has {len(ids)} tokens, and the model takes {self.longest}: /reset.")
         settings = self.model.language_model.generation_config
         output = generate(
             self.model,
             [ids],
-            pixels,
+            pictures,
             self.device,
             max_new_tokens=min(settings.max_new_tokens, self.longest - len(ids)),
             use_cache=True,
@@ -88,7 +85,7 @@ class Conversation:
             streamer=Printer(self) if stream else None,
         )
         answer = written_answer(self.template, self.tokenizer.decode(output[0], skip_special_tokens=True))
-        self.turns, self.pixels, self.pending = [*turns, answer], pixels, []
+        self.turns, self.pictures, self.pending = [*turns, answer], pictures, []
         return answer
 
 

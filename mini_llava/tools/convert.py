@@ -25,12 +25,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..data.images import FORMATS, BadImage, image_path
-from ..data.loader import count_reasons
 from ..data.templates import IMAGE_MARK
 from ..data.tokenization import BadRecord, check_record, shorten
 from ..data.unread import allowed, kind_of_name
 from ..files import atomic_write
 from ..watch.json_lines import read_lines
+from ..watch.skipped import count_reasons
 from ..words import counted
 
 TEXT_COLUMNS = ("conversations", "messages", "texts", "caption", "text", "txt")

@@ -12,7 +12,7 @@ import hashlib
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,18 +21,20 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..arguments import KNOWN_VALUES, PRESETS, check_model_place, read_config
 from ..data.images import MODES, SCALED, BadImage, image_path, load_image, pad_to_square
-from ..data.loader import fault_table, log_skipped
-from ..data.records import RecordStore, check_data_files, map_ranges, missing_image
+from ..data.records import RecordStore, check_data_files
 from ..data.sampler import GlobalBatchSampler, computed_tokens, deal
+from ..data.samples import Samples
 from ..data.templates import get_template
-from ..data.tokenization import IGNORE_INDEX, BadRecord, Sample, load_tokenizer, tokenize
+from ..data.tokenization import IGNORE_INDEX, BadRecord, Sample, load_tokenizer
 from ..data.unread import allowed
 from ..formats.read import read_language_config
 from ..formats.towers import load_vision_config, tower_image_size
 from ..guards import preflight
 from ..model.vision_tower import tokens_per_image
 from ..options.image_tokens import missing_rows
-from ..options.tiles import MERGE_TYPES, choose_tiling
+from ..options.tiles import MERGE_TYPES, Tiling, choose_tiling
+from ..processes import map_ranges
+from ..watch.skipped import fault_table, log_skipped
 from ..words import counted
 
 LARGE_IMAGE = 20e6  # pixels; it takes half a second to open, which is more than the rest of its sample
@@ -81,25 +83,26 @@ class Findings:
 # --- records ---------------------------------------------------------------------------------------------------------
 
 
-def examine_records(store: RecordStore, to_sample: Callable[..., Sample], max_length: int, part: range) -> Findings:
+def examine_records(samples: Samples, part: range) -> Findings:
     """Reads and tokenizes some records as the trainer does, and looks whether their images are there."""
     found = Findings.empty(len(part))
     for place, index in enumerate(part):
         try:
-            record, folder = store[index], store.image_folder(index)
-            sample = whole = to_sample(record, max_length=sys.maxsize, folder=folder)
-            if len(whole.input_ids) > max_length:
-                sample = to_sample(record, max_length=max_length, folder=folder)
-            if fault := missing_image(store, index, sample.images):
+            sample = whole = samples.tokenize(index, max_length=sys.maxsize)
+            if len(whole.input_ids) > samples.max_length:
+                sample = samples.tokenize(index)
+            if fault := samples.missing_image(index, sample.images):
                 raise BadRecord(fault)
         except (BadRecord, BadImage) as error:
             found.faults[index] = str(error)
             continue
         found.length[place], found.whole_length[place] = len(sample.input_ids), len(whole.input_ids)
         found.has_image[place] = bool(sample.images)
-        found.content[place] = _content(folder, sample)
+        found.content[place] = _content(samples.store.image_folder(index), sample)
         found.images[index] = sample.images
-        found.warnings += [(index, sentence) for sentence in _remarks(record, sample, whole, max_length)]
+        found.warnings += [
+            (index, sentence) for sentence in _remarks(samples.store[index], sample, whole, samples.max_length)
+        ]
     return found
 
 
@@ -351,14 +354,14 @@ def _above_0(text: str) -> float:
     return value
 
 
-def _tokens_of_tower(given: argparse.Namespace) -> int | Callable[[str | None, str], int]:
-    """What `tokenize` takes as `tokens_per_image`."""
+def _tokens_of_tower(given: argparse.Namespace) -> tuple[int, Tiling | None]:
+    """Return how many tokens an image takes, and for images in tiles the tiling."""
     config = load_vision_config(given.vision_tower, given.trust_remote_code)
     image_size = given.image_size or tower_image_size(given.vision_tower, config)
     tokens = tokens_per_image(config, given.mm_vision_select_feature, image_size)
     if given.image_aspect_ratio != "anyres":
-        return tokens
-    return choose_tiling(image_size, tokens, given.mm_patch_merge_type, given.image_grid_pinpoints).tokens
+        return tokens, None
+    return tokens, choose_tiling(image_size, tokens, given.mm_patch_merge_type, given.image_grid_pinpoints)
 
 
 def examine(given: argparse.Namespace) -> int:
@@ -368,7 +371,7 @@ def examine(given: argparse.Namespace) -> int:
     for name in ("model_name_or_path", "vision_tower"):
         check_model_place(f"--{name}", getattr(given, name))
     check_data_files(given.data_path, given.image_folder, given.exclude)
-    image_tokens = given.tokens_per_image or _tokens_of_tower(given)
+    image_tokens, tiling = (given.tokens_per_image, None) if given.tokens_per_image else _tokens_of_tower(given)
     tokenizer = load_tokenizer(given.model_name_or_path, given.trust_remote_code)
     template = get_template(given.version, tokenizer)
     findings = list(preflight.check_template(template, tokenizer))
@@ -377,16 +380,14 @@ def examine(given: argparse.Namespace) -> int:
         rows = language_config.get_text_config().vocab_size
         new_tokens = missing_rows(tokenizer, language_config) if given.resize_token_embeddings else 0
         findings += preflight.check_token_rows(tokenizer, rows, new_tokens)
-    to_sample = functools.partial(
-        tokenize,
-        template=template,
-        tokenizer=tokenizer,
-        tokens_per_image=image_tokens,
-        left_unread=allowed(given.leave_unread or []),
+    store, left_unread = (
+        RecordStore(given.data_path, given.image_folder, given.exclude),
+        allowed(given.leave_unread or []),
     )
-    store = RecordStore(given.data_path, given.image_folder, given.exclude)
+    textual = (template, tokenizer, given.model_max_length, image_tokens)
+    samples = Samples(store, *textual, tiling=tiling, left_unread=left_unread)
     print(f"{counted(len(store), 'record')}, measured with the template {template.name} (--version).\n")
-    examine_part = functools.partial(examine_records, store, to_sample, given.model_max_length)
+    examine_part = functools.partial(examine_records, samples)
     found = Findings.join(list(map_ranges(examine_part, len(store), given.num_workers, "records")))
     if given.check_images == "all":
         open_images(store, found, given.image_aspect_ratio, given.num_workers)

@@ -9,18 +9,16 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-
-from transformers import PreTrainedTokenizerBase
+from collections.abc import Sequence
 
 from .. import arguments as flags
 from .. import demo
 from ..data.images import BadImage
-from ..data.records import RecordStore, missing_image
-from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, BadRecord, Sample
+from ..data.samples import Samples
+from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, BadRecord
 from ..formats.read import open_source
 from ..guards.early import check_files
-from ..inputs import choose_inputs
+from ..inputs import open_samples
 from ..watch.spans import IMAGE, TRAINED, spans
 from ..words import counted
 
@@ -29,39 +27,21 @@ MARKS = {TRAINED: ("[[", "]]")}
 CONTROLS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 
-def open_data(arguments: flags.Arguments) -> tuple[RecordStore, Callable[..., Sample], PreTrainedTokenizerBase]:
-    """The records of a run, what makes a sample of one (record and `folder`, that of its images), and the tokenizer.
-
-    Reads configurations and the tokenizer, no weight. Raises ValueError and OSError as train.py does.
-    """
-    inputs = choose_inputs(arguments, open_source(arguments.model, arguments.explicit))
-    data_flags = arguments.data
-    store = RecordStore(data_flags.data_path, data_flags.image_folder, data_flags.exclude)
-    return store, inputs.to_sample, inputs.tokenizer
-
-
-def show(
-    store: RecordStore,
-    index: int,
-    to_sample: Callable[..., Sample],
-    tokenizer: PreTrainedTokenizerBase,
-    marks: dict[str, tuple[str, str]],
-) -> str:
-    """One record as text: where it is, how long it is, its images, and its tokens between the marks of their kinds."""
-    head = f"{store.describe(index)}: "
-    folder = store.image_folder(index)
+def show(samples: Samples, index: int, marks: dict[str, tuple[str, str]]) -> str:
+    """Return one record as text: its place, length and images, and its tokens between the marks of their kinds."""
+    head = f"{samples.describe(index)}: "
     try:
-        sample = to_sample(store[index], folder=folder)
-        if fault := missing_image(store, index, sample.images):
+        sample = samples.tokenize(index)
+        if fault := samples.missing_image(index, sample.images):
             raise BadRecord(fault)
     except (BadRecord, BadImage) as error:
         return f"{head}cannot be trained on: {error}"
     of_images = int((sample.input_ids == IMAGE_TOKEN_INDEX).sum())
     trained = int((sample.labels != IGNORE_INDEX).sum())
     lines = [f"{head}{counted(len(sample.input_ids), 'token')}, {of_images:,} of images, {trained:,} trained"]
-    lines += [f"image: {os.path.join(folder, name)}" for name in sample.images]
+    lines += [f"image: {os.path.join(samples.store.image_folder(index), name)}" for name in sample.images]
     text = []
-    for span in spans(sample, tokenizer):
+    for span in spans(sample, samples.tokenizer):
         begin, end = marks.get(span.kind, ("", ""))
         words = CONTROLS.sub(lambda found: repr(found[0])[1:-1], span.text)  # data must not steer the terminal
         words = words.replace("\n", "↵\n") if span.kind == TRAINED else words  # a newline is learned like a word
@@ -95,17 +75,17 @@ def main(command_line: Sequence[str] | None = None) -> int:
         if arguments.is_demo:
             demo.prepare_run(arguments.model)
         check_files(arguments)
-        store, to_sample, tokenizer = open_data(arguments)
-        chosen = given.record or range(min(given.samples, len(store)))
-        if wrong := [index for index in chosen if not 0 <= index < len(store)]:
-            raise ValueError(f"--record {wrong[0]}: the data have {counted(len(store), 'record')}, counted from 0.")
+        samples = open_samples(arguments, open_source(arguments.model, arguments.explicit))
+        chosen = given.record or range(min(given.samples, len(samples)))
+        if wrong := [index for index in chosen if not 0 <= index < len(samples)]:
+            raise ValueError(f"--record {wrong[0]}: the data have {counted(len(samples), 'record')}, counted from 0.")
         begin, end = marks[TRAINED]
         print(
-            f"{counted(len(store), 'record')}, template {arguments.model.version}; trained tokens look {begin}like "
+            f"{counted(len(samples), 'record')}, template {arguments.model.version}; trained tokens look {begin}like "
             f"this{end}."
         )
         for index in chosen:
-            print(f"\n{show(store, index, to_sample, tokenizer, marks)}")
+            print(f"\n{show(samples, index, marks)}")
     except (ValueError, OSError) as error:
         print(f"inspect: error: {error}", file=sys.stderr)
         return 2

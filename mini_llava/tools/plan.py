@@ -19,12 +19,12 @@ from transformers import PreTrainedTokenizerBase
 
 from ..arguments import Arguments, TrainingArguments
 from ..build import plan_of
-from ..data.records import Lengths, RecordStore, measure_some
+from ..data.lengths import Lengths, measure_some
 from ..formats.read import Source, assemble, empty_parts
 from ..guards import preflight
 from ..guards.longest import Longest, kept_of_a_position, longest_micro_batch
 from ..guards.output_folder import disk_needs
-from ..inputs import choose_inputs
+from ..inputs import open_samples
 from ..model.attention import CAPPED, choose_attention
 from ..model.llava import LlavaModel
 from ..model.trained import apply_plan, trainable_table, trained_in_full
@@ -246,7 +246,7 @@ def running_layout(accelerator: Accelerator) -> Layout:
 
 
 def plan_run(arguments: Arguments, source: Source) -> None:
-    """Prints the plan.
+    """Print the plan.
 
     Raises:
         ValueError: its parts do not belong together, or it cannot fit; the sentence names what to change.
@@ -254,16 +254,14 @@ def plan_run(arguments: Arguments, source: Source) -> None:
     training = arguments.training
     output_dir = Path(training.output_dir)
     layout = read_layout(training, arguments.explicit)
-    cache, inputs, data_flags = output_dir / "cache", choose_inputs(arguments, source), arguments.data
-    store = RecordStore(data_flags.data_path, data_flags.image_folder, data_flags.exclude, cache)
-    how = (inputs.to_sample, cache, inputs.measurement_key, MEASURED_AT_MOST, source.tiling)
-    lengths, measured = measure_some(store, *how)
-    order = choose_order(arguments, store, lengths, layout.gpus)
+    samples = open_samples(arguments, source, output_dir / "cache")
+    lengths, measured = measure_some(samples, output_dir / "cache", MEASURED_AT_MOST)
+    order = choose_order(arguments, samples.store, lengths, layout.gpus)
     sampler, steps = order.sampler, order.total_steps
     # One epoch: in the others the same samples meet others, which hardly makes a micro-batch longer.
     dealt = list(order.dealt_batches(min(steps, sampler.steps_per_epoch)))
-    print(*preflight.report(preflight.check_run(arguments, source, inputs, lengths, order), training.allow), sep="\n")
-    parts = (inputs.tokenizer, inputs.new_tokens)
+    print(*preflight.report(preflight.check_run(arguments, source, samples, lengths, order), training.allow), sep="\n")
+    parts = (samples.tokenizer, samples.new_tokens)
     planned = planned_run(arguments, source, *parts, layout, lengths, order.layout, dealt)
     longest = planned.longest
     model, plan = planned.model()
@@ -281,10 +279,10 @@ def plan_run(arguments: Arguments, source: Source) -> None:
         f"Longest micro-batch: {counted(longest.shape.tokens, 'token')}, "
         f"{counted(longest.shape.images, 'image')} through the tower."
     )
-    guessed = "" if measured == len(store) else f" (as {measured:,} of them say)"
+    guessed = "" if measured == len(samples) else f" (as {measured:,} of them say)"
     epochs = steps / sampler.steps_per_epoch
     print(
-        f"{counted(len(store), 'record')}, {int(lengths.has_image.sum()):,} with images, "
+        f"{counted(len(samples), 'record')}, {int(lengths.has_image.sum()):,} with images, "
         f"{counted(int(lengths.length.sum()), 'token')}{guessed}: {counted(steps, 'step')}, {epochs:.2f} epochs."
     )
     print(_time(model, lengths, epochs, layout, training))

@@ -19,15 +19,14 @@ from .. import arguments as flags
 from .. import demo
 from ..build import build_model
 from ..data.collator import collate
-from ..data.images import image_path, load_image, normalise
-from ..data.loader import RankSteps, open_pixels
+from ..data.images import image_path, load_image, normalise, open_picture
+from ..data.loader import RankSteps
 from ..data.records import RecordStore
 from ..data.templates import render
-from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Sample, read_conversation, tokenize
-from ..data.unread import allowed
+from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, read_conversation, tokenize
 from ..formats.read import open_source
 from ..guards.early import check_files
-from ..inputs import choose_inputs
+from ..inputs import open_samples
 from ..model.llava import LlavaModel, token_losses
 from ..model.projector import build_projector
 from ..model.trained import apply_plan
@@ -48,10 +47,8 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
         print(demo.prepare_run(model_flags))
     check_files(arguments)
     source = open_source(model_flags, arguments.explicit)
-    inputs = choose_inputs(arguments, source)
-    tokenizer, template, image_size, tiling = inputs.tokenizer, inputs.template, inputs.image_size, inputs.tiling
-    to_sample, to_pixels = inputs.to_sample, inputs.to_pixels
-    store = RecordStore(data_flags.data_path, data_flags.image_folder, data_flags.exclude)
+    samples = open_samples(arguments, source)
+    store, tokenizer, template = samples.store, samples.tokenizer, samples.template
     if records is None:
         first = next((number for number in range(len(store)) if "image" in store[number]), 0)
         records = [number for number in (first, first + 1) if number < len(store)]
@@ -60,7 +57,7 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
     precision = backend.choose_precision(training.bf16, training.fp16, arguments.explicit)
     accelerator = backend.build_accelerator(precision, 1.0, "none", Path(training.output_dir))
     torch.manual_seed(training.seed)
-    model, plan = build_model(arguments, source, tokenizer, inputs.new_tokens, accelerator)
+    model, plan = build_model(arguments, source, tokenizer, samples.new_tokens, accelerator)
     model.to(accelerator.device).train()
     decode = functools.partial(tokenizer.decode, skip_special_tokens=False)
 
@@ -71,12 +68,12 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
     print(f"  {store.describe(index)}\n  {json.dumps(record, ensure_ascii=False)}")
 
     step(2, render, f"the text that the template {template.name} makes of it, in pieces that are trained (>) or not")
-    questions, answers, _ = read_conversation(record, template, allowed(data_flags.leave_unread or []))
+    questions, answers, _ = read_conversation(record, template, samples.left_unread)
     for text, trained in render(template, questions, answers):
         print(f"  {'>' if trained else ' '} {text!r}")
 
     step(3, tokenize, "ids, with a place for each token of an image, and labels, -100 where nothing is trained")
-    sample: Sample = to_sample(record, folder=folder)
+    sample = samples.tokenize(index)
     show("input_ids", torch.from_numpy(sample.input_ids))
     show("labels", torch.from_numpy(sample.labels))
     trained = sample.labels != IGNORE_INDEX
@@ -86,16 +83,15 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
     )
 
     for name in sample.images[:1]:
-        step(4, open_pixels, f"its image, {data_flags.image_aspect_ratio}, resized and kept as bytes")
+        step(4, open_picture, f"its image, {data_flags.image_aspect_ratio}, resized and kept as bytes")
         image = load_image(folder, name)
         print(f"  {name}: {Path(image_path(folder, name)).stat().st_size:,} bytes, {image.width}x{image.height} pixels")
-        pixels = to_pixels(folder, name)
-        show("pixels", pixels.tiles if tiling else pixels)
+        show("pixels", samples.open_picture(folder, name).pixels)
 
     # --- A micro-batch -----------------------------------------------------------------------------------------------
     how = "behind each other, told apart by cu_seqlens" if data_flags.packing else "padded to the longest"
     step(5, collate, f"a micro-batch of record{'s' * (len(records) > 1)} {', '.join(map(str, records))}, {how}")
-    work = RankSteps(store, to_sample, to_pixels, image_size, data_flags.packing)[[records]]
+    work = RankSteps(samples, data_flags.packing)[[records]]
     if work.fault is not None:
         raise work.fault
     [batch] = work.micro_batches

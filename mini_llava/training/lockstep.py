@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 
 from ..data.loader import RankStep
-from ..guards.preemption import Preemption
 from ..words import counted
 from .backend import gather_from_ranks, sum_over_ranks
 
@@ -35,8 +34,12 @@ class Lockstep:
         ahead: this rank's data of the step after the one that was yielded last.
     """
 
-    def __init__(self, accelerator: Accelerator, preemption: Preemption, max_skipped: float):
-        """max_skipped: samples a step, on average over `STEPS_LOOKED_AT` steps; when more are skipped the run ends."""
+    def __init__(self, accelerator: Accelerator, preemption, max_skipped: float):
+        """
+        Args:
+            preemption: knows whether this rank was `asked` to stop, and whether it was `interrupted` by Ctrl-C.
+            max_skipped: samples a step, on average over `STEPS_LOOKED_AT` steps; when more are skipped the run ends.
+        """
         self.accelerator, self.preemption, self.max_skipped = accelerator, preemption, max_skipped * STEPS_LOOKED_AT
         self.trained_tokens = torch.zeros((), dtype=torch.float64, device=accelerator.device)
         self.samples = self._samples_ahead = 0

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..arguments import Arguments, choose_batch
-from ..data.records import Lengths, RecordStore
+from ..data.lengths import Lengths
+from ..data.records import RecordStore
 from ..data.sampler import GlobalBatchSampler, deal
 
 

@@ -13,13 +13,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont
-from transformers import PreTrainedTokenizerBase
 
 from ..data.images import BadImage
-from ..data.loader import RankSteps
+from ..data.samples import Samples
 from ..data.tokenization import IGNORE_INDEX, BadRecord
 from ..guards.never_fatal import never_fatal
-from ..options.tiles import Tiles
 from ..words import counted
 from .spans import IMAGE, MASKED, TRAINED, Span, spans
 
@@ -40,9 +38,8 @@ class Shown:
 
 def show(
     accelerator: Accelerator,
-    rank_steps: RankSteps,
+    samples: Samples,
     dealt: Iterator[list[list[list[int]]]],
-    tokenizer: PreTrainedTokenizerBase,
     step: int,
 ) -> None:
     """Gives TensorBoard, if it is in use, pictures of some samples of the first global batch; never ends the run.
@@ -56,23 +53,21 @@ def show(
         batch = [index for micro_batch in next(dealt, []) for of_rank in micro_batch for index in of_rank]
         every = max(1, len(batch) // SAMPLES)  # they are sorted by length: some of all lengths
         for number, index in enumerate(batch[::every][:SAMPLES], start=1):
-            if sample := _sample(rank_steps, index, tokenizer):
+            if sample := _sample(samples, index):
                 name, pixels = f"samples/first_batch_{number}", np.asarray(draw(sample))
                 trackers[0].writer.add_image(name, pixels, step, dataformats="HWC")
 
 
-def _sample(rank_steps: RankSteps, index: int, tokenizer: PreTrainedTokenizerBase) -> Shown | None:
+def _sample(samples: Samples, index: int) -> Shown | None:
     """None for a bad one, of which the loop tells."""
-    store = rank_steps.store
     try:
-        sample = rank_steps.tokenize(store[index], folder=store.image_folder(index))
-        opened = [rank_steps.load_pixels(store.image_folder(index), name) for name in sample.images]
+        sample = samples[index]
     except (BadRecord, BadImage):
         return None
-    pictures = [tile for image in opened for tile in (image.tiles if isinstance(image, Tiles) else [image])]
+    pictures = [tile for picture in sample.pictures for tile in picture.pixels]
     trained = int((sample.labels != IGNORE_INDEX).sum())
-    title = [store.describe(index), f"{counted(len(sample.input_ids), 'token')}, {trained:,} trained"]
-    return Shown(title, pictures, spans(sample, tokenizer))
+    title = [samples.describe(index), f"{counted(len(sample.input_ids), 'token')}, {trained:,} trained"]
+    return Shown(title, pictures, spans(sample, samples.tokenizer))
 
 
 def draw(sample: Shown) -> Image.Image:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..data.collator import MicroBatch
-from ..data.records import Lengths
+from ..data.lengths import Lengths
 from ..model.llava import LlavaModel
 from ..model.trained import numel
 from ..model.vision_tower import VisionTower, empty_model, has_layers

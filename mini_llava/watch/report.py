@@ -6,7 +6,6 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from ..arguments import Arguments, save_arguments
-from ..data.loader import count_skipped, log_skipped
 from ..guards import output_folder
 from ..guards.never_fatal import never_fatal
 from ..read_data import Data
@@ -16,6 +15,7 @@ from ..words import counted
 from . import trackers
 from .log import append_json_line, prepare_reports
 from .progress import ProgressLine
+from .skipped import count_skipped, log_skipped
 from .summary import write_summary
 
 
@@ -51,10 +51,10 @@ class Report:
         self.accelerator, self.data, self.order = accelerator, data, order
         sampler, lengths = order.sampler, data.lengths
         self.say(f"\n{backend.describe(accelerator)}\n\n{table}\n")
-        for note in (order.note, sampler.describe_mixture(data.store.source_names()), *notes):
+        for note in (order.note, sampler.describe_mixture(data.samples.store.source_names()), *notes):
             self.say(note)
         self.say(
-            f"{counted(len(data.store), 'record')}, {int(lengths.has_image.sum()):,} with images, "
+            f"{counted(len(data.samples.store), 'record')}, {int(lengths.has_image.sum()):,} with images, "
             f"{counted(int(lengths.length.sum()), 'token')}; {counted(order.total_steps, 'step')} of "
             f"{counted(sampler.global_batch_size, 'sample')}, {order.layout}."
             + (f" Resumed from {resumed} at step {sampler.step}." if resumed else "")
@@ -89,7 +89,7 @@ class Report:
     def skipped(self, records: Iterable[tuple[int, str]]) -> None:
         """List records that are left out, each with its reason, in `skipped.jsonl`. For every rank, of its own."""
         with never_fatal(f"{self.output_dir}/skipped.jsonl lacks entries"):
-            log_skipped(self.data.store, records, self.output_dir / "skipped.jsonl")
+            log_skipped(self.data.samples.store, records, self.output_dir / "skipped.jsonl")
 
     def end_progress_line(self) -> None:
         """Leave the progress line as it is."""
@@ -108,4 +108,6 @@ class Report:
         pauses: seconds that the log does not have yet, see `write_summary`.
         """
         if self.is_first:
-            self.say(write_summary(self.output_dir, self.arguments.training.logging_steps, pauses, self.data.store))
+            self.say(
+                write_summary(self.output_dir, self.arguments.training.logging_steps, pauses, self.data.samples.store)
+            )

@@ -15,9 +15,11 @@ import pytest
 from PIL import Image
 
 from mini_llava.data.images import BadImage, load_image
-from mini_llava.data.records import RecordStore, measure
+from mini_llava.data.lengths import measure
+from mini_llava.data.records import RecordStore
+from mini_llava.data.samples import Samples
 from mini_llava.data.templates import TEMPLATES
-from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, BadRecord, load_tokenizer, tokenize
+from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, BadRecord, load_tokenizer
 from mini_llava.tools.doctor import examine_records
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
@@ -132,21 +134,23 @@ def test_ten_thousand_mutated_records_are_trained_on_or_named(version, tokenizer
     """`measure` lets nothing but BadRecord pass; any other exception would end it. The doctor finds the same."""
     tokenizer = load_tokenizer(FIXTURES / f"tokenizer_{tokenizer}")
 
-    def to_sample(record, folder, max_length=MAX_LENGTH):
-        started = time.monotonic()
-        sample = tokenize(record, TEMPLATES[version], tokenizer, TOKENS_PER_IMAGE, max_length)
-        assert time.monotonic() - started < 5
-        assert sample.input_ids.shape == sample.labels.shape and len(sample.input_ids) <= max_length
-        assert (sample.input_ids == IMAGE_TOKEN_INDEX).sum() == TOKENS_PER_IMAGE * len(sample.images)
-        assert ((sample.labels == sample.input_ids) | (sample.labels == IGNORE_INDEX)).all()
-        return sample
+    class Checked(Samples):
+        def tokenize(self, index, max_length=MAX_LENGTH):
+            started = time.monotonic()
+            sample = super().tokenize(index, max_length)
+            assert time.monotonic() - started < 5
+            assert sample.input_ids.shape == sample.labels.shape and len(sample.input_ids) <= max_length
+            assert (sample.input_ids == IMAGE_TOKEN_INDEX).sum() == TOKENS_PER_IMAGE * len(sample.images)
+            assert ((sample.labels == sample.input_ids) | (sample.labels == IGNORE_INDEX)).all()
+            return sample
 
-    lengths = measure(store, to_sample, 1, None, "")
+    samples = Checked(store, TEMPLATES[version], tokenizer, MAX_LENGTH, TOKENS_PER_IMAGE)
+    lengths = measure(samples, 1, None)
     assert len(lengths.length) >= RECORDS
     accepted = len(lengths.length) - len(lengths.bad)
     assert accepted > (500 if version == "plain" else 2500), "mutations are too strong to test what is accepted"
     assert len(lengths.bad) > 2500, "mutations are too weak"
-    found = examine_records(store, to_sample, MAX_LENGTH, range(len(store)))
+    found = examine_records(samples, range(len(store)))
     assert found.faults == lengths.bad and (found.length == lengths.length).all()
     for index, sentence in lengths.bad.items():
         shown = f"{store.describe(index)}: {sentence}"

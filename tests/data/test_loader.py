@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from mini_llava.data.images import BadImage
-from mini_llava.data.loader import RankSteps, log_skipped, rank_step_loader, refuse_or_report
+from mini_llava.data.images import BadImage, Picture
+from mini_llava.data.loader import RankSteps, rank_step_loader
 from mini_llava.data.records import DataFileError, RecordStore
+from mini_llava.data.samples import Samples
 from mini_llava.data.tokenization import BadRecord, Sample
+from mini_llava.watch.skipped import log_skipped, refuse_or_report
 
 SIZE = 8
 
@@ -26,22 +28,27 @@ def store(tmp_path) -> RecordStore:
     return RecordStore([str(tmp_path / "data.json")], [str(tmp_path)])
 
 
-def tokenize(record: dict, folder: str) -> Sample:
+class Numbers(Samples):
     """As many tokens as the number in the id, plus two; all trained."""
-    if "bad" in record:
-        raise BadRecord("it has no answer.")
-    ids = np.arange(2 + int(record["id"][1:]), dtype=np.int32)
-    return Sample(ids, ids, [record["image"]] if "image" in record else [])
 
+    def __init__(self, store: RecordStore):
+        super().__init__(store, None, None, 100, tokens_per_image=0, image_size=SIZE)
 
-def load_pixels(folder: str, name: str) -> torch.Tensor:
-    if name == "6.png":
-        raise BadImage(f"the image {name!r} cannot be read.")
-    return torch.ones(3, SIZE, SIZE, dtype=torch.uint8)
+    def tokenize(self, index: int, max_length: int | None = None) -> Sample:
+        record = self.store[index]
+        if "bad" in record:
+            raise BadRecord("it has no answer.")
+        ids = np.arange(2 + int(record["id"][1:]), dtype=np.int32)
+        return Sample(ids, ids, [record["image"]] if "image" in record else [])
+
+    def open_picture(self, folder: str, name: str) -> Picture:
+        if name == "6.png":
+            raise BadImage(f"the image {name!r} cannot be read.")
+        return Picture(torch.ones(1, 3, SIZE, SIZE, dtype=torch.uint8), features=0)
 
 
 def steps(store, dealt, num_workers=0, on_bad_sample="error", packed=True):
-    dataset = RankSteps(store, tokenize, load_pixels, SIZE, packed, on_bad_sample)
+    dataset = RankSteps(Numbers(store), packed, on_bad_sample)
     return rank_step_loader(dataset, dealt, num_workers, pin_memory=False)
 
 

@@ -1,6 +1,7 @@
 """Images in tiles: cut, counted and ordered as transformers' LlavaNext does it, and measured from headers alone."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,9 +12,12 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, L
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
-from mini_llava.data.images import FORMATS, image_size, load_image, normalisation_table, normalise
-from mini_llava.data.loader import RankSteps, open_pixels
-from mini_llava.data.records import RecordStore, measure, measurement_key
+from mini_llava.data.collator import join_pictures
+from mini_llava.data.images import FORMATS, NEWLINE, image_size, load_image, normalisation_table, normalise
+from mini_llava.data.lengths import measure
+from mini_llava.data.loader import RankSteps
+from mini_llava.data.records import RecordStore
+from mini_llava.data.samples import Samples
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import (
     IGNORE_INDEX,
@@ -23,7 +27,7 @@ from mini_llava.data.tokenization import (
     tokenize,
     tokenize_prompt,
 )
-from mini_llava.options.tiles import NEWLINE, choose_tiling, join_tiles
+from mini_llava.options.tiles import choose_tiling
 from tests.launching import ROOT
 
 FIXTURES = ROOT / "tests" / "parity" / "fixtures"
@@ -106,8 +110,8 @@ def test_the_tiles_are_those_of_llava_next_to_the_bit(tiling):
         image = picture(*size)
         found = tiling.open(image, clip_processor().resample)
         expected = processor(image, return_tensors="pt")["pixel_values"][0]
-        assert found.tiles.dtype == torch.uint8 and found.features == len(found.tiles) * GRID**2
-        assert torch.equal(normalise(found.tiles, table), expected), size
+        assert found.pixels.dtype == torch.uint8 and found.features == len(found.pixels) * GRID**2
+        assert torch.equal(normalise(found.pixels, table), expected), size
 
 
 @pytest.mark.parametrize("merge_type", ["flat", "spatial"])
@@ -127,8 +131,8 @@ def test_flat_and_spatial_lay_out_all_features_as_llava_does(merge_type):
 
 def test_images_are_joined_behind_each_other_with_one_newline_for_all():
     pictures = [TILING.open(picture(*size), Image.Resampling.BICUBIC) for size in ((50, 90), (30, 30), (300, 60))]
-    tiles, rows = join_tiles(pictures)
-    assert len(tiles) == sum(len(opened.tiles) for opened in pictures)
+    tiles, rows = join_pictures(pictures, TILE)
+    assert len(tiles) == sum(len(opened.pixels) for opened in pictures)
     total = len(tiles) * GRID**2
     start, features = 0, 0
     for opened in pictures:
@@ -179,6 +183,11 @@ def record(images: list[str], question: str, answer: str = "It is red.") -> dict
 @pytest.fixture(scope="module")
 def textual():
     return dict(template=get_template("v1"), tokenizer=load_tokenizer(FIXTURES / "llm"))
+
+
+def tiled(store: RecordStore, textual: dict) -> Samples:
+    how = dict(image_processor=clip_processor(), image_aspect_ratio="anyres", image_size=TILE, tiling=TILING)
+    return Samples(store, max_length=500, tokens_per_image=GRID**2, **how, **textual)
 
 
 def of_fixture(name: str) -> int:
@@ -242,34 +251,34 @@ def test_lengths_are_measured_without_opening_an_image_and_images_put_in_place_l
     records = [record(of_record, "<image>" * len(of_record) + "What?") for of_record in names]
     (tmp_path / "data.json").write_text(json.dumps(records))
     store = RecordStore([str(tmp_path / "data.json")], [str(images)])
-    to_sample = partial(tokenize, tokens_per_image=TILING.tokens, max_length=500, **textual)
-    key = measurement_key(textual["template"], textual["tokenizer"], TILING, 500)
-    assert key != measurement_key(textual["template"], textual["tokenizer"], UNEVEN, 500)
+    samples = tiled(store, textual)
+    assert samples.measurement_key() != replace(samples, tiling=UNEVEN).measurement_key()
 
-    lengths = measure(store, to_sample, 1, cache, key, TILING)
-    assert lengths.length[:3].tolist() == [len(to_sample(store[index], folder=images).input_ids) for index in range(3)]
+    lengths = measure(samples, 1, cache)
+    assert lengths.length[:3].tolist() == [len(samples.tokenize(index).input_ids) for index in range(3)]
     assert list(lengths.bad) == [3, 4] and not lengths.length[3:].any()
-    tiles = {name: len(TILING.open(load_image(images, name), Image.Resampling.BICUBIC).tiles) for name in names[1]}
+    tiles = {name: len(TILING.open(load_image(images, name), Image.Resampling.BICUBIC).pixels) for name in names[1]}
     assert tiles["a.png"] > 1 and lengths.pictures[:3].tolist() == [tiles["a.png"], sum(tiles.values()), 0]
     assert lengths.has_image.tolist() == [True, True, False, True, True]  # also where it is not known how many
     assert "cannot be read" in lengths.bad[3] and "'gone.png' is not in the image folder" in lengths.bad[4]
 
     picture(70, 70).save(images / "gone.png")
-    counted = []
-    again = measure(store, lambda *of, **more: counted.append(of) or to_sample(*of, **more), 1, cache, key, TILING)
-    assert list(again.bad) == [3] and again.length[4] == len(to_sample(store[4], folder=images).input_ids)
-    assert again.pictures[4] == len(TILING.open(picture(70, 70), Image.Resampling.BICUBIC).tiles)
-    assert len(counted) == 2, "only what was unknown is looked at again"
-    assert "no --image_folder is given" in measure(RecordStore(store.data_path), to_sample, 1, None, key).bad[0]
+    looked_at, tokenized = [], Samples.tokenize
+    monkeypatch.setattr(Samples, "tokenize", lambda self, index: looked_at.append(index) or tokenized(self, index))
+    again = measure(samples, 1, cache)
+    assert looked_at == [3, 4], "only what was unknown is looked at again"
+    assert list(again.bad) == [3] and again.length[4] == len(samples.tokenize(4).input_ids)
+    assert again.pictures[4] == len(TILING.open(picture(70, 70), Image.Resampling.BICUBIC).pixels)
+    without = replace(samples, store=RecordStore(store.data_path))
+    assert "no --image_folder is given" in measure(without, 1, None).bad[0]
 
 
-def test_an_image_that_is_replaced_while_it_is_read_is_a_bad_sample(textual, tmp_path):
+def test_an_image_that_is_replaced_while_it_is_read_is_a_bad_sample(textual, tmp_path, monkeypatch):
     (tmp_path / "data.json").write_text(json.dumps([record([SMALL], "<image>What?")]))
     store = RecordStore([str(tmp_path / "data.json")], [str(IMAGES)])
-    to_sample = partial(tokenize, tokens_per_image=TILING.tokens, max_length=500, **textual)
-    how = dict(processor=clip_processor(), aspect_ratio="anyres", size=TILE, tiling=TILING)
-    steps = RankSteps(store, to_sample, lambda folder, name: open_pixels(folder, TALL, **how), TILE, True, "skip")
-    [(index, sentence)] = steps[[[0]]].skipped
+    samples = tiled(store, textual)
+    monkeypatch.setattr(samples, "open_picture", lambda folder, name: Samples.open_picture(samples, folder, TALL))
+    [(index, sentence)] = RankSteps(samples, True, "skip")[[[0]]].skipped
     assert index == 0 and "has another size than a moment ago" in sentence
 
 

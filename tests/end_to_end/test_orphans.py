@@ -9,9 +9,10 @@ import time
 import psutil
 import pytest
 
-from mini_llava.data import records
-from mini_llava.data.records import WorkerKilled, map_ranges
-from mini_llava.guards import preemption, processes
+from mini_llava import processes
+from mini_llava.data import lengths
+from mini_llava.guards import preemption
+from mini_llava.processes import WorkerKilled, map_ranges
 from mini_llava.training.checkpoint import read_manifest
 from tests.end_to_end import runs
 from tests.forked_runs import start
@@ -37,8 +38,8 @@ def wait_for_all(run, ended: list[psutil.Process], seconds: float = 30) -> None:
 
 def measure_slowly() -> None:
     """In the rank."""
-    scan = records._scan_part
-    records._scan_part = lambda *arguments: time.sleep(60) or scan(*arguments)
+    scan = lengths._scan_part
+    lengths._scan_part = lambda *arguments: time.sleep(60) or scan(*arguments)
 
 
 def test_a_run_that_is_killed_while_it_measures_records_leaves_no_process_and_no_lock(tmp_path):

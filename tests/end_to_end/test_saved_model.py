@@ -1,7 +1,6 @@
 """What stage 2 saves computes in transformers' own class what the trainer's model computed when it was saved."""
 
 import copy
-import functools
 
 import numpy as np
 import pytest
@@ -10,8 +9,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from mini_llava import build
 from mini_llava.data.collator import collate
-from mini_llava.data.images import load_image, load_image_processor, normalise
-from mini_llava.data.loader import open_pixels
+from mini_llava.data.images import load_image, load_image_processor, normalise, open_picture
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, Sample, load_tokenizer, tokenize, tokenize_prompt
 from tests.end_to_end import runs
@@ -60,10 +58,10 @@ def textual() -> dict:
 def trainer_inputs(ids: np.ndarray, record: dict) -> dict:
     """The micro-batch that training would make of these ids."""
     names = images_of(record)
-    processor = load_image_processor(str(runs.FIXTURES / "clip"))
-    open_image = functools.partial(open_pixels, processor=processor, aspect_ratio="pad", size=IMAGE_SIZE)
-    sample = Sample(ids, np.where(ids == IMAGE_TOKEN_INDEX, -100, ids), names)
-    return collate([sample], [open_image(str(IMAGE_FOLDER), name) for name in names], IMAGE_SIZE, packed=False)
+    how = (load_image_processor(str(runs.FIXTURES / "clip")), "pad", IMAGE_SIZE, IMAGE_TOKENS, None)
+    pictures = [open_picture(IMAGE_FOLDER, name, *how) for name in names]
+    sample = Sample(ids, np.where(ids == IMAGE_TOKEN_INDEX, -100, ids), names, pictures)
+    return collate([sample], IMAGE_SIZE, packed=False)
 
 
 def float_values(model, batch: dict) -> torch.Tensor:

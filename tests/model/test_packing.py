@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLI
 from transformers.utils import is_flash_attn_2_available
 
 from mini_llava.data.collator import collate
+from mini_llava.data.images import Picture
 from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Sample
 from mini_llava.model.attention import CAPPED, PACKABLE, choose_attention
 from mini_llava.model.llava import LlavaModel
@@ -53,7 +54,7 @@ def build(family: str, changes: dict, attention: str | None) -> LlavaModel:
     return LlavaModel(tower, build_projector("linear", 16, 32), language_model).eval()
 
 
-def samples_and_images() -> tuple[list[Sample], list[torch.Tensor]]:
+def samples_with_images() -> list[Sample]:
     """Text only, one image, one token to predict, two images; every token that is not an image is trained."""
     generator = np.random.default_rng(0)
     text = lambda length: generator.integers(3, VOCABULARY, length)  # noqa: E731
@@ -64,28 +65,29 @@ def samples_and_images() -> tuple[list[Sample], list[torch.Tensor]]:
         text(2),
         np.concatenate([text(1), image, text(5), image, text(4)]),
     ]
+    pixels = torch.randn(3, 1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(1))
+    pictures = dict(zip("abc", (Picture(each, len(image)) for each in pixels), strict=True))
     samples = []
     for row, names in zip(rows, ([], ["a"], [], ["b", "c"]), strict=True):
         labels = np.where(row == IMAGE_TOKEN_INDEX, IGNORE_INDEX, row)
-        samples.append(Sample(row.astype(np.int32), labels.astype(np.int32), names))
-    return samples, list(torch.randn(3, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(1)))
+        opened = [pictures[name] for name in names]
+        samples.append(Sample(row.astype(np.int32), labels.astype(np.int32), names, opened))
+    return samples
 
 
 @torch.no_grad()
-def logits_and_loss(model: LlavaModel, samples, images, packed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def logits_and_loss(model: LlavaModel, samples, packed: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [trained tokens, vocabulary], as the language model gives them inside the model's own forward."""
     seen = []
     hook = model.language_model.register_forward_hook(lambda *call: seen.append(call[-1].logits))
-    batch = collate(samples, images, IMAGE_SIZE, packed)
+    batch = collate(samples, IMAGE_SIZE, packed)
     loss = model(**batch)
     hook.remove()
     return seen[0][batch["targets"] != IGNORE_INDEX], loss
 
 
 def one_by_one(model: LlavaModel) -> tuple[torch.Tensor, torch.Tensor]:
-    samples, images = samples_and_images()
-    images = iter(images)
-    results = [logits_and_loss(model, [s], [next(images) for _ in s.images], packed=False) for s in samples]
+    results = [logits_and_loss(model, [sample], packed=False) for sample in samples_with_images()]
     return torch.cat([logits for logits, _ in results]), torch.stack([loss for _, loss in results]).sum()
 
 
@@ -101,7 +103,7 @@ def test_packed_logits_equal_those_of_each_sample_alone(family, changes, attenti
     model = build(family, changes, attention)
     assert model.language_model.config.use_cache, "the default that would make packed samples see each other"
 
-    packed, packed_loss = logits_and_loss(model, *samples_and_images(), packed=True)
+    packed, packed_loss = logits_and_loss(model, samples_with_images(), packed=True)
     alone, loss = one_by_one(model)
     assert len(alone) > 30 and alone.std() > 0.5
     torch.testing.assert_close(packed, alone, **TOLERANCE)
@@ -111,7 +113,7 @@ def test_packed_logits_equal_those_of_each_sample_alone(family, changes, attenti
 @pytest.mark.parametrize(("family", "changes"), CASES + WITHOUT_POSITIONS, ids=[*NAMES, "mpt", "mamba"])
 def test_padded_logits_equal_those_of_each_sample_alone(family, changes):
     model = build(family, changes, None)
-    padded, _ = logits_and_loss(model, *samples_and_images(), packed=False)
+    padded, _ = logits_and_loss(model, samples_with_images(), packed=False)
     alone, _ = one_by_one(model)
     torch.testing.assert_close(padded, alone, **TOLERANCE)
 
@@ -135,7 +137,7 @@ def test_opt_does_ignore_them_and_is_right_when_padded():
     """What the refusal spares, and that the comparison above would notice it."""
     model = build("opt", dict(ffn_dim=64, word_embed_proj_dim=32, dropout=0.0, init_std=0.2), "sdpa")
     alone, _ = one_by_one(model)
-    packed, _ = logits_and_loss(model, *samples_and_images(), packed=True)
-    padded, _ = logits_and_loss(model, *samples_and_images(), packed=False)
+    packed, _ = logits_and_loss(model, samples_with_images(), packed=True)
+    padded, _ = logits_and_loss(model, samples_with_images(), packed=False)
     assert (packed - alone).abs().max() > 0.1
     torch.testing.assert_close(padded, alone, **TOLERANCE)

@@ -9,9 +9,8 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor, LlavaNextForConditionalGeneration
 
 from mini_llava.arguments import DataArguments, ModelArguments
-from mini_llava.data.collator import collate
-from mini_llava.data.images import load_image_processor, normalisation_table
-from mini_llava.data.loader import open_pixels
+from mini_llava.data.collator import collate, join_pictures
+from mini_llava.data.images import load_image_processor, normalisation_table, open_picture
 from mini_llava.data.templates import get_template, render
 from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, load_tokenizer, tokenize
 from mini_llava.formats import write
@@ -19,8 +18,7 @@ from mini_llava.formats.read import load_llava, open_source
 from mini_llava.formats.towers import load_vision_tower
 from mini_llava.model.llava import LlavaModel
 from mini_llava.model.projector import build_projector
-from mini_llava.options.image_newline import ImageNewline
-from mini_llava.options.tiles import choose_tiling, join_tiles
+from mini_llava.options.tiles import ImageNewline, choose_tiling
 from mini_llava.tools import chat, export
 from mini_llava.tools.saved_models import open_saved
 from mini_llava.watch.flops import FlopCounter
@@ -69,11 +67,12 @@ def prompt(question: str) -> str:
 
 def batch_of(model: LlavaModel, records: list[dict], packed: bool) -> dict:
     """As training makes it."""
-    how = dict(processor=load_image_processor(FIXTURES / "clip"), aspect_ratio="anyres", size=TILE, tiling=model.tiling)
+    how = (load_image_processor(FIXTURES / "clip"), "anyres", TILE, GRID**2, model.tiling)
     to_sample = partial(tokenize, tokens_per_image=model.tiling.tokens, max_length=500, folder=IMAGES, **textual())
     samples = [to_sample(each) for each in records]
-    images = [open_pixels(IMAGES, name, **how) for sample in samples for name in sample.images]
-    return collate(samples, images, TILE, packed)
+    for sample in samples:
+        sample.pictures = [open_picture(IMAGES, name, *how) for name in sample.images]
+    return collate(samples, TILE, packed)
 
 
 def loss_and_gradients(model: LlavaModel, batches: list[dict]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -206,7 +205,7 @@ def test_transformers_gives_the_logits_of_other_towers(kind, tmp_path):
     ids, opened = inputs["input_ids"], model.tiling.open(picture, described.image_processor.resample)
     places = (ids[0] == whole.config.image_token_id).nonzero().flatten()
     with torch.no_grad():
-        embeddings = model.embed(ids.where(ids < 800, 0), opened.tiles, places, join_tiles([opened])[1])
+        embeddings = model.embed(ids.where(ids < 800, 0), opened.pixels, places, join_pictures([opened], 42)[1])
         expected = model.language_model(inputs_embeds=embeddings, use_cache=False).logits
         found = whole.eval()(**inputs).logits[..., :800]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # the same kernels in fp32, logits up to 10

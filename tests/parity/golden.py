@@ -1,6 +1,7 @@
 """Reads the recordings in fixtures/ (`fixtures/README.md` says how they were made); names tensors as LLaVA does."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,7 +9,14 @@ from safetensors.torch import load_file, save_file
 
 from mini_llava.arguments import ModelArguments
 from mini_llava.data.collator import collate
-from mini_llava.data.images import load_image, load_image_processor, normalisation_table, normalise, pixel_values
+from mini_llava.data.images import (
+    Picture,
+    load_image,
+    load_image_processor,
+    normalisation_table,
+    normalise,
+    pixel_values,
+)
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import Sample, load_tokenizer, tokenize
 from mini_llava.formats.read import load_llava, open_source
@@ -69,8 +77,9 @@ def as_floats(pixels: torch.Tensor) -> torch.Tensor:
 
 def golden_batch(samples: list[Sample], packed: bool) -> dict:
     """One micro-batch of these samples with their images, as the model takes it."""
-    images = golden_pixels([name for sample in samples for name in sample.images])
-    return collate(samples, images, 56, packed)
+    pictures = [[Picture(pixels[None], IMAGE_TOKENS) for pixels in golden_pixels(sample.images)] for sample in samples]
+    samples = [replace(sample, pictures=opened) for sample, opened in zip(samples, pictures, strict=True)]
+    return collate(samples, 56, packed)
 
 
 def all_logits(model: LlavaModel, batch: dict) -> torch.Tensor:

@@ -1,12 +1,12 @@
 """The doctor and the trainer never disagree; what the doctor lists is what `--exclude` leaves out."""
 
-import functools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +15,13 @@ from PIL import Image
 
 from mini_llava.data.collator import collate
 from mini_llava.data.images import load_image_processor
-from mini_llava.data.loader import RankSteps, open_pixels
-from mini_llava.data.records import RecordStore, measure
+from mini_llava.data.lengths import measure
+from mini_llava.data.loader import RankSteps
+from mini_llava.data.records import RecordStore
 from mini_llava.data.sampler import GlobalBatchSampler, deal
+from mini_llava.data.samples import Samples
 from mini_llava.data.templates import get_template
-from mini_llava.data.tokenization import Sample, load_tokenizer, tokenize
+from mini_llava.data.tokenization import Sample, load_tokenizer
 from mini_llava.tools import doctor
 
 ROOT = Path(__file__).parents[2]
@@ -102,19 +104,11 @@ def flags(data, *more):
 
 
 @pytest.fixture(scope="module")
-def to_sample():
-    return functools.partial(
-        tokenize,
-        template=get_template("v1"),
-        tokenizer=load_tokenizer(FIXTURES / "llm"),
-        tokens_per_image=TOKENS_PER_IMAGE,
-        max_length=MAX_LENGTH,
-    )
-
-
-@pytest.fixture(scope="module")
-def store(data):
-    return RecordStore([str(data / "a.json"), str(data / "b.jsonl")], [str(data / "images")] * 2)
+def samples(data):
+    store = RecordStore([str(data / "a.json"), str(data / "b.jsonl")], [str(data / "images")] * 2)
+    processor = load_image_processor(FIXTURES / "clip")
+    of_images = (TOKENS_PER_IMAGE, processor, "pad", processor.crop_size["height"])
+    return Samples(store, get_template("v1"), load_tokenizer(FIXTURES / "llm"), MAX_LENGTH, *of_images)
 
 
 @pytest.fixture(scope="module")
@@ -134,27 +128,23 @@ def listed(file):
 
 @pytest.mark.parametrize("aspect_ratio", ["pad", "square"])
 def test_the_doctor_finds_the_faults_that_training_would_find_and_no_others(
-    aspect_ratio, data, store, to_sample, checked, tmp_path
+    aspect_ratio, data, samples, checked, tmp_path
 ):
     """Every record through the very objects that train.py uses; the reasons agree word for word."""
-    lengths = measure(store, to_sample, 1, None, "")
-    processor = load_image_processor(FIXTURES / "clip")
-    to_pixels = functools.partial(
-        open_pixels, processor=processor, aspect_ratio=aspect_ratio, size=processor.crop_size["height"]
-    )
-    steps = RankSteps(store, to_sample, to_pixels, processor.crop_size["height"], packed=True, on_bad_sample="skip")
-    trained = steps[[[index] for index in range(len(store)) if index not in lengths.bad]]
+    lengths = measure(samples, 1, None)
+    steps = RankSteps(replace(samples, image_aspect_ratio=aspect_ratio), packed=True, on_bad_sample="skip")
+    trained = steps[[[index] for index in range(len(samples)) if index not in lengths.bad]]
     bad = lengths.bad | dict(trained.skipped)
-    assert len(bad) == FAULTS - (aspect_ratio == "square") and len(store) == RECORDS
+    assert len(bad) == FAULTS - (aspect_ratio == "square") and len(samples) == RECORDS
     doctor.main(flags(data, "--output", tmp_path / "bad.jsonl", "--image_aspect_ratio", aspect_ratio))
     assert listed(tmp_path / "bad.jsonl") == bad
     if aspect_ratio == "pad":
         assert listed(data / "bad.jsonl") == bad  # the default of stage 2
 
 
-def test_images_that_are_only_looked_for_are_those_that_the_trainer_looks_for(data, store, to_sample, tmp_path):
+def test_images_that_are_only_looked_for_are_those_that_the_trainer_looks_for(data, samples, tmp_path):
     assert doctor.main(flags(data, "--output", tmp_path / "bad.jsonl", "--check_images", "exist")) == 1
-    assert listed(tmp_path / "bad.jsonl") == measure(store, to_sample, 1, None, "").bad
+    assert listed(tmp_path / "bad.jsonl") == measure(samples, 1, None).bad
 
 
 def test_faults_and_warnings_are_counted_with_examples(checked):
@@ -208,7 +198,7 @@ def test_the_padding_figures_are_those_of_the_tensors_that_are_made(row, layout)
         for samples in deal(batch, lengths, 4, 1, layout)[0]:
             made = [Sample(ids := np.zeros(lengths[i], np.int32), ids, []) for i in samples]
             if made:
-                computed += collate(made, [], 8, layout == "packed")["input_ids"].numel()
+                computed += collate(made, 8, layout == "packed")["input_ids"].numel()
     assert int(positions.replace(",", "")) == computed
     assert padding == f"{1 - lengths.sum() / computed:.1%}"
     assert (padding == "0.0%") == (layout == "packed")
@@ -225,8 +215,8 @@ def test_the_padding_figures_are_those_of_the_mixture():
 # --- --exclude -------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_excluded_is_not_there_at_all(data, store, checked, tmp_path, capsys):
-    bad = listed(data / "bad.jsonl")
+def test_what_is_excluded_is_not_there_at_all(data, samples, checked, tmp_path, capsys):
+    bad, store = listed(data / "bad.jsonl"), samples.store
     left = RecordStore(store.data_path, [str(data / "images")] * 2, [str(data / "bad.jsonl")])
     kept = [index for index in range(len(store)) if index not in bad]
     assert [left[index] for index in range(len(left))] == [store[index] for index in kept]

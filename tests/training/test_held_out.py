@@ -1,6 +1,5 @@
 """What `HeldOut` tells about the evaluations that were made, and what it does when one cannot be made."""
 
-import functools
 import json
 
 import pytest
@@ -8,9 +7,12 @@ import torch
 from accelerate import Accelerator
 
 from mini_llava import arguments as flags
+from mini_llava.data.images import Picture
+from mini_llava.data.records import RecordStore
+from mini_llava.data.samples import Samples
 from mini_llava.data.templates import get_template
-from mini_llava.data.tokenization import load_tokenizer, tokenize, tokenize_prompt
-from mini_llava.evaluation.evaluate import HeldOut, read_held_out
+from mini_llava.data.tokenization import load_tokenizer
+from mini_llava.evaluation.evaluate import HeldOut, read_questions
 from mini_llava.evaluation.shown import ShownAnswer, as_picture, as_table
 from mini_llava.guards.preemption import Preemption
 from mini_llava.training.lockstep import Lockstep
@@ -20,24 +22,24 @@ from tests.training.tiny_llava import IMAGE_SIZE, TOKENS_PER_IMAGE, tiny_llava
 PICTURES = runs.MODEL_AND_DATA["image_folder"]
 
 
+class Blank(Samples):
+    def open_picture(self, folder: str, name: str) -> Picture:
+        return Picture(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE), TOKENS_PER_IMAGE)
+
+
 @pytest.fixture
 def make(tmp_path):
     """`make(**flags)`: the evaluation of a tiny model on five questions and two choices, 20 steps in all."""
-    textual = dict(tokenizer=load_tokenizer(runs.FIXTURES / "llm"), template=get_template("v1"))
-    to_sample = functools.partial(tokenize, tokens_per_image=TOKENS_PER_IMAGE, max_length=512, **textual)
-    to_prompt = functools.partial(tokenize_prompt, **textual)
-
-    def blank(folder: str, name: str) -> torch.Tensor:
-        return torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE)
+    textual = (get_template("v1"), load_tokenizer(runs.FIXTURES / "llm"))
 
     def make(**values) -> HeldOut:
         values = runs.held_out_flags(tmp_path) | {"eval_steps": 4} | values
         arguments = flags.parse_arguments(runs.flags_of(2, tmp_path, values))
-        held_out = read_held_out(arguments.data, 42, to_sample, to_prompt, blank, IMAGE_SIZE)
+        store = RecordStore(arguments.data.eval_data_path, arguments.data.eval_image_folder)
+        samples = Blank(store, *textual, 512, TOKENS_PER_IMAGE, image_size=IMAGE_SIZE)
         accelerator, model = Accelerator(cpu=True), tiny_llava()
-        textual_flags = (textual["tokenizer"], textual["template"])
         lockstep = Lockstep(accelerator, Preemption(), max_skipped=0)
-        return HeldOut(arguments, accelerator, model, held_out, *textual_flags, 20, lockstep)
+        return HeldOut(arguments, accelerator, model, samples, read_questions(samples, None, 42), 20, lockstep)
 
     return make
 

@@ -15,7 +15,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 import train
 from benchmarks.random_setup import CLIP_L_336, LANGUAGE_MODELS, TINY_CLIP
 from mini_llava import arguments as flags
-from mini_llava.data.records import Lengths
+from mini_llava.data.lengths import Lengths
 from mini_llava.guards.longest import kept_of_a_position, longest_micro_batch
 from mini_llava.model.vision_tower import VisionTower
 from mini_llava.tools.memory import kept_of_a_picture

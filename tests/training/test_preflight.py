@@ -9,12 +9,12 @@ from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from mini_llava import arguments as flags
-from mini_llava.data.records import RecordStore, measure
+from mini_llava.data.lengths import measure
 from mini_llava.data.templates import get_template
 from mini_llava.formats.read import open_source
 from mini_llava.guards import preflight
 from mini_llava.guards.preflight import CONTRADICTION, FINE, IMPOSSIBLE, ODD
-from mini_llava.inputs import choose_inputs
+from mini_llava.inputs import open_samples
 from mini_llava.tools.doctor import main as doctor
 from mini_llava.tools.export import main as export
 from mini_llava.tools.saved_models import open_saved
@@ -37,10 +37,10 @@ def findings(tmp_path, stage=2, **values):
     """Every finding of a run with these flags, by check."""
     arguments = flags.parse_arguments(flags_of(stage, tmp_path / "run", values))
     source = open_source(arguments.model, arguments.explicit)
-    inputs = choose_inputs(arguments, source)
-    store = RecordStore(arguments.data.data_path, arguments.data.image_folder)
-    lengths = measure(store, inputs.to_sample, 1, tmp_path / "cache", inputs.measurement_key, inputs.tiling)
-    found = list(preflight.check_run(arguments, source, inputs, lengths, choose_order(arguments, store, lengths, 1)))
+    samples = open_samples(arguments, source)
+    lengths = measure(samples, 1, tmp_path / "cache")
+    order = choose_order(arguments, samples.store, lengths, 1)
+    found = list(preflight.check_run(arguments, source, samples, lengths, order))
     assert {f.check for f in found} <= {*flags.ALLOWABLE, "tokens", "positions", "steps"}
     return found
 

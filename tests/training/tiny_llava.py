@@ -5,6 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
 from mini_llava.data.collator import MicroBatch, collate
+from mini_llava.data.images import Picture
 from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, Sample
 from mini_llava.model.llava import LlavaModel
 from mini_llava.model.projector import build_projector
@@ -33,13 +34,14 @@ def tiny_llava(trained: tuple[str, ...] = ("projector", "language_model"), famil
 
 def micro_batch(lengths: list[int], images: int = 0, packed: bool = True) -> MicroBatch:
     """Samples of these lengths, the first `images` of them beginning with an image; half of each is trained."""
-    samples, pixels = [], []
+    samples = []
     for number, length in enumerate(lengths):
         ids = np.arange(length, dtype=np.int32) % 90 + 1
         labels = np.where(np.arange(length) >= length // 2, ids, -100).astype(np.int32)
+        pictures = []
         if number < images:
             ids[:TOKENS_PER_IMAGE] = IMAGE_TOKEN_INDEX
             labels[:TOKENS_PER_IMAGE] = -100
-            pixels.append(torch.randn(3, IMAGE_SIZE, IMAGE_SIZE))
-        samples.append(Sample(ids, labels, ["image"] * (number < images)))
-    return collate(samples, pixels, IMAGE_SIZE, packed)
+            pictures = [Picture(torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE), TOKENS_PER_IMAGE)]
+        samples.append(Sample(ids, labels, ["image"] * len(pictures), pictures))
+    return collate(samples, IMAGE_SIZE, packed)
