@@ -41,7 +41,8 @@ from mini_llava.data.images import load_image, normalisation_table, normalise, p
 from mini_llava.data.loader import RankSteps, open_pixels, rank_step_loader  # noqa: E402
 from mini_llava.data.records import RecordStore  # noqa: E402
 from mini_llava.data.templates import get_template, render  # noqa: E402
-from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, load_tokenizer, tokenize  # noqa: E402
+from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, tokenize  # noqa: E402
+from mini_llava.formats.tokenizers import load_tokenizer  # noqa: E402
 from mini_llava.training.backend import versions  # noqa: E402
 
 SIZE, IMAGE_TOKENS, MAX_LENGTH, BATCH = 336, 576, 2048, 16

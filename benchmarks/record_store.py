@@ -32,7 +32,8 @@ from data_loading import BATCH, IMAGE_TOKENS, MAX_LENGTH, PROCESSOR, SIZE, TEMPL
 
 from mini_llava.data.loader import RankSteps, open_pixels, rank_step_loader  # noqa: E402
 from mini_llava.data.records import RecordStore, measure, measurement_key  # noqa: E402
-from mini_llava.data.tokenization import load_tokenizer, tokenize  # noqa: E402
+from mini_llava.data.tokenization import tokenize  # noqa: E402
+from mini_llava.formats.tokenizers import load_tokenizer  # noqa: E402
 
 
 def write_records(file: Path, count: int, pictures: int) -> None:

@@ -17,11 +17,12 @@ from .arguments import Arguments
 from .data.loader import open_pixels
 from .data.records import measurement_key
 from .data.templates import Template, get_template
-from .data.tokenization import Sample, add_image_tokens, load_tokenizer, tokenize, tokenize_prompt
+from .data.tokenization import Sample, tokenize, tokenize_prompt
 from .data.unread import allowed
 from .formats.read import Source
+from .formats.tokenizers import load_tokenizer
 from .model.vision_tower import tokens_per_image
-from .options.image_tokens import missing_rows
+from .options.image_tokens import add_image_tokens, missing_rows
 from .options.tiles import Tiles, Tiling
 
 

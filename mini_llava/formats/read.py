@@ -33,7 +33,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from ..data.images import load_image_processor, of_size, output_size
-from ..data.tokenization import find_file, foreign_code_refused, read_json
+from ..hub import find_file, foreign_code_refused, read_json
 from ..model.attention import CAPPED
 from ..model.projector import PROJECTOR_FILE, build_projector
 from ..model.vision_tower import (

@@ -22,11 +22,12 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from ..data.templates import IMAGE_MARK, Template, chat_template
-from ..data.tokenization import SENTENCEPIECE_FILE, find_file, image_token_tokenizer, slow_llama_config
+from ..hub import find_file
 from ..model.projector import PROJECTOR_FILE, flush, gathered_state_dict, save_projector
 from ..model.vision_tower import VisionTower, published_name
 from ..options.image_newline import KEY
 from ..options.tiles import Tiling
+from .tokenizers import SENTENCEPIECE_FILE, image_token_tokenizer, slow_llama_config
 
 SHARD_BYTES = 5_000_000_000
 # Embeddings in a multiple of 64 rows, as llava-hf publishes them: matrix products over the vocabulary are faster so.

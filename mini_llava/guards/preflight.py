@@ -19,8 +19,8 @@ from ..arguments import Arguments, ModelArguments, TrainingArguments
 from ..build import plan_of
 from ..data.records import Lengths
 from ..data.templates import CHAT_TEMPLATE, TEMPLATES, ChatTemplate, Template
-from ..data.tokenization import read_json
 from ..formats.read import FAMILIES, Source, empty_language_model, same_layer
+from ..hub import read_json
 from ..inputs import Inputs
 from ..model.projector import PROJECTOR_FILE, list_some
 from ..options.image_tokens import token_ids_end

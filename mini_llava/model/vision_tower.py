@@ -15,7 +15,7 @@ from torch import nn
 from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig
 
 from ..data.images import normalise
-from ..data.tokenization import foreign_code_refused, read_json
+from ..hub import foreign_code_refused, read_json
 from .projector import whole
 
 SELECT_FEATURES = ("patch", "cls_patch")

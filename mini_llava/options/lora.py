@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ..data.tokenization import load_tokenizer
+from ..formats.tokenizers import load_tokenizer
 from ..formats.write import begin_directory, llava_config, staged, write_json
 from ..model.llava import LlavaModel
 from ..model.projector import gathered_state_dict, list_some, read_tensors, whole

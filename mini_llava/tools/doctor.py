@@ -25,9 +25,10 @@ from ..data.loader import fault_table, log_skipped
 from ..data.records import RecordStore, check_data_files, map_ranges, missing_image
 from ..data.sampler import GlobalBatchSampler, computed_tokens, deal
 from ..data.templates import get_template
-from ..data.tokenization import IGNORE_INDEX, BadRecord, Sample, load_tokenizer, tokenize
+from ..data.tokenization import IGNORE_INDEX, BadRecord, Sample, tokenize
 from ..data.unread import allowed
 from ..formats.read import read_language_config, tower_image_size
+from ..formats.tokenizers import load_tokenizer
 from ..guards import preflight
 from ..model.vision_tower import load_vision_config, tokens_per_image
 from ..options.image_tokens import missing_rows

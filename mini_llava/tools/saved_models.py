@@ -13,11 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from ..arguments import ModelArguments, check_model_place
 from ..data.templates import Template, get_template
-from ..data.tokenization import add_image_tokens, find_file, load_tokenizer, read_json
 from ..formats.read import IMAGE_TOKEN_FLAGS, WEIGHT_FILES, Source, layout_of, open_source, tiles_in
+from ..formats.tokenizers import load_tokenizer
+from ..hub import find_file, read_json
 from ..model.llava import LlavaModel, load_llava
 from ..model.projector import PROJECTOR_FILE
-from ..options.image_tokens import add_token_rows, missing_rows
+from ..options.image_tokens import add_image_tokens, add_token_rows, missing_rows
 from ..options.lora import ADAPTER_CONFIG, base_of, load_lora, merge_lora
 from ..training.checkpoint import read_manifest, read_trained
 

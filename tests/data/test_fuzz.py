@@ -17,7 +17,8 @@ from PIL import Image
 from mini_llava.data.images import BadImage, load_image
 from mini_llava.data.records import RecordStore, measure
 from mini_llava.data.templates import TEMPLATES
-from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, BadRecord, load_tokenizer, tokenize
+from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, BadRecord, tokenize
+from mini_llava.formats.tokenizers import load_tokenizer
 from mini_llava.tools.doctor import examine_records
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from mini_llava.data import records
 from mini_llava.data.records import DataFileError, RecordStore, measure, measurement_key
 from mini_llava.data.templates import get_template
-from mini_llava.data.tokenization import BadRecord, Sample, load_tokenizer, tokenize
+from mini_llava.data.tokenization import BadRecord, Sample, tokenize
+from mini_llava.formats.tokenizers import load_tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 

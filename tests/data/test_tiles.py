@@ -15,14 +15,8 @@ from mini_llava.data.images import FORMATS, image_size, load_image, normalisatio
 from mini_llava.data.loader import RankSteps, open_pixels
 from mini_llava.data.records import RecordStore, measure, measurement_key
 from mini_llava.data.templates import get_template
-from mini_llava.data.tokenization import (
-    IGNORE_INDEX,
-    IMAGE_TOKEN_INDEX,
-    expand_images,
-    load_tokenizer,
-    tokenize,
-    tokenize_prompt,
-)
+from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, expand_images, tokenize, tokenize_prompt
+from mini_llava.formats.tokenizers import load_tokenizer
 from mini_llava.options.tiles import NEWLINE, choose_tiling, join_tiles
 from tests.launching import ROOT
 

@@ -20,11 +20,10 @@ from mini_llava.data.tokenization import (
     IMAGE_TOKEN_INDEX,
     MAX_IMAGES,
     BadRecord,
-    image_token_tokenizer,
-    load_tokenizer,
     tokenize,
     tokenize_prompt,
 )
+from mini_llava.formats.tokenizers import image_token_tokenizer, load_tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 RECORDS = json.loads((FIXTURES / "data" / "records.json").read_text(encoding="utf-8"))

@@ -17,9 +17,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2Config
 
 from mini_llava.arguments import ModelArguments
 from mini_llava.data.images import normalisation_table, normalise, output_size, pixel_values
-from mini_llava.data.tokenization import load_tokenizer
 from mini_llava.formats import write
 from mini_llava.formats.read import open_source, tower_image_processor
+from mini_llava.formats.tokenizers import load_tokenizer
 from mini_llava.model.llava import LlavaModel, load_llava
 from mini_llava.model.vision_tower import (
     apple_name,

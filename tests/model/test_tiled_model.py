@@ -13,9 +13,10 @@ from mini_llava.data.collator import collate
 from mini_llava.data.images import load_image_processor, normalisation_table
 from mini_llava.data.loader import open_pixels
 from mini_llava.data.templates import get_template, render
-from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, load_tokenizer, tokenize
+from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, tokenize
 from mini_llava.formats import write
 from mini_llava.formats.read import open_source
+from mini_llava.formats.tokenizers import load_tokenizer
 from mini_llava.model.llava import LlavaModel, load_llava
 from mini_llava.model.projector import build_projector
 from mini_llava.model.vision_tower import load_vision_tower

@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from mini_llava.data.templates import get_template
-from mini_llava.data.tokenization import load_tokenizer
 from mini_llava.formats import write
 from mini_llava.formats.read import tower_image_processor
+from mini_llava.formats.tokenizers import load_tokenizer
 from mini_llava.model.llava import LlavaModel
 
 IMAGE_SIZE, PATCH_SIZE, HIDDEN_SIZE, LAYERS = 28, 14, 32, 3

@@ -10,8 +10,9 @@ from mini_llava.arguments import ModelArguments
 from mini_llava.data.collator import collate
 from mini_llava.data.images import load_image, load_image_processor, normalisation_table, normalise, pixel_values
 from mini_llava.data.templates import get_template
-from mini_llava.data.tokenization import Sample, load_tokenizer, tokenize
+from mini_llava.data.tokenization import Sample, tokenize
 from mini_llava.formats.read import open_source
+from mini_llava.formats.tokenizers import load_tokenizer
 from mini_llava.model.llava import LlavaModel, load_llava
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -19,7 +19,8 @@ from mini_llava.data.loader import RankSteps, open_pixels
 from mini_llava.data.records import RecordStore, measure
 from mini_llava.data.sampler import GlobalBatchSampler, deal
 from mini_llava.data.templates import get_template
-from mini_llava.data.tokenization import Sample, load_tokenizer, tokenize
+from mini_llava.data.tokenization import Sample, tokenize
+from mini_llava.formats.tokenizers import load_tokenizer
 from mini_llava.tools import doctor
 
 ROOT = Path(__file__).parents[2]

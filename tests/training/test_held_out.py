@@ -9,9 +9,10 @@ from accelerate import Accelerator
 
 from mini_llava import arguments as flags
 from mini_llava.data.templates import get_template
-from mini_llava.data.tokenization import load_tokenizer, tokenize, tokenize_prompt
+from mini_llava.data.tokenization import tokenize, tokenize_prompt
 from mini_llava.evaluation.evaluate import HeldOut, read_held_out
 from mini_llava.evaluation.shown import ShownAnswer, as_picture, as_table
+from mini_llava.formats.tokenizers import load_tokenizer
 from mini_llava.guards.preemption import Preemption
 from mini_llava.training.lockstep import Lockstep
 from tests.end_to_end import runs
