@@ -4,7 +4,6 @@ A loss does not tell what a model says. The same few questions at every evaluati
 training has nothing of the kind.
 """
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,7 +65,7 @@ def as_picture(shown: Sequence[ShownAnswer]) -> np.ndarray:
             (f"answer: {sample.answer}", 130, GREEN if sample.is_right else RED),
             (f"loss {sample.loss:.4f}", 130, GREY),
         )
-        texts = [(textwrap.shorten(text, most, placeholder=" ...") + "\n", ink, None) for text, most, ink in texts]
+        texts = [(f"{text[:most]} ...\n" if len(text) > most else f"{text}\n", ink, None) for text, most, ink in texts]
         pictures = [load_image(folder, name) for folder, name in sample.pictures[:MOST_PICTURES]]
         small = [np.asarray(ImageOps.contain(picture, (PICTURE, PICTURE))) for picture in pictures]
         drawn.append(draw(sample.record, small, texts))
