@@ -324,14 +324,14 @@ def check_timm() -> None:
         ) from error
 
 
-def _timm_config(**settings) -> PreTrainedConfig:
+def _timm_config(**settings) -> PreTrainedConfig:  # pragma: no cover, needs timm
     check_timm()
     from transformers import TimmWrapperConfig
 
     return TimmWrapperConfig(**settings)
 
 
-def _complete_timm(config: PreTrainedConfig) -> PreTrainedConfig:
+def _complete_timm(config: PreTrainedConfig) -> PreTrainedConfig:  # pragma: no cover, needs timm
     """Width and stride, which a timm model shows only when it is built, under the names that the others have."""
     side = 256
     shape = empty_model(config)(torch.empty(1, 3, side, side, device="meta"), do_pooling=False).last_hidden_state.shape
