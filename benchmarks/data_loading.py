@@ -42,7 +42,8 @@ from mini_llava.data.loader import RankSteps, rank_step_loader  # noqa: E402
 from mini_llava.data.records import RecordStore  # noqa: E402
 from mini_llava.data.samples import Samples  # noqa: E402
 from mini_llava.data.templates import get_template, render  # noqa: E402
-from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, load_tokenizer  # noqa: E402
+from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX  # noqa: E402
+from mini_llava.formats.tokenizers import load_tokenizer  # noqa: E402
 from mini_llava.training.backend import versions  # noqa: E402
 
 SIZE, IMAGE_TOKENS, MAX_LENGTH, BATCH = 336, 576, 2048, 16

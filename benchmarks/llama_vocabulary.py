@@ -21,7 +21,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from mini_llava.data.tokenization import load_tokenizer  # noqa: E402
+from mini_llava.formats.tokenizers import load_tokenizer  # noqa: E402
 from tests.slow_llama import BLANK, FIXTURES, SlowLlama  # noqa: E402
 
 SCRIPT = """

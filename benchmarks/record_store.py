@@ -34,7 +34,7 @@ from mini_llava.data.lengths import measure  # noqa: E402
 from mini_llava.data.loader import RankSteps, rank_step_loader  # noqa: E402
 from mini_llava.data.records import RecordStore  # noqa: E402
 from mini_llava.data.samples import Samples  # noqa: E402
-from mini_llava.data.tokenization import load_tokenizer  # noqa: E402
+from mini_llava.formats.tokenizers import load_tokenizer  # noqa: E402
 
 
 def write_records(file: Path, count: int, pictures: int) -> None:

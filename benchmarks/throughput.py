@@ -5,7 +5,8 @@
         --setup /tmp/bench --name "ZeRO-3 x 2" --stage 2 --gradient_checkpointing False
 
 Every other flag is `train.py`'s. Each run appends a row to `--table` (throughput.jsonl) and prints the table so far.
-Nothing is saved at the end. `--without NAME` turns an optimisation off (see `without.py`; `on_off.py` tables them all).
+Writing the result is not measured, and its weights are removed. `--without NAME` turns an optimisation off (see
+`without.py`; `on_off.py` tables them all).
 `--profile FILE` writes what the GPU did in the last step and leaves that out of the row.
 """
 
@@ -25,7 +26,6 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from benchmarks import without  # noqa: E402
 from mini_llava import arguments as flags  # noqa: E402
-from mini_llava.formats import write  # noqa: E402
 from mini_llava.training import backend  # noqa: E402
 
 COLUMNS = {
@@ -89,15 +89,16 @@ def arguments_of_the_run(own: argparse.Namespace, flags_of_train: list[str]) -> 
 def run(own: argparse.Namespace, flags_of_train: list[str]) -> list[dict]:
     """Trains, and returns the logged steps."""
     arguments = arguments_of_the_run(own, flags_of_train)
-    # What comes after the last step is not measured, and a 7B model takes a minute to write.
-    write.save_whole_model = lambda *_, **__: "Nothing is saved."
-    write.save_projector_only = lambda *_, **__: None
     # So few steps would each have their norms taken; of LLaVA's 5,198 every tenth has.
     train.norms_are_due = lambda *_: False
     if own.profile:
         profile_last_step(own.profile, own.steps)
     train.train(arguments)
-    return read_log(Path(arguments.training.output_dir))
+    output_dir = Path(arguments.training.output_dir)
+    if backend.launched_rank()[0] == 0:
+        for weights in (*output_dir.glob("*.safetensors"), *output_dir.glob("*.bin")):
+            weights.unlink()
+    return read_log(output_dir)
 
 
 def read_log(output_dir: Path) -> list[dict]:

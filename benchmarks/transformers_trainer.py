@@ -41,8 +41,9 @@ from mini_llava.data.records import RecordStore  # noqa: E402
 from mini_llava.data.sampler import GlobalBatchSampler, computed_tokens  # noqa: E402
 from mini_llava.data.samples import Samples  # noqa: E402
 from mini_llava.data.templates import get_template  # noqa: E402
-from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, load_tokenizer  # noqa: E402
+from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX  # noqa: E402
 from mini_llava.formats.read import Source, open_source  # noqa: E402
+from mini_llava.formats.tokenizers import load_tokenizer  # noqa: E402
 from mini_llava.model.vision_tower import tokens_per_image  # noqa: E402
 from mini_llava.training import backend  # noqa: E402
 from mini_llava.training.schedule import warmup_steps  # noqa: E402

@@ -12,11 +12,11 @@ from .arguments import Arguments, ModelArguments
 from .data.records import RecordStore
 from .data.samples import Samples
 from .data.templates import Template, get_template
-from .data.tokenization import add_image_tokens, load_tokenizer
 from .data.unread import allowed
 from .formats.read import Source
+from .formats.tokenizers import load_tokenizer
 from .model.vision_tower import tokens_per_image
-from .options.image_tokens import missing_rows
+from .options.image_tokens import add_image_tokens, missing_rows
 
 
 def open_samples(arguments: Arguments, source: Source, cache_folder: str | os.PathLike | None = None) -> Samples:

@@ -22,17 +22,24 @@ for batch in batches:
     assert sorted(sum(sum(dealt, []), [])) == sorted(batch)
 """
 TEMPLATES = """
-from data.templates import get_template
-from data.tokenization import load_tokenizer, tokenize
+from transformers import AutoTokenizer
+from copied.data.templates import get_template
+from copied.data.tokenization import tokenize
 record = {
     "image": "a.png",
     "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", "value": "A cat."}],
 }
-tokenizer = load_tokenizer(TOKENIZER)
+tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
 sample = tokenize(record, get_template("v1"), tokenizer, tokens_per_image=4, max_length=2048)
 trained = sample.input_ids[sample.labels != -100]
 assert tokenizer.decode(trained).strip() == "A cat.</s>", tokenizer.decode(trained)
 assert (sample.input_ids == -200).sum() == 4 and sample.images == ["a.png"]
+"""
+TOKENIZERS = """
+from copied.formats.tokenizers import image_token_tokenizer, load_tokenizer
+tokenizer = load_tokenizer(TOKENIZER)
+assert tokenizer("  The ball").input_ids == [1, 476, 301, 520]  # transformers 5 gives 653 for 476
+assert image_token_tokenizer(tokenizer).tokenize("a<image>b")[-2:] == ["<image>", "▁b"]
 """
 PROJECTOR = """
 import torch
@@ -81,22 +88,20 @@ builtins.__import__ = watched
     "files, script",
     [
         (["data/sampler.py"], SAMPLER),
-        # They import each other and stay in a package.
+        # They import each other and keep their folders.
         (["data/templates.py", "data/tokenization.py", "data/unread.py"], TEMPLATES),
+        (["formats/tokenizers.py", "data/templates.py", "hub.py"], TOKENIZERS),
         (["model/projector.py"], PROJECTOR),
         (["training/optimizer.py"], OPTIMIZER),
         (["training/schedule.py"], SCHEDULE),
     ],
-    ids=["sampler", "templates and tokenization", "projector", "optimizer", "schedule"],
+    ids=["sampler", "templates and tokenization", "tokenizers", "projector", "optimizer", "schedule"],
 )
 def test_it_runs_when_copied_alone_into_an_empty_folder(files, script, tmp_path):
-    folder = tmp_path
-    if len(files) > 1:
-        folder = tmp_path / "data"
-        folder.mkdir()
-        (folder / "__init__.py").touch()
     for file in files:
-        shutil.copy(PACKAGE / file, folder)
+        place = tmp_path / (Path(file).name if len(files) == 1 else f"copied/{file}")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(PACKAGE / file, place)
     (tmp_path / "use.py").write_text(
         f"{WATCH_IMPORTS}TOKENIZER = {str(TOKENIZER)!r}\n{script}\nimport sys\n"
         "foreign = [name for name in sys.modules if name.split('.')[0] in ('mini_llava', 'deepspeed')]\n"

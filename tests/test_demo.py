@@ -18,7 +18,7 @@ from mini_llava.data.templates import get_template
 from mini_llava.tools.chat import Conversation
 from mini_llava.tools.saved_models import open_saved
 from tests.end_to_end import runs
-from tests.launching import ROOT
+from tests.readme import README, block_with
 
 
 @pytest.fixture(scope="module")
@@ -218,8 +218,7 @@ def cells(table: str) -> list[list[str]]:
 
 
 def test_the_demo_ends_with_readmes_table_of_what_its_logs_say(tmp_path):
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Two commands\n")[1]
-    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if re.match(r"\| (before|after|best)", line)]
+    rows = [line.strip("| ").split(" | ") for line in README.splitlines() if re.match(r"\| (before|after|best)", line)]
     readme = [[cell.replace(" %", "%") for cell in row] for row in rows]
     numbers = [[float(cell.rstrip("%")) / 100 for cell in row[1:]] for row in readme[:3]]
     one, two = tmp_path / "demo-stage1", tmp_path / "demo-stage2"
@@ -260,8 +259,7 @@ def test_after_stage_1_the_table_names_the_command_of_stage_2(tmp_path):
 def test_the_readmes_commands_make_models_that_answer_held_out_questions(data, tmp_path, monkeypatch, capsys):
     """Two thirds of stage 2, without stage 1: enough to tell what is seen from what is guessed."""
     torch.set_num_threads(1)
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Start from, end in, talk to it\n")[1]
-    block = re.search(r"^```bash\n(.*?)^```", section, re.DOTALL | re.MULTILINE)[1]
+    block = block_with("mini_llava.tools.chat outputs/demo-lora")
     commands = [shlex.split(line) for line in block.replace("\\\n", "").splitlines()]
     (tmp_path / "mini_llava").symlink_to(demo.HERE.parent)
     (tmp_path / "outputs").mkdir()

@@ -21,21 +21,24 @@ from torch.distributed.run import get_args_parser
 
 from mini_llava import arguments as flags
 from tests.launching import ROOT
+from tests.readme import README, block_with, blocks
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 BENCHMARKS = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 
-# Sections whose commands are run, and by what.
+# Blocks of which all commands are run, by a text in them, and by what.
+MACHINES = "tests/end_to_end/test_two_machines.py::commands"
 RUN = {
-    "Two commands": "tests/test_readme.py::test_the_two_commands_train_both_stages",
-    "A record on its way to the gradient": "tests/tools/test_tour.py::test_readme_shows_what_it_prints",
-    "Start from, end in, talk to it": "tests/test_demo.py::"
+    "python train.py --stage 1 && ": "tests/test_readme.py::test_the_two_commands_train_both_stages",
+    "python -m mini_llava.tools.tour": "tests/tools/test_tour.py::test_readme_shows_what_it_prints",
+    "mini_llava.tools.chat outputs/demo-lora": "tests/test_demo.py::"
     "test_the_readmes_commands_make_models_that_answer_held_out_questions",
-    "Several machines": "tests/end_to_end/test_two_machines.py::commands",
+    "--num_machines 2": MACHINES,
+    "torchrun --nnodes 2": MACHINES,
+    "#SBATCH": MACHINES,
 }
 OWN = "tests/test_readme_commands.py::test_both_stages_of_ones_own_model"
 LOOK = "tests/test_readme_commands.py::test_a_look_at_a_run_and_at_its_data"
-# Commands of other sections that are run, by how they begin, and by what.
+# Commands of other blocks that are run, by how they begin, and by what.
 LAUNCH = "python -m mini_llava.launch --config_file accelerate_configs"
 RUN_ALONE = {
     f"{LAUNCH}/zero2.yaml train.py --stage 1 --model_name_or_path": OWN,
@@ -67,10 +70,6 @@ CI = {
 }
 
 
-def blocks(text: str, language: str = "bash") -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-
-
 def commands(block: str) -> list[str]:
     """One a command, without line breaks and comments; a script stays as it is."""
     if block.startswith("#!"):
@@ -81,7 +80,7 @@ def commands(block: str) -> list[str]:
 
 def all_commands(*texts: str) -> list[str]:
     """In blocks and in lines."""
-    found = [command for text in texts for block in blocks(text) for command in commands(block)]
+    found = [command for text in texts for block in blocks(text, "bash") for command in commands(block)]
     inline = re.findall(r"`((?:python|accelerate launch|torchrun|tensorboard) [^`]+)`", "".join(texts))
     found += [" ".join(command.split()) for command in inline if "..." not in command]
     return list(dict.fromkeys(found))
@@ -183,7 +182,7 @@ def check_flags(command: str, monkeypatch) -> None:
 )
 def test_a_command_is_run_or_read_by_its_program(command, users_folder, monkeypatch):
     if command.startswith("#!"):
-        assert command in README.split("\n## Several machines\n")[1].split("\n## ")[0]  # see RUN
+        assert command in map(block_with, RUN)
         return
     if command in CI:
         assert CI[command] in (ROOT / ".ci" / "run").read_text()
@@ -216,8 +215,7 @@ def test_a_command_that_is_wrong_or_unknown_does_not_pass(command, users_folder,
 
 
 def test_every_command_of_readme_is_run_by_a_test_or_by_ci_or_said_not_to_be():
-    of_sections = [block for section in RUN for block in blocks(README.split(f"\n## {section}\n")[1].split("\n## ")[0])]
-    run = {command for block in of_sections for command in commands(block)}
+    run = {command for text in RUN for command in commands(block_with(text))}
     alone = [command for command in all_commands(README) if command not in run and command not in CI]
     assert not [command for command in alone if not command.startswith((*RUN_ALONE, *NOT_RUN))]
     assert not [start for start in RUN_ALONE if not any(command.startswith(start) for command in alone)]
@@ -232,7 +230,7 @@ def test_what_is_said_to_run_commands_is_there(place):
 @pytest.mark.slow
 def test_the_two_commands_train_both_stages(users_folder):
     """As they stand, but in this environment, with fewer steps and fewer questions."""
-    command = blocks(README.split("\n## Two commands\n")[1])[0]
+    command = block_with("python train.py --stage 1 && ")
     command = command.split("requirements.txt && ")[1].strip()
     assert command.count("python train.py --stage") == 2
     shorter = re.sub(r"(--stage \d)", r"\1 --max_steps 2 --eval_max_samples 4", command)

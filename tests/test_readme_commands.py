@@ -20,7 +20,8 @@ import pytest
 from tests import forked_runs
 from tests.end_to_end.runs import FIXTURES
 from tests.launching import ROOT
-from tests.test_readme import README, blocks, commands
+from tests.readme import README, blocks
+from tests.test_readme import commands
 from tests.tools.test_convert import JPEG, chat, embedded, save_to_disk
 
 pytestmark = pytest.mark.slow
@@ -55,7 +56,7 @@ def folder(tmp_path_factory) -> Path:
 def printed_by(start: str, folder: Path, as_fork: bool = True) -> str:
     """Runs the one command of README that begins so, as a fork that has its imports or by an interpreter of its own."""
     inline = [" ".join(text.split()) for text in re.findall(r"`(python [^`]+)`", README)]
-    found = [text for block in blocks(README) for text in commands(block)] + inline
+    found = [text for block in blocks(README, "bash") for text in commands(block)] + inline
     [command] = {text for text in found if text.startswith(start)}
     output, inside = folder / "printed.txt", functools.partial(os.chdir, folder)
     if as_fork:

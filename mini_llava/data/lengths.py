@@ -20,7 +20,8 @@ from ..words import counted
 from .images import BadImage
 from .records import DataFileError, write_arrays
 from .samples import Samples
-from .tokenization import IGNORE_INDEX, BadRecord
+from .templates import BadRecord
+from .tokenization import IGNORE_INDEX
 
 
 @dataclass

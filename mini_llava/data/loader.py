@@ -18,7 +18,8 @@ from .collator import MicroBatch, collate, sample_of_targets
 from .images import BadImage
 from .records import DataFileError
 from .samples import Samples
-from .tokenization import IGNORE_INDEX, BadRecord, Sample
+from .templates import BadRecord
+from .tokenization import IGNORE_INDEX, Sample
 
 
 @dataclass

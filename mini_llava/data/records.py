@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from ..files import atomic_write
 from ..words import counted
-from .tokenization import BadRecord, shorten
+from .templates import BadRecord
+from .tokenization import shorten
 
 CHUNK_BYTES = 16 * 2**20
 INDEX_CACHED_FROM = 32 * 2**20  # bytes; a smaller file is indexed in less than a second

@@ -26,8 +26,8 @@ from ..data.images import BadImage, Picture
 from ..data.loader import RankStep, RankSteps, loss_group, rank_step_loader
 from ..data.sampler import deal
 from ..data.samples import Samples
-from ..data.templates import IMAGE_MARK, written_answer
-from ..data.tokenization import IGNORE_INDEX, BadRecord
+from ..data.templates import IMAGE_MARK, BadRecord, written_answer
+from ..data.tokenization import IGNORE_INDEX
 from ..guards.never_fatal import never_fatal
 from ..guards.preemption import start_worker
 from ..training.backend import gather_from_ranks, sum_over_ranks, to_device, zero_stage

@@ -6,7 +6,8 @@ A record says how under its key `metric`; without one its answer has to match ex
 
 import re
 
-from ..data.tokenization import BadRecord, shorten
+from ..data.templates import BadRecord
+from ..data.tokenization import shorten
 
 EXACT_MATCH, CHOICE = "exact_match", "choice"
 _LETTERS = "ABCDE"  # of ScienceQA's questions, which have five options at most

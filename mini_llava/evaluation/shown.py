@@ -4,19 +4,16 @@ A loss does not tell what a model says. The same few questions at every evaluati
 training has nothing of the kind.
 """
 
-import math
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ImageOps
 
 from ..data.images import load_image
+from ..watch.page import PICTURE, draw
 
-COLUMNS, WIDTH, HEIGHT, PICTURE, MARGIN = 2, 500, 156, 140, 8  # questions in a row; pixels
 MOST_PICTURES = 2  # of one question
-LETTER, LINE = 7.5, 18  # width of an average letter and distance of two lines, pixels
 BLACK, GREY, GREEN, RED = "#111111", "#777777", "#0a7d28", "#b81414"
 
 
@@ -59,25 +56,17 @@ def as_table(shown: Sequence[ShownAnswer]) -> str:
 
 
 def as_picture(shown: Sequence[ShownAnswer]) -> np.ndarray:
-    """uint8 [H, W, 3]: a cell for each question, its pictures on the left and the texts beside them."""
-    canvas = Image.new("RGB", (COLUMNS * WIDTH, HEIGHT * math.ceil(len(shown) / COLUMNS)), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
-    for number, sample in enumerate(shown):
-        left, top = number % COLUMNS * WIDTH + MARGIN, number // COLUMNS * HEIGHT + MARGIN
-        right = left + WIDTH - MARGIN
-        for folder, name in sample.pictures[:MOST_PICTURES]:
-            picture = ImageOps.contain(load_image(folder, name), (PICTURE, PICTURE))
-            canvas.paste(picture, (left, top))
-            left += picture.width + MARGIN
+    """Return uint8 [H, W, 3]: the questions below each other, their pictures on the left and the texts beside them."""
+    drawn = []
+    for sample in shown:
         texts = (
-            (sample.question, 3, BLACK),
-            (f"expected: {sample.expected}", 2, GREY),
-            (f"answer: {sample.answer}", 2, GREEN if sample.is_right else RED),
-            (f"loss {sample.loss:.4f}", 1, GREY),
+            (sample.question, 200, BLACK),
+            (f"expected: {sample.expected}", 130, GREY),
+            (f"answer: {sample.answer}", 130, GREEN if sample.is_right else RED),
+            (f"loss {sample.loss:.4f}", 130, GREY),
         )
-        for text, lines, colour in texts:
-            wrapped = textwrap.wrap(text, int((right - left) / LETTER), max_lines=lines, placeholder=" ...")
-            for line in wrapped or [""]:
-                draw.text((left, top), line, colour, font)
-                top += LINE
-    return np.array(canvas)
+        texts = [(f"{text[:most]} ...\n" if len(text) > most else f"{text}\n", ink, None) for text, most, ink in texts]
+        pictures = [load_image(folder, name) for folder, name in sample.pictures[:MOST_PICTURES]]
+        small = [np.asarray(ImageOps.contain(picture, (PICTURE, PICTURE))) for picture in pictures]
+        drawn.append(draw(sample.record, small, texts))
+    return np.concatenate(drawn)

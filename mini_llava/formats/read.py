@@ -27,7 +27,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..data.images import load_image_processor, normalisation_table, of_size
-from ..data.tokenization import find_file, foreign_code_refused, read_json
+from ..hub import find_file, foreign_code_refused, read_json
 from ..model.attention import CAPPED
 from ..model.llava import LlavaModel
 from ..model.projector import build_projector, list_some, load_projector

@@ -11,7 +11,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from ..data.images import load_image_processor, output_size
-from ..data.tokenization import find_file, foreign_code_refused, read_json
+from ..hub import find_file, foreign_code_refused, read_json
 from ..model.vision_tower import KINDS, VisionTower, has_layers, published_name, takes_any_size
 from ..options.fastvlm import FASTVITHD, apple_name, check_timm, complete_timm, fastvithd_config
 from .layouts import LLAVA_NAMES, TRANSFORMERS_NAMES

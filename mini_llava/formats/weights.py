@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..data.tokenization import find_file
 from ..files import staged
+from ..hub import find_file
 from ..model.projector import PROJECTOR_FILE, gathered_state_dict, is_main_process, list_some
 from .layouts import WEIGHT_FILES
 

@@ -26,13 +26,14 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from ..data.templates import IMAGE_MARK, Template, chat_template
-from ..data.tokenization import SENTENCEPIECE_FILE, find_file, image_token_tokenizer, slow_llama_config
 from ..files import staged
+from ..hub import find_file
 from ..model.llava import LlavaModel
 from ..model.projector import PROJECTOR_FILE, is_main_process, save_projector
 from ..model.vision_tower import VisionTower, published_name
 from ..options.tiles import NEWLINE_KEY, Tiling
 from .layouts import MODEL_FILES
+from .tokenizers import SENTENCEPIECE_FILE, image_token_tokenizer, slow_llama_config
 from .weights import SHARD_BYTES, whole_shape, write_json, write_weights
 
 # Embeddings in a multiple of 64 rows, as llava-hf publishes them: matrix products over the vocabulary are faster so.

@@ -20,9 +20,9 @@ from ..build import plan_of
 from ..data.lengths import Lengths
 from ..data.samples import Samples
 from ..data.templates import CHAT_TEMPLATE, TEMPLATES, ChatTemplate, Template
-from ..data.tokenization import read_json
 from ..formats.layouts import FAMILIES
 from ..formats.read import Source, empty_language_model, same_layer
+from ..hub import read_json
 from ..inputs import held_out_template
 from ..model.projector import PROJECTOR_FILE, list_some
 from ..options.image_tokens import token_ids_end

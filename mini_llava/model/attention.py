@@ -78,7 +78,7 @@ def check_flash_attention(requested: str | None) -> None:
         raise ValueError("--attn_implementation flash_attention_2: the package flash-attn is not installed.")
 
 
-def varlen_attention(
+def varlen_attention(  # pragma: no cover, needs a GPU
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -113,7 +113,7 @@ def varlen_attention(
 
 
 @functools.cache
-def _has_flash_4() -> bool:
+def _has_flash_4() -> bool:  # pragma: no cover, needs a GPU
     """Whether flash-attn-4, which is written for Hopper and Blackwell, is there: 1.6 times as fast as torch's."""
     if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
         return False
@@ -122,7 +122,7 @@ def _has_flash_4() -> bool:
     return torch.cuda.get_device_capability()[0] in (9, 10)
 
 
-def _flash_4(query, key, value, bounds, longest, scaling, window) -> torch.Tensor:
+def _flash_4(query, key, value, bounds, longest, scaling, window) -> torch.Tensor:  # pragma: no cover, needs a GPU
     from flash_attn.cute import flash_attn_varlen_func
 
     bounds = dict(cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=longest, max_seqlen_k=longest)
@@ -131,7 +131,7 @@ def _flash_4(query, key, value, bounds, longest, scaling, window) -> torch.Tenso
     return output[0] if isinstance(output, tuple) else output  # some versions give the sums of the rows as well
 
 
-def _flash_2(query, key, value, bounds, longest, scaling, window) -> torch.Tensor:
+def _flash_2(query, key, value, bounds, longest, scaling, window) -> torch.Tensor:  # pragma: no cover, needs a GPU
     from torch.nn.attention.varlen import varlen_attn
 
     grouped = {}

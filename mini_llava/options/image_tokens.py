@@ -4,14 +4,32 @@ Replaces `initialize_vision_tokenizer`, which under ZeRO-3 writes to empty tenso
 embeddings, of which stage 2 takes the new rows alone. Here only these rows are trained there, as a part of their own.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tokenizers import AddedToken
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from ..data.tokenization import START_TOKEN
+from ..data.templates import IMAGE_MARK, Template
 from ..model.llava import LlavaModel
 from ..model.projector import PROJECTOR_FILE, read_tensors, whole
+
+PATCH_TOKEN, START_TOKEN, END_TOKEN = "<im_patch>", "<im_start>", "<im_end>"
+
+
+def add_image_tokens(tokenizer: PreTrainedTokenizerBase, template: Template, start_end: bool, patch: bool) -> Template:
+    """Add the tokens of LLaVA's older models to the tokenizer and return the template that puts them around an image.
+
+    `<im_patch>` never stands in a text: it only takes its place in the vocabulary, the first one. In LLaVA the template
+    for captions drops start and end again; here they are in it, since stage 1 trains them.
+    """
+    names = [PATCH_TOKEN] * patch + [START_TOKEN, END_TOKEN] * start_end
+    tokenizer.add_tokens([AddedToken(name, normalized=False, special=True) for name in names])
+    if not start_end:
+        return template
+    return replace(template, image_mark=template.image_mark.replace(IMAGE_MARK, START_TOKEN + IMAGE_MARK + END_TOKEN))
 
 
 def token_ids_end(tokenizer) -> int:

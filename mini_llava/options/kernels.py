@@ -44,7 +44,7 @@ def check_liger_kernel(requested: bool | None) -> None:
         raise ValueError("--use_liger_kernel True: the package is not installed; pip install liger-kernel.")
 
 
-def use_fused_kernels(language_model: PreTrainedModel) -> None:
+def use_fused_kernels(language_model: PreTrainedModel) -> None:  # pragma: no cover, needs a GPU
     """Replaces the forward of norms and MLPs in this model, and the rotary embedding of its family, in this process.
 
     Models of the family that the process makes later get all three. Parameters and their names stay what they are.

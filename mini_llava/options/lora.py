@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ..data.tokenization import load_tokenizer
 from ..files import staged
+from ..formats.tokenizers import load_tokenizer
 from ..formats.weights import write_json
 from ..formats.write import Description, begin_directory, llava_config
 from ..model.llava import LlavaModel

@@ -17,8 +17,8 @@ from transformers import GenerationConfig, StoppingCriteria, TextStreamer
 from transformers.utils import logging
 
 from ..data.images import BadImage, open_picture
-from ..data.templates import IMAGE_MARK, written_answer
-from ..data.tokenization import BadRecord, tokenize_prompt
+from ..data.templates import IMAGE_MARK, BadRecord, written_answer
+from ..data.tokenization import tokenize_prompt
 from ..evaluation.generate import expand_prompt, generate
 from ..formats.write import generation_settings
 from ..training.checkpoint import CheckpointError

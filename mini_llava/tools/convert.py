@@ -25,8 +25,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..data.images import FORMATS, BadImage, image_path
-from ..data.templates import IMAGE_MARK
-from ..data.tokenization import BadRecord, check_record, shorten
+from ..data.templates import IMAGE_MARK, BadRecord
+from ..data.tokenization import check_record, shorten
 from ..data.unread import allowed, kind_of_name
 from ..files import atomic_write
 from ..watch.json_lines import read_lines

@@ -24,10 +24,11 @@ from ..data.images import MODES, SCALED, BadImage, image_path, load_image, pad_t
 from ..data.records import RecordStore, check_data_files
 from ..data.sampler import GlobalBatchSampler, computed_tokens, deal
 from ..data.samples import Samples
-from ..data.templates import get_template
-from ..data.tokenization import IGNORE_INDEX, BadRecord, Sample, load_tokenizer
+from ..data.templates import BadRecord, get_template
+from ..data.tokenization import IGNORE_INDEX, Sample
 from ..data.unread import allowed
 from ..formats.read import read_language_config
+from ..formats.tokenizers import load_tokenizer
 from ..formats.towers import load_vision_config, tower_image_size
 from ..guards import preflight
 from ..model.vision_tower import tokens_per_image

@@ -15,7 +15,8 @@ from .. import arguments as flags
 from .. import demo
 from ..data.images import BadImage
 from ..data.samples import Samples
-from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, BadRecord
+from ..data.templates import BadRecord
+from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from ..formats.read import open_source
 from ..guards.early import check_files
 from ..inputs import open_samples

@@ -13,12 +13,13 @@ from transformers import PreTrainedTokenizerBase
 
 from ..arguments import ModelArguments, check_model_place
 from ..data.templates import Template, get_template
-from ..data.tokenization import add_image_tokens, find_file, load_tokenizer, read_json
 from ..formats.layouts import IMAGE_TOKEN_FLAGS, WEIGHT_FILES, layout_of, tiles_in
 from ..formats.read import Source, load_llava, open_source
+from ..formats.tokenizers import load_tokenizer
+from ..hub import find_file, read_json
 from ..model.llava import LlavaModel
 from ..model.projector import PROJECTOR_FILE
-from ..options.image_tokens import add_token_rows, missing_rows
+from ..options.image_tokens import add_image_tokens, add_token_rows, missing_rows
 from ..options.lora import ADAPTER_CONFIG, base_of, load_lora, merge_lora
 from ..training.checkpoint import read_manifest, read_trained
 

@@ -271,7 +271,7 @@ def backend(accelerator: Accelerator) -> str:
     return "DDP" if accelerator.num_processes > 1 else "no distribution"
 
 
-def memory_note(accelerator: Accelerator, model: nn.Module) -> str | None:
+def memory_note(accelerator: Accelerator, model: nn.Module) -> str | None:  # pragma: no cover, needs a GPU
     """What a bare `accelerate launch` on several GPUs, which is DDP, costs on each of them; None elsewhere."""
     if accelerator.distributed_type != DistributedType.MULTI_GPU:
         return None

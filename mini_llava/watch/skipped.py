@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..data.records import RecordStore
-from ..data.tokenization import BadRecord
+from ..data.templates import BadRecord
 from ..words import counted
 from .json_lines import append_lines, read_lines
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..data.images import BadImage, image_path
 from ..data.records import RecordStore
-from ..data.tokenization import BadRecord
+from ..data.templates import BadRecord
 from ..files import atomic_write
 from ..guards.never_fatal import never_fatal
 from ..words import counted

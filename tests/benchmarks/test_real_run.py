@@ -15,8 +15,9 @@ from PIL import Image
 from benchmarks.real_run import prepare_data, prepare_models, score
 from mini_llava import arguments as flags
 from mini_llava.data.templates import get_template
-from mini_llava.data.tokenization import load_tokenizer, tokenize
+from mini_llava.data.tokenization import tokenize
 from mini_llava.demo import LANGUAGE_MODEL
+from mini_llava.formats.tokenizers import load_tokenizer
 from mini_llava.tools.chat import Conversation
 from mini_llava.tools.saved_models import open_saved
 from tests.end_to_end import runs

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from mini_llava.data.templates import CHAT_TEMPLATE, BadRecord, chat_template, get_template, render, written_answer
-from mini_llava.data.tokenization import IGNORE_INDEX, load_tokenizer, tokenize, tokenize_prompt
+from mini_llava.data.tokenization import IGNORE_INDEX, tokenize, tokenize_prompt
+from mini_llava.formats.tokenizers import load_tokenizer
 from mini_llava.tools.chat import Printer
 from tests.families import FAMILIES, write_tokenizer
 

@@ -18,8 +18,9 @@ from mini_llava.data.images import BadImage, load_image
 from mini_llava.data.lengths import measure
 from mini_llava.data.records import RecordStore
 from mini_llava.data.samples import Samples
-from mini_llava.data.templates import TEMPLATES
-from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, BadRecord, load_tokenizer
+from mini_llava.data.templates import TEMPLATES, BadRecord
+from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from mini_llava.formats.tokenizers import load_tokenizer
 from mini_llava.tools.doctor import examine_records
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"

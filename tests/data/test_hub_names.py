@@ -15,7 +15,8 @@ from tests.launching import ROOT
 ASK = """
 import contextlib, io, json, sys
 from mini_llava.arguments import ModelArguments
-from mini_llava.data.tokenization import find_file, load_tokenizer
+from mini_llava.formats.tokenizers import load_tokenizer
+from mini_llava.hub import find_file
 from mini_llava.formats.read import open_source
 from mini_llava.formats.towers import load_vision_config
 from mini_llava.tools import doctor

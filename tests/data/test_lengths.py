@@ -13,8 +13,9 @@ import pytest
 from mini_llava.data.lengths import measure
 from mini_llava.data.records import DataFileError, RecordStore
 from mini_llava.data.samples import Samples
-from mini_llava.data.templates import get_template
-from mini_llava.data.tokenization import BadRecord, Sample, load_tokenizer, tokenize
+from mini_llava.data.templates import BadRecord, get_template
+from mini_llava.data.tokenization import Sample, tokenize
+from mini_llava.formats.tokenizers import load_tokenizer
 from mini_llava.options.tiles import choose_tiling
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"

@@ -11,7 +11,8 @@ from mini_llava.data.images import BadImage, Picture
 from mini_llava.data.loader import RankSteps, rank_step_loader
 from mini_llava.data.records import DataFileError, RecordStore
 from mini_llava.data.samples import Samples
-from mini_llava.data.tokenization import BadRecord, Sample
+from mini_llava.data.templates import BadRecord
+from mini_llava.data.tokenization import Sample
 from mini_llava.watch.skipped import log_skipped, refuse_or_report
 
 SIZE = 8

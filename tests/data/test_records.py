@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mini_llava.data import records
 from mini_llava.data.records import DataFileError, RecordStore
-from mini_llava.data.tokenization import BadRecord
+from mini_llava.data.templates import BadRecord
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mini_llava.data.templates import get_template
-from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, load_tokenizer, tokenize
+from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, tokenize
+from mini_llava.formats.tokenizers import load_tokenizer
 from mini_llava.watch.spans import IMAGE, TRAINED, spans
 from tests.end_to_end.runs import FIXTURES
 

@@ -19,14 +19,8 @@ from mini_llava.data.loader import RankSteps
 from mini_llava.data.records import RecordStore
 from mini_llava.data.samples import Samples
 from mini_llava.data.templates import get_template
-from mini_llava.data.tokenization import (
-    IGNORE_INDEX,
-    IMAGE_TOKEN_INDEX,
-    expand_images,
-    load_tokenizer,
-    tokenize,
-    tokenize_prompt,
-)
+from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, expand_images, tokenize, tokenize_prompt
+from mini_llava.formats.tokenizers import load_tokenizer
 from mini_llava.options.tiles import choose_tiling
 from tests.launching import ROOT
 

@@ -14,17 +14,9 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, LlavaProcessor
 
 from mini_llava.data.images import load_image_processor
-from mini_llava.data.templates import TEMPLATES, get_template, render
-from mini_llava.data.tokenization import (
-    IGNORE_INDEX,
-    IMAGE_TOKEN_INDEX,
-    MAX_IMAGES,
-    BadRecord,
-    image_token_tokenizer,
-    load_tokenizer,
-    tokenize,
-    tokenize_prompt,
-)
+from mini_llava.data.templates import TEMPLATES, BadRecord, get_template, render
+from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, MAX_IMAGES, tokenize, tokenize_prompt
+from mini_llava.formats.tokenizers import image_token_tokenizer, load_tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 RECORDS = json.loads((FIXTURES / "data" / "records.json").read_text(encoding="utf-8"))

@@ -7,8 +7,9 @@ import time
 import pytest
 
 from mini_llava.data.templates import BadRecord, get_template
-from mini_llava.data.tokenization import load_tokenizer, tokenize, tokenize_prompt
+from mini_llava.data.tokenization import tokenize, tokenize_prompt
 from mini_llava.data.unread import allowed, unread
+from mini_llava.formats.tokenizers import load_tokenizer
 from mini_llava.tools import tour
 from tests.end_to_end import runs
 

@@ -46,13 +46,13 @@ RECORDS = json.loads((FIXTURES / "data" / "train_stage2.json").read_text(encodin
 IMAGES = [index for index, record in enumerate(RECORDS) if "image" in record]
 TEXTS = [index for index, record in enumerate(RECORDS) if "image" not in record]
 GLOBAL_BATCHES = {
-    "two with an image, two without": [IMAGES[0], TEXTS[0], IMAGES[1], TEXTS[1]],
-    "six with an image, one without": [*IMAGES[2:8], TEXTS[2]],
-    "text only": TEXTS[3:7],
-    "images only": IMAGES[8:12],
-    "three samples": [IMAGES[12], TEXTS[7], TEXTS[8]],
-    "a single sample with an image": [IMAGES[13]],
-    "a single sample without": [TEXTS[9]],
+    "2-images-2-texts": [IMAGES[0], TEXTS[0], IMAGES[1], TEXTS[1]],
+    "6-images-1-text": [*IMAGES[2:8], TEXTS[2]],
+    "4-texts": TEXTS[3:7],
+    "4-images": IMAGES[8:12],
+    "1-image-2-texts": [IMAGES[12], TEXTS[7], TEXTS[8]],
+    "1-image": [IMAGES[13]],
+    "1-text": [TEXTS[9]],
 }
 # AdamW with beta1 = 0 has the step's gradient as its first moment, which the training state keeps; with a learning rate
 # of 0 every step starts from the same weights. So each step of such a run tells the gradient of one global batch, just
@@ -72,19 +72,17 @@ def _cut(slots: int, packing: bool, **more) -> dict:
     return KEEP_GRADIENTS | {"global_batch_size": slots, "per_device_train_batch_size": 1, "packing": packing} | more
 
 
-WHOLE = "1 slot, padded"
+WHOLE = "1-slot-padded"
 CUTS = {
     WHOLE: KEEP_GRADIENTS | {"global_batch_size": 8, "per_device_train_batch_size": 8, "packing": False},
-    "2 slots, padded": _cut(2, packing=False),
-    "3 slots, padded": _cut(3, packing=False),
-    "4 slots, padded": _cut(4, packing=False),
-    "1 slot, packed": KEEP_GRADIENTS | {"global_batch_size": 8, "per_device_train_batch_size": 8, "packing": True},
-    "2 slots, packed": _cut(2, packing=True),
-    "4 slots, packed": _cut(4, packing=True),
-    "at most 200 tokens, packed": _cut(2, packing=True, max_tokens_per_micro_batch=200),
-    "at most 300 tokens, padded, recomputed": _cut(
-        2, packing=False, max_tokens_per_micro_batch=300, gradient_checkpointing=True
-    ),
+    "2-slots-padded": _cut(2, packing=False),
+    "3-slots-padded": _cut(3, packing=False),
+    "4-slots-padded": _cut(4, packing=False),
+    "1-slot-packed": KEEP_GRADIENTS | {"global_batch_size": 8, "per_device_train_batch_size": 8, "packing": True},
+    "2-slots-packed": _cut(2, packing=True),
+    "4-slots-packed": _cut(4, packing=True),
+    "200-tokens-packed": _cut(2, packing=True, max_tokens_per_micro_batch=200),
+    "300-tokens-padded-recomputed": _cut(2, packing=False, max_tokens_per_micro_batch=300, gradient_checkpointing=True),
 }
 
 # --- five steps, whose weights are compared --------------------------------------------------------------------------
@@ -107,7 +105,7 @@ FIVE_STEPS = {
 CLIP_AT = 0.1
 CHANGES = {
     "clipped": {"max_grad_norm": CLIP_AT},
-    "not clipped": {"max_grad_norm": 0},
+    "unclipped": {"max_grad_norm": 0},
     "bf16": {"bf16": True},
 }
 # Without dropout, for each rank draws masks of its own.
@@ -120,31 +118,31 @@ LORA = {
     "max_grad_norm": 0,
 }
 
-RUNS = {f"gradients, {name}": (2, values) for name, values in CUTS.items()} | {
-    f"stage {stage}, {name}": (stage, FIVE_STEPS | values) for stage in (1, 2) for name, values in CHANGES.items()
+RUNS = {f"gradients-{name}": (2, values) for name, values in CUTS.items()} | {
+    f"stage{stage}-{name}": (stage, FIVE_STEPS | values) for stage in (1, 2) for name, values in CHANGES.items()
 }
-RUNS |= {"stage 2, LoRA": (2, FIVE_STEPS | LORA)}
+RUNS |= {"stage2-lora": (2, FIVE_STEPS | LORA)}
 # All others try the longest micro-batch before step 1.
-RUNS |= {"untried stage 2, clipped": (2, FIVE_STEPS | CHANGES["clipped"] | {"longest_batch_first": False})}
+RUNS |= {"untried-stage2-clipped": (2, FIVE_STEPS | CHANGES["clipped"] | {"longest_batch_first": False})}
 # Evaluated after every step, on so few records that one rank has none of the last batch.
-RUNS |= {"evaluated stage 2, clipped": (2, FIVE_STEPS | CHANGES["clipped"] | {"eval_steps": 1})}
+RUNS |= {"evaluated-stage2-clipped": (2, FIVE_STEPS | CHANGES["clipped"] | {"eval_steps": 1})}
 ON_TWO_PROCESSES = {
     "ddp": [
-        *(f"gradients, {cut}" for cut in ("2 slots, padded", "4 slots, padded", "4 slots, packed")),
-        *(f"stage {stage}, {clipping}" for stage in (1, 2) for clipping in ("clipped", "not clipped")),
-        *("stage 2, LoRA", "untried stage 2, clipped", "evaluated stage 2, clipped"),
+        *(f"gradients-{cut}" for cut in ("2-slots-padded", "4-slots-padded", "4-slots-packed")),
+        *(f"stage{stage}-{clipping}" for stage in (1, 2) for clipping in ("clipped", "unclipped")),
+        *("stage2-lora", "untried-stage2-clipped", "evaluated-stage2-clipped"),
     ],
     "zero2": [
-        *("gradients, 4 slots, padded", "gradients, 2 slots, packed"),
-        *("stage 2, clipped", "stage 2, LoRA", "untried stage 2, clipped"),
+        *("gradients-4-slots-padded", "gradients-2-slots-packed"),
+        *("stage2-clipped", "stage2-lora", "untried-stage2-clipped"),
     ],
     "zero3": [
-        *(f"gradients, {cut}" for cut in ("2 slots, padded", "4 slots, packed")),
-        *(f"stage {stage}, {clipping}" for stage in (1, 2) for clipping in ("clipped", "not clipped")),
-        "stage 1, bf16",
-        *("stage 2, LoRA", "untried stage 2, clipped", "evaluated stage 2, clipped"),
+        *(f"gradients-{cut}" for cut in ("2-slots-padded", "4-slots-packed")),
+        *(f"stage{stage}-{clipping}" for stage in (1, 2) for clipping in ("clipped", "unclipped")),
+        "stage1-bf16",
+        *("stage2-lora", "untried-stage2-clipped", "evaluated-stage2-clipped"),
     ],
-    "zero3_offload": ["stage 2, clipped", "untried stage 2, clipped"],
+    "zero3_offload": ["stage2-clipped", "untried-stage2-clipped"],
 }
 # Two files: questions with and without a picture whose answer is a word, and others whose answer is a letter.
 HELD_OUT = {

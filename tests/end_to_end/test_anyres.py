@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mini_llava.data.records import RecordStore
-from mini_llava.data.tokenization import BadRecord
+from mini_llava.data.templates import BadRecord
 from mini_llava.formats.towers import load_vision_tower
 from mini_llava.tools import doctor
 from mini_llava.tools.saved_models import PROJECTOR, STATE, WHOLE, open_saved

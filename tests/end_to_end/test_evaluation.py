@@ -8,7 +8,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mini_llava.data.tokenization import BadRecord
+from mini_llava.data.templates import BadRecord
 from mini_llava.training import meter
 from tests.end_to_end import runs
 
@@ -67,14 +67,14 @@ def test_evaluation_changes_no_bit_of_a_quantised_training(tmp_path, monkeypatch
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["ddp", "zero3"])
 def test_evaluation_changes_no_bit_of_a_training_on_two_processes(two_processes, backend):
-    plain = two_processes(backend, "stage 2, clipped")
-    are_equal_to_the_last_bit(two_processes(backend, "evaluated stage 2, clipped"), plain)
+    plain = two_processes(backend, "stage2-clipped")
+    are_equal_to_the_last_bit(two_processes(backend, "evaluated-stage2-clipped"), plain)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["ddp", "zero3"])
 def test_two_processes_find_what_one_finds(one_process, two_processes, backend):
-    one, two = (run("evaluated stage 2, clipped") for run in (one_process, lambda name: two_processes(backend, name)))
+    one, two = (run("evaluated-stage2-clipped") for run in (one_process, lambda name: two_processes(backend, name)))
     before, expected = evaluations(two)[0], evaluations(one)[0]
     assert before.keys() == expected.keys() >= {"eval/loss/words", "eval/exact_match", "eval/choice_shuffled"}
     assert (before["eval/exact_match/words"], before["eval/choice/letters"]) == (

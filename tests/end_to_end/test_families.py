@@ -15,7 +15,9 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from mini_llava import build
 from mini_llava.data.templates import CHAT_TEMPLATE, get_template, render
-from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, load_tokenizer, read_json, tokenize_prompt
+from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, tokenize_prompt
+from mini_llava.formats.tokenizers import load_tokenizer
+from mini_llava.hub import read_json
 from mini_llava.tools import export
 from mini_llava.tools.saved_models import open_saved
 from tests.end_to_end import runs

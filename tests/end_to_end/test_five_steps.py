@@ -60,9 +60,9 @@ def test_two_processes_have_the_losses_norms_and_rates_of_one(one_process, two_p
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_clipping_is_at_work_in_every_step_of_the_clipped_runs(one_process, start, stage):
-    clipped, free = one_process(f"stage {stage}, clipped"), one_process(f"stage {stage}, not clipped")
+    clipped, free = one_process(f"stage{stage}-clipped"), one_process(f"stage{stage}-unclipped")
     assert all(line["gradient_norm"] > 2 * runs.CLIP_AT for line in runs.log(clipped))
-    name, before = "mm_projector.bin/model.mm_projector.0.weight", start(f"stage {stage}, clipped")
+    name, before = "mm_projector.bin/model.mm_projector.0.weight", start(f"stage{stage}-clipped")
     with_clipping, without = (runs.saved_weights(run)[name] - before[name] for run in (clipped, free))
     assert (with_clipping - without).norm() > 0.1 * without.norm()
 
@@ -78,8 +78,8 @@ def learns_as_in_fp32(in_bf16, in_fp32) -> None:
 
 @pytest.mark.slow
 def test_stage_1_in_bf16_trains_and_saves_under_zero3(one_process, two_processes):
-    run = two_processes("zero3", "stage 1, bf16")
-    learns_as_in_fp32(run, one_process("stage 1, not clipped"))
+    run = two_processes("zero3", "stage1-bf16")
+    learns_as_in_fp32(run, one_process("stage1-unclipped"))
     assert all(weight.isfinite().all() for weight in runs.saved_weights(run).values())
 
 
@@ -89,7 +89,7 @@ def test_stage_2_in_bf16_trains_and_saves_under_zero3(one_process, tmp_path):
     values = runs.FIVE_STEPS | {"bf16": True, "max_grad_norm": 0}
     printed = launch(CONFIGS / "zero3.yaml", ROOT / "train.py", *runs.flags_of(2, tmp_path, values))
     assert "2 processes, DeepSpeed ZeRO-3, bf16, cpu" in printed
-    learns_as_in_fp32(tmp_path, one_process("stage 2, not clipped"))
+    learns_as_in_fp32(tmp_path, one_process("stage2-unclipped"))
     assert {weight.dtype for weight in runs.saved_weights(tmp_path).values()} == {torch.bfloat16}
     model, loading = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(loading.values()) and model.dtype == torch.bfloat16

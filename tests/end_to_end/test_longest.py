@@ -33,5 +33,5 @@ def test_the_curve_is_bit_equal_with_and_without_on_one_process(tmp_path, capsys
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", runs.ON_TWO_PROCESSES)
 def test_the_curve_is_bit_equal_with_and_without_on_two_processes(two_processes, backend):
-    untried = two_processes(backend, "untried stage 2, clipped")
-    are_equal_to_the_last_bit(two_processes(backend, "stage 2, clipped"), untried)
+    untried = two_processes(backend, "untried-stage2-clipped")
+    are_equal_to_the_last_bit(two_processes(backend, "stage2-clipped"), untried)

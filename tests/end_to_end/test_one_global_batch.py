@@ -12,7 +12,7 @@ from tests.end_to_end.runs import CUTS, GLOBAL_BATCHES, WHOLE
 
 # fp32 rounds at 6e-8; sums in another order over a few hundred tokens and five layers stay below 2e-6.
 TOLERANCE = 1e-5
-CUT_ON_ONE_PROCESS = [f"gradients, {cut}" for cut in CUTS if cut != WHOLE]
+CUT_ON_ONE_PROCESS = [f"gradients-{cut}" for cut in CUTS if cut != WHOLE]
 CUT_ON_TWO = runs.on_two_processes("gradients")
 
 
@@ -33,11 +33,11 @@ def disagreeing(found, expected) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def whole(one_process):
-    return one_process(f"gradients, {WHOLE}")
+    return one_process(f"gradients-{WHOLE}")
 
 
 def test_every_parameter_that_can_have_a_gradient_has_one(whole):
-    gradients = runs.gradients(whole, "two with an image, two without")
+    gradients = runs.gradients(whole, "2-images-2-texts")
     manifest = read_manifest(whole / "checkpoint-1")
     assert gradients.keys() == manifest["parameters"].keys()
     assert {name.split(".")[0] for name in gradients} == {"vision_tower", "projector", "language_model"}
@@ -45,7 +45,7 @@ def test_every_parameter_that_can_have_a_gradient_has_one(whole):
     assert without == []
 
 
-@pytest.mark.parametrize("batch", ["text only", "a single sample without"])
+@pytest.mark.parametrize("batch", ["4-texts", "1-text"])
 def test_without_images_the_gradient_of_projector_and_tower_is_zero_and_not_absent(whole, batch):
     gradients = runs.gradients(whole, batch)
     for name, gradient in gradients.items():

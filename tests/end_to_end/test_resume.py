@@ -57,15 +57,15 @@ class Case:
 
 
 CASES = {
-    "stage 1, packed, one process": Case(1, packing=True),
-    "stage 2, packed, one process": Case(2, packing=True),
-    "stage 2, padded, one process": Case(2, packing=False),
-    "stage 1, padded, ZeRO-3 on two": Case(1, packing=False, config="zero3", processes=2),
-    "stage 2, packed, ZeRO-3 on two": Case(2, packing=True, config="zero3", processes=2),
-    "LoRA, packed, one process": Case(2, packing=True, lora=True),
-    "LoRA, padded, ZeRO-3 on two": Case(2, packing=False, config="zero3", processes=2, lora=True),
+    "stage1-packed-1rank": Case(1, packing=True),
+    "stage2-packed-1rank": Case(2, packing=True),
+    "stage2-padded-1rank": Case(2, packing=False),
+    "stage1-padded-zero3-2ranks": Case(1, packing=False, config="zero3", processes=2),
+    "stage2-packed-zero3-2ranks": Case(2, packing=True, config="zero3", processes=2),
+    "lora-packed-1rank": Case(2, packing=True, lora=True),
+    "lora-padded-zero3-2ranks": Case(2, packing=False, config="zero3", processes=2, lora=True),
 }
-LAUNCHED = "stage 2, packed, ZeRO-3 on two"  # killed and resumed under `accelerate launch`, the others as forks
+LAUNCHED = "stage2-packed-zero3-2ranks"  # killed and resumed under `accelerate launch`, the others as forks
 
 
 @dataclass
@@ -151,7 +151,7 @@ def interrupted(language_models, tmp_path_factory):
 @pytest.fixture
 def saved(interrupted, tmp_path) -> Path:
     """A copy of an output directory that holds checkpoints."""
-    source = interrupted("stage 2, packed, one process").killed
+    source = interrupted("stage2-packed-1rank").killed
     return Path(shutil.copytree(source, tmp_path / "saved"))
 
 
@@ -187,12 +187,12 @@ def test_what_a_kill_during_saving_leaves_behind_is_passed_over(interrupted, sav
     half = saved / ".checkpoint-15.incomplete"
     half.mkdir()
     (half / "state-rank00000-0000.safetensors").write_bytes(b"half")
-    case = CASES["stage 2, packed, one process"]
+    case = CASES["stage2-packed-1rank"]
     flags = case.flags(language_models["dropout"], saved, resume_from_checkpoint="latest")
     run = start(flags, tmp_path / "run.txt")
     finish(run)
     assert f"Resumed from {saved / 'checkpoint-10'} at step 10" in run.text
-    assert weights(saved) == weights(interrupted("stage 2, packed, one process").whole)
+    assert weights(saved) == weights(interrupted("stage2-packed-1rank").whole)
     assert checkpoints(saved) == ["checkpoint-10", "checkpoint-15"] and not half.exists()
 
 
@@ -234,7 +234,7 @@ def test_a_zero3_checkpoint_of_two_ranks_goes_on_elsewhere(config, processes, tw
 
 
 def test_dropout_is_on_in_the_runs_above(interrupted, two_ranks):
-    with_dropout = log(interrupted("stage 2, packed, one process").whole)
+    with_dropout = log(interrupted("stage2-packed-1rank").whole)
     assert with_dropout[0]["step"] == 1
     # In the first step weights and samples are the same: only dropout tells the losses apart.
     assert with_dropout[0]["loss"] != pytest.approx(log(two_ranks)[0]["loss"], rel=1e-5)
@@ -243,9 +243,7 @@ def test_dropout_is_on_in_the_runs_above(interrupted, two_ranks):
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-def refusal(
-    language_models, directory: Path, output_dir: Path, case: Case = CASES["stage 2, packed, one process"], **flags
-):
+def refusal(language_models, directory: Path, output_dir: Path, case: Case = CASES["stage2-packed-1rank"], **flags):
     """What a run that has to fail prints after its progress: one message, no traceback."""
     run = start(
         case.flags(language_models["dropout"], output_dir, **flags),

@@ -11,7 +11,8 @@ from mini_llava import build
 from mini_llava.data.collator import collate
 from mini_llava.data.images import load_image, load_image_processor, normalise, open_picture
 from mini_llava.data.templates import get_template
-from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, Sample, load_tokenizer, tokenize, tokenize_prompt
+from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, Sample, tokenize, tokenize_prompt
+from mini_llava.formats.tokenizers import load_tokenizer
 from tests.end_to_end import runs
 
 # Both compute in fp32 with the same kernels; logits are of size 1 to 10.

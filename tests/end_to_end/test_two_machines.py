@@ -8,7 +8,6 @@ two small scripts stand for `srun` and `scontrol`.
 import contextlib
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -23,6 +22,7 @@ import yaml
 from tests.end_to_end import runs
 from tests.forked_runs import start
 from tests.launching import ROOT
+from tests.readme import block_with
 
 STEPS = 14
 SETTINGS = runs.MODEL_AND_DATA | {
@@ -47,8 +47,7 @@ pytestmark = pytest.mark.slow
 
 
 def commands() -> list[str]:
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Several machines\n")[1].split("\n## ")[0]
-    return re.findall(r"^```bash\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
+    return [block_with(text) for text in ("--num_machines 2", "torchrun --nnodes 2", "#SBATCH")]
 
 
 def on_this_machine(command: str, folder: Path) -> str:

@@ -9,9 +9,9 @@ from mini_llava import build
 from tests.end_to_end import runs
 
 CASES = {
-    "stage 1": (1, {}, {"projector"}),
-    "stage 1, mm_use_im_start_end": (1, {"mm_use_im_start_end": True}, {"projector", "new_tokens"}),
-    "stage 2": (2, {}, {"projector", "language_model"}),
+    "stage1": (1, {}, {"projector"}),
+    "stage1-mm_use_im_start_end": (1, {"mm_use_im_start_end": True}, {"projector", "new_tokens"}),
+    "stage2": (2, {}, {"projector", "language_model"}),
     "freeze_backbone": (2, {"freeze_backbone": True}, {"projector"}),
     "freeze_mm_mlp_adapter": (2, {"freeze_mm_mlp_adapter": True}, {"language_model"}),
     "unfreeze_mm_vision_tower": (
@@ -65,7 +65,7 @@ def test_one_step_changes_exactly_what_the_table_declares(tmp_path, monkeypatch,
     monkeypatch.setattr(build, "apply_plan", apply_and_keep)  # the real model; the test keeps hold of it
     one_step = {"max_steps": 1, "warmup_ratio": 0, "learning_rate": 1e-3, "global_batch_size": 4}
     order = tmp_path / "order.json"
-    order.write_text(str([runs.GLOBAL_BATCHES["two with an image, two without"]]))
+    order.write_text(str([runs.GLOBAL_BATCHES["2-images-2-texts"]]))
     runs.train_here(runs.flags_of(stage, tmp_path / "run", {**one_step, "sample_order": order, **more}))
 
     after = kept["model"].state_dict()

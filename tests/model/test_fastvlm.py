@@ -17,9 +17,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2Config
 
 from mini_llava.arguments import ModelArguments
 from mini_llava.data.images import normalisation_table, normalise, output_size, pixel_values
-from mini_llava.data.tokenization import load_tokenizer
 from mini_llava.formats import write
 from mini_llava.formats.read import load_llava, open_source
+from mini_llava.formats.tokenizers import load_tokenizer
 from mini_llava.formats.towers import load_vision_config, load_vision_tower, tower_image_processor
 from mini_llava.model.llava import LlavaModel
 from mini_llava.model.vision_tower import empty_model, tokens_per_image

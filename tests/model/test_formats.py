@@ -26,7 +26,8 @@ from transformers import (
 
 from mini_llava.data.images import load_image_processor
 from mini_llava.data.templates import chat_template, get_template, render
-from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, add_image_tokens, load_tokenizer, tokenize_prompt
+from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, tokenize_prompt
+from mini_llava.formats.tokenizers import load_tokenizer
 from mini_llava.formats.towers import load_vision_tower
 from mini_llava.formats.weights import SHARD_BYTES
 from mini_llava.formats.write import (
@@ -39,6 +40,7 @@ from mini_llava.formats.write import (
 )
 from mini_llava.model.llava import LlavaModel
 from mini_llava.model.projector import build_projector, load_projector
+from mini_llava.options.image_tokens import add_image_tokens
 from tests import forked_runs
 from tests.slow_llama import SlowLlama, configure, like_llama_2
 

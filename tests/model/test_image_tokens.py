@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, LlavaForConditionalGeneration
 
 from mini_llava.data.templates import get_template
-from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, add_image_tokens, load_tokenizer, tokenize_prompt
-from mini_llava.options.image_tokens import add_token_rows, read_rows
+from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, tokenize_prompt
+from mini_llava.formats.tokenizers import load_tokenizer
+from mini_llava.options.image_tokens import add_image_tokens, add_token_rows, read_rows
 from mini_llava.tools import export
 from mini_llava.tools.saved_models import open_saved
 from tests.end_to_end import runs

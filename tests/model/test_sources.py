@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from mini_llava.arguments import ModelArguments
 from mini_llava.data.templates import get_template
-from mini_llava.data.tokenization import load_tokenizer, tokenize
+from mini_llava.data.tokenization import tokenize
 from mini_llava.formats.read import load_llava, map_llava, open_source, restore_rotary_frequencies
+from mini_llava.formats.tokenizers import load_tokenizer
 from mini_llava.model.llava import LlavaModel
 from mini_llava.tools import export
 from tests.published_layouts import CLIP, FIXTURES, edit_json, like_liuhaotian, like_llava_hf, llava_weights, write_json

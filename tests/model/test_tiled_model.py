@@ -12,9 +12,10 @@ from mini_llava.arguments import DataArguments, ModelArguments
 from mini_llava.data.collator import collate, join_pictures
 from mini_llava.data.images import load_image_processor, normalisation_table, open_picture
 from mini_llava.data.templates import get_template, render
-from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, load_tokenizer, tokenize
+from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, tokenize
 from mini_llava.formats import write
 from mini_llava.formats.read import load_llava, open_source
+from mini_llava.formats.tokenizers import load_tokenizer
 from mini_llava.formats.towers import load_vision_tower
 from mini_llava.model.llava import LlavaModel
 from mini_llava.model.projector import build_projector

@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from mini_llava.data.templates import get_template
-from mini_llava.data.tokenization import load_tokenizer
 from mini_llava.formats import write
+from mini_llava.formats.tokenizers import load_tokenizer
 from mini_llava.formats.towers import tower_image_processor
 from mini_llava.model.llava import LlavaModel
 

@@ -18,8 +18,9 @@ from mini_llava.data.images import (
     pixel_values,
 )
 from mini_llava.data.templates import get_template
-from mini_llava.data.tokenization import Sample, load_tokenizer, tokenize
+from mini_llava.data.tokenization import Sample, tokenize
 from mini_llava.formats.read import load_llava, open_source
+from mini_llava.formats.tokenizers import load_tokenizer
 from mini_llava.model.llava import LlavaModel
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -5,7 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, BadRecord, Sample
+from mini_llava.data.templates import BadRecord
+from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Sample
 from tests.parity.golden import (
     FIXTURES,
     IMAGE_TOKENS,

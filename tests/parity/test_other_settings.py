@@ -17,7 +17,8 @@ from transformers import CLIPVisionModel, LlamaForCausalLM, get_scheduler
 from mini_llava import arguments as flags
 from mini_llava.data.sampler import GlobalBatchSampler
 from mini_llava.data.templates import get_template
-from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, load_tokenizer, tokenize
+from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, tokenize
+from mini_llava.formats.tokenizers import load_tokenizer
 from tests.parity.golden import FIXTURES, IMAGE_TOKENS, as_floats, golden_pixels, load_json
 from tests.parity.runs import SETTINGS, TWO_PROCESSES, Run, command_line, flags_of, start_tensors
 

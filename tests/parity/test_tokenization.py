@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from mini_llava.data.templates import get_template
-from mini_llava.data.tokenization import IGNORE_INDEX, BadRecord, load_tokenizer, tokenize, tokenize_prompt
+from mini_llava.data.templates import BadRecord, get_template
+from mini_llava.data.tokenization import IGNORE_INDEX, tokenize, tokenize_prompt
+from mini_llava.formats.tokenizers import load_tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TEMPLATE_NAMES = ["plain", "v1", "llava_v1", "llava_llama_2", "mistral_instruct", "qwen_2"]

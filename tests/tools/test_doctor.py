@@ -21,7 +21,8 @@ from mini_llava.data.records import RecordStore
 from mini_llava.data.sampler import GlobalBatchSampler, deal
 from mini_llava.data.samples import Samples
 from mini_llava.data.templates import get_template
-from mini_llava.data.tokenization import Sample, load_tokenizer
+from mini_llava.data.tokenization import Sample
+from mini_llava.formats.tokenizers import load_tokenizer
 from mini_llava.tools import doctor
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from mini_llava import demo
 from mini_llava.tools import tour
 from tests.end_to_end import runs
-from tests.launching import ROOT
+from tests.readme import block_with, blocks
 
 
 @pytest.fixture
@@ -78,8 +78,8 @@ def test_a_record_that_is_not_there_or_cannot_be_trained_on_is_a_sentence(capsys
 
 def test_readme_shows_what_it_prints(printed, tmp_path, monkeypatch):
     """But for fractions, which depend on the machine's arithmetic and on whether stage 1 has been run."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## A record on its way to the gradient\n")[1]
-    command, shown = re.findall(r"^```\w*\n(.*?)^```", section, re.DOTALL | re.MULTILINE)[:2]
+    command = block_with("python -m mini_llava.tools.tour")
+    shown = blocks()[blocks().index(command) + 1]
     (tmp_path / "mini_llava").symlink_to(demo.HERE.parent)
     monkeypatch.chdir(tmp_path)
     program, dash_m, module, *words = shlex.split(command)

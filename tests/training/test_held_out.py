@@ -11,11 +11,12 @@ from mini_llava.data.images import Picture
 from mini_llava.data.records import RecordStore
 from mini_llava.data.samples import Samples
 from mini_llava.data.templates import get_template
-from mini_llava.data.tokenization import load_tokenizer
 from mini_llava.evaluation.evaluate import HeldOut, read_questions
-from mini_llava.evaluation.shown import ShownAnswer, as_picture, as_table
+from mini_llava.evaluation.shown import GREEN, RED, ShownAnswer, as_picture, as_table
+from mini_llava.formats.tokenizers import load_tokenizer
 from mini_llava.guards.preemption import Preemption
 from mini_llava.training.lockstep import Lockstep
+from mini_llava.watch.page import WIDTH
 from tests.end_to_end import runs
 from tests.training.tiny_llava import IMAGE_SIZE, TOKENS_PER_IMAGE, tiny_llava
 
@@ -104,13 +105,16 @@ def test_memory_that_runs_out_is_said_with_the_flag_that_helps_and_the_model_tra
 
 
 def test_every_kind_of_answer_is_drawn_and_stays_a_row_of_the_table():
-    long, odd = "which of them is it, " * 40, "a | b\n<b>你好</b> & c"
+    long, odd = "which of them is it, " * 40, "a | b\n<b>你好</b> & $c"
     shown = [
         ShownAnswer("a.json, record 1", [(PICTURES, "wide_rgb.png")] * 4, long, long, odd, True, 0.5),
         ShownAnswer("a.json, record 2", [], "2 + 2?", "4", "", False, 7.25),
         ShownAnswer("a.json, record 3", [(PICTURES, "square_rgb.png")], odd, "", "no", False, float("nan")),
     ]
-    assert as_picture(shown).shape == (312, 1000, 3)
+    picture = as_picture(shown)
+    assert picture.shape[1:] == (WIDTH, 3) and len(picture) < 200 * len(shown) and picture.dtype == "uint8"
+    for colour in (GREEN, RED):
+        assert (picture == [int(colour[place : place + 2], 16) for place in (1, 3, 5)]).all(-1).any()
     head, rule, *rows = as_table(shown).splitlines()
     assert len(rows) == 3 and {row.replace("\\|", "").count("|") for row in (head, rule, *rows)} == {7}
     assert "<b>" not in "".join(rows) and "你好" in rows[0]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mini_llava.data.tokenization import BadRecord
+from mini_llava.data.templates import BadRecord
 from mini_llava.evaluation.scoring import chosen_letter, is_right, metric_of
 
 

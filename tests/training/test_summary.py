@@ -11,8 +11,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mini_llava.data.records import RecordStore
 from mini_llava.watch.curves import draw_curves, smoothed
-from mini_llava.watch.first_batch import INK, PAPER, WIDTH
+from mini_llava.watch.first_batch import INK, PAPER
 from mini_llava.watch.json_lines import append_lines
+from mini_llava.watch.page import WIDTH
 from mini_llava.watch.summary import duration, summarise, talk_command, write_summary
 from mini_llava.watch.trackers import name_on_page
 from tests.end_to_end.runs import FIXTURES, flags_of, train_here

@@ -1,0 +1,74 @@
+"""Pictures with coloured text beside them, drawn by matplotlib without a screen, for TensorBoard."""
+
+import itertools
+import math
+import re
+import warnings
+from collections.abc import Sequence
+from unicodedata import east_asian_width
+
+import numpy as np
+
+WIDTH, PICTURE, MARGIN, MOST_LINES = 720, 180, 12, 16  # pixels, and lines of text
+# All letters are equally wide, so that a text is wrapped by counting; what Mono lacks is taken from the other font.
+FONTS, SIZE, LETTER, LINE = ["DejaVu Sans Mono", "DejaVu Sans"], 13, 13 * 0.602, 18  # pixels
+
+
+def draw(title: str, pictures: Sequence[np.ndarray], text: Sequence[tuple[str, str, str | None]]) -> np.ndarray:
+    """Return uint8 [H, `WIDTH`, 3]: the title in black, below it the pictures, and the text on their right.
+
+    Args:
+        pictures: uint8 [H, W, 3] each, of any size; shown as a square of small ones.
+        text: pieces of it, each with the colours of its letters and of what is behind them (None: white).
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes a second
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    left = MARGIN + (PICTURE + MARGIN if pictures else 0)
+    titles, lines = _lines([(title, "black", None)], WIDTH - 2 * MARGIN), _lines(text, WIDTH - left - MARGIN)
+    if len(lines) > MOST_LINES:
+        lines[MOST_LINES - 1 :] = [[(f"… {len(lines) - MOST_LINES + 1} more lines", "black", None)]]
+    top = MARGIN + len(titles) * LINE
+    height = top + max(len(lines) * LINE, PICTURE if pictures else 0) + MARGIN
+    figure = Figure((WIDTH / 72, height / 72), dpi=72)  # at 72 dots an inch a point is a pixel
+    columns = math.ceil(math.sqrt(len(pictures)))
+    for number, picture in enumerate(pictures):
+        side, (row, column) = PICTURE / columns, divmod(number, columns)
+        place = (MARGIN + column * side) / WIDTH, 1 - (top + row * side + side) / height
+        axes = figure.add_axes((*place, (side - 2) / WIDTH, (side - 2) / height), anchor="NW")
+        axes.imshow(picture)
+        axes.set_axis_off()
+    for number, line in enumerate(titles + lines):
+        x, y = MARGIN if number < len(titles) else left, 1 - (MARGIN + (number + 0.75) * LINE) / height
+        for (ink, paper), words in itertools.groupby(line, key=lambda word: word[1:]):
+            words = "".join(word for word, *_ in words)
+            wide = _columns(words) * LETTER
+            if paper:
+                corner = x / WIDTH, y - 0.2 * LINE / height
+                figure.add_artist(Rectangle(corner, wide / WIDTH, 0.95 * LINE / height, color=paper, linewidth=0))
+            figure.text(x / WIDTH, y, words, color=ink, family=FONTS, size=SIZE, parse_math=False)
+            x += wide
+    canvas = FigureCanvasAgg(figure)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a letter that no font has is drawn as a box
+        canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _lines(text: Sequence[tuple], width: int) -> list[list[tuple]]:
+    """Pieces of a text in lines: broken between words, at newlines, and within long words."""
+    lines, room = [[]], int(width / LETTER)
+    for piece, *colours in text:
+        for word in re.findall(rf"\n|[^\S\n]+|\S{{1,{room // 2}}}", piece):
+            full = sum(_columns(word) for word, *_ in lines[-1]) + _columns(word) > room
+            if word == "\n" or full:
+                lines.append([])
+            if word != "\n" and not (full and word.isspace()):
+                lines[-1].append((word, *colours))
+    return lines if lines[-1] else lines[:-1]
+
+
+def _columns(text: str) -> int:
+    """How many letters wide a text is; a letter of Chinese or an emoji is two."""
+    return sum(1 + (east_asian_width(letter) in "WF") for letter in text)
