@@ -46,19 +46,16 @@ def count_bytes(steps: list[dict]) -> None:
     sent = Counter()
     for name in COLLECTIVES:
         setattr(TorchBackend, name, counted(name, sent))
-    step_of_the_trainer = backend.backward_and_step
 
-    def backward_and_step(accelerator, model, optimizer, losses, count, max_grad_norm):
-        sent.clear()
-        result = step_of_the_trainer(accelerator, model, optimizer, losses, count, max_grad_norm)
+    def end(model, micro_batches: int) -> None:
         sizes = [
             (parameter.ds_numel * parameter.element_size(), parameter.ds_persist) for parameter in model.parameters()
         ]
         divided = sum(size for size, whole in sizes if not whole)
-        steps.append(dict(sent=Counter(sent), micro_batches=count, weights=sum(s for s, _ in sizes), divided=divided))
-        return result
+        weights = sum(size for size, _ in sizes)
+        steps.append(dict(sent=Counter(sent), micro_batches=micro_batches, weights=weights, divided=divided))
 
-    backend.backward_and_step = backward_and_step
+    throughput.around_steps(sent.clear, end)
 
 
 def main() -> None:

@@ -11,11 +11,13 @@ Writing the result is not measured, and its weights are removed. `--without NAME
 """
 
 import argparse
+import contextlib
 import json
 import platform
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -109,18 +111,20 @@ def read_log(output_dir: Path) -> list[dict]:
 def profile_last_step(file: Path, steps: int) -> None:
     """Makes the trainer's step number `steps` run under torch's profiler."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    profiler = torch.profiler.profile(activities=activities)
-    step_of_the_trainer, done = backend.backward_and_step, 0
+    profiler, begun = torch.profiler.profile(activities=activities), 0
 
-    def backward_and_step(*arguments):
-        nonlocal done
-        done += 1
-        if done < steps or backend.launched_rank()[0] > 0:
-            return step_of_the_trainer(*arguments)
-        torch.cuda.synchronize()
-        with profiler:
-            result = step_of_the_trainer(*arguments)
+    def begin() -> None:
+        nonlocal begun
+        begun += 1
+        if begun == steps and backend.launched_rank()[0] == 0:
             torch.cuda.synchronize()
+            profiler.start()
+
+    def end(_model, _micro_batches) -> None:
+        if begun < steps or backend.launched_rank()[0] > 0:
+            return
+        torch.cuda.synchronize()
+        profiler.stop()
         events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
         computing = [event for event in events if "nccl" not in event.name]
         span = max(e.time_range.end for e in events) - min(e.time_range.start for e in events)
@@ -131,9 +135,32 @@ def profile_last_step(file: Path, steps: int) -> None:
         file.write_text(
             f"{span / 1e6:.3f} s from the first to the last kernel; busy: {busy}\n{gaps}\n{table}\n{hosts}\n"
         )
+
+    around_steps(begin, end)
+
+
+def around_steps(begin: Callable[[], None], end: Callable[[torch.nn.Module, int], None]) -> None:
+    """Call functions around each step of the trainer: before its first micro-batch, and after its optimizer.
+
+    end: gets the model and the number of micro-batches; the first step's has those of the trial before it, too.
+    """
+    micro_step, optimizer_step, seen = backend.micro_step, backend.optimizer_step, []
+
+    @contextlib.contextmanager
+    def counted_micro_step(accelerator, model, is_last: bool):
+        if not seen:
+            begin()
+        seen.append(model)
+        with micro_step(accelerator, model, is_last):
+            yield
+
+    def stepped(*arguments):
+        result = optimizer_step(*arguments)
+        end(seen[-1], len(seen))
+        seen.clear()
         return result
 
-    backend.backward_and_step = backward_and_step
+    backend.micro_step, backend.optimizer_step = counted_micro_step, stepped
 
 
 def busy_time(events: list) -> float:

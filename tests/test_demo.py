@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessor, CLIPVisionModel
 
 from mini_llava import demo
-from mini_llava.arguments import resolve
+from mini_llava.arguments import STAGE_CONFIGS, resolve
 from mini_llava.data.templates import get_template
 from mini_llava.tools.chat import Conversation
 from mini_llava.tools.saved_models import open_saved
@@ -170,7 +170,7 @@ def test_the_language_model_answers_from_a_description_before_it_has_seen_any_im
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_configs_name_the_shipped_models_and_the_converted_data(stage, data):
-    config = yaml.safe_load(demo.STAGE_CONFIGS[stage].read_text(encoding="utf-8"))
+    config = yaml.safe_load(STAGE_CONFIGS[stage].read_text(encoding="utf-8"))
     root = demo.HERE.parent.parent
     assert root / config["model_name_or_path"] == demo.LANGUAGE_MODEL
     assert root / config["vision_tower"] == demo.VISION_TOWER

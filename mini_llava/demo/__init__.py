@@ -21,7 +21,6 @@ from ..watch.json_lines import read_lines
 HERE = Path(__file__).resolve().parent
 VISION_TOWER = HERE / "vision_tower"
 LANGUAGE_MODEL = HERE / "language_model"
-STAGE_CONFIGS = {1: HERE / "stage1.yaml", 2: HERE / "stage2.yaml"}
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")

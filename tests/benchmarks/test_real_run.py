@@ -177,10 +177,10 @@ def test_many_questions_at_once_get_the_answers_that_one_gets(made, tmp_path):
     )
     questions = records["new_hand"][:21:3]
     pictures = [question["image"] for question in questions]
-    pixels_of = score.read_pixels(conversation, folder / "images", pictures)
-    at_once = score.ask(conversation, questions, pictures, pixels_of, batch_size=4)
+    opened_as = score.open_pictures(conversation, folder / "images", pictures)
+    at_once = score.ask(conversation, questions, pictures, opened_as, batch_size=4)
     for question, answer in zip(questions, at_once, strict=True):
         conversation.reset()
         conversation.add_image(str(folder / "images" / question["image"]))
         assert conversation.ask(question["conversations"][0]["value"]) == answer
-    assert score.nearest(conversation, pictures, pictures[::-1], pixels_of) == pictures[::-1]
+    assert score.nearest(conversation, pictures, pictures[::-1], opened_as) == pictures[::-1]

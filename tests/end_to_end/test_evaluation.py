@@ -9,7 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mini_llava.data.templates import BadRecord
-from mini_llava.training import meter
+from mini_llava.watch import progress
 from tests.end_to_end import runs
 
 SHOWN = [*runs.HELD_OUT["words"], *runs.HELD_OUT["letters"]]
@@ -195,7 +195,7 @@ def test_who_knows_the_answers_by_heart_gets_all_of_them_right_and_is_seen_to(tm
 
 
 def test_every_pass_over_the_questions_shows_how_many_are_done(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(meter, "SHOWN_AFTER", 0)
+    monkeypatch.setattr(progress, "SHOWN_AFTER", 0)
     values = {"max_steps": 2, "eval_steps": 1, "save_strategy": "no"} | runs.held_out_flags(tmp_path)
     runs.train_here(runs.flags_of(2, tmp_path / "run", values))
     bars = re.findall(r"\r([^\r:]*): 100%\S+ 7/7 \[.*\]\n", capsys.readouterr().err)
