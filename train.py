@@ -67,7 +67,6 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     source = open_source(arguments.model, arguments.explicit)
     report.say(source.describe(arguments.model.pretrain_mm_mlp_adapter))
     write.check_may_be_written(output_dir, arguments.model, training.export_format, source.vision_config)
-
     if training.dry_run:
         return planning.plan_run(arguments, source) if rank == 0 else None
 
@@ -181,8 +180,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         evaluation.evaluate(total_steps, report.say)
     if lockstep.stopping:
         if sampler.step != saving.saved_step:
-            with meter.paused("save_seconds"):
-                report.say(saving.save(removes_old=lockstep.fault is None))
+            report.say(saving.save(removes_old=lockstep.fault is None))
         if lockstep.fault and lockstep.ahead:  # too much was skipped, and its last step is not in the list yet
             report.skipped(lockstep.ahead.skipped)
         lockstep.raise_fault()
