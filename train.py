@@ -31,14 +31,14 @@ from mini_llava.evaluation.evaluate import HeldOut, read_held_out
 from mini_llava.formats import write
 from mini_llava.formats.read import open_source
 from mini_llava.guards import liveness, output_folder, ownership, preflight
-from mini_llava.guards.early import check_files, check_output, check_what_a_run_needs
+from mini_llava.guards.early import check_output, check_what_a_run_needs
 from mini_llava.guards.identity import resume_notes, run_identity
 from mini_llava.guards.longest import try_longest
 from mini_llava.guards.not_finite import why_not_taken
 from mini_llava.inputs import choose_inputs
 from mini_llava.model.trained import trainable_table, trained_in_full
 from mini_llava.options import lora
-from mini_llava.tools import plan as planning
+from mini_llava.tools.plan import MemoryAdvice
 from mini_llava.training import backend, checkpoint
 from mini_llava.training.lockstep import STEPS_LOOKED_AT, Lockstep
 from mini_llava.training.meter import Meter, ProgressLine, append_json_line, loss_parts, prepare_reports
@@ -52,7 +52,7 @@ from mini_llava.words import counted
 
 
 @ownership.released_at_the_end()
-def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> None:
+def train(arguments: flags.Arguments, advice: MemoryAdvice | None = None) -> None:
     """Trains as the flags say. `advice` comes to know what to change if memory runs out."""
     model_flags, data_flags, training = arguments.model, arguments.data, arguments.training
     output_dir = Path(training.output_dir)
@@ -60,14 +60,11 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     say = print if rank == 0 else lambda *_: None
     if arguments.is_demo:
         say(demo.prepare_run(model_flags))
-    if training.dry_run:
-        check_files(arguments, weights=False)
-    else:
-        check_what_a_run_needs(arguments)
-        if rank == 0:
-            ownership.own(output_dir)
-        preemption.output_dir = output_dir
-        check_output(output_dir, training.resume_from_checkpoint)
+    check_what_a_run_needs(arguments)
+    if rank == 0:
+        ownership.own(output_dir)
+    preemption.output_dir = output_dir
+    check_output(output_dir, training.resume_from_checkpoint)
 
     # --- What it starts from: a language model and a tower, or a LLaVA model, which then fixes some of the flags ------
     source = open_source(model_flags, arguments.explicit)
@@ -80,10 +77,6 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     tokenizer, new_tokens = inputs.tokenizer, inputs.new_tokens
     store = RecordStore(data_flags.data_path, data_flags.image_folder, data_flags.exclude, output_dir / "cache")
     key = inputs.measurement_key
-    if training.dry_run:
-        if rank == 0:
-            planning.plan_run(arguments, source, inputs, store)
-        return
     workers = max(1, data_flags.dataloader_num_workers)
     lengths = measure(store, inputs.to_sample, workers, output_dir / "cache", key, inputs.tiling)
     for line in refuse_or_report(store, lengths.bad, data_flags.on_bad_sample):
@@ -106,10 +99,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
         preflight.check_run(arguments, source, inputs, lengths, order, held_out_tokens), training.allow
     ):
         say(line)
-    devices, dealt = planning.running_layout(accelerator), order.dealt_batches()
-    planned = planning.planned_run(arguments, source, tokenizer, new_tokens, devices, lengths, order.layout, dealt)
-    if advice is not None:
-        advice.planned = planned
+    longest = (advice or MemoryAdvice()).longest_of(arguments, source, inputs, accelerator, lengths, order)
 
     # --- Model, what of it is trained, optimizer ---------------------------------------------------------------------
     torch.manual_seed(training.seed)  # the same on every rank, because new weights must be equal
@@ -201,7 +191,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     rank_steps = RankSteps(store, *how, data_flags.packing, data_flags.on_bad_sample)
     first_batch.show(accelerator, rank_steps, order.dealt_batches(), tokenizer, sampler.step + 1)
     if training.longest_batch_first and sampler.step < total_steps:
-        say(try_longest(accelerator, model, optimizer, rank_steps, planned.longest))
+        say(try_longest(accelerator, model, optimizer, rank_steps, longest))
     max_skipped = data_flags.max_skipped_share * STEPS_LOOKED_AT * sampler.global_batch_size
     lockstep = Lockstep(accelerator, preemption, max_skipped)
     held_out = HeldOut(arguments, accelerator, model, questions, tokenizer, inputs.eval_template, total_steps, lockstep)
@@ -347,7 +337,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
 
 def main() -> None:
     """The program: what the person at the terminal can fix ends it with a sentence, a bug with its traceback."""
-    arguments, advice = flags.parse_arguments(), planning.Advice()
+    arguments, advice = flags.parse_arguments(), MemoryAdvice()
     try:
         train(arguments, advice)
     except (ValueError, ImportError, OSError, checkpoint.CheckpointError) as error:
@@ -362,7 +352,7 @@ def main() -> None:
             time.sleep(5)  # mostly rank 0 has said the same by then, and the launcher has ended this process
         sys.exit(f"train.py: error{f' on rank {rank}' if rank else ''}: {error}")
     except RuntimeError as error:
-        if sentence := advice.if_memory_has_run_out(error):
+        if sentence := advice.sentence(error):
             remove_marker(Path(arguments.training.output_dir))
             sys.exit(f"train.py: error on rank {backend.launched_rank()[0]}: {sentence}")
         liveness.wait_for_the_sentence()

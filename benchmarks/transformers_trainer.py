@@ -44,6 +44,7 @@ from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, load_t
 from mini_llava.formats.read import Source, open_source  # noqa: E402
 from mini_llava.model.vision_tower import tokens_per_image  # noqa: E402
 from mini_llava.training import backend  # noqa: E402
+from mini_llava.training.order import choose_batch  # noqa: E402
 from mini_llava.training.schedule import warmup_steps  # noqa: E402
 from mini_llava.watch.flops import peak_flops  # noqa: E402
 
@@ -85,7 +86,7 @@ def train(arguments: flags.Arguments) -> None:
     store = RecordStore(data_flags.data_path, data_flags.image_folder)
     key = measurement_key(template, tokenizer, image_tokens, data_flags.model_max_length)
     lengths = measure(store, to_sample, max(1, data_flags.dataloader_num_workers), output_dir / "cache", key)
-    size, micro_batches, _ = flags.choose_batch(arguments, world_size)
+    size, micro_batches, _ = choose_batch(arguments, world_size)
     micro_batch = training.per_device_train_batch_size
     if size != world_size * micro_batches * micro_batch:
         sys.exit(f"A global batch of {size} cannot be cut into {world_size} x n micro-batches of {micro_batch}.")
