@@ -54,12 +54,12 @@ from mini_llava.words import counted
 @ownership.released_at_the_end()
 def train(arguments: flags.Arguments, advice: MemoryAdvice | None = None) -> None:
     """Trains as the flags say. `advice` comes to know what to change if memory runs out."""
-    model_flags, data_flags, training = arguments.model, arguments.data, arguments.training
-    output_dir = Path(training.output_dir)
+    training, output_dir = arguments.training, Path(arguments.training.output_dir)
     rank, world_size = backend.launched_rank()
     say = print if rank == 0 else lambda *_: None
     if arguments.is_demo:
-        say(demo.prepare_run(model_flags))
+        arguments, note = demo.prepare_run(arguments)
+        say(note)
     check_what_a_run_needs(arguments)
     if rank == 0:
         ownership.own(output_dir)
@@ -67,7 +67,9 @@ def train(arguments: flags.Arguments, advice: MemoryAdvice | None = None) -> Non
     check_output(output_dir, training.resume_from_checkpoint)
 
     # --- What it starts from: a language model and a tower, or a LLaVA model, which then fixes some of the flags ------
-    source = open_source(model_flags, arguments.explicit)
+    source = open_source(arguments.model, arguments.explicit, arguments.data)
+    arguments = arguments.fixed_by(source)
+    model_flags, data_flags = arguments.model, arguments.data
     say(source.describe(model_flags.pretrain_mm_mlp_adapter))
     write.check_may_be_written(output_dir, model_flags, training.export_format, source.vision_config)
 

@@ -74,10 +74,11 @@ def main() -> None:
 
 def train(arguments: flags.Arguments) -> None:
     """Trains, and writes `log.jsonl`."""
+    source = open_source(arguments.model, arguments.explicit)
+    arguments = arguments.fixed_by(source)
     model_flags, data_flags, training = arguments.model, arguments.data, arguments.training
     output_dir = Path(training.output_dir)
     rank, world_size = backend.launched_rank()
-    source = open_source(model_flags, arguments.explicit)
     tokenizer = load_tokenizer(source.name)
     template = get_template(model_flags.version, tokenizer)
     image_tokens = tokens_per_image(source.vision_config, source.select_feature)

@@ -6,17 +6,9 @@ stand. A value is looked for on the command line, then in the `--config` file, t
 """
 
 import argparse
-import ast
 import dataclasses
-import difflib
 import functools
-import inspect
-import itertools
 import math
-import os
-import textwrap
-import time
-import types
 import typing
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -24,8 +16,8 @@ from pathlib import Path
 
 import yaml
 
+from .command_line import Parser, add_flags, convert, describe, plain, unknown_flag
 from .demo import STAGE_CONFIGS
-from .elsewhere import ELSEWHERE
 from .words import counted
 
 # What a flag decides. A resumed run compares its value with that of the run it resumes, unless it has one of these:
@@ -499,11 +491,11 @@ def read_config(path: str) -> dict:
     values = {}
     for name, value in content.items():
         if name not in kinds:
-            raise ValueError(f"--config {path}: {_unknown(str(name), kinds)}")
+            raise ValueError(f"--config {path}: {unknown_flag(str(name), kinds)}")
         try:
-            values[name] = _convert(kinds[name], value)
+            values[name] = convert(kinds[name], value)
         except (ValueError, TypeError):
-            raise ValueError(f"--config {path}: {name}: {value!r} is not {_describe(kinds[name])}.") from None
+            raise ValueError(f"--config {path}: {name}: {value!r} is not {describe(kinds[name])}.") from None
     return values
 
 
@@ -678,24 +670,8 @@ def check_model_place(what: str, value: str | None) -> None:
 # --- the parser ------------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        """Faults are one sentence; the usage of a hundred flags would hide it."""
-        if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(5)  # rank 0 says the same, and the launcher then ends this process
-        self.exit(2, f"train.py: error: {message}\n")
-
-    def parse_args(self, args=None, namespace=None):
-        namespace, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flags = {action.dest for action in self._actions}
-            name = unknown[0].split("=")[0]
-            self.error(_unknown(name.lstrip("-"), flags) if name.startswith("-") else f"{name!r} belongs to no flag.")
-        return namespace
-
-
 def _build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="train.py",
         description=(
             "Trains a LLaVA-1.5 style vision-language model. Stage 1 trains the projector between a frozen vision "
@@ -715,78 +691,15 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", metavar="FILE.yaml", default=argparse.SUPPRESS, help="file with any of these flags")
     for part in PARTS:
-        add_flags(parser, part)
+        add_flags(parser, part, (PRESETS[1], PRESETS[2]))
     return parser
-
-
-def add_flags(parser: argparse.ArgumentParser, part: type) -> None:
-    """Add a flag for each field of a dataclass to a parser, in a group of their own; one not given is not set."""
-    group = parser.add_argument_group(part.__doc__)
-    texts, hints = _field_texts(part), typing.get_type_hints(part)
-    for f in dataclasses.fields(part):
-        first, second = (PRESETS[stage].get(f.name, f.default) for stage in (1, 2))
-        default = f" [stage 1: {first}, stage 2: {second}]" if first != second else f" [{first}]"
-        if first is None and second is None:
-            default = ""
-        help_text = (texts[f.name] + default).replace("%", "%%")
-        kind = _argparse_kind(hints[f.name])
-        kind["metavar"] = f.metadata.get("metavar", kind["metavar"])
-        group.add_argument(f"--{f.name}", **kind, default=argparse.SUPPRESS, help=help_text)
-
-
-def _argparse_kind(hint) -> dict:
-    kind = _plain(hint)
-    if kind is bool:
-        return {"type": _boolean, "nargs": "?", "const": True, "metavar": "True|False"}
-    if typing.get_origin(kind) is list:
-        return {"type": typing.get_args(kind)[0], "nargs": "+", "metavar": "PATH"}
-    return {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
-
-
-def _boolean(text: str) -> bool:
-    if text.lower() in ("true", "1", "yes"):
-        return True
-    if text.lower() in ("false", "0", "no"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is not True or False")
-
-
-def _plain(hint):
-    """`int | None` -> `int`."""
-    if isinstance(hint, types.UnionType):
-        return next(kind for kind in typing.get_args(hint) if kind is not type(None))
-    return hint
-
-
-def _convert(kind, value):
-    """A YAML value to the field's type; a number written as text (`1e-3` is text in YAML) counts as a number."""
-    if value is None:
-        return None
-    if typing.get_origin(kind) is list:
-        items = value if isinstance(value, list) else [value]
-        if None in items:
-            raise ValueError
-        return [_convert(typing.get_args(kind)[0], item) for item in items]
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise ValueError
-        return value
-    if kind is str:
-        if isinstance(value, bool):  # YAML reads a bare `no` as False
-            return "no" if value is False else "yes"
-        return str(value)
-    if isinstance(value, bool):
-        raise ValueError
-    if kind is int and float(value) != int(float(value)):
-        raise ValueError
-    return kind(float(value))
 
 
 @functools.cache
 def _fields() -> list[tuple[dataclasses.Field, type]]:
     """Every field with its type."""
     hints = [(kind, typing.get_type_hints(kind)) for kind in PARTS]
-    return [(f, _plain(of_kind[f.name])) for kind, of_kind in hints for f in dataclasses.fields(kind)]
+    return [(f, plain(of_kind[f.name])) for kind, of_kind in hints for f in dataclasses.fields(kind)]
 
 
 def flag_fields() -> list[dataclasses.Field]:
@@ -796,29 +709,6 @@ def flag_fields() -> list[dataclasses.Field]:
 
 def _metadata(name: str) -> Mapping:
     return next((f.metadata for f in flag_fields() if f.name == name), {})
-
-
-def _describe(kind) -> str:
-    known = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
-    return known.get(kind, "a list of numbers" if kind == list[float] else "a list of texts")
-
-
-def _unknown(name: str, known) -> str:
-    if name in ELSEWHERE:
-        return f"--{name} is not a flag here: {ELSEWHERE[name]}"
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"unknown flag --{name}" + (f", did you mean --{close[0]}?" if close else "; see --help.")
-
-
-def _field_texts(kind) -> dict[str, str]:
-    """The docstring under each field, read from the source."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
-    body = tree.body[0].body
-    return {
-        statement.target.id: " ".join(following.value.value.split())
-        for statement, following in itertools.pairwise(body)
-        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr)
-    }
 
 
 def save_arguments(arguments: Arguments, path: Path, extra: dict) -> None:

@@ -53,9 +53,12 @@ class Inputs:
 
 
 def choose_inputs(arguments: Arguments, source: Source) -> Inputs:
-    """Raises ValueError and OSError, with sentences, for what the model or its tokenizer cannot do."""
+    """Raises ValueError and OSError, with sentences, for what the model or its tokenizer cannot do.
+
+    arguments: as `Arguments.fixed_by` gives them.
+    """
     model_flags, data_flags = arguments.model, arguments.data
-    tiling = source.choose_tiling(model_flags, data_flags, arguments.explicit)
+    tiling = source.tiling
     tokenizer = load_tokenizer(source.name, model_flags.trust_remote_code)
     template = get_template(model_flags.version, tokenizer)
     eval_template = get_template(data_flags.eval_version or model_flags.version, tokenizer)

@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from mini_llava import arguments as flags
+from mini_llava.command_line import field_texts
+from mini_llava.elsewhere import ELSEWHERE
 from mini_llava.training.backend import build_accelerator, choose_precision
 from mini_llava.training.order import choose_batch
 from tests.forked_runs import ROOT, start
@@ -198,7 +200,7 @@ def test_every_field_has_a_text_and_help_shows_all_of_them(capsys):
         flags.parse_arguments(["--help"])
     shown = capsys.readouterr().out
     for kind in (flags.ModelArguments, flags.DataArguments, flags.TrainingArguments):
-        texts = flags._field_texts(kind)
+        texts = field_texts(kind)
         for field in dataclasses.fields(kind):
             assert len(texts[field.name]) > 10, field.name
             assert f"--{field.name} " in shown

@@ -34,7 +34,8 @@ def open_data(arguments: flags.Arguments) -> tuple[RecordStore, Callable[..., Sa
 
     Reads configurations and the tokenizer, no weight. Raises ValueError and OSError as train.py does.
     """
-    inputs = choose_inputs(arguments, open_source(arguments.model, arguments.explicit))
+    source = open_source(arguments.model, arguments.explicit, arguments.data)
+    inputs = choose_inputs(arguments.fixed_by(source), source)
     data_flags = arguments.data
     store = RecordStore(data_flags.data_path, data_flags.image_folder, data_flags.exclude)
     return store, inputs.to_sample, inputs.tokenizer
@@ -93,7 +94,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
     marks = COLOURS if in_colour else MARKS
     try:
         if arguments.is_demo:
-            demo.prepare_run(arguments.model)
+            arguments, _ = demo.prepare_run(arguments)
         check_files(arguments)
         store, to_sample, tokenizer = open_data(arguments)
         chosen = given.record or range(min(given.samples, len(store)))

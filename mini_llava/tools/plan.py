@@ -22,6 +22,7 @@ from .. import arguments as flags
 from .. import demo
 from ..arguments import Arguments, TrainingArguments
 from ..build import plan_of
+from ..command_line import add_flags
 from ..data.records import Lengths, RecordStore, measure_some
 from ..formats.read import Source, empty_parts, open_source
 from ..formats.write import check_may_be_written
@@ -276,9 +277,11 @@ def plan(arguments: Arguments, planning: PlanArguments) -> None:
     flags.check_values(planning)
     training, output_dir = arguments.training, Path(arguments.training.output_dir)
     if arguments.is_demo:
-        print(demo.prepare_run(arguments.model))
+        arguments, note = demo.prepare_run(arguments)
+        print(note)
     check_files(arguments, weights=False)
-    source = open_source(arguments.model, arguments.explicit)
+    source = open_source(arguments.model, arguments.explicit, arguments.data)
+    arguments = arguments.fixed_by(source)
     print(source.describe(arguments.model.pretrain_mm_mlp_adapter))
     check_may_be_written(output_dir, arguments.model, training.export_format, source.vision_config)
     inputs = choose_inputs(arguments, source)
@@ -437,7 +440,7 @@ def split_flags(command_line: Sequence[str] | None = None) -> tuple[PlanArgument
         "those of train.py.",
         allow_abbrev=False,
     )
-    flags.add_flags(parser, PlanArguments)
+    add_flags(parser, PlanArguments)
     given, of_train = parser.parse_known_args(command_line)
     return PlanArguments(**vars(given)), of_train
 

@@ -36,7 +36,8 @@ def language_model(folder, kind="llama", tokenizer=FIXTURES / "llm", **values):
 def findings(tmp_path, stage=2, **values):
     """Every finding of a run with these flags, by check."""
     arguments = flags.parse_arguments(flags_of(stage, tmp_path / "run", values))
-    source = open_source(arguments.model, arguments.explicit)
+    source = open_source(arguments.model, arguments.explicit, arguments.data)
+    arguments = arguments.fixed_by(source)
     inputs = choose_inputs(arguments, source)
     store = RecordStore(arguments.data.data_path, arguments.data.image_folder)
     lengths = measure(store, inputs.to_sample, 1, tmp_path / "cache", inputs.measurement_key, inputs.tiling)
