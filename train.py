@@ -33,7 +33,7 @@ from mini_llava.guards.longest import try_longest
 from mini_llava.guards.not_finite import why_not_taken
 from mini_llava.read_data import read_data
 from mini_llava.saving import Saving
-from mini_llava.tools import plan as planning
+from mini_llava.tools.plan import MemoryAdvice
 from mini_llava.training import backend, checkpoint
 from mini_llava.training.lockstep import Lockstep
 from mini_llava.training.meter import Meter, loss_parts
@@ -47,28 +47,25 @@ from mini_llava.watch.report import Report
 
 
 @ownership.released_at_the_end()
-def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> None:
+def train(arguments: flags.Arguments, advice: MemoryAdvice | None = None) -> None:
     """Train as the flags say. `advice` comes to know what to change if memory runs out."""
     training, output_dir = arguments.training, Path(arguments.training.output_dir)
     rank, world_size = backend.launched_rank()
     report = Report(arguments, rank)
     if arguments.is_demo:
-        report.say(demo.prepare_run(arguments.model))
-    if training.dry_run:
-        early.check_files(arguments, weights=False)
-    else:
-        early.check_what_a_run_needs(arguments)
-        if rank == 0:
-            ownership.own(output_dir)
-        preemption.output_dir = output_dir
-        early.check_output(output_dir, training.resume_from_checkpoint)
+        arguments, note = demo.prepare_run(arguments)
+        report.say(note)
+    early.check_what_a_run_needs(arguments)
+    if rank == 0:
+        ownership.own(output_dir)
+    preemption.output_dir = output_dir
+    early.check_output(output_dir, training.resume_from_checkpoint)
 
     # --- What it starts from: a language model and a tower, or a LLaVA model, which then fixes some of the flags ------
-    source = open_source(arguments.model, arguments.explicit)
+    source = open_source(arguments.model, arguments.explicit, arguments.data)
+    arguments = report.arguments = arguments.fixed_by(source)
     report.say(source.describe(arguments.model.pretrain_mm_mlp_adapter))
     write.check_may_be_written(output_dir, arguments.model, training.export_format, source.vision_config)
-    if training.dry_run:
-        return planning.plan_run(arguments, source) if rank == 0 else None
 
     # --- Data, processes, and the order: the global batches, the micro-batches of each, the longest of these ----------
     data = read_data(arguments, source, report.say)
@@ -79,11 +76,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     findings = preflight.check_run(arguments, source, data.samples, data.lengths, order, data.longest_held_out)
     for line in preflight.report(findings, training.allow):
         report.say(line)
-    new = (data.samples.tokenizer, data.samples.new_tokens)
-    layout = (planning.running_layout(accelerator), data.lengths, order.layout, order.dealt_batches())
-    planned = planning.planned_run(arguments, source, *new, *layout)
-    if advice is not None:
-        advice.planned = planned
+    longest = (advice or MemoryAdvice()).longest_of(arguments, source, data, accelerator, order)
 
     # --- Model, what of it is trained, optimizer ---------------------------------------------------------------------
     torch.manual_seed(training.seed)  # the same on every rank, because new weights must be equal
@@ -103,7 +96,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     report.begin(accelerator, data, order, table, notes, resumed)
     first_batch.show(accelerator, data.samples, order.dealt_batches(), sampler.step + 1)
     if training.longest_batch_first and sampler.step < total_steps:  # if memory does not suffice, it shows here
-        report.say(try_longest(accelerator, model, optimizer, data.steps, planned.longest))
+        report.say(try_longest(accelerator, model, optimizer, data.steps, longest))
     lockstep = Lockstep(accelerator, preemption, arguments.data.max_skipped_share * sampler.global_batch_size)
     evaluation = HeldOut(arguments, accelerator, model, data.held_out, data.questions, total_steps, lockstep)
     # Before step 1, and where a kill came between a save and its evaluation.
@@ -200,7 +193,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
 
 def main() -> None:
     """The program: what the person at the terminal can fix ends it with a sentence, a bug with its traceback."""
-    arguments, advice = flags.parse_arguments(), planning.Advice()
+    arguments, advice = flags.parse_arguments(), MemoryAdvice()
     try:
         train(arguments, advice)
     except (ValueError, ImportError, OSError, checkpoint.CheckpointError) as error:
@@ -215,7 +208,7 @@ def main() -> None:
             time.sleep(5)  # mostly rank 0 has said the same by then, and the launcher has ended this process
         sys.exit(f"train.py: error{f' on rank {rank}' if rank else ''}: {error}")
     except RuntimeError as error:
-        if sentence := advice.if_memory_has_run_out(error):
+        if sentence := advice.sentence(error):
             remove_marker(Path(arguments.training.output_dir))
             sys.exit(f"train.py: error on rank {backend.launched_rank()[0]}: {sentence}")
         liveness.wait_for_the_sentence()

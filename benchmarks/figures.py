@@ -22,11 +22,12 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.random_setup import CLIP_L_336, LANGUAGE_MODELS, VOCABULARY, draw_conversation  # noqa: E402
 from mini_llava.data.sampler import GlobalBatchSampler, computed_tokens, deal  # noqa: E402
+from mini_llava.guards.longest import Shape  # noqa: E402
 from mini_llava.model.llava import LlavaModel  # noqa: E402
 from mini_llava.model.projector import build_projector  # noqa: E402
 from mini_llava.model.trained import apply_plan, freeze_plan  # noqa: E402
 from mini_llava.model.vision_tower import VisionTower  # noqa: E402
-from mini_llava.tools.memory import GIB, Estimate, Layout, Shape, estimate  # noqa: E402
+from mini_llava.tools.memory import GIB, Estimate, Layout, estimate  # noqa: E402
 from mini_llava.training.backend import complete_zero  # noqa: E402
 
 GLOBAL_BATCH, GPUS, IMAGE_TOKENS = 128, 8, 576

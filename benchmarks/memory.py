@@ -1,4 +1,4 @@
-"""What `--dry_run` estimates against what the GPU shows, on the models and records of `random_setup.py`.
+"""What `tools.plan` estimates against what the GPU shows, on the models and records of `random_setup.py`.
 
     python benchmarks/random_setup.py --directory /tmp/bench --shape 7b
     accelerate launch --config_file accelerate_configs/zero3.yaml --num_processes 2 benchmarks/memory.py \
@@ -20,7 +20,6 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import train  # noqa: E402
 from benchmarks import throughput  # noqa: E402
 from mini_llava.tools import plan  # noqa: E402
 from mini_llava.tools.memory import GIB, Estimate  # noqa: E402
@@ -37,22 +36,22 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, help="of the run, default SETUP/output")
     parser.add_argument("--table", type=Path, default=Path("memory.jsonl"))
     parser.add_argument("--only_estimate", action="store_true", help="train nothing, also where there is a GPU")
-    own, flags_of_train = parser.parse_known_args()
+    own, others = parser.parse_known_args()
     own.profile = None
-    found = estimated(own, flags_of_train)
+    planning, of_train = plan.split_flags(others)
+    found = estimated(own, planning, of_train)
     measured = None
     if torch.cuda.is_available() and not own.only_estimate:
-        of_a_plan = ("--accelerate_config", "--num_gpus", "--gpu_memory_gib", "--gpu_name", "--expected_mfu")
-        if given := [flag for flag in of_a_plan if flag in flags_of_train]:
-            parser.error(f"{given[0]} is for an estimate alone: add --only_estimate, or leave it out.")
-        measured = max(step["peak_memory_gib"] for step in throughput.run(own, flags_of_train))
+        if planning != plan.PlanArguments():
+            parser.error("The flags of a plan are for an estimate alone: add --only_estimate, or leave them out.")
+        measured = max(step["peak_memory_gib"] for step in throughput.run(own, of_train))
     if backend.launched_rank()[0] == 0:
         with open(own.table, "a") as table:
             table.write(json.dumps(row(own.name, found, measured)) + "\n")
         print_table(own.table)
 
 
-def estimated(own: argparse.Namespace, flags_of_train: list[str]) -> Estimate | None:
+def estimated(own: argparse.Namespace, planning: plan.PlanArguments, of_train: list[str]) -> Estimate | None:
     """The first of those that the plan makes, which it prints; None on ranks that plan nothing."""
     made, estimate = [], plan.estimate
 
@@ -62,7 +61,9 @@ def estimated(own: argparse.Namespace, flags_of_train: list[str]) -> Estimate | 
 
     plan.estimate = keep
     try:
-        train.train(throughput.arguments_of_the_run(own, [*flags_of_train, "--dry_run", "True"]))
+        arguments = throughput.arguments_of_the_run(own, of_train)
+        if backend.launched_rank()[0] == 0:
+            plan.plan(arguments, planning)
     except ValueError as error:
         if not made:
             raise

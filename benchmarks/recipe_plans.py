@@ -1,4 +1,4 @@
-"""Hours and memory of the published recipes on several GPUs, as `train.py --dry_run` computes them: README's table.
+"""Hours and memory of the published recipes on several GPUs, as `mini_llava.tools.plan` computes them: README's table.
 
     python benchmarks/recipe_plans.py --directory /tmp/plans
 
@@ -20,9 +20,8 @@ from transformers import CLIPVisionConfig, LlamaConfig
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import train  # noqa: E402
 from benchmarks.random_setup import CLIP_L_336, LANGUAGE_MODELS, VOCABULARY, make_models, make_records  # noqa: E402
-from mini_llava.arguments import parse_arguments  # noqa: E402
+from mini_llava.tools.plan import parse_arguments, plan  # noqa: E402
 
 RECORDS = 6_653
 EPOCHS = {1: 558_128 / RECORDS, 2: 665_298 / RECORDS}  # of LLaVA-1.5's two files
@@ -80,43 +79,41 @@ def make_configurations(directory: Path) -> None:
     make_records(directory, RECORDS, pictures=1)
 
 
-def row(plan: Plan, directory: Path) -> str:
+def row(run: Plan, directory: Path) -> str:
     """One line of the table; "does not fit" in place of the memory where that is so."""
-    models = directory / re.search(r"-(\d+b)-", plan.recipe)[1]
+    models = directory / re.search(r"-(\d+b)-", run.recipe)[1]
     words = [
         *(
             "--stage",
-            plan.stage,
+            run.stage,
             "--config",
-            ROOT / "mini_llava" / "recipes" / f"{plan.recipe}.yaml",
-            "--dry_run",
-            True,
+            ROOT / "mini_llava" / "recipes" / f"{run.recipe}.yaml",
         ),
         *("--model_name_or_path", models / "language_model", "--vision_tower", models / "vision_tower"),
-        *("--data_path", directory / f"stage{plan.stage}.json", "--image_folder", directory / "images"),
-        *("--num_train_epochs", EPOCHS[plan.stage], "--output_dir", directory / "out", "--use_liger_kernel", True),
-        *("--accelerate_config", ROOT / "accelerate_configs" / f"{plan.config}.yaml", "--num_gpus", plan.gpus),
-        *("--gpu_name", plan.gpu, "--gpu_memory_gib", GPU_MEMORY_GIB[plan.gpu], "--expected_mfu", plan.expected_mfu),
-        *("--gradient_checkpointing", plan.recomputed),
-        *(("--max_tokens_per_micro_batch", plan.tokens) if plan.tokens else ()),
+        *("--data_path", directory / f"stage{run.stage}.json", "--image_folder", directory / "images"),
+        *("--num_train_epochs", EPOCHS[run.stage], "--output_dir", directory / "out", "--use_liger_kernel", True),
+        *("--accelerate_config", ROOT / "accelerate_configs" / f"{run.config}.yaml", "--num_gpus", run.gpus),
+        *("--gpu_name", run.gpu, "--gpu_memory_gib", GPU_MEMORY_GIB[run.gpu], "--expected_mfu", run.expected_mfu),
+        *("--gradient_checkpointing", run.recomputed),
+        *(("--max_tokens_per_micro_batch", run.tokens) if run.tokens else ()),
     ]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         try:
-            train.train(parse_arguments(list(map(str, words))))
+            plan(*parse_arguments(list(map(str, words))))
         except ValueError as error:  # it does not fit, and says what would
             print(error)
     [hours] = re.findall(r"^Time: (.*?), if", printed.getvalue(), re.MULTILINE)
     [needed] = re.findall(r"^ +([\d.]+) GiB needed", printed.getvalue(), re.MULTILINE)
     fits = "It fits" in printed.getvalue()
     cells = [
-        f"`{plan.recipe}`",
-        f"{plan.gpus} {plan.gpu}",
-        plan.config,
-        "all" if plan.recomputed else "none",
-        f"{plan.tokens:,}" if plan.tokens else "",
+        f"`{run.recipe}`",
+        f"{run.gpus} {run.gpu}",
+        run.config,
+        "all" if run.recomputed else "none",
+        f"{run.tokens:,}" if run.tokens else "",
         f"{float(needed):.0f}" + ("" if fits else ", does not fit"),
-        f"{plan.expected_mfu:.0%}",
+        f"{run.expected_mfu:.0%}",
         hours,
     ]
     return f"| {' | '.join(cells)} |"
@@ -128,8 +125,8 @@ def main() -> None:
     arguments = parser.parse_args()
     make_configurations(arguments.directory)
     print("| recipe | GPUs | config | recomputed | tokens | GiB each | MFU | time |\n" + "|---" * 8 + "|")
-    for plan in PLANS:
-        print(row(plan, arguments.directory), flush=True)
+    for run in PLANS:
+        print(row(run, arguments.directory), flush=True)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ from mini_llava.formats.read import Source, open_source  # noqa: E402
 from mini_llava.formats.tokenizers import load_tokenizer  # noqa: E402
 from mini_llava.model.vision_tower import tokens_per_image  # noqa: E402
 from mini_llava.training import backend  # noqa: E402
+from mini_llava.training.order import choose_batch  # noqa: E402
 from mini_llava.training.schedule import warmup_steps  # noqa: E402
 from mini_llava.watch.flops import peak_flops  # noqa: E402
 
@@ -75,10 +76,11 @@ def main() -> None:
 
 def train(arguments: flags.Arguments) -> None:
     """Trains, and writes `log.jsonl`."""
+    source = open_source(arguments.model, arguments.explicit)
+    arguments = arguments.fixed_by(source)
     model_flags, data_flags, training = arguments.model, arguments.data, arguments.training
     output_dir = Path(training.output_dir)
     rank, world_size = backend.launched_rank()
-    source = open_source(model_flags, arguments.explicit)
     tokenizer = load_tokenizer(source.name)
     samples = Samples(
         RecordStore(data_flags.data_path, data_flags.image_folder),
@@ -90,7 +92,7 @@ def train(arguments: flags.Arguments) -> None:
         data_flags.image_aspect_ratio,
     )
     lengths = measure(samples, max(1, data_flags.dataloader_num_workers), output_dir / "cache")
-    size, micro_batches, _ = flags.choose_batch(arguments, world_size)
+    size, micro_batches, _ = choose_batch(arguments, world_size)
     micro_batch = training.per_device_train_batch_size
     if size != world_size * micro_batches * micro_batch:
         sys.exit(f"A global batch of {size} cannot be cut into {world_size} x n micro-batches of {micro_batch}.")

@@ -1,44 +1,55 @@
 """Every flag of the trainer: three dataclasses, the presets of the two stages, and the parser.
 
-The text under a field is its `--help`. Flag names are LLaVA's where it has one and transformers' otherwise, so that the
-command lines of LLaVA's published scripts run as they stand. A value is looked for on the command line, then in the
-`--config` file, then in the stage's preset, then here.
+The text under a field is its `--help`; its metadata say what values it takes and what it decides. Flag names are
+LLaVA's where it has one and transformers' otherwise, so that the command lines of LLaVA's published scripts run as they
+stand. A value is looked for on the command line, then in the `--config` file, then in the stage's preset, then here.
 """
 
 import argparse
-import ast
 import dataclasses
-import difflib
-import inspect
-import itertools
+import functools
 import math
-import os
-import textwrap
-import time
-import types
 import typing
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
+from .command_line import Parser, add_flags, convert, describe, plain, unknown_flag
 from .files import atomic_write
 from .words import counted
 
 # What is trained where neither flags nor a file name a model.
 STAGE_CONFIGS = {stage: Path(__file__).with_name("demo") / f"stage{stage}.yaml" for stage in (1, 2)}
 
+# What a flag decides. A resumed run compares its value with that of the run it resumes, unless it has one of these:
+CONTENT = "content"  # it names what is compared itself: files, weights, the records it lets pass
+ROUNDING = "rounding"  # how a step is computed, and its numbers by no more than rounding: it is said where it differs
+NOTHING = "nothing"  # of the numbers: where, when and how fast things are read, written and shown, what is refused
+# Or the name of another flag, which says what it comes to.
+
+
+def flag(default, **metadata):
+    """Return a field with this default.
+
+    Args:
+        metadata: `choices`, the values it may have; `positive`; `needs`, (another flag, the value of that one) without
+            which it does nothing, or of which None is the one it must not have; `decides`, see above; `metavar`.
+    """
+    return field(default=default, metadata=metadata)
+
 
 @dataclass
 class ModelArguments:
     """Model"""
 
-    model_name_or_path: str | None = None
+    model_name_or_path: str | None = flag(None, decides=CONTENT)
     """Language model: hub name or local directory, anything AutoModelForCausalLM loads (lmsys/vicuna-7b-v1.5). Or a
     LLaVA model, which brings its projector and its vision tower: in the layout of LLaVA's own code
     (liuhaotian/llava-v1.5-7b) or of transformers (llava-hf/llava-1.5-7b-hf), or an output directory of stage 2."""
 
-    vision_tower: str | None = None
+    vision_tower: str | None = flag(None, decides=CONTENT)
     """Vision tower: hub name or local directory of a CLIP, SigLIP or DINOv2 model (openai/clip-vit-large-patch14-336),
     or of a LLaVA or FastVLM model whose tower is taken (apple/FastVLM-0.5B, which needs timm). Not needed where
     model_name_or_path is a LLaVA model."""
@@ -54,14 +65,14 @@ class ModelArguments:
     """Which hidden state of the vision tower is used; LLaVA-1.5 takes -2, the one before the last. Of FastVLM's tower
     it is the output, -1, unless another is asked for, which is refused."""
 
-    mm_vision_select_feature: str = "patch"
+    mm_vision_select_feature: str = flag("patch", choices=("patch", "cls_patch"))
     """patch drops the class token, and registers where the tower has them; cls_patch keeps them."""
 
-    image_size: int | None = None
+    image_size: int | None = flag(None, positive=True)
     """Side of the square pictures, or tiles, that the vision tower takes, pixels. Its position embeddings are
     interpolated to it when it is read, and it is saved so. Default: what it was trained with."""
 
-    pretrain_mm_mlp_adapter: str | None = None
+    pretrain_mm_mlp_adapter: str | None = flag(None, decides=CONTENT)
     """Projector to start from: an mm_projector.bin of LLaVA's or of stage 1, or the directory that holds it. Takes the
     place of the projector that a LLaVA model has."""
 
@@ -77,16 +88,18 @@ class ModelArguments:
     unfreeze_mm_vision_tower: bool = False
     """Train the vision tower too."""
 
-    attn_implementation: str | None = None
+    attn_implementation: str | None = flag(
+        None, choices=("sdpa", "flash_attention_2", "varlen", "eager"), decides=ROUNDING
+    )
     """Attention: sdpa, flash_attention_2, varlen (for packed batches: FlashAttention 4 where flash-attn-4 is installed,
     else torch's own) or eager. Default: the fastest that runs here. LLaVA's flash_attn flags are spelled this way in
     transformers."""
 
-    trust_remote_code: bool = False
+    trust_remote_code: bool = flag(False, decides=NOTHING)
     """Let a model's directory run the Python code that it brings. Without it such code is refused, unless transformers
     has a class of its own for the model. It may do whatever you may: read it before you allow it."""
 
-    mm_patch_merge_type: str | None = None
+    mm_patch_merge_type: str | None = flag(None, choices=("flat", "spatial", "spatial_unpad"))
     """How the features of an image's tiles are put together, with image_aspect_ratio anyres: flat, one tile behind the
     other; spatial, row by row of the image; spatial_unpad, without its padding and with a trained newline behind each
     row. Default: spatial_unpad, LLaVA-1.6's."""
@@ -107,20 +120,20 @@ class ModelArguments:
 class DataArguments:
     """Data"""
 
-    data_path: list[str] | None = None
+    data_path: list[str] | None = flag(None, decides=CONTENT)
     """One or more JSON or JSON-lines files of LLaVA's records."""
 
-    image_folder: list[str] | None = None
+    image_folder: list[str] | None = flag(None, decides=CONTENT)
     """Image folder of each data file, in the same order; none at all for text only."""
 
-    data_weights: list[float] | None = field(default=None, metadata={"metavar": "X"})
+    data_weights: list[float] | None = flag(None, metavar="X")
     """How often an epoch has the records of each data file, in the same order: 2 is every record twice, 0.5 a half of
     them, another half in the next epoch. Default: 1 for all."""
 
-    exclude: list[str] | None = None
+    exclude: list[str] | None = flag(None, decides=CONTENT)
     """Lists of records to leave out from the start: mini_llava.tools.doctor writes one, and skipped.jsonl is one."""
 
-    image_aspect_ratio: str = "square"
+    image_aspect_ratio: str = flag("square", choices=("square", "pad", "anyres"))
     """square resizes and crops the middle; pad first fills up to a square with the processor's mean colour; anyres, as
     in LLaVA-1.6, takes the whole image and tiles of it, all of the vision tower's size."""
 
@@ -132,55 +145,55 @@ class DataArguments:
     group_by_modality_length: bool = False
     """Make global batches of image samples only or text samples only, of similar length."""
 
-    model_max_length: int = 512
+    model_max_length: int = flag(512, positive=True)
     """Longest sequence in tokens, image tokens included; what is longer is cut at its end."""
 
-    packing: bool = True
+    packing: bool = flag(True, decides=ROUNDING)
     """Lay the samples of a micro-batch behind each other without padding; attention never crosses samples. Changes
     speed and memory, not the loss."""
 
-    max_tokens_per_micro_batch: int | None = None
+    max_tokens_per_micro_batch: int | None = flag(None, positive=True, decides=ROUNDING)
     """Most tokens in one micro-batch, padding included; more micro-batches are made until it holds."""
 
-    on_bad_sample: str = "error"
+    on_bad_sample: str = flag("error", choices=("error", "skip"), decides=NOTHING)
     """error stops and names the record; skip leaves it out (the global batch shrinks) and lists it in skipped.jsonl."""
 
-    max_skipped_share: float = 0.1
+    max_skipped_share: float = flag(0.1, decides=NOTHING)
     """With --on_bad_sample skip: the share of the samples of ten steps that may turn out bad. When there are more, the
     run saves its state and ends."""
 
-    leave_unread: list[str] | None = field(default=None, metadata={"metavar": "NAME"})
+    leave_unread: list[str] | None = flag(None, decides=CONTENT, metavar="NAME")
     """Keys and marks of records that look like media or a prompt and are meant to be left unread: video "<video>"
     system. A number in one stands for any. Without it such records are bad samples."""
 
-    dataloader_num_workers: int = 0
+    dataloader_num_workers: int = flag(0, decides=NOTHING)
     """Processes that read, tokenize and open images ahead of the step."""
 
-    dataloader_timeout: int = 300
+    dataloader_timeout: int = flag(300, positive=True, decides=NOTHING)
     """Seconds that such a process may give nothing; then the run saves its state and ends, naming the records. NCCL
     waits 600."""
 
     sample_order: str | None = None
     """JSON file with the recorded order of a run, a list of global batches of record indices, to replay."""
 
-    eval_data_path: list[str] | None = None
+    eval_data_path: list[str] | None = flag(None, decides=NOTHING)
     """Held-out records, one or more files: their loss, and answers that are generated for their last question and
     compared with the one given. A record with the key "metric": "choice" is right if it has the same letter. Done
     before and after training, and in between as eval_steps says."""
 
-    eval_image_folder: list[str] | None = None
+    eval_image_folder: list[str] | None = flag(None, needs=("eval_data_path", None), decides=NOTHING)
     """Image folder of each file of eval_data_path, in the same order."""
 
-    eval_version: str | None = None
+    eval_version: str | None = flag(None, needs=("eval_data_path", None), decides=NOTHING)
     """Template the held-out questions are asked with; default the one trained with."""
 
-    eval_max_samples: int | None = None
+    eval_max_samples: int | None = flag(None, positive=True, needs=("eval_data_path", None), decides=NOTHING)
     """Take this many of the held-out records, at random; default all."""
 
-    eval_samples_shown: int = 8
+    eval_samples_shown: int = flag(8, needs=("eval_data_path", None), decides=NOTHING)
     """Held-out questions, the same each time, that TensorBoard and eval_samples.jsonl show with the model's answer."""
 
-    lazy_preprocess: bool = True
+    lazy_preprocess: bool = flag(True, choices=(True,), decides=NOTHING)
     """Accepted as True only: records are always read and tokenized when they are needed, as in LLaVA."""
 
 
@@ -188,23 +201,23 @@ class DataArguments:
 class TrainingArguments:
     """Training"""
 
-    output_dir: str | None = None
+    output_dir: str | None = flag(None, decides=NOTHING)
     """Where everything is written; default outputs/stage1 or outputs/stage2."""
 
-    num_train_epochs: float = 1.0
+    num_train_epochs: float = flag(1.0, positive=True, decides="max_steps")
     """Passes over the data, a fraction is possible."""
 
     max_steps: int = -1
     """Optimizer steps in all; overrides num_train_epochs if positive."""
 
-    global_batch_size: int | None = None
+    global_batch_size: int | None = flag(None, positive=True)
     """Samples in one optimizer step. The preset's value holds on any number of devices unless
     gradient_accumulation_steps is given."""
 
-    per_device_train_batch_size: int = 8
+    per_device_train_batch_size: int = flag(8, positive=True, decides=ROUNDING)
     """Samples in one micro-batch on one device; with packing their average."""
 
-    gradient_accumulation_steps: int | None = None
+    gradient_accumulation_steps: int | None = flag(None, positive=True, decides="global_batch_size")
     """Micro-batches in one optimizer step. Default: as many as the global batch needs. If given, the global batch is
     devices x per_device_train_batch_size x this, as in LLaVA."""
 
@@ -223,28 +236,28 @@ class TrainingArguments:
     lora_enable: bool = False
     """Train low-rank adapters on every linear layer of the language model but its head, instead of its weights."""
 
-    lora_r: int = 64
+    lora_r: int = flag(64, positive=True, needs=("lora_enable", True))
     """Rank of the adapters; stage 2 with lora_enable takes 128, as LLaVA's finetune_lora.sh does."""
 
-    lora_alpha: int = 16
+    lora_alpha: int = flag(16, positive=True, needs=("lora_enable", True))
     """An adapter's output is multiplied by lora_alpha / lora_r; stage 2 with lora_enable takes 256."""
 
-    lora_dropout: float = 0.05
+    lora_dropout: float = flag(0.05, needs=("lora_enable", True))
     """Dropout in front of each adapter."""
 
-    lora_bias: str = "none"
+    lora_bias: str = flag("none", choices=("none", "all", "lora_only"), needs=("lora_enable", True))
     """Biases of the language model to train beside the adapters: none, all, or lora_only, those of adapted layers."""
 
-    lora_weight_path: str = ""
+    lora_weight_path: str = flag("", needs=("lora_enable", True), decides=CONTENT)
     """Directory of an earlier LoRA run, ours or LLaVA's, to start adapters and projector from."""
 
-    bits: int = 16
+    bits: int = flag(16, choices=(4, 8, 16))
     """4 or 8 keeps the language model's frozen weights so quantised (QLoRA); needs lora_enable and bitsandbytes."""
 
-    double_quant: bool = True
+    double_quant: bool = flag(True, needs=("bits", 4))
     """With bits 4: quantise the quantisation constants too."""
 
-    quant_type: str = "nf4"
+    quant_type: str = flag("nf4", choices=("nf4", "fp4"), needs=("bits", 4))
     """With bits 4: nf4 or fp4."""
 
     adam_beta1: float = 0.9
@@ -259,103 +272,86 @@ class TrainingArguments:
     max_grad_norm: float = 1.0
     """Clip the gradient to this norm; 0 turns clipping off (as LLaVA's scripts on DeepSpeed did without saying so)."""
 
-    lr_scheduler_type: str = "linear"
+    lr_scheduler_type: str = flag("linear", choices=("cosine", "linear", "constant", "constant_with_warmup"))
     """cosine, linear, constant or constant_with_warmup."""
 
     warmup_ratio: float = 0.0
     """Share of all steps in which the learning rate rises from 0."""
 
-    loss_normalization: str = "global_batch"
+    loss_normalization: str = flag("global_batch", choices=("global_batch", "micro_batch"))
     """global_batch: sum of token losses over the trained tokens of the global batch. micro_batch: LLaVA's mean of the
     micro-batches' means (needs --packing False)."""
 
     bf16: bool = False
     """Compute in bfloat16; trained parameters keep an fp32 master copy. On a GPU without bfloat16: fp16."""
 
-    fp16: bool = False
+    fp16: bool = flag(False, decides="bf16")
     """Compute in float16 with loss scaling; trained parameters keep an fp32 master copy."""
 
     tf32: bool | None = None
     """Allow TF32 in fp32 matrix products (Ampere and later)."""
 
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = flag(False, decides=ROUNDING)
     """Recompute the language model's layers in backward: less memory, up to a third more work."""
 
-    gradient_checkpointing_share: float = 1.0
+    gradient_checkpointing_share: float = flag(1.0, decides=ROUNDING)
     """Share of the layers that gradient_checkpointing recomputes, spread evenly; the less memory allows the faster."""
 
-    use_liger_kernel: bool | None = None
+    use_liger_kernel: bool | None = flag(None, decides=ROUNDING)
     """Liger's fused RMSNorm, rotary embedding and SwiGLU. Default: where liger-kernel is installed, on a GPU, for the
     families of models that were compared with it."""
 
     seed: int = 42
     """Seed of the sample order, of new weights and of dropout."""
 
-    logging_steps: int = 1
+    logging_steps: int = flag(1, positive=True, decides=NOTHING)
     """Steps between two log entries."""
 
-    save_strategy: str = "steps"
+    save_strategy: str = flag("steps", choices=("steps", "no"), decides=NOTHING)
     """steps writes a training state every save_steps; no writes none."""
 
-    save_steps: int = 500
+    save_steps: int = flag(500, positive=True, decides=NOTHING)
     """Steps between two training states: the most work that a crash can cost."""
 
-    save_total_limit: int | None = None
+    save_total_limit: int | None = flag(None, positive=True, decides=NOTHING)
     """Training states to keep; the oldest is deleted once the newest is complete."""
 
-    export_format: str = "transformers"
+    export_format: str = flag("transformers", choices=("transformers", "llava"), decides=NOTHING)
     """Layout of the result of stage 2: transformers (LlavaForConditionalGeneration), or llava for LLaVA's own code.
     python -m mini_llava.tools.export turns one into the other."""
 
-    save_vision_tower: bool = False
+    save_vision_tower: bool = flag(False, decides=NOTHING)
     """Write the vision tower's weights into LLaVA's layout although they were not trained. Transformers' layout always
     has them."""
 
-    resume_from_checkpoint: str | None = None
+    resume_from_checkpoint: str | None = flag(None, decides=NOTHING)
     """latest, or the path of a checkpoint directory; latest starts anew if there is none."""
 
-    resume_ignore: list[str] | None = field(default=None, metadata={"metavar": "NAME"})
+    resume_ignore: list[str] | None = flag(None, decides=NOTHING, metavar="NAME")
     """What may differ from the run that wrote the checkpoint: names of flags, and the words data, images and model."""
 
-    allow: list[str] | None = field(default=None, metadata={"metavar": "CHECK"})
+    allow: list[str] | None = flag(
+        None, choices=("template", "projector", "learning_rate", "adapters"), decides=NOTHING, metavar="CHECK"
+    )
     """Contradictions that the checks before step 1 refuse, and that are meant: template (its end mark is not a token of
     this tokenizer), projector (it was trained with other parts), learning_rate (it is 0 in all steps), adapters (they
     do not reach all layers)."""
 
-    eval_steps: int = 0
+    eval_steps: int = flag(0, needs=("eval_data_path", None), decides=NOTHING)
     """Steps between two evaluations on eval_data_path; 0: only before the first step and after the last one."""
 
-    evaluation_strategy: str = "no"
+    evaluation_strategy: str = flag("no", choices=("no", "steps"), decides=NOTHING)
     """steps evaluates every eval_steps steps, as eval_steps alone does; no is what LLaVA's scripts say."""
 
-    report_to: str = "tensorboard"
+    report_to: str = flag("tensorboard", decides=NOTHING)
     """tensorboard, wandb or another tracker that accelerate knows, or none."""
 
-    per_device_eval_batch_size: int = 16
+    per_device_eval_batch_size: int = flag(16, positive=True, decides=NOTHING)
     """Held-out records that a device takes at once, for their loss and for their answers."""
 
-    longest_batch_first: bool = True
+    longest_batch_first: bool = flag(True, decides=NOTHING)
     """Before step 1 run the longest micro-batch once, forward and backward, so that a run that needs too much memory
     ends at once and not after hours. Changes nothing of the training."""
-
-    dry_run: bool = False
-    """Train nothing: print what would be trained, steps, memory by part, hours and disk, without reading a weight or
-    needing a GPU. What cannot fit ends with an error that names the first change that makes it fit."""
-
-    accelerate_config: str | None = None
-    """With dry_run: plan for this file of accelerate_configs/; default: for what the launcher started."""
-
-    num_gpus: int | None = None
-    """With dry_run: plan for so many GPUs in all; default what accelerate_config or the launcher says."""
-
-    gpu_memory_gib: float | None = None
-    """With dry_run: plan for GPUs of this memory; default that of the GPU here, or 79 without one (cards of 80 GB)."""
-
-    gpu_name: str | None = None
-    """With dry_run: plan hours for this kind of GPU (A100, H100, ...); default the GPU here, or H100 without one."""
-
-    expected_mfu: float = 0.5
-    """With dry_run: the share of the GPUs' peak that goes into arithmetic, for the hours: `mfu` of a run's log."""
 
 
 # LLaVA-1.5's published recipe: scripts/v1_5/pretrain.sh and finetune.sh of haotian-liu/LLaVA.
@@ -397,159 +393,8 @@ PRESETS = {
 # What scripts/v1_5/finetune_lora.sh has instead, taken in stage 2 with --lora_enable.
 LORA_PRESET = dict(lora_r=128, lora_alpha=256, learning_rate=2e-4, mm_projector_lr=2e-5)
 
-# The checks of guards/preflight.py whose refusal --allow takes back.
-ALLOWABLE = ("template", "projector", "learning_rate", "adapters")
 
-KNOWN_VALUES = {
-    "image_aspect_ratio": ("square", "pad", "anyres"),
-    "mm_patch_merge_type": ("flat", "spatial", "spatial_unpad"),
-    "mm_vision_select_feature": ("patch", "cls_patch"),
-    "on_bad_sample": ("error", "skip"),
-    "loss_normalization": ("global_batch", "micro_batch"),
-    "lr_scheduler_type": ("cosine", "linear", "constant", "constant_with_warmup"),
-    "save_strategy": ("steps", "no"),
-    "export_format": ("transformers", "llava"),
-    "evaluation_strategy": ("no", "steps"),
-    "attn_implementation": ("sdpa", "flash_attention_2", "varlen", "eager"),
-    "lazy_preprocess": (True,),
-    "lora_bias": ("none", "all", "lora_only"),
-    "bits": (4, 8, 16),
-    "quant_type": ("nf4", "fp4"),
-}
-
-# A flag that does nothing without another: given without it, it is refused.
-NEEDED = {
-    **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_bias", "lora_weight_path"), ("lora_enable", True)),
-    **dict.fromkeys(("double_quant", "quant_type"), ("bits", 4)),
-    **dict.fromkeys(("accelerate_config", "num_gpus", "gpu_memory_gib", "gpu_name", "expected_mfu"), ("dry_run", True)),
-}
-
-# Change how a step is computed, and its numbers by no more than rounding: a resumed run says which of them differ.
-ROUNDING = {
-    *("per_device_train_batch_size", "packing", "max_tokens_per_micro_batch", "attn_implementation"),
-    *("gradient_checkpointing", "gradient_checkpointing_share", "use_liger_kernel"),
-}
-# Flags that may differ between a run and the one it resumes, because they do not decide its numbers; all others do.
-DECIDES_NOTHING = {
-    *ROUNDING,
-    # compared by their content instead of by their names; of what is in the image folders a sample is compared
-    *("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter", "lora_weight_path"),
-    *("data_path", "image_folder", "exclude"),
-    # compared as the lengths of the records that it lets pass
-    "leave_unread",
-    # compared as what they come to: steps in all, samples in a step, precision
-    *("stage", "num_train_epochs", "gradient_accumulation_steps", "fp16"),
-    # what was refused and is trained all the same
-    "allow",
-    # where, when and how fast things are read, written and shown
-    *("output_dir", "dataloader_num_workers", "lazy_preprocess", "logging_steps", "report_to", "save_strategy"),
-    *("save_steps", "save_total_limit", "resume_from_checkpoint", "resume_ignore"),
-    *("export_format", "save_vision_tower"),
-    # a bad record ends the run or is left out, so that a run it has ended can go on without it
-    *("on_bad_sample", "max_skipped_share", "dataloader_timeout"),
-    # evaluation draws from generators of its own
-    *("eval_data_path", "eval_image_folder", "eval_version", "eval_max_samples", "eval_samples_shown"),
-    *("eval_steps", "evaluation_strategy", "per_device_eval_batch_size"),
-    # trying and planning
-    *("longest_batch_first", "dry_run", "accelerate_config", "num_gpus", "gpu_memory_gib", "gpu_name", "expected_mfu"),
-    # whose code may run does not say what it computes: the model is compared
-    "trust_remote_code",
-}
-# Flags that are compared as another one, which says what they come to.
-OTHER_NAMES = {"num_train_epochs": "max_steps", "fp16": "bf16", "gradient_accumulation_steps": "global_batch_size"}
-
-POSITIVE = (
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size", "num_train_epochs"),
-    *("logging_steps", "save_steps", "save_total_limit", "model_max_length", "max_tokens_per_micro_batch"),
-    *("per_device_eval_batch_size", "eval_max_samples", "lora_r", "lora_alpha", "image_size"),
-    *("num_gpus", "gpu_memory_gib", "expected_mfu", "dataloader_timeout"),
-)
-
-
-# Flags of LLaVA's scripts and of transformers' TrainingArguments that are not here: what is done instead.
-_LAUNCHER = "several processes are started by python -m mini_llava.launch --config_file accelerate_configs/... train.py"
-_FIXED = "it cannot be chosen: "
-ELSEWHERE = {
-    "deepspeed": "ZeRO is chosen by the launcher's config: python -m mini_llava.launch --config_file "
-    "accelerate_configs/zero3.yaml train.py ... (also zero2.yaml, zero3_offload.yaml; a DeepSpeed JSON is named in "
-    "such a file as deepspeed_config_file).",
-    **dict.fromkeys(
-        ("fsdp", "fsdp_config"), "FSDP is not supported; ZeRO-3 partitions the same: accelerate_configs/zero3.yaml."
-    ),
-    **dict.fromkeys(("local_rank", "use_cpu", "no_cuda"), f"{_LAUNCHER}; cpu.yaml is for the CPU."),
-    **dict.fromkeys(
-        ("ddp_find_unused_parameters", "ddp_backend", "ddp_timeout", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"),
-        f"DDP is set up by the program; {_LAUNCHER}.",
-    ),
-    "accelerator_config": f"{_LAUNCHER}.",
-    "run_name": "a run is named by its --output_dir, where log, curves and TensorBoard's files go (wandb: WANDB_NAME).",
-    "logging_dir": "TensorBoard's files are in runs/ of --output_dir.",
-    **dict.fromkeys(("logging_first_step", "log_level", "disable_tqdm"), "every --logging_steps steps are logged."),
-    "logging_strategy": "give --logging_steps; every entry is in log.jsonl too.",
-    "save_only_model": "a state holds the optimizer too, so that it can be resumed; with --save_strategy no only the "
-    "result is written.",
-    "save_safetensors": f"{_FIXED}weights and states are safetensors.",
-    "save_on_each_node": "all machines share one --output_dir.",
-    "load_best_model_at_end": "the last state is the result; summary.json names the best evaluation, and "
-    "--save_strategy steps keeps states for mini_llava.tools.export.",
-    **dict.fromkeys(("metric_for_best_model", "greater_is_better"), "summary.json names the best evaluation."),
-    "overwrite_output_dir": "use --resume_from_checkpoint latest to go on, or another --output_dir.",
-    "ignore_data_skip": f"{_FIXED}a resumed run goes on with the record it had come to.",
-    "warmup_steps": "give the share of all steps: --warmup_ratio 0.03.",
-    "eval_strategy": "it is --evaluation_strategy here, and --eval_steps alone does the same.",
-    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "it always trains; --eval_data_path evaluates too."),
-    "eval_accumulation_steps": "evaluation keeps sums only; --per_device_eval_batch_size bounds its memory.",
-    "optim": f"{_FIXED}AdamW with fp32 masters (--adam_beta1, --adam_beta2, --adam_epsilon, --weight_decay).",
-    **dict.fromkeys(("optim_args", "adafactor", "lr_scheduler_kwargs"), f"{_FIXED}AdamW and --lr_scheduler_type."),
-    "gradient_checkpointing_kwargs": "give --gradient_checkpointing True, and --gradient_checkpointing_share.",
-    "auto_find_batch_size": "--longest_batch_first shows at once what does not fit, and --dry_run says what would; "
-    "--max_tokens_per_micro_batch bounds a micro-batch.",
-    "torch_compile": "nothing is compiled; --packing and --use_liger_kernel are what makes it faster.",
-    "neftune_noise_alpha": "noise on embeddings is not implemented.",
-    "label_smoothing_factor": "the loss is the plain cross entropy; README shows where another goes.",
-    "remove_unused_columns": f"{_FIXED}a record is read whole.",
-    **dict.fromkeys(("group_by_length", "length_column_name"), "it is --group_by_modality_length, as in LLaVA."),
-    **dict.fromkeys(
-        (
-            "dataloader_pin_memory",
-            "dataloader_prefetch_factor",
-            "dataloader_persistent_workers",
-            "dataloader_drop_last",
-        ),
-        "the loader is set up by the program; its flags are --dataloader_num_workers and --dataloader_timeout.",
-    ),
-    "data_seed": "--seed is the seed of the order too.",
-    "full_determinism": "--seed decides order, new weights and dropout; on a CPU runs are equal to the last bit.",
-    "half_precision_backend": "precision is --bf16 or --fp16.",
-    "fp16_full_eval": "evaluation computes as training does.",
-    "bf16_full_eval": "evaluation computes as training does.",
-    **dict.fromkeys(
-        ("push_to_hub", "hub_model_id", "hub_token", "hub_strategy"),
-        "nothing is uploaded; hf upload NAME OUTPUT_DIR does it afterwards.",
-    ),
-    "cache_dir": "models from the hub are kept where HF_HOME says: HF_HOME=DIR python train.py ...",
-    "model_base": "--model_name_or_path is what a run starts from; mini_llava.tools.chat and export take --model_base.",
-    "model_path": "it is --model_name_or_path.",
-    "model_max_len": "it is --model_max_length.",
-    "mpt_attn_impl": "attention is --attn_implementation.",
-    "use_flash_attn": "attention is --attn_implementation flash_attention_2.",
-    "attn_impl": "it is --attn_implementation.",
-    "mm_tunable_parts": "what is trained is said by --tune_mm_mlp_adapter, --freeze_mm_mlp_adapter, --freeze_backbone, "
-    "--unfreeze_mm_vision_tower and --lora_enable.",
-    "unfreeze_language_model": "it is trained in stage 2 unless --freeze_backbone True.",
-    "tune_vision_tower": "it is --unfreeze_mm_vision_tower.",
-    **dict.fromkeys(
-        ("s2", "s2_scales"), "S2 features are not implemented; more detail is --image_aspect_ratio anyres."
-    ),
-    "image_crop_resolution": "the tower's size is --image_size.",
-    "is_multimodal": "a record with an image is multimodal, one without is text.",
-    "early_mix_text": "text records may stand in --data_path; --data_weights mixes files.",
-    "lora_target_modules": "adapters are on all linear layers of the language model but its head.",
-    "modules_to_save": "with adapters the projector is trained whole, and with --lora_bias biases.",
-    "max_seq_length": "it is --model_max_length.",
-    "per_gpu_train_batch_size": "it is --per_device_train_batch_size.",
-    "train_batch_size": "it is --global_batch_size, of all devices.",
-}
+PARTS = (ModelArguments, DataArguments, TrainingArguments)
 
 
 @dataclass
@@ -569,6 +414,21 @@ class Arguments:
         for part in (self.model, self.data, self.training):
             values |= dataclasses.asdict(part)
         return values
+
+    def replace(self, **values) -> "Arguments":
+        """Return other arguments, in which these flags have these values."""
+        parts = [
+            dataclasses.replace(part, **{name: value for name, value in values.items() if hasattr(part, name)})
+            for part in (self.model, self.data, self.training)
+        ]
+        return Arguments(self.stage, *parts, self.explicit, self.is_demo)
+
+    def fixed_by(self, source) -> "Arguments":
+        """Return other arguments, in which flags have the values that what a run starts from fixes.
+
+        source: what `open_source` has found.
+        """
+        return self.replace(**source.fixed_flags())
 
 
 def parse_arguments(command_line: list[str] | None = None) -> Arguments:
@@ -600,12 +460,8 @@ def resolve(stage: int | None, command_line: dict, config_file: str | None = Non
         from_file.pop("stage", None)
     explicit = from_file | command_line
     preset = PRESETS[stage] | (LORA_PRESET if stage == 2 and explicit.get("lora_enable") else {})
-    values = preset | explicit
-
-    parts = [
-        kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values})
-        for kind in (ModelArguments, DataArguments, TrainingArguments)
-    ]
+    values = _give_way({f.name: f.default for f in flag_fields()} | preset | explicit, explicit.keys())
+    parts = [kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)}) for kind in PARTS]
     arguments = Arguments(stage, *parts, explicit=set(explicit), is_demo=is_demo)
     _check(arguments)
     return arguments
@@ -638,11 +494,11 @@ def read_config(path: str) -> dict:
     values = {}
     for name, value in content.items():
         if name not in kinds:
-            raise ValueError(f"--config {path}: {_unknown(str(name), kinds)}")
+            raise ValueError(f"--config {path}: {unknown_flag(str(name), kinds)}")
         try:
-            values[name] = _convert(kinds[name], value)
+            values[name] = convert(kinds[name], value)
         except (ValueError, TypeError):
-            raise ValueError(f"--config {path}: {name}: {value!r} is not {_describe(kinds[name])}.") from None
+            raise ValueError(f"--config {path}: {name}: {value!r} is not {describe(kinds[name])}.") from None
     return values
 
 
@@ -657,45 +513,52 @@ def parse_for_a_tool(command_line: list[str]) -> Arguments:
     return parse_arguments(command_line if named else ["--stage", "2", *command_line])
 
 
-def _check(arguments: Arguments) -> None:
+def check_values(*parts) -> None:
+    """Raises ValueError for a value that is none of its field's choices, or has to be positive; each with a sentence.
+
+    parts: dataclasses of flags.
+    """
+    for part in parts:
+        for f in dataclasses.fields(part):
+            value, known = getattr(part, f.name), f.metadata.get("choices")
+            if value is None:
+                continue
+            values = value if isinstance(value, list) else [value]
+            if known and (unknown := sorted(set(values) - set(known))):
+                kind = f.metadata.get("metavar", "value").lower()
+                raise ValueError(f"--{f.name} {unknown[0]}: known {kind}s are {', '.join(map(str, known))}.")
+            if f.metadata.get("positive") and value <= 0:
+                raise ValueError(f"--{f.name} must be positive, not {value}.")
+
+
+def _check_needs(arguments: Arguments) -> None:
+    """Raises ValueError for a flag that does nothing, because another one has not the value it needs."""
     values = arguments.as_dict()
-    for name, known in KNOWN_VALUES.items():
-        if values[name] is not None and values[name] not in known:
-            raise ValueError(f"--{name} {values[name]}: known values are {', '.join(map(str, known))}.")
-    model, data, training = arguments.model, arguments.data, arguments.training
+    for f in flag_fields():
+        other, needed = f.metadata.get("needs", (None, None))
+        if other is None or values[f.name] == f.default:
+            continue
+        if needed is None and values[other] is None:
+            raise ValueError(f"--{f.name} needs --{other}.")
+        if needed is not None and f.name in arguments.explicit and values[other] != needed:
+            raise ValueError(f"--{f.name} {values[f.name]} does nothing without --{other} {needed}.")
+
+
+def _check(arguments: Arguments) -> None:
+    """Raises ValueError, a sentence, for flags that are missing or contradict each other."""
+    values = arguments.as_dict()
+    check_values(arguments.model, arguments.data, arguments.training)
     for name in ("model_name_or_path", "data_path", "version"):
         if not values[name]:
             raise ValueError(f"--{name} is missing.")
     for name in ("model_name_or_path", "vision_tower"):
         check_model_place(f"--{name}", values[name])
-    if unknown := sorted(set(training.allow or []) - set(ALLOWABLE)):
-        raise ValueError(f"--allow {unknown[0]}: known checks are {', '.join(ALLOWABLE)}.")
-    comparable = {"data", "images", "model", "per_device_train_batch_size", *OTHER_NAMES}
-    comparable |= values.keys() - DECIDES_NOTHING
-    if unknown := sorted(set(training.resume_ignore or []) - comparable):
-        raise ValueError(
-            f"--resume_ignore {unknown[0]}: no such thing is compared; known are {', '.join(sorted(comparable))}."
-        )
-    if read := sorted({"image", "conversations", "<image>"} & set(data.leave_unread or [])):
-        raise ValueError(f"--leave_unread {read[0]}: that is what is read; give keys and marks that are not.")
-    for name in POSITIVE:
-        if values[name] is not None and values[name] <= 0:
-            raise ValueError(f"--{name} must be positive, not {values[name]}.")
-    if not 0 <= data.max_skipped_share <= 1:
-        raise ValueError(f"--max_skipped_share {data.max_skipped_share}: give a share of the samples, from 0 to 1.")
-    if not 0 < training.gradient_checkpointing_share <= 1:
-        share = training.gradient_checkpointing_share
-        raise ValueError(f"--gradient_checkpointing_share {share}: give a share of the layers above 0 and up to 1.")
-    if training.gradient_checkpointing_share < 1 and not training.gradient_checkpointing:
-        raise ValueError("--gradient_checkpointing_share says nothing with --gradient_checkpointing False.")
-    if training.bf16 and training.fp16:
-        if {"bf16", "fp16"} <= arguments.explicit:
-            raise ValueError("--bf16 and --fp16 cannot both be True.")
-        training.bf16 = False  # the preset's, against a flag
-    if training.loss_normalization == "micro_batch" and data.packing:
-        if "packing" in arguments.explicit:
-            raise ValueError("--loss_normalization micro_batch is defined for padded batches: use --packing False.")
-        data.packing = False
+    for check in (_check_model, _check_training, _check_data, _check_needs, _check_evaluation):
+        check(arguments)
+
+
+def _check_model(arguments: Arguments) -> None:
+    model, training = arguments.model, arguments.training
     if model.tune_mm_mlp_adapter and model.freeze_mm_mlp_adapter:
         raise ValueError("--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter together leave nothing to train.")
     if model.tune_mm_mlp_adapter and model.unfreeze_mm_vision_tower:
@@ -713,38 +576,87 @@ def _check(arguments: Arguments) -> None:
         raise ValueError("--lora_weight_path brings a projector of its own: leave --pretrain_mm_mlp_adapter out.")
     if not 0 <= training.lora_dropout < 1:
         raise ValueError(f"--lora_dropout must be at least 0 and below 1, not {training.lora_dropout}.")
-    defaults = {f.name: f.default for f, _ in _fields()}
-    for name, (other, needed) in NEEDED.items():
-        if name in arguments.explicit and values[other] != needed and values[name] != defaults[name]:
-            raise ValueError(f"--{name} {values[name]} does nothing without --{other} {needed}.")
-    if data.data_weights is not None:
-        if len(data.data_weights) != len(data.data_path):
-            raise ValueError(
-                f"--data_weights lists {counted(len(data.data_weights), 'number')} and --data_path "
-                f"{counted(len(data.data_path), 'file')}; "
-                "they are matched by position, so give one number for each file."
-            )
-        if wrong := [weight for weight in data.data_weights if not 0 < weight < math.inf]:
-            raise ValueError(f"--data_weights {wrong[0]:g}: weights are above 0; a file with none is left out.")
-        if data.sample_order:
-            raise ValueError("--sample_order says which records come when; --data_weights contradicts it.")
-        if set(data.data_weights) == {1.0}:
-            data.data_weights = None  # the same order as without, and the same run when it is resumed
-    for name in ("eval_image_folder", "eval_max_samples", "eval_version", "eval_samples_shown", "eval_steps"):
-        if values[name] != defaults[name] and data.eval_data_path is None:
-            raise ValueError(f"--{name} needs --eval_data_path.")
-    for name in ("eval_samples_shown", "eval_steps"):
-        if values[name] < 0:
-            raise ValueError(f"--{name} must not be negative, found {values[name]}.")
+
+
+def _check_training(arguments: Arguments) -> None:
+    training, share = arguments.training, arguments.training.gradient_checkpointing_share
+    comparable = {name for name in arguments.as_dict() if compared_as(name)}
+    comparable |= {"data", "images", "model", "per_device_train_batch_size"}
+    if unknown := sorted(set(training.resume_ignore or []) - comparable):
+        raise ValueError(
+            f"--resume_ignore {unknown[0]}: no such thing is compared; known are {', '.join(sorted(comparable))}."
+        )
+    if not 0 < share <= 1:
+        raise ValueError(f"--gradient_checkpointing_share {share}: give a share of the layers above 0 and up to 1.")
+    if share < 1 and not training.gradient_checkpointing:
+        raise ValueError("--gradient_checkpointing_share says nothing with --gradient_checkpointing False.")
+    if training.bf16 and training.fp16:
+        raise ValueError("--bf16 and --fp16 cannot both be True.")
+    if training.loss_normalization == "micro_batch" and arguments.data.packing:
+        raise ValueError("--loss_normalization micro_batch is defined for padded batches: use --packing False.")
+
+
+def _check_data(arguments: Arguments) -> None:
+    data = arguments.data
+    if read := sorted({"image", "conversations", "<image>"} & set(data.leave_unread or [])):
+        raise ValueError(f"--leave_unread {read[0]}: that is what is read; give keys and marks that are not.")
+    if not 0 <= data.max_skipped_share <= 1:
+        raise ValueError(f"--max_skipped_share {data.max_skipped_share}: give a share of the samples, from 0 to 1.")
+    if data.data_weights is None:
+        return
+    if len(data.data_weights) != len(data.data_path):
+        raise ValueError(
+            f"--data_weights lists {counted(len(data.data_weights), 'number')} and --data_path "
+            f"{counted(len(data.data_path), 'file')}; they are matched by position, so give one number for each file."
+        )
+    if wrong := [weight for weight in data.data_weights if not 0 < weight < math.inf]:
+        raise ValueError(f"--data_weights {wrong[0]:g}: weights are above 0; a file with none is left out.")
+    if data.sample_order:
+        raise ValueError("--sample_order says which records come when; --data_weights contradicts it.")
+
+
+def _check_evaluation(arguments: Arguments) -> None:
+    data, training = arguments.data, arguments.training
+    for name, value in (("eval_samples_shown", data.eval_samples_shown), ("eval_steps", training.eval_steps)):
+        if value < 0:
+            raise ValueError(f"--{name} must not be negative, found {value}.")
     if training.evaluation_strategy == "steps" and training.eval_steps == 0:
         raise ValueError("--evaluation_strategy steps needs --eval_steps.")
-    if training.eval_steps > 0:
-        if training.evaluation_strategy == "no" and "evaluation_strategy" in arguments.explicit:
-            raise ValueError(
-                f"--eval_steps {training.eval_steps} evaluates while the model trains, --evaluation_strategy no does "
-                "not: leave one of them out."
-            )
-        training.evaluation_strategy = "steps"
+    if training.eval_steps > 0 and training.evaluation_strategy == "no":
+        raise ValueError(
+            f"--eval_steps {training.eval_steps} evaluates while the model trains, --evaluation_strategy no does "
+            "not: leave one of them out."
+        )
+
+
+def _give_way(values: dict, explicit: Collection[str]) -> dict:
+    """Return the values of all flags, with those that nobody gave changed to what others mean."""
+    changed = {}
+    if values["bf16"] and values["fp16"] and not {"bf16", "fp16"} <= explicit:
+        changed["bf16"] = False  # the preset's, against a flag
+    if values["loss_normalization"] == "micro_batch" and "packing" not in explicit:
+        changed["packing"] = False
+    if values["data_weights"] == [1.0] * len(values["data_path"] or []) and not values["sample_order"]:
+        changed["data_weights"] = None  # the same order as without, and the same run when it is resumed
+    if values["eval_steps"] > 0 and "evaluation_strategy" not in explicit:
+        changed["evaluation_strategy"] = "steps"
+    return values | changed
+
+
+def decides(name: str) -> str | None:
+    """Return what a flag decides: CONTENT, ROUNDING, NOTHING, the name of another one, or None: its value counts."""
+    return _metadata(name).get("decides", NOTHING if name == "stage" else None)
+
+
+def compared_as(name: str) -> str | None:
+    """Return the flag as which a resumed run compares this one, itself or what it comes to; None where it does not."""
+    decided = decides(name)
+    return name if decided is None else None if decided in (CONTENT, ROUNDING, NOTHING) else decided
+
+
+def choices(name: str) -> tuple:
+    """Return the values that a flag may have."""
+    return _metadata(name)["choices"]
 
 
 def check_model_place(what: str, value: str | None) -> None:
@@ -758,53 +670,11 @@ def check_model_place(what: str, value: str | None) -> None:
         raise ValueError(f"{what} {path} is {found}; give a model's directory or its name on the hub.")
 
 
-def choose_batch(arguments: Arguments, devices: int) -> tuple[int, int, str | None]:
-    """Global batch size and micro-batches a step for this number of devices, and a sentence if it is not the preset's.
-
-    Without `--gradient_accumulation_steps` the global batch is kept on any number of devices, divisible or not: a
-    global batch may be dealt unevenly, since the loss is normalised over all of it.
-    """
-    training = arguments.training
-    product = training.per_device_train_batch_size * devices
-    wanted = training.global_batch_size
-    if training.gradient_accumulation_steps is not None:
-        accumulation = training.gradient_accumulation_steps
-        actual = product * accumulation
-        if wanted is not None and wanted != actual:
-            arithmetic = (
-                f"{counted(devices, 'device')} x --per_device_train_batch_size "
-                f"{training.per_device_train_batch_size} x --gradient_accumulation_steps {accumulation} = {actual}"
-            )
-            if "global_batch_size" in arguments.explicit:
-                raise ValueError(f"--global_batch_size {wanted} contradicts {arithmetic}. Leave one of them out.")
-            reason = f"The global batch is {actual} instead of the preset's {wanted}: {arithmetic}."
-            return actual, accumulation, reason + f" Leave the last flag out to keep {wanted}."
-        return actual, accumulation, None
-    wanted = wanted or product
-    return wanted, -(-wanted // product), None
-
-
 # --- the parser ------------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        """Faults are one sentence; the usage of a hundred flags would hide it."""
-        if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(5)  # rank 0 says the same, and the launcher then ends this process
-        self.exit(2, f"train.py: error: {message}\n")
-
-    def parse_args(self, args=None, namespace=None):
-        namespace, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flags = {action.dest for action in self._actions}
-            name = unknown[0].split("=")[0]
-            self.error(_unknown(name.lstrip("-"), flags) if name.startswith("-") else f"{name!r} belongs to no flag.")
-        return namespace
-
-
 def _build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="train.py",
         description=(
             "Trains a LLaVA-1.5 style vision-language model. Stage 1 trains the projector between a frozen vision "
@@ -823,96 +693,25 @@ def _build_parser() -> argparse.ArgumentParser:
         "--stage", type=int, choices=(1, 2), default=argparse.SUPPRESS, help="which preset; may stand in --config too"
     )
     parser.add_argument("--config", metavar="FILE.yaml", default=argparse.SUPPRESS, help="file with any of these flags")
-    for part in (ModelArguments, DataArguments, TrainingArguments):
-        group = parser.add_argument_group(part.__doc__)
-        texts, hints = _field_texts(part), typing.get_type_hints(part)
-        for f in dataclasses.fields(part):
-            first, second = (PRESETS[stage].get(f.name, f.default) for stage in (1, 2))
-            default = f" [stage 1: {first}, stage 2: {second}]" if first != second else f" [{first}]"
-            if first is None and second is None:
-                default = ""
-            help_text = (texts[f.name] + default).replace("%", "%%")
-            kind = _argparse_kind(hints[f.name]) | f.metadata
-            group.add_argument(f"--{f.name}", **kind, default=argparse.SUPPRESS, help=help_text)
+    for part in PARTS:
+        add_flags(parser, part, (PRESETS[1], PRESETS[2]))
     return parser
 
 
-def _argparse_kind(hint) -> dict:
-    kind = _plain(hint)
-    if kind is bool:
-        return {"type": _boolean, "nargs": "?", "const": True, "metavar": "True|False"}
-    if typing.get_origin(kind) is list:
-        return {"type": typing.get_args(kind)[0], "nargs": "+", "metavar": "PATH"}
-    return {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
+@functools.cache
+def _fields() -> list[tuple[dataclasses.Field, type]]:
+    """Every field with its type."""
+    hints = [(kind, typing.get_type_hints(kind)) for kind in PARTS]
+    return [(f, plain(of_kind[f.name])) for kind, of_kind in hints for f in dataclasses.fields(kind)]
 
 
-def _boolean(text: str) -> bool:
-    if text.lower() in ("true", "1", "yes"):
-        return True
-    if text.lower() in ("false", "0", "no"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is not True or False")
+def flag_fields() -> list[dataclasses.Field]:
+    """Return the fields of all flags but `--stage`."""
+    return [f for f, _ in _fields()]
 
 
-def _plain(hint):
-    """`int | None` -> `int`."""
-    if isinstance(hint, types.UnionType):
-        return next(kind for kind in typing.get_args(hint) if kind is not type(None))
-    return hint
-
-
-def _convert(kind, value):
-    """A YAML value to the field's type; a number written as text (`1e-3` is text in YAML) counts as a number."""
-    if value is None:
-        return None
-    if typing.get_origin(kind) is list:
-        items = value if isinstance(value, list) else [value]
-        if None in items:
-            raise ValueError
-        return [_convert(typing.get_args(kind)[0], item) for item in items]
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise ValueError
-        return value
-    if kind is str:
-        if isinstance(value, bool):  # YAML reads a bare `no` as False
-            return "no" if value is False else "yes"
-        return str(value)
-    if isinstance(value, bool):
-        raise ValueError
-    if kind is int and float(value) != int(float(value)):
-        raise ValueError
-    return kind(float(value))
-
-
-def _fields():
-    for kind in (ModelArguments, DataArguments, TrainingArguments):
-        hints = typing.get_type_hints(kind)
-        for f in dataclasses.fields(kind):
-            yield f, _plain(hints[f.name])
-
-
-def _describe(kind) -> str:
-    known = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
-    return known.get(kind, "a list of numbers" if kind == list[float] else "a list of texts")
-
-
-def _unknown(name: str, known) -> str:
-    if name in ELSEWHERE:
-        return f"--{name} is not a flag here: {ELSEWHERE[name]}"
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"unknown flag --{name}" + (f", did you mean --{close[0]}?" if close else "; see --help.")
-
-
-def _field_texts(kind) -> dict[str, str]:
-    """The docstring under each field, read from the source."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
-    body = tree.body[0].body
-    return {
-        statement.target.id: " ".join(following.value.value.split())
-        for statement, following in itertools.pairwise(body)
-        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr)
-    }
+def _metadata(name: str) -> Mapping:
+    return next((f.metadata for f in flag_fields() if f.name == name), {})
 
 
 def save_arguments(arguments: Arguments, path: Path, extra: dict) -> None:

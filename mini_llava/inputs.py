@@ -29,7 +29,7 @@ def open_samples(arguments: Arguments, source: Source, cache_folder: str | os.Pa
         ValueError, OSError: a sentence about what the model, its tokenizer or the data cannot do.
     """
     model_flags, data_flags = arguments.model, arguments.data
-    tiling = source.choose_tiling(model_flags, data_flags, arguments.explicit)
+    tiling = source.tiling
     tokenizer = load_tokenizer(source.name, model_flags.trust_remote_code)
     known_tokens, image_size = len(tokenizer), source.image_size()
     template = choose_template(model_flags, model_flags.version, tokenizer)

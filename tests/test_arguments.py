@@ -9,7 +9,10 @@ import pytest
 import yaml
 
 from mini_llava import arguments as flags
+from mini_llava.command_line import field_texts
+from mini_llava.elsewhere import ELSEWHERE
 from mini_llava.training.backend import build_accelerator, choose_precision
+from mini_llava.training.order import choose_batch
 from tests.forked_runs import ROOT, start
 
 FIXTURES = ROOT / "tests" / "parity" / "fixtures"
@@ -75,7 +78,7 @@ def test_llavas_published_command_lines_are_accepted_as_written(stage, script):
             else (value in ([text], text, text == "True"))
         )
     # On eight devices they give the published global batches.
-    assert flags.choose_batch(arguments, 8) == ({1: 256, 2: 128}[stage], 1, None)
+    assert choose_batch(arguments, 8) == ({1: 256, 2: 128}[stage], 1, None)
 
 
 def test_the_presets_are_llava_1_5s_published_recipe():
@@ -197,7 +200,7 @@ def test_every_field_has_a_text_and_help_shows_all_of_them(capsys):
         flags.parse_arguments(["--help"])
     shown = capsys.readouterr().out
     for kind in (flags.ModelArguments, flags.DataArguments, flags.TrainingArguments):
-        texts = flags._field_texts(kind)
+        texts = field_texts(kind)
         for field in dataclasses.fields(kind):
             assert len(texts[field.name]) > 10, field.name
             assert f"--{field.name} " in shown
@@ -292,8 +295,8 @@ def test_stage_2_with_lora_has_the_values_of_llavas_script_and_flags_win():
 
 def test_a_flag_that_is_answered_with_how_it_is_done_here_is_none_of_ours():
     known = {action.dest for action in flags._build_parser()._actions}
-    assert not known & flags.ELSEWHERE.keys()
-    named = set(re.findall(r"--(\w+)", " ".join(flags.ELSEWHERE.values()))) - {"config_file", "model_base"}
+    assert not known & ELSEWHERE.keys()
+    named = set(re.findall(r"--(\w+)", " ".join(ELSEWHERE.values()))) - {"config_file", "model_base"}
     assert named <= known, "an answer names a flag that is not there"
 
 
@@ -337,12 +340,12 @@ def test_fp16_alone_replaces_the_presets_bf16():
 
 @pytest.mark.parametrize("devices, micro_batches", [(1, 8), (3, 3), (8, 1), (16, 1)])
 def test_the_presets_global_batch_holds_on_any_number_of_devices(devices, micro_batches):
-    assert flags.choose_batch(parse(), devices) == (256, micro_batches, None)
+    assert choose_batch(parse(), devices) == (256, micro_batches, None)
 
 
 @pytest.mark.parametrize("devices, actual", [(1, 128), (3, 384)])
 def test_explicit_accumulation_decides_as_in_llava_and_says_so(devices, actual):
-    batch, micro_batches, note = flags.choose_batch(parse("--gradient_accumulation_steps", "4"), devices)
+    batch, micro_batches, note = choose_batch(parse("--gradient_accumulation_steps", "4"), devices)
     assert (batch, micro_batches) == (actual, 4)
     assert f"The global batch is {actual} instead of the preset's 256" in note
     counted = f"{devices} device{'s' * (devices > 1)}"
@@ -350,13 +353,13 @@ def test_explicit_accumulation_decides_as_in_llava_and_says_so(devices, actual):
 
 
 def test_explicit_accumulation_that_gives_the_presets_batch_is_not_remarked_on():
-    assert flags.choose_batch(parse("--gradient_accumulation_steps", "1"), 8) == (256, 1, None)
+    assert choose_batch(parse("--gradient_accumulation_steps", "1"), 8) == (256, 1, None)
 
 
 def test_a_global_batch_that_contradicts_explicit_accumulation_is_an_error():
     arguments = parse("--gradient_accumulation_steps", "4", "--global_batch_size", "100")
     with pytest.raises(ValueError, match=r"--global_batch_size 100 contradicts 3 devices x .* = 384\."):
-        flags.choose_batch(arguments, 3)
+        choose_batch(arguments, 3)
 
 
 # --- precision and trackers ------------------------------------------------------------------------------------------

@@ -184,16 +184,16 @@ def test_the_configs_name_the_shipped_models_and_the_converted_data(stage, data)
 def test_stage_2_starts_from_the_projector_of_stage_1_and_says_so_when_there_is_none(tmp_path, monkeypatch):
     (tmp_path / "mini_llava").symlink_to(demo.HERE.parent)
     monkeypatch.chdir(tmp_path)
-    model_flags = resolve(2, {}).model
-    assert "There is no outputs/demo-stage1/mm_projector.bin" in demo.prepare_run(model_flags)
-    assert model_flags.pretrain_mm_mlp_adapter is None
+    given = resolve(2, {})
+    arguments, lines = demo.prepare_run(given)
+    assert "There is no outputs/demo-stage1/mm_projector.bin" in lines
+    assert arguments.model.pretrain_mm_mlp_adapter is None and given.model.pretrain_mm_mlp_adapter is not None
 
     projector = Path("outputs/demo-stage1/mm_projector.bin")
     projector.parent.mkdir()
     projector.touch()
-    model_flags = resolve(2, {}).model
-    lines = demo.prepare_run(model_flags)
-    assert model_flags.pretrain_mm_mlp_adapter == str(projector)
+    arguments, lines = demo.prepare_run(resolve(2, {}))
+    assert arguments.model.pretrain_mm_mlp_adapter == str(projector)
     assert "from stage 1: outputs/demo-stage1/mm_projector.bin" in lines
     assert "67.0%" in lines and "--model_name_or_path" in lines
 
@@ -201,7 +201,7 @@ def test_stage_2_starts_from_the_projector_of_stage_1_and_says_so_when_there_is_
 def test_started_elsewhere_than_in_the_repository_the_demo_says_where_to_start_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="from the repository's root"):
-        demo.prepare_run(resolve(1, {}).model)
+        demo.prepare_run(resolve(1, {}))
     assert not any(tmp_path.iterdir())
 
 

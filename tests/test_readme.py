@@ -46,7 +46,7 @@ RUN_ALONE = {
     f"{LAUNCH}/zero3.yaml train.py --stage 2 --config mini_llava": OWN,
     "tensorboard --logdir": OWN,
     "python train.py --help": LOOK,
-    "python train.py --stage 2 --config my_run.yaml --dry_run": LOOK,
+    "python -m mini_llava.tools.plan": LOOK,
     "python -m mini_llava.tools.inspect": LOOK,
     "python -m mini_llava.tools.doctor": LOOK,
     "python -m mini_llava.tools.convert": "tests/test_readme_commands.py::test_data_of_another_layout",

@@ -113,7 +113,7 @@ def test_both_stages_of_ones_own_model(folder):
     ("start", "expected"),
     [
         ("python train.py --help", "--mm_projector_lr"),
-        ("python train.py --stage 2 --config my_run.yaml --dry_run", "It fits: "),
+        ("python -m mini_llava.tools.plan", "It fits: "),
         ("python -m mini_llava.tools.inspect --config my_run.yaml", "USER"),
         ("python -m mini_llava.tools.doctor", "80 records"),
     ],

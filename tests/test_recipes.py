@@ -9,6 +9,7 @@ import yaml
 
 from mini_llava import arguments as flags
 from mini_llava.model.projector import build_projector, save_projector
+from mini_llava.training.order import choose_batch
 from tests.end_to_end import runs
 from tests.launching import CONFIGS, ROOT
 from tests.published_layouts import like_liuhaotian
@@ -40,7 +41,7 @@ def test_a_recipe_is_launched_by_the_command_at_its_head(name):
         [word.replace("mini_llava/recipes", str(RECIPES[name].parent)) for word in words[6:]]
     )
     # One global batch on eight GPUs without accumulation, as the scripts have it.
-    assert flags.choose_batch(arguments, 8) == (arguments.training.global_batch_size, 1, None)
+    assert choose_batch(arguments, 8) == (arguments.training.global_batch_size, 1, None)
     assert arguments.training.output_dir == f"outputs/{name}"
 
 

@@ -74,12 +74,14 @@ def prepare(output_root: str | Path = "outputs") -> DemoData:
     return DemoData(folder / "stage1.json", folder / "stage2.json", folder / "test.json", folder / "images")
 
 
-def prepare_run(model_flags) -> str:
-    """Makes what the demo's `--config` files name; returns what the user should know before it starts.
+def prepare_run(arguments) -> tuple:
+    """Make what the demo's `--config` files name; return the arguments, and what a person should know beforehand.
 
-    Stage 2 starts from stage 1's projector if there is one; if not, the flag is cleared in `model_flags`. Raises
+    Stage 2 starts from stage 1's projector if there is one; if not, the flag is None in the `Arguments`
+    that are returned. Raises
     FileNotFoundError if the paths in the demo's files lead nowhere from the current directory.
     """
+    model_flags = arguments.model
     if not Path(model_flags.model_name_or_path).is_dir():
         raise FileNotFoundError(
             f"The demo's {model_flags.model_name_or_path} is not below the current directory, {Path.cwd()}: start "
@@ -95,9 +97,9 @@ def prepare_run(model_flags) -> str:
     if projector and Path(projector).exists():
         lines.append(f"The projector comes from stage 1: {projector}.")
     elif projector:
-        model_flags.pretrain_mm_mlp_adapter = None
+        arguments = arguments.replace(pretrain_mm_mlp_adapter=None)
         lines.append(f"There is no {projector}, so the projector starts at random; run --stage 1 first.")
-    return "\n".join(lines)
+    return arguments, "\n".join(lines)
 
 
 def table_of_scores(stage: int, output_dir: str | Path, projector: str | None) -> str:

@@ -7,6 +7,7 @@ files until they are copied: under ZeRO-3 rank 0 reads them, one after the other
 """
 
 import copy
+import dataclasses
 import math
 import re
 from collections.abc import Iterable
@@ -125,8 +126,8 @@ class Source:
         tokens = tokens_per_image(self.vision_config, self.select_feature, size)
         return choose_tiling(size, tokens, self.merge_type, self.pinpoints)
 
-    def choose_tiling(self, model_flags, data_flags, explicit: Iterable[str]) -> Tiling | None:
-        """The tiling of a run, from its flags and from a LLaVA model that has one; the flags are filled in.
+    def in_tiles(self, model_flags, data_flags, explicit: Iterable[str]) -> "Source":
+        """Return this with the tiles of a run, from its flags and from a LLaVA model that has some.
 
         Raises:
             ValueError: the flags contradict each other or the model.
@@ -141,23 +142,36 @@ class Source:
                     raise ValueError(
                         f"--{flag} {given} contradicts {self.name}, which was trained with {fixed}. Leave the flag out."
                     )
-            aspect_ratio = "anyres"
-        elif aspect_ratio == "anyres":
-            if not has_layers(self.vision_config):
-                raise ValueError(
-                    f"--image_aspect_ratio anyres: no layout has a place for a model with the vision tower "
-                    f"{self.vision_config.architecture} and images in tiles. Use pad, at the tower's full resolution."
-                )
-            self.merge_type = merge_type or "spatial_unpad"
-        self.pinpoints = data_flags.image_grid_pinpoints or self.pinpoints
-        tiling = self.tiling
-        for flag, given in (("mm_patch_merge_type", merge_type), ("image_grid_pinpoints", self.pinpoints)):
+        elif aspect_ratio == "anyres" and not has_layers(self.vision_config):
+            raise ValueError(
+                f"--image_aspect_ratio anyres: no layout has a place for a model with the vision tower "
+                f"{self.vision_config.architecture} and images in tiles. Use pad, at the tower's full resolution."
+            )
+        chosen = self.merge_type or ((merge_type or "spatial_unpad") if aspect_ratio == "anyres" else None)
+        pinpoints = data_flags.image_grid_pinpoints or self.pinpoints
+        source = dataclasses.replace(self, merge_type=chosen, pinpoints=pinpoints)
+        tiling = source.tiling
+        for flag, given in (("mm_patch_merge_type", merge_type), ("image_grid_pinpoints", pinpoints)):
             if not tiling and given not in (None, "flat"):
                 raise ValueError(f"--{flag} {given} does nothing without --image_aspect_ratio anyres.")
-        data_flags.image_aspect_ratio = aspect_ratio
-        model_flags.mm_patch_merge_type = self.merge_type or "flat"
-        data_flags.image_grid_pinpoints = str([list(pair) for pair in tiling.pinpoints]) if tiling else None
-        return tiling
+        return source
+
+    def fixed_flags(self) -> dict:
+        """Return flag name to value, for what a run that starts from this has to have."""
+        tiling = self.tiling
+        fixed = {
+            "vision_tower": self.vision_tower,
+            "mm_projector_type": self.projector_type,
+            "mm_vision_select_layer": self.select_layer,
+            "mm_vision_select_feature": self.select_feature,
+            "mm_patch_merge_type": self.merge_type or "flat",
+            "image_grid_pinpoints": str([list(pair) for pair in tiling.pinpoints]) if tiling else None,
+        }
+        if tiling:
+            fixed["image_aspect_ratio"] = "anyres"
+        if self.layout != "language_model":
+            fixed |= {key: bool(self.config.get(key)) for key in IMAGE_TOKEN_FLAGS}
+        return fixed
 
     def image_aspect_ratio(self) -> str:
         """What the images were trained with: `pad`, `square` or `anyres`."""
@@ -238,14 +252,15 @@ class Source:
         return GenerationConfig.from_model_config(self.language_config)
 
 
-def open_source(model_flags, explicit: Iterable[str] = ()) -> Source:
+def open_source(model_flags, explicit: Iterable[str] = (), data_flags=None) -> Source:
     """Find out what `--model_name_or_path` is, and check it.
 
-    What a LLaVA model fixes (tower, projector type, layer, feature, image tokens) is filled into `model_flags`.
+    What a LLaVA model fixes (tower, projector type, layer, feature, image tokens, tiles) `Arguments.fixed_by` takes.
 
     Args:
         model_flags: the fields of `ModelArguments`.
         explicit: names of the flags that were given and are not defaults. One that contradicts the model is an error.
+        data_flags: the fields of `DataArguments`, which say whether images come in tiles; None: as the model says.
 
     Raises:
         ValueError: a flag contradicts the model, or tensors are missing, unexpected or of another shape.
@@ -262,8 +277,7 @@ def open_source(model_flags, explicit: Iterable[str] = ()) -> Source:
         trusted = model_flags.trust_remote_code
         language_config = read_language_config(name, trusted)
         vision_config = load_vision_config(model_flags.vision_tower, trusted)
-        if not has_layers(vision_config) and "mm_vision_select_layer" not in explicit:
-            model_flags.mm_vision_select_layer = -1
+        has_output_only = not has_layers(vision_config) and "mm_vision_select_layer" not in explicit
         source = Source(
             name,
             layout,
@@ -272,26 +286,17 @@ def open_source(model_flags, explicit: Iterable[str] = ()) -> Source:
             vision_config,
             model_flags.vision_tower,
             model_flags.mm_projector_type,
-            model_flags.mm_vision_select_layer,
+            -1 if has_output_only else model_flags.mm_vision_select_layer,
             model_flags.mm_vision_select_feature,
             stored=tower_inside(model_flags.vision_tower, vision_config),
             trust_remote_code=trusted,
         )
-        _check_weights(source)
-        _resize(source, model_flags.image_size)
-        return source
-
-    source = (_read_llava if layout == "llava" else _read_transformers)(name, config, model_flags, set(explicit))
-    _check_against_flags(source, model_flags, set(explicit))
+    else:
+        source = (_read_llava if layout == "llava" else _read_transformers)(name, config, model_flags, set(explicit))
+        _check_against_flags(source, model_flags, set(explicit))
     _check_weights(source)
     _resize(source, model_flags.image_size)
-    model_flags.vision_tower = source.vision_tower
-    model_flags.mm_projector_type = source.projector_type
-    model_flags.mm_vision_select_layer = source.select_layer
-    model_flags.mm_vision_select_feature = source.select_feature
-    for key in IMAGE_TOKEN_FLAGS:
-        setattr(model_flags, key, bool(config.get(key)))
-    return source
+    return source if data_flags is None else source.in_tiles(model_flags, data_flags, explicit)
 
 
 def load_llava(

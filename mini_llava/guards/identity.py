@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +19,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PretrainedConfig
 
-from ..arguments import (
-    DECIDES_NOTHING,
-    OTHER_NAMES,
-    ROUNDING,
-    Arguments,
-    DataArguments,
-    ModelArguments,
-    TrainingArguments,
-)
+from ..arguments import ROUNDING, Arguments, compared_as, decides, flag_fields
 from ..data.images import BadImage, image_path
 from ..data.records import RecordStore
 from ..data.templates import CHAT_TEMPLATE
@@ -58,7 +49,7 @@ def run_identity(accelerator: Accelerator, model: nn.Module, arguments: Argument
         model: the prepared `LlavaModel`.
     """
     values, of_sampler, store = arguments.as_dict(), order.sampler.state_dict(), data.samples.store
-    flags = {name: value for name, value in values.items() if name not in DECIDES_NOTHING}
+    flags = {name: value for name, value in values.items() if compared_as(name) == name}
     flags |= {
         "max_steps": order.total_steps,
         "global_batch_size": of_sampler["batch"],
@@ -97,7 +88,7 @@ def run_identity(accelerator: Accelerator, model: nn.Module, arguments: Argument
 
 def differences(theirs: dict, mine: dict, may_differ: list[str]) -> tuple[list[str], list[str]]:
     """(a line for each difference, the names by which `--resume_ignore` would let them pass)."""
-    ignored = {OTHER_NAMES.get(name, name) for name in may_differ}
+    ignored = {compared_as(name) or name for name in may_differ}
     found = [(name, f"{_label(name)}: {line}") for name, line in _flag_lines(theirs["flags"], mine["flags"])]
     found += [("data", f"data: {line}") for line in _data_lines(theirs["data"], mine["data"])]
     # Checkpoints of before have no entry.
@@ -108,7 +99,8 @@ def differences(theirs: dict, mine: dict, may_differ: list[str]) -> tuple[list[s
 
 
 def _label(name: str) -> str:
-    return ", ".join(f"--{flag}" for flag in (name, *(other for other, of in OTHER_NAMES.items() if of == name)))
+    others = [f.name for f in flag_fields() if f.name != name and compared_as(f.name) == name]
+    return ", ".join(f"--{flag}" for flag in (name, *others))
 
 
 def _flag_lines(theirs: dict, mine: dict) -> list[tuple[str, str]]:
@@ -118,8 +110,7 @@ def _flag_lines(theirs: dict, mine: dict) -> list[tuple[str, str]]:
 
 
 def _default_of(name: str) -> object:
-    kinds = (ModelArguments, DataArguments, TrainingArguments)
-    return next((field.default for kind in kinds for field in fields(kind) if field.name == name), "no such flag")
+    return next((field.default for field in flag_fields() if field.name == name), "no such flag")
 
 
 def _data_lines(theirs: dict, mine: dict) -> list[str]:
@@ -211,7 +202,7 @@ def _computation(accelerator: Accelerator, arguments: dict) -> dict:
         own["CPU threads"] = torch.get_num_threads()
     ranks = gather_from_ranks(accelerator, own)
     together = {name: " and ".join(sorted({str(rank[name]) for rank in ranks})) for name in own}
-    flags = {f"--{name}": arguments[name] for name in sorted(ROUNDING)}
+    flags = {f"--{name}": arguments[name] for name in sorted(arguments) if decides(name) == ROUNDING}
     kind = backend(accelerator) + (", offloaded" if is_offloaded(accelerator) else "")
     return {"processes": accelerator.num_processes, "backend": kind} | together | flags
 

@@ -6,7 +6,7 @@ as it was, so that a run with it and one without it give the same losses and wei
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
@@ -16,9 +16,35 @@ from transformers import PreTrainedConfig
 from ..data.lengths import Lengths
 from ..data.loader import RankSteps
 from ..data.sampler import computed_tokens
-from ..tools.memory import Shape
 from ..training import backend
 from ..words import counted
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a micro-batch: all that its memory depends on.
+
+    `columns` are those of its rows, one row when packed; `images` are what the tower gets, all tiles of them.
+    """
+
+    rows: int
+    columns: int
+    images: int
+    logits: int
+    packed: bool = True
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.columns
+
+    def of_tokens(self, tokens: int) -> "Shape":
+        """A micro-batch of the same kind with about so many tokens."""
+        share = tokens / self.tokens
+        if self.packed:
+            scaled = replace(self, columns=tokens, logits=max(1, round(self.logits * share)))
+        else:
+            scaled = replace(self, rows=max(1, round(self.rows * share)))
+        return replace(scaled, images=max(1, round(self.images * share)))
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def _inject(language_model: nn.Module, config, dtype: torch.dtype) -> None:
     from peft import inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
-    planned = language_model.get_input_embeddings().weight.is_meta  # by --dry_run, without values
+    planned = language_model.get_input_embeddings().weight.is_meta  # by tools.plan, without values
     digest = None if planned else fingerprint(language_model)
     inject_adapter_in_model(config, language_model, low_cpu_mem_usage=planned)
     language_model.base_fingerprint = digest

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..arguments import KNOWN_VALUES, PRESETS, check_model_place, read_config
+from ..arguments import PRESETS, check_model_place, choices, read_config
 from ..data.images import MODES, SCALED, BadImage, image_path, load_image, pad_to_square
 from ..data.records import RecordStore, check_data_files
 from ..data.sampler import GlobalBatchSampler, computed_tokens, deal
@@ -300,7 +300,7 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
     add("--mm_vision_select_feature", metavar="TEXT", help="patch or cls_patch [patch]")
     add("--model_max_length", type=_positive, metavar="N", help="longest sequence in tokens [2048]")
     add("--image_size", type=_positive, metavar="N", help="of the tower's pictures, pixels [as it was trained]")
-    aspect_ratios = KNOWN_VALUES["image_aspect_ratio"]
+    aspect_ratios = choices("image_aspect_ratio")
     add("--image_aspect_ratio", choices=aspect_ratios, help="[stage 1: square, stage 2: pad]")
     add("--mm_patch_merge_type", choices=MERGE_TYPES, help="with anyres [spatial_unpad]")
     add("--image_grid_pinpoints", metavar="TEXT", help="with anyres [LLaVA-1.6's]")

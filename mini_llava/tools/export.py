@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..arguments import KNOWN_VALUES, ModelArguments
+from ..arguments import ModelArguments, choices
 from ..formats import write
 from ..formats.read import map_llava
 from ..guards.output_folder import check_place
@@ -78,11 +78,11 @@ def main(command_line: list[str] | None = None) -> None:
     add("source", metavar="DIR", help="a LLaVA model, directory or hub name, or a trained part of one, a directory")
     add("directory", metavar="OUT", type=Path, help="where the new one is written")
     add("--merge", action="store_true", help="DIR is a LoRA directory: add the adapters to the weights of its base")
-    add("--export_format", choices=KNOWN_VALUES["export_format"], default="transformers")
+    add("--export_format", choices=choices("export_format"), default="transformers")
     add("--dtype", choices=DTYPES, help="of the weights [as stored]")
     add("--model_base", metavar="TEXT", help="what a LoRA directory, checkpoint or projector belongs to [as it says]")
     add("--version", metavar="TEXT", help="conversation template [as DIR says]")
-    add("--image_aspect_ratio", choices=KNOWN_VALUES["image_aspect_ratio"], help="[as DIR says]")
+    add("--image_aspect_ratio", choices=choices("image_aspect_ratio"), help="[as DIR says]")
     add("--vision_tower", metavar="TEXT", help="name of the tower, for LLaVA's layout, where DIR does not say it")
     add("--save_vision_tower", action="store_true", help="the tower's weights too, in LLaVA's layout")
     add("--overwrite", action="store_true", help="write into OUT although it holds something")

@@ -74,9 +74,10 @@ def main(command_line: Sequence[str] | None = None) -> int:
     marks = COLOURS if in_colour else MARKS
     try:
         if arguments.is_demo:
-            demo.prepare_run(arguments.model)
+            arguments, _ = demo.prepare_run(arguments)
         check_files(arguments)
-        samples = open_samples(arguments, open_source(arguments.model, arguments.explicit))
+        source = open_source(arguments.model, arguments.explicit, arguments.data)
+        samples = open_samples(arguments.fixed_by(source), source)
         chosen = given.record or range(min(given.samples, len(samples)))
         if wrong := [index for index in chosen if not 0 <= index < len(samples)]:
             raise ValueError(f"--record {wrong[0]}: the data have {counted(len(samples), 'record')}, counted from 0.")

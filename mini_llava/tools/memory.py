@@ -1,4 +1,4 @@
-"""How much memory a GPU needs, by part, worked out before there is a GPU: what `--dry_run` shows and refuses.
+"""How much memory a GPU needs, by part, worked out before there is a GPU: what `tools.plan` shows and refuses.
 
 LLaVA finds out by running out. Here what lasts (weights, optimizer, buckets) is counted from shapes, and what comes and
 goes is weighed: the model's own code runs forward and backward on tensors that have shapes and no memory, and every
@@ -9,7 +9,7 @@ tensors, are replaced, by functions that keep what the kernels keep.
 import functools
 import weakref
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 
 from ..data.collator import MicroBatch
+from ..guards.longest import Shape
 from ..model.llava import LlavaModel
 from ..model.trained import numel
 from ..model.vision_tower import VisionTower, has_layers
@@ -68,33 +69,6 @@ class Layout:
         offloaded = " with offload" if self.offloads("optimizer") or self.offloads("param") else ""
         gpus = f"{self.gpus} GPU" + ("s" if self.gpus > 1 else "")
         return f"{gpus} of {self.gpu_memory / GIB:.0f} GiB, {kind}{offloaded}, {self.precision.replace('no', 'fp32')}"
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Of a micro-batch: all that its memory depends on.
-
-    `columns` are those of its rows, one row when packed; `images` are what the tower gets, all tiles of them.
-    """
-
-    rows: int
-    columns: int
-    images: int
-    logits: int
-    packed: bool = True
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.columns
-
-    def of_tokens(self, tokens: int) -> "Shape":
-        """A micro-batch of the same kind with about so many tokens."""
-        share = tokens / self.tokens
-        if self.packed:
-            scaled = replace(self, columns=tokens, logits=max(1, round(self.logits * share)))
-        else:
-            scaled = replace(self, rows=max(1, round(self.rows * share)))
-        return replace(scaled, images=max(1, round(self.images * share)))
 
 
 @dataclass

@@ -1,27 +1,34 @@
-"""`--dry_run`: what a run will train, and whether it fits, worked out from configurations and shapes alone.
+"""What a run will train, and whether it fits, worked out from configurations and shapes alone.
 
 LLaVA tells by starting. Nothing heavy is read here, no weight and no image, and there need be no GPU: a laptop plans
 for eight cards of 80 GB. Where memory does not suffice, in the plan or in a run, the first change that makes it fit is
 named.
 """
 
+import argparse
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate import Accelerator
-from transformers import PreTrainedTokenizerBase
 
+from .. import arguments as flags
+from .. import demo
 from ..arguments import Arguments, TrainingArguments
 from ..build import plan_of
+from ..command_line import add_flags
 from ..data.lengths import Lengths, measure_some
-from ..formats.read import Source, assemble, empty_parts
+from ..data.samples import Samples
+from ..formats.read import Source, assemble, empty_parts, open_source
+from ..formats.write import check_may_be_written
 from ..guards import preflight
+from ..guards.early import check_files
 from ..guards.longest import Longest, kept_of_a_position, longest_micro_batch
 from ..guards.output_folder import disk_needs
 from ..inputs import open_samples
@@ -31,9 +38,10 @@ from ..model.trained import apply_plan, trainable_table, trained_in_full
 from ..options import lora
 from ..options.image_tokens import add_token_rows
 from ..options.kernels import FUSABLE, choose_fused_kernels
+from ..read_data import Data
 from ..training.backend import choose_precision, complete_zero, launched_rank, zero_stage
 from ..training.optimizer import parameter_groups
-from ..training.order import choose_order
+from ..training.order import Order, choose_order
 from ..watch.flops import PEAK_FLOPS, FlopCounter
 from ..words import counted
 from .memory import GIB, Estimate, Layout, estimate, kept_of_a_picture, lasting_parts
@@ -55,8 +63,7 @@ class Planned:
 
     arguments: Arguments
     source: Source
-    tokenizer: PreTrainedTokenizerBase
-    new_tokens: int
+    samples: Samples
     layout: Layout
     longest: Longest
     share: float
@@ -71,7 +78,7 @@ class Planned:
 
     def model(self) -> tuple[LlavaModel, dict[str, str]]:
         """What `build_model` builds, on the meta device, and its freeze plan."""
-        flags, training = self.arguments.model, self.arguments.training
+        model_flags, training = self.arguments.model, self.arguments.training
         plan, parts = plan_of(self.arguments, self.source), empty_parts(self.source)
         model = assemble(self.source, parts | {"vision_tower": self.source.as_tower(parts["vision_tower"])})
         for name, part in model.named_children():
@@ -79,7 +86,7 @@ class Planned:
         if training.lora_enable:
             lora.add_lora(
                 model.language_model,
-                flags.model_name_or_path,
+                model_flags.model_name_or_path,
                 training.lora_r,
                 training.lora_alpha,
                 training.lora_dropout,
@@ -87,14 +94,14 @@ class Planned:
                 self.layout.master_dtype,
                 training.seed,
             )
-        marks = flags.mm_use_im_start_end, flags.mm_use_im_patch_token
-        trains_rows = "new_tokens" in plan
-        add_token_rows(model, self.tokenizer, self.new_tokens, *marks, None, trains_rows, self.layout.master_dtype)
+        marks = model_flags.mm_use_im_start_end, model_flags.mm_use_im_patch_token
+        tokens, trains_rows = (self.samples.tokenizer, self.samples.new_tokens), "new_tokens" in plan
+        add_token_rows(model, *tokens, *marks, None, trains_rows, self.layout.master_dtype)
         apply_plan(model, plan)
         family = self.source.language_config.model_type
         half, packing = self.layout.precision != "no", self.arguments.data.packing
         standard = "eager" if family in CAPPED else "varlen" if half and packing else "sdpa"
-        attention = flags.attn_implementation or standard
+        attention = model_flags.attn_implementation or standard
         # FlashAttention need not be installed here; it keeps for backward what PyTorch's does.
         to_check = "eager" if attention.startswith("flash") else attention
         choose_attention(to_check, family, packing, torch.device("cuda"), half)  # it may refuse
@@ -160,45 +167,61 @@ def _zero3(layout: Layout, gpus: int, offload: bool) -> Layout:
     return replace(layout, gpus=gpus, zero_stage=3, zero=zero)
 
 
-def planned_run(
-    arguments: Arguments,
-    source: Source,
-    tokenizer: PreTrainedTokenizerBase,
-    new_tokens: int,
-    devices: Layout,
-    lengths: Lengths,
-    layout: str,
-    dealt_batches: Iterable[list[list[list[int]]]],
-) -> Planned:
-    """A run on these devices. `new_tokens`: see `build_model`; the last three: see `longest_micro_batch`."""
-    share = arguments.training.gradient_checkpointing * arguments.training.gradient_checkpointing_share
-    of_a_position = kept_of_a_position(source.language_config, share)
+def recomputed_share(training: TrainingArguments) -> float:
+    """Return the share of the language model's layers that are recomputed in backward."""
+    return training.gradient_checkpointing * training.gradient_checkpointing_share
+
+
+def longest_of(
+    arguments: Arguments, source: Source, lengths: Lengths, order: Order, steps: int | None = None
+) -> Longest:
+    """Return the micro-batch of a run, or of so many of its steps, that takes most memory."""
+    of_a_position = kept_of_a_position(source.language_config, recomputed_share(arguments.training))
     logits_weigh, pictures_weigh = 3 * source.language_config.get_text_config().vocab_size / of_a_position, 0.0
     if "vision_tower" in trained_in_full(plan_of(arguments, source)):  # a frozen one keeps nothing
         tower = source.as_tower(empty_parts(source)["vision_tower"])
         pictures_weigh = kept_of_a_picture(tower) / of_a_position
-    longest = longest_micro_batch(dealt_batches, lengths, layout, logits_weigh, pictures_weigh)
-    return Planned(arguments, source, tokenizer, new_tokens, devices, longest, share)
+    return longest_micro_batch(order.dealt_batches(steps), lengths, order.layout, logits_weigh, pictures_weigh)
 
 
 # --- what it is to run on --------------------------------------------------------------------------------------------
 
 
-def read_layout(training: TrainingArguments, explicit: set[str]) -> Layout:
-    """What `--accelerate_config` or the launcher says, for the GPUs of `--num_gpus` and `--gpu_memory_gib`.
+@dataclass
+class PlanArguments:
+    """Plan"""
+
+    accelerate_config: str | None = None
+    """Plan for this file of accelerate_configs/; default: for what the launcher started."""
+
+    num_gpus: int | None = flags.flag(None, positive=True)
+    """Plan for so many GPUs in all; default what accelerate_config or the launcher says."""
+
+    gpu_memory_gib: float | None = flags.flag(None, positive=True)
+    """Plan for GPUs of this memory; default that of the GPU here, or 79 without one (cards of 80 GB)."""
+
+    gpu_name: str | None = None
+    """Plan hours for this kind of GPU (A100, H100, ...); default the GPU here, or H100 without one."""
+
+    expected_mfu: float = flags.flag(0.5, positive=True)
+    """The share of the GPUs' peak that goes into arithmetic, for the hours: `mfu` of a run's log."""
+
+
+def read_layout(planning: PlanArguments, training: TrainingArguments, explicit: set[str]) -> Layout:
+    """Return what `--accelerate_config` or the launcher says, for the GPUs of `--num_gpus` and `--gpu_memory_gib`.
 
     Raises:
         ValueError: the file is none of accelerate's, or asks for something that is not supported.
     """
-    if training.gpu_memory_gib is not None:
-        memory = training.gpu_memory_gib * GIB
+    if planning.gpu_memory_gib is not None:
+        memory = planning.gpu_memory_gib * GIB
     else:
         memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else CARD_OF_80_GB
-    if training.accelerate_config is not None:
-        gpus, deepspeed = _read_accelerate_config(training.accelerate_config)
+    if planning.accelerate_config is not None:
+        gpus, deepspeed = _read_accelerate_config(planning.accelerate_config)
     else:
         gpus, deepspeed = launched_rank()[1], _launched_deepspeed()
-    gpus = training.num_gpus or gpus
+    gpus = planning.num_gpus or gpus
     precision = choose_precision(training.bf16, training.fp16, explicit)
     if deepspeed is None:
         return Layout(gpus, memory, precision)
@@ -245,83 +268,102 @@ def running_layout(accelerator: Accelerator) -> Layout:
 # --- the plan of a run -----------------------------------------------------------------------------------------------
 
 
-def plan_run(arguments: Arguments, source: Source) -> None:
-    """Print the plan.
+def plan(arguments: Arguments, planning: PlanArguments) -> None:
+    """Print the plan of a run. Nothing is written but the lengths of records, into their cache.
 
     Raises:
+        OSError: a file that the flags name is not there.
         ValueError: its parts do not belong together, or it cannot fit; the sentence names what to change.
     """
-    training = arguments.training
-    output_dir = Path(training.output_dir)
-    layout = read_layout(training, arguments.explicit)
+    flags.check_values(planning)
+    training, output_dir = arguments.training, Path(arguments.training.output_dir)
+    if arguments.is_demo:
+        arguments, note = demo.prepare_run(arguments)
+        print(note)
+    check_files(arguments, weights=False)
+    source = open_source(arguments.model, arguments.explicit, arguments.data)
+    arguments = arguments.fixed_by(source)
+    print(source.describe(arguments.model.pretrain_mm_mlp_adapter))
+    check_may_be_written(output_dir, arguments.model, training.export_format, source.vision_config)
+    layout = read_layout(planning, training, arguments.explicit)
     samples = open_samples(arguments, source, output_dir / "cache")
     lengths, measured = measure_some(samples, output_dir / "cache", MEASURED_AT_MOST)
     order = choose_order(arguments, samples.store, lengths, layout.gpus)
-    sampler, steps = order.sampler, order.total_steps
-    # One epoch: in the others the same samples meet others, which hardly makes a micro-batch longer.
-    dealt = list(order.dealt_batches(min(steps, sampler.steps_per_epoch)))
     print(*preflight.report(preflight.check_run(arguments, source, samples, lengths, order), training.allow), sep="\n")
-    parts = (samples.tokenizer, samples.new_tokens)
-    planned = planned_run(arguments, source, *parts, layout, lengths, order.layout, dealt)
-    longest = planned.longest
-    model, plan = planned.model()
+    # One epoch: in the others the same samples meet others, which hardly makes a micro-batch longer.
+    longest = longest_of(arguments, source, lengths, order, min(order.total_steps, order.sampler.steps_per_epoch))
+    planned = Planned(arguments, source, samples, layout, longest, recomputed_share(training))
+    model, parts = planned.model()
     rates = {"projector": training.mm_projector_lr, "vision_tower": training.mm_vision_tower_lr}
     rates["image_newline"] = rates["projector"]
     groups = parameter_groups(model, training.learning_rate, training.weight_decay, rates)
 
-    print(f"\n{layout}\n\n{trainable_table(model, groups, plan)}\n")
+    print(f"\n{layout}\n\n{trainable_table(model, groups, parts)}\n")
     if order.note:
         print(order.note)
+    _print_steps(samples, lengths, measured, order, longest)
+    epochs = order.total_steps / order.sampler.steps_per_epoch
+    print(_time(FlopCounter(model).of_lengths(lengths) * epochs, layout, planning))
+    print(_disk(planned, model, order.total_steps))
+    _print_memory(planned)
+
+
+def _print_steps(samples: Samples, lengths: Lengths, measured: int, order: Order, longest: Longest) -> None:
+    sampler, steps = order.sampler, order.total_steps
+    dealt = order.dealt_batches(min(steps, sampler.steps_per_epoch))
     counts = [len(micro_batches) for micro_batches in dealt]
     print(
-        f"Global batch: {counted(sampler.global_batch_size, 'sample')} on {counted(layout.gpus, 'GPU')}, on each in "
+        f"Global batch: {counted(sampler.global_batch_size, 'sample')} on {counted(order.ranks, 'GPU')}, on each in "
         f"{sum(counts) / len(counts):.1f} micro-batches a step (at most {max(counts)}), {order.layout}. "
         f"Longest micro-batch: {counted(longest.shape.tokens, 'token')}, "
         f"{counted(longest.shape.images, 'image')} through the tower."
     )
     guessed = "" if measured == len(samples) else f" (as {measured:,} of them say)"
-    epochs = steps / sampler.steps_per_epoch
     print(
         f"{counted(len(samples), 'record')}, {int(lengths.has_image.sum()):,} with images, "
-        f"{counted(int(lengths.length.sum()), 'token')}{guessed}: {counted(steps, 'step')}, {epochs:.2f} epochs."
+        f"{counted(int(lengths.length.sum()), 'token')}{guessed}: {counted(steps, 'step')}, "
+        f"{steps / sampler.steps_per_epoch:.2f} epochs."
     )
-    print(_time(model, lengths, epochs, layout, training))
-    trained = trained_in_full(plan)
+
+
+def _disk(planned: Planned, model: LlavaModel, steps: int) -> str:
+    training, output_dir = planned.arguments.training, Path(planned.arguments.training.output_dir)
+    trained = trained_in_full(plan_of(planned.arguments, planned.source))
     whole_model = bool(trained - {"projector", "new_tokens", "image_newline"}) and not training.lora_enable
     saves = steps // training.save_steps if training.save_strategy == "steps" else 0
-    sizes = (layout.compute_dtype.itemsize, output_dir, saves, training.save_total_limit, whole_model)
+    sizes = (planned.layout.compute_dtype.itemsize, output_dir, saves, training.save_total_limit, whole_model)
     needs, folder = disk_needs(model, *sizes), output_dir.resolve()
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     short = "" if needs.bytes <= free else " Too little: make room, or keep fewer with --save_total_limit."
-    print(f"Disk: {output_dir} needs {needs}; {free / 1e9:,.0f} GB are free here.{short}")
+    return f"Disk: {output_dir} needs {needs}; {free / 1e9:,.0f} GB are free here.{short}"
 
-    found = planned.estimate()
+
+def _print_memory(planned: Planned) -> None:
+    """Print the memory by part. Raises ValueError with a change to make where it does not fit."""
+    found, memory = planned.estimate(), planned.layout.gpu_memory
     kernels = "Liger's kernels" if planned.fused else "no fused kernels (--use_liger_kernel True plans with them)"
     recomputed = f"{planned.share:.0%} of the layers recomputed" if planned.share else "nothing recomputed"
     print(f"\nMemory of each GPU, GiB, when most is in use ({recomputed}, {kernels}):")
     print("\n".join(found.lines()) + "\n")
-    if found.needed <= layout.gpu_memory:
-        left = layout.gpu_memory - found.needed
-        print(f"It fits: {left / GIB:.1f} of {layout.gpu_memory / GIB:.1f} GiB are left.")
-        return
-    raise ValueError(
-        f"It does not fit: {found.needed / GIB:.1f} GiB are needed and a GPU has {layout.gpu_memory / GIB:.1f}. "
-        f"{_advice(planned, layout.gpu_memory)}"
-    )
+    if found.needed > memory:
+        raise ValueError(
+            f"It does not fit: {found.needed / GIB:.1f} GiB are needed and a GPU has {memory / GIB:.1f}. "
+            f"{_advice(planned, memory)}"
+        )
+    print(f"It fits: {(memory - found.needed) / GIB:.1f} of {memory / GIB:.1f} GiB are left.")
 
 
-def _time(model: LlavaModel, lengths: Lengths, epochs: float, layout: Layout, training: TrainingArguments) -> str:
-    name = training.gpu_name or (torch.cuda.get_device_name() if torch.cuda.is_available() else "H100")
+def _time(operations: float, layout: Layout, planning: PlanArguments) -> str:
+    name = planning.gpu_name or (torch.cuda.get_device_name() if torch.cuda.is_available() else "H100")
     peak = next((flops for part, flops in PEAK_FLOPS.items() if part.lower() in name.lower()), None)
     if peak is None:
-        if training.gpu_name:
+        if planning.gpu_name:
             raise ValueError(f"--gpu_name {name}: its peak is not known here; known: {', '.join(PEAK_FLOPS)}.")
         return f"Time: the peak of a {name} is not known here; --gpu_name takes one of {', '.join(PEAK_FLOPS)}."
-    operations = epochs * FlopCounter(model).of_lengths(lengths)
-    seconds = operations / (layout.gpus * peak * training.expected_mfu)
+    seconds = operations / (layout.gpus * peak * planning.expected_mfu)
     hours = f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
     return (
-        f"Time: {hours}, if {training.expected_mfu:.0%} of the {peak / 1e12:,.0f} TFLOP/s of each {name} go "
+        f"Time: {hours}, if {planning.expected_mfu:.0%} of the {peak / 1e12:,.0f} TFLOP/s of each {name} go "
         "into arithmetic (--expected_mfu; `mfu` in the log of a run), without evaluation and saving."
     )
 
@@ -339,7 +381,7 @@ def _advice(planned: Planned, limit: float) -> str:
 
 
 @dataclass
-class Advice:
+class MemoryAdvice:
     """What to change when a run has no memory left.
 
     Attributes:
@@ -348,19 +390,70 @@ class Advice:
 
     planned: Planned | None = None
 
-    def if_memory_has_run_out(self, error: RuntimeError) -> str | None:
-        """A sentence with the first change that makes it fit; None for any other error."""
+    def longest_of(
+        self, arguments: Arguments, source: Source, data: Data, accelerator: Accelerator, order: Order
+    ) -> Longest:
+        """Return the micro-batch of the run that takes most memory. The run is what the advice is about from then."""
+        longest = longest_of(arguments, source, data.lengths, order)
+        layout, share = running_layout(accelerator), recomputed_share(arguments.training)
+        self.planned = Planned(arguments, source, data.samples, layout, longest, share)
+        return longest
+
+    def sentence(self, error: RuntimeError) -> str | None:
+        """Return the first change that makes the run fit, in a sentence; None where no memory has run out."""
         first_line = str(error).splitlines()[0] if str(error) else ""
         marks = ("DefaultCPUAllocator: ", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
         if not isinstance(error, torch.OutOfMemoryError) and not any(mark in str(error) for mark in marks):
             return None
         said = f"Memory has run out ({first_line.split('. ')[0]})."
         if self.planned is None:
-            return f"{said} It was not the training: look what else is in memory; --dry_run shows what the run needs."
+            return (
+                f"{said} It was not the training: look what else is in memory; python -m mini_llava.tools.plan shows "
+                "what the run needs."
+            )
         # The estimate says it would fit, or it would have been refused; so it is wrong, or others use the memory too.
         limit = 0.9 * min(self.planned.estimate().needed, self.planned.layout.gpu_memory)
         tokens = self.planned.longest.shape.tokens
         return (
             f"{said} The longest micro-batch has {tokens:,} tokens. {_advice(self.planned, limit)} The same flags with "
-            "--dry_run True show what needs how much."
+            "python -m mini_llava.tools.plan show what needs how much."
         )
+
+
+# --- the tool --------------------------------------------------------------------------------------------------------
+
+
+def split_flags(command_line: Sequence[str] | None = None) -> tuple[PlanArguments, list[str]]:
+    """Return what a run is planned for, and the other flags, which are train.py's."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mini_llava.tools.plan",
+        description="What a run will train, steps, memory by part, hours and disk, without reading a weight or needing "
+        "a GPU. What cannot fit ends with an error that names the first change that makes it fit. All other flags are "
+        "those of train.py.",
+        allow_abbrev=False,
+    )
+    add_flags(parser, PlanArguments)
+    given, of_train = parser.parse_known_args(command_line)
+    return PlanArguments(**vars(given)), of_train
+
+
+def parse_arguments(command_line: Sequence[str] | None = None) -> tuple[Arguments, PlanArguments]:
+    """Return the run's arguments, and what it is planned for. A fault ends the program with one sentence."""
+    planning, of_train = split_flags(command_line)
+    return flags.parse_arguments(of_train), planning
+
+
+def main(command_line: Sequence[str] | None = None) -> int:
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal need not know every character
+    if launched_rank()[0] > 0:  # the first one plans for all
+        return 0
+    try:
+        plan(*parse_arguments(command_line))
+    except (ValueError, ImportError, OSError) as error:
+        print(f"plan: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -42,11 +42,13 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
         ValueError: as `train.py` does, with sentences.
     """
     # --- As train.py sets up -----------------------------------------------------------------------------------------
-    model_flags, data_flags, training = arguments.model, arguments.data, arguments.training
     if arguments.is_demo:
-        print(demo.prepare_run(model_flags))
+        arguments, note = demo.prepare_run(arguments)
+        print(note)
     check_files(arguments)
-    source = open_source(model_flags, arguments.explicit)
+    source = open_source(arguments.model, arguments.explicit, arguments.data)
+    arguments = arguments.fixed_by(source)
+    data_flags, training = arguments.data, arguments.training
     samples = open_samples(arguments, source)
     store, tokenizer, template = samples.store, samples.tokenizer, samples.template
     if records is None:

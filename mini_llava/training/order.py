@@ -1,7 +1,7 @@
 """What a run trains on, step by step: the global batches, and how each is dealt to ranks and micro-batches.
 
 LLaVA's Trainer leaves this to a sampler, a batch size and accelerate's sharding of the loader. `train.py` follows this
-order, and `--dry_run` plans with it, for as many devices as it is asked about.
+order, and `tools.plan` plans with it, for as many devices as it is asked about.
 """
 
 import json
@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..arguments import Arguments, choose_batch
+from ..arguments import Arguments
 from ..data.lengths import Lengths
 from ..data.records import RecordStore
 from ..data.sampler import GlobalBatchSampler, deal
+from ..words import counted
 
 
 @dataclass
@@ -68,3 +69,29 @@ def choose_order(arguments: Arguments, store: RecordStore, lengths: Lengths, ran
         layout = "in_order"  # LLaVA's own micro-batches, on which its loss depends
     max_tokens = data_flags.max_tokens_per_micro_batch
     return Order(sampler, total_steps, layout, ranks, micro_batches, max_tokens, lengths.bad, note)
+
+
+def choose_batch(arguments: Arguments, devices: int) -> tuple[int, int, str | None]:
+    """Global batch size and micro-batches a step for this number of devices, and a sentence if it is not the preset's.
+
+    Without `--gradient_accumulation_steps` the global batch is kept on any number of devices, divisible or not: a
+    global batch may be dealt unevenly, since the loss is normalised over all of it.
+    """
+    training = arguments.training
+    product = training.per_device_train_batch_size * devices
+    wanted = training.global_batch_size
+    if training.gradient_accumulation_steps is not None:
+        accumulation = training.gradient_accumulation_steps
+        actual = product * accumulation
+        if wanted is not None and wanted != actual:
+            arithmetic = (
+                f"{counted(devices, 'device')} x --per_device_train_batch_size "
+                f"{training.per_device_train_batch_size} x --gradient_accumulation_steps {accumulation} = {actual}"
+            )
+            if "global_batch_size" in arguments.explicit:
+                raise ValueError(f"--global_batch_size {wanted} contradicts {arithmetic}. Leave one of them out.")
+            reason = f"The global batch is {actual} instead of the preset's {wanted}: {arithmetic}."
+            return actual, accumulation, reason + f" Leave the last flag out to keep {wanted}."
+        return actual, accumulation, None
+    wanted = wanted or product
+    return wanted, -(-wanted // product), None

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import train
 from mini_llava import arguments as flags
+from mini_llava.tools import plan
 from mini_llava.training.checkpoint import read_manifest
 from tests.launching import CONFIGS, ROOT, train_in_turn
 
@@ -198,6 +199,11 @@ def train_here(command_line: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
         train.train(flags.parse_arguments(command_line))
+
+
+def plan_here(command_line: list[str]) -> None:
+    """`python -m mini_llava.tools.plan ...` in this process; what it refuses is raised."""
+    plan.plan(*plan.parse_arguments(command_line))
 
 
 def train_on_two(backend: str, name: str, folder: Path) -> None:

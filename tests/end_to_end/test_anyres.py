@@ -169,7 +169,7 @@ def test_a_tiled_model_trains_on_as_it_is_and_contradictions_are_refused(here):
 
 
 def test_a_plan_knows_the_newline_and_the_resized_tower(folder, capsys):
-    runs.train_here(command_line(folder, 2, "planned", **RESIZED, dry_run=True, num_gpus=1, gpu_memory_gib=80))
+    runs.plan_here(command_line(folder, 2, "planned", **RESIZED, num_gpus=1, gpu_memory_gib=80))
     printed = capsys.readouterr().out
     assert re.search(r"image_newline +64 +64 +full", printed) and "It fits: " in printed
     positions, width = 1 + (84 // 14) ** 2, 32

@@ -123,7 +123,7 @@ def llava(base: str, tower: str | None = None) -> LlavaModel:
     flags.mm_vision_select_layer = -2  # the presets'
     torch.manual_seed(0)
     source = open_source(flags)
-    assert flags.mm_vision_select_layer == -1, "this tower has an output only"
+    assert source.select_layer == -1, "this tower has an output only"
     return load_llava(source, "sdpa", FP32).eval()
 
 
@@ -258,7 +258,7 @@ def test_apples_own_checkpoints_are_read(language_model, tmp_path):
     for base, tower in ((str(tmp_path), None), (language_model, str(tmp_path))):
         flags = ModelArguments(model_name_or_path=base, vision_tower=tower, mm_projector_type="mlp2x_gelu")
         source = open_source(flags)
-        assert (source.image_size(), flags.mm_vision_select_layer) == (1024, -1)
+        assert (source.image_size(), source.select_layer) == (1024, -1)
         read = source.load_vision_tower(torch.bfloat16)
         assert read.tokens_per_image == 256
         state = read.model.state_dict()

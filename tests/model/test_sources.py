@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, CLIPVisionModel
 
-from mini_llava.arguments import ModelArguments
+from mini_llava.arguments import Arguments, DataArguments, ModelArguments, TrainingArguments
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import tokenize
 from mini_llava.formats.read import load_llava, map_llava, open_source, restore_rotary_frequencies
@@ -80,9 +80,11 @@ def test_every_published_layout_loads_as_the_same_model(published, expected, lay
 def test_what_the_model_fixes_is_filled_into_the_flags(published, layout):
     flags = ModelArguments(model_name_or_path=str(published[layout]))
     assert (flags.mm_projector_type, flags.mm_vision_select_layer) == ("linear", -1)
-    open_source(flags)
-    assert (flags.mm_projector_type, flags.mm_vision_select_layer) == ("mlp2x_gelu", -2)
-    assert flags.vision_tower == (str(CLIP) if "LLaVA" in layout else None)
+    arguments = Arguments(2, flags, DataArguments(), TrainingArguments())
+    fixed = arguments.fixed_by(open_source(flags)).model
+    assert (fixed.mm_projector_type, fixed.mm_vision_select_layer) == ("mlp2x_gelu", -2)
+    assert (flags.mm_projector_type, flags.mm_vision_select_layer) == ("linear", -1)  # as they were
+    assert fixed.vision_tower == (str(CLIP) if "LLaVA" in layout else None)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

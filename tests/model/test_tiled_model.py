@@ -192,8 +192,7 @@ def test_transformers_gives_the_logits_of_other_towers(kind, tmp_path):
     tower = save_tower(kind, tmp_path / "tower")
     flags = ModelArguments(model_name_or_path=str(FIXTURES / "llm"), vision_tower=tower, image_size=42)
     flags.mm_projector_type, flags.mm_vision_select_layer = "mlp2x_gelu", -2
-    source = open_source(flags)
-    source.choose_tiling(flags, DataArguments(image_aspect_ratio="anyres"), set())
+    source = open_source(flags, (), DataArguments(image_aspect_ratio="anyres"))
     model = load_llava(source, "sdpa", dict.fromkeys(("language_model", "vision_tower", "projector"), torch.float32))
     described = write.Description("mlp2x_gelu", tower, "anyres", 500, dtype=torch.float32)
     described.tokenizer, described.image_processor = textual()["tokenizer"], source.image_processor()

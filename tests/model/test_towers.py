@@ -221,7 +221,11 @@ def test_what_is_written_is_read_back(towers, kind, feature, layout, tmp_path):
     flags = ModelArguments(model_name_or_path=str(tmp_path))
     source = open_source(flags)
     again = load_llava(source, "sdpa", FP32).eval()
-    assert (source.layout, source.select_feature, flags.mm_vision_select_feature) == (layout, feature, feature)
+    assert (source.layout, source.select_feature, source.fixed_flags()["mm_vision_select_feature"]) == (
+        layout,
+        feature,
+        feature,
+    )
     assert source.image_size() == IMAGE_SIZE and source.image_aspect_ratio() == "pad"
     assert torch.equal(logits(again), logits(model))
 

@@ -19,6 +19,7 @@ from mini_llava.data.sampler import GlobalBatchSampler
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, tokenize
 from mini_llava.formats.tokenizers import load_tokenizer
+from mini_llava.training.order import choose_batch
 from tests.parity.golden import FIXTURES, IMAGE_TOKENS, as_floats, golden_pixels, load_json
 from tests.parity.runs import SETTINGS, TWO_PROCESSES, Run, command_line, flags_of, start_tensors
 
@@ -98,7 +99,7 @@ def reference_run(arguments, projector) -> tuple[Run, dict[str, float]]:
         tokenize(record, template, tokenizer, IMAGE_TOKENS, data_flags.model_max_length)
         for record in load_json(f"data/train_stage{arguments.stage}.json")
     ]
-    size, count, _ = flags.choose_batch(arguments, 1)
+    size, count, _ = choose_batch(arguments, 1)
     batches = GlobalBatchSampler(
         *([len(sample.input_ids) for sample in samples], [bool(sample.images) for sample in samples], size, count),
         *(training.seed, data_flags.group_by_modality_length),

@@ -74,7 +74,7 @@ def test_the_plan_and_the_tools_miss_a_file_with_the_same_sentence(
     words = runs.flags_of(2, tmp_path / "out", values)
     if not {"pretrain_mm_mlp_adapter", "lora_weight_path"} & set(values):  # which a plan need not have yet
         with pytest.raises((OSError, ValueError)) as refused:
-            runs.train_here([*words, "--dry_run"])
+            runs.plan_here(words)
         assert sentence in str(refused.value)
     for tool in (inspect, tour):
         assert tool.main(words) == 2

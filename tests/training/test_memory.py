@@ -5,13 +5,14 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.random_setup import CLIP_L_336, LANGUAGE_MODELS, TINY_CLIP, VOCABULARY
+from mini_llava.guards.longest import Shape
 from mini_llava.model.llava import LlavaModel
 from mini_llava.model.projector import build_projector
 from mini_llava.model.trained import apply_plan
 from mini_llava.model.vision_tower import VisionTower
 from mini_llava.options.lora import add_lora
 from mini_llava.tools import memory
-from mini_llava.tools.memory import GIB, Layout, Scale, Shape, estimate, lasting_parts
+from mini_llava.tools.memory import GIB, Layout, Scale, estimate, lasting_parts
 from mini_llava.training.backend import complete_zero
 
 H200 = 139.8 * GIB

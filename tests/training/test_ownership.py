@@ -37,7 +37,7 @@ def test_a_second_run_is_refused_until_the_first_is_killed(tmp_path):
             whose += rf"{socket.gethostname()}, since 20\d\d-.*\. End it, or choose another --output_dir\."
             assert re.fullmatch(whose, second.text.strip().splitlines()[-1]), second.text
         assert content(folder) == before
-        runs.train_here([*runs.flags_of(2, folder, SETTINGS), "--dry_run"])
+        runs.plan_here(runs.flags_of(2, folder, SETTINGS))
     finally:
         os.killpg(first.process.pid, signal.SIGKILL)
     first.wait_until_all_have_ended(grace=10)

@@ -1,4 +1,4 @@
-"""`--dry_run` plans without weights, GPU or processes, refuses what cannot fit, and what it advises then fits."""
+"""`tools.plan` plans without weights, GPU or processes, refuses what cannot fit, and what it advises then fits."""
 
 import json
 import re
@@ -19,9 +19,9 @@ from mini_llava.data.lengths import Lengths
 from mini_llava.guards.longest import kept_of_a_position, longest_micro_batch
 from mini_llava.model.vision_tower import VisionTower
 from mini_llava.tools.memory import kept_of_a_picture
-from mini_llava.tools.plan import Advice, read_layout
+from mini_llava.tools.plan import MemoryAdvice, PlanArguments, main, read_layout
 from tests import forked_runs
-from tests.end_to_end.runs import FIXTURES, flags_of
+from tests.end_to_end.runs import FIXTURES, flags_of, plan_here
 from tests.families import FAMILIES, write_family
 from tests.launching import CONFIGS
 from tests.model.tiny_towers import save_tower
@@ -48,7 +48,6 @@ def without_weights(tmp_path_factory):
 
 def plan(folder, **values) -> None:
     values = {
-        "dry_run": True,
         "stage": 2,
         "model_name_or_path": folder / "language_model",
         "vision_tower": folder / "vision_tower",
@@ -60,7 +59,7 @@ def plan(folder, **values) -> None:
         "warmup_ratio": 0,
         **values,
     }
-    train.train(flags.parse_arguments([text for name, value in values.items() for text in (f"--{name}", str(value))]))
+    plan_here([text for name, value in values.items() for text in (f"--{name}", str(value))])
 
 
 def test_a_plan_says_what_is_trained_how_long_it_takes_and_what_it_needs(without_weights, capsys):
@@ -145,7 +144,7 @@ def test_stage_1_lora_and_ddp_can_be_planned(without_weights, capsys):
 
 def test_the_layout_is_that_of_the_file_or_of_the_launcher(tmp_path, monkeypatch):
     def layout(**values):
-        return read_layout(flags.TrainingArguments(bf16=True, **values), set())
+        return read_layout(PlanArguments(**values), flags.TrainingArguments(bf16=True), set())
 
     assert (layout().gpus, layout().zero_stage) == (1, 0)
     offload = layout(accelerate_config=str(CONFIGS / "zero3_offload.yaml"), num_gpus=4)
@@ -168,9 +167,21 @@ def test_the_layout_is_that_of_the_file_or_of_the_launcher(tmp_path, monkeypatch
     assert (layout().gpus, layout().zero_stage) == (16, 2)
 
 
-def test_flags_of_a_plan_are_refused_without_one():
-    with pytest.raises(ValueError, match="--num_gpus 8 does nothing without --dry_run True"):
-        flags.resolve(2, {"num_gpus": 8})
+def test_train_names_the_command_that_plans(capsys):
+    for words in (["--dry_run"], ["--num_gpus", "8"]):
+        with pytest.raises(SystemExit):
+            flags.parse_arguments(["--stage", "2", *words])
+        assert f"{words[0]} is not a flag here: " in (said := capsys.readouterr().err)
+        assert "python -m mini_llava.tools.plan" in said
+
+
+def test_the_command_says_what_it_refuses_and_plans_on_the_first_rank_alone(without_weights, capsys, monkeypatch):
+    words = ["--stage", "1", "--num_gpus", "0"]
+    assert main(words) == 1
+    assert capsys.readouterr().err == "plan: error: --num_gpus must be positive, not 0.\n"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert main(words) == 0 and not any(capsys.readouterr())
 
 
 @pytest.mark.slow
@@ -186,7 +197,9 @@ def test_a_run_that_has_no_memory_ends_before_step_1_with_a_change_to_make(tmp_p
     run.wait_until_all_have_ended(grace=60)
     assert run.process.exitcode == 1
     assert "train.py: error on rank 0: Memory has run out (" in run.text and "Traceback" not in run.text, run.text
-    change = re.search(r"The first change that makes it fit: (.+?)\. The same flags with --dry_run True", run.text)
+    change = re.search(
+        r"The first change that makes it fit: (.+?)\. The same flags with python -m mini_llava", run.text
+    )
     assert change, run.text
     assert not list(output.glob("checkpoint-*")) and not (output / "log.jsonl").exists()
 
@@ -199,12 +212,12 @@ def test_memory_that_runs_out_while_the_model_is_made_gets_the_same_advice(tmp_p
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(train.backend, "create_moments", full)
-    advice = Advice()
+    advice = MemoryAdvice()
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(torch.OutOfMemoryError) as error:
         train.train(flags.parse_arguments(flags_of(2, tmp_path, {"warmup_ratio": 0})), advice)
     AcceleratorState._reset_state(reset_partial_state=True)
-    sentence = advice.if_memory_has_run_out(error.value)
+    sentence = advice.sentence(error.value)
     assert sentence.startswith("Memory has run out (CUDA out of memory). The longest micro-batch has 1,532 tokens. ")
 
 
@@ -226,9 +239,8 @@ def test_capped_scores_another_tower_and_images_in_tiles_can_be_planned(tmp_path
         "vision_tower": save_tower("siglip", tmp_path / "siglip"),
         "image_aspect_ratio": "anyres",
         "unfreeze_mm_vision_tower": True,
-        "dry_run": True,
     }
-    train.train(flags.parse_arguments(flags_of(2, tmp_path / "output", values)))
+    plan_here(flags_of(2, tmp_path / "output", values))
     printed = capsys.readouterr().out
     assert re.search(r"image_newline +32 +32 +full", printed), printed
     # Of 80 records in 8 micro-batches.

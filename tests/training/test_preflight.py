@@ -19,7 +19,7 @@ from mini_llava.tools.doctor import main as doctor
 from mini_llava.tools.export import main as export
 from mini_llava.tools.saved_models import open_saved
 from mini_llava.training.order import choose_order
-from tests.end_to_end.runs import FIXTURES, flags_of, train_here
+from tests.end_to_end.runs import FIXTURES, flags_of, plan_here, train_here
 from tests.families import FAMILIES, write_family
 
 SIZES = dict(vocab_size=832, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
@@ -36,12 +36,13 @@ def language_model(folder, kind="llama", tokenizer=FIXTURES / "llm", **values):
 def findings(tmp_path, stage=2, **values):
     """Every finding of a run with these flags, by check."""
     arguments = flags.parse_arguments(flags_of(stage, tmp_path / "run", values))
-    source = open_source(arguments.model, arguments.explicit)
+    source = open_source(arguments.model, arguments.explicit, arguments.data)
+    arguments = arguments.fixed_by(source)
     samples = open_samples(arguments, source)
     lengths = measure(samples, 1, tmp_path / "cache")
     order = choose_order(arguments, samples.store, lengths, 1)
     found = list(preflight.check_run(arguments, source, samples, lengths, order))
-    assert {f.check for f in found} <= {*flags.ALLOWABLE, "tokens", "positions", "steps"}
+    assert {f.check for f in found} <= {*flags.choices("allow"), "tokens", "positions", "steps"}
     return found
 
 
@@ -310,15 +311,15 @@ def test_a_run_that_would_skip_all_of_its_records_is_refused(tmp_path):
 def test_train_and_plan_refuse_before_weights_are_read_and_name_the_flag_that_allows_it(tmp_path, capsys):
     folder = language_model(tmp_path / "llm")  # has no weights
     values = {"model_name_or_path": folder, "version": "qwen_2", "learning_rate": 0, "max_steps": 2}
-    for more in ({}, {"dry_run": True}):
+    for look in (train_here, plan_here):
         with pytest.raises((ValueError, OSError)) as refused:
-            train_here(flags_of(2, tmp_path / "run", values | more))
+            look(flags_of(2, tmp_path / "run", values))
         assert "--allow template" in str(refused.value) and "--allow learning_rate" in str(refused.value)
         with pytest.raises((ValueError, OSError)) as refused:
-            train_here(flags_of(2, tmp_path / "run", values | more | {"allow": "learning_rate"}))
+            look(flags_of(2, tmp_path / "run", values | {"allow": "learning_rate"}))
         assert "--allow template" in str(refused.value) and "--allow learning_rate" not in str(refused.value)
-    allowed = {"allow": ["learning_rate", "template"], "dry_run": True, "gpu_memory_gib": 80}
-    train_here(flags_of(2, tmp_path / "run", values | allowed))
+    allowed = {"allow": ["learning_rate", "template"], "gpu_memory_gib": 80}
+    plan_here(flags_of(2, tmp_path / "run", values | allowed))
     assert "template      Warning: --version qwen_2 ends an answer with <|im_end|>" in capsys.readouterr().out
 
 

@@ -16,7 +16,7 @@ from mini_llava.watch.json_lines import append_lines
 from mini_llava.watch.page import WIDTH
 from mini_llava.watch.summary import duration, summarise, talk_command, write_summary
 from mini_llava.watch.trackers import name_on_page
-from tests.end_to_end.runs import FIXTURES, flags_of, train_here
+from tests.end_to_end.runs import FIXTURES, flags_of, plan_here, train_here
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -142,7 +142,7 @@ def test_the_numbers_and_nouns_of_a_run_of_one_record_agree(tmp_path, capsys):
     assert re.search(r"Tried the longest micro-batch \([\d,]+ tokens, 1 image through the tower\)", printed)
     assert "\n1 held-out question before training: " in printed
     assert re.search(r"\n1 step, 1 sample, [\d,]+ tokens in ", printed)
-    train_here(flags_of(2, tmp_path / "plan", one | {"dry_run": True, "num_gpus": 1, "gpu_memory_gib": 80}))
+    plan_here(flags_of(2, tmp_path / "plan", one | {"num_gpus": 1, "gpu_memory_gib": 80}))
     printed = capsys.readouterr().out
     assert "Global batch: 1 sample on 1 GPU, " in printed and " tokens, 1 image through the tower." in printed
     assert re.search(r"\n1 record, 1 with images, [\d,]+ tokens: 1 step, 1.00 epochs", printed)

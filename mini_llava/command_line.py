@@ -1,0 +1,129 @@
+"""Flags made of dataclasses: the field's name, type and default, and the text under it as `--help`."""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import inspect
+import itertools
+import os
+import textwrap
+import time
+import types
+import typing
+
+from .elsewhere import ELSEWHERE
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are one sentence."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        """Faults are one sentence; the usage of a hundred flags would hide it."""
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(5)  # rank 0 says the same, and the launcher then ends this process
+        self.exit(2, f"train.py: error: {message}\n")
+
+    def parse_args(self, args=None, namespace=None):
+        namespace, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = {action.dest for action in self._actions}
+            name = unknown[0].split("=")[0]
+            self.error(
+                unknown_flag(name.lstrip("-"), flags) if name.startswith("-") else f"{name!r} belongs to no flag."
+            )
+        return namespace
+
+
+def add_flags(parser: argparse.ArgumentParser, part: type, presets: tuple[dict, dict] = ({}, {})) -> None:
+    """Add a flag for each field of a dataclass to a parser, in a group of their own; one not given is not set.
+
+    presets: of the two stages, flag name to value, which stand beside the text.
+    """
+    group = parser.add_argument_group(part.__doc__)
+    texts, hints = field_texts(part), typing.get_type_hints(part)
+    for f in dataclasses.fields(part):
+        first, second = (preset.get(f.name, f.default) for preset in presets)
+        default = f" [stage 1: {first}, stage 2: {second}]" if first != second else f" [{first}]"
+        if first is None and second is None:
+            default = ""
+        help_text = (texts[f.name] + default).replace("%", "%%")
+        kind = _argparse_kind(hints[f.name])
+        kind["metavar"] = f.metadata.get("metavar", kind["metavar"])
+        group.add_argument(f"--{f.name}", **kind, default=argparse.SUPPRESS, help=help_text)
+
+
+def _argparse_kind(hint) -> dict:
+    kind = plain(hint)
+    if kind is bool:
+        return {"type": _boolean, "nargs": "?", "const": True, "metavar": "True|False"}
+    if typing.get_origin(kind) is list:
+        return {"type": typing.get_args(kind)[0], "nargs": "+", "metavar": "PATH"}
+    return {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("true", "1", "yes"):
+        return True
+    if text.lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is not True or False")
+
+
+def plain(hint):
+    """Return the type of a field that may be None: `int` of `int | None`."""
+    if isinstance(hint, types.UnionType):
+        return next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    return hint
+
+
+def convert(kind, value):
+    """Return a YAML value as the field's type, or raise ValueError.
+
+    A number written as text counts as a number: `1e-3` is text in YAML.
+    """
+    if value is None:
+        return None
+    if typing.get_origin(kind) is list:
+        items = value if isinstance(value, list) else [value]
+        if None in items:
+            raise ValueError
+        return [convert(typing.get_args(kind)[0], item) for item in items]
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError
+        return value
+    if kind is str:
+        if isinstance(value, bool):  # YAML reads a bare `no` as False
+            return "no" if value is False else "yes"
+        return str(value)
+    if isinstance(value, bool):
+        raise ValueError
+    if kind is int and float(value) != int(float(value)):
+        raise ValueError
+    return kind(float(value))
+
+
+def describe(kind) -> str:
+    """Return what a value of this type is, for a sentence."""
+    known = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+    return known.get(kind, "a list of numbers" if kind == list[float] else "a list of texts")
+
+
+def unknown_flag(name: str, known) -> str:
+    """Return what is done instead of a flag that is none of the known ones, or which of these is like it."""
+    if name in ELSEWHERE:
+        return f"--{name} is not a flag here: {ELSEWHERE[name]}"
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"unknown flag --{name}" + (f", did you mean --{close[0]}?" if close else "; see --help.")
+
+
+def field_texts(kind) -> dict[str, str]:
+    """Return the text under each field of a dataclass, read from the source."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    body = tree.body[0].body
+    return {
+        statement.target.id: " ".join(following.value.value.split())
+        for statement, following in itertools.pairwise(body)
+        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr)
+    }
