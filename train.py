@@ -192,7 +192,7 @@ def train(arguments: flags.Arguments, advice: MemoryAdvice | None = None) -> Non
 
 
 def main() -> None:
-    """The program: what the person at the terminal can fix ends it with a sentence, a bug with its traceback."""
+    """Run the program: what the person at the terminal can fix ends it with a sentence, a bug with its traceback."""
     arguments, advice = flags.parse_arguments(), MemoryAdvice()
     try:
         train(arguments, advice)

@@ -52,24 +52,16 @@ def main() -> None:
 
 
 def estimated(own: argparse.Namespace, planning: plan.PlanArguments, of_train: list[str]) -> Estimate | None:
-    """The first of those that the plan makes, which it prints; None on ranks that plan nothing."""
-    made, estimate = [], plan.estimate
-
-    def keep(*arguments):
-        made.append(estimate(*arguments))
-        return made[-1]
-
-    plan.estimate = keep
+    """Print the plan, also of what does not fit, and return its estimate; None on ranks that plan nothing."""
+    arguments = throughput.arguments_of_the_run(own, of_train)
+    if backend.launched_rank()[0] > 0:
+        return None
+    planned = plan.print_run(arguments, planning)
     try:
-        arguments = throughput.arguments_of_the_run(own, of_train)
-        if backend.launched_rank()[0] == 0:
-            plan.plan(arguments, planning)
+        plan.print_memory(planned)
     except ValueError as error:
-        if not made:
-            raise
-        print(error)  # it does not fit, by the estimate
-    plan.estimate = estimate
-    return made[0] if made else None
+        print(error)
+    return planned.estimate()
 
 
 def row(name: str, found: Estimate, measured: float | None) -> dict:

@@ -409,7 +409,7 @@ class Arguments:
     is_demo: bool = False
 
     def as_dict(self) -> dict:
-        """Flag name to value, as a `--config` file would hold it."""
+        """Return flag name to value, as a `--config` file would hold it."""
         values = {"stage": self.stage}
         for part in (self.model, self.data, self.training):
             values |= dataclasses.asdict(part)
@@ -432,7 +432,7 @@ class Arguments:
 
 
 def parse_arguments(command_line: list[str] | None = None) -> Arguments:
-    """Command line over `--config` file over preset over default; a fault ends the program with one sentence."""
+    """Resolve command line over `--config` file over preset over default; a fault ends the program with a sentence."""
     parser = _build_parser()
     given = vars(parser.parse_args(command_line))
     stage, config_file = given.pop("stage", None), given.pop("config", None)
@@ -443,7 +443,7 @@ def parse_arguments(command_line: list[str] | None = None) -> Arguments:
 
 
 def resolve(stage: int | None, command_line: dict, config_file: str | None = None) -> Arguments:
-    """The arguments of one run, whose stage may stand in the file. Raises ValueError with a sentence."""
+    """Return the arguments of one run, whose stage may stand in the file. Raises ValueError with a sentence."""
     from_file = read_config(config_file) if config_file else {}
     of_file = from_file.pop("stage", None)
     stage = of_file if stage is None else stage
@@ -481,7 +481,7 @@ def _wants_demo(given: dict) -> bool:
 
 
 def read_config(path: str) -> dict:
-    """A `--config` file: flag names to values, checked like the command line. Raises ValueError with a sentence."""
+    """Read a `--config` file: flag names to values, checked like the command line. Raises ValueError, a sentence."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -503,7 +503,7 @@ def read_config(path: str) -> dict:
 
 
 def parse_for_a_tool(command_line: list[str]) -> Arguments:
-    """`train.py`'s arguments for a tool that shows what a run does: of stage 2 if no stage is named."""
+    """Return `train.py`'s arguments for a tool that shows what a run does: of stage 2 if no stage is named."""
     parser = _build_parser()
     named, file = (getattr(parser.parse_args(command_line), name, None) for name in ("stage", "config"))
     try:
@@ -514,7 +514,7 @@ def parse_for_a_tool(command_line: list[str]) -> Arguments:
 
 
 def check_values(*parts) -> None:
-    """Raises ValueError for a value that is none of its field's choices, or has to be positive; each with a sentence.
+    """Raise ValueError for a value that is none of its field's choices, or has to be positive; each with a sentence.
 
     parts: dataclasses of flags.
     """
@@ -532,7 +532,7 @@ def check_values(*parts) -> None:
 
 
 def _check_needs(arguments: Arguments) -> None:
-    """Raises ValueError for a flag that does nothing, because another one has not the value it needs."""
+    """Raise ValueError for a flag that does nothing, because another one has not the value it needs."""
     values = arguments.as_dict()
     for f in flag_fields():
         other, needed = f.metadata.get("needs", (None, None))
@@ -545,7 +545,7 @@ def _check_needs(arguments: Arguments) -> None:
 
 
 def _check(arguments: Arguments) -> None:
-    """Raises ValueError, a sentence, for flags that are missing or contradict each other."""
+    """Raise ValueError, a sentence, for flags that are missing or contradict each other."""
     values = arguments.as_dict()
     check_values(arguments.model, arguments.data, arguments.training)
     for name in ("model_name_or_path", "data_path", "version"):
@@ -660,7 +660,7 @@ def choices(name: str) -> tuple:
 
 
 def check_model_place(what: str, value: str | None) -> None:
-    """Raises ValueError for a path that is not a model's directory; a hub name is asked for when it is read.
+    """Raise ValueError for a path that is not a model's directory; a hub name is asked for when it is read.
 
     what: the flag, for the sentence.
     """
@@ -715,7 +715,7 @@ def _metadata(name: str) -> Mapping:
 
 
 def save_arguments(arguments: Arguments, path: Path, extra: dict) -> None:
-    """Writes every resolved argument, and under `run` what else describes the run, as YAML.
+    """Write every resolved argument, and under `run` what else describes the run, as YAML.
 
     Raises OSError: a sentence that names the file. An older one is replaced by the whole new one or not at all.
     """

@@ -21,7 +21,7 @@ from .training.optimizer import build_adamw, parameter_groups
 
 
 def plan_of(arguments: Arguments, source: Source) -> dict[str, str]:
-    """The freeze plan of a run: part -> "full", "frozen" or "LoRA r=..."."""
+    """Return the freeze plan of a run: part -> "full", "frozen" or "LoRA r=..."."""
     model_flags, training = arguments.model, arguments.training
     return freeze_plan(
         model_flags.tune_mm_mlp_adapter,
@@ -41,7 +41,7 @@ def build_model(
     new_tokens: int,
     accelerator: Accelerator,
 ) -> tuple[LlavaModel, dict[str, str]]:
-    """The model, not yet prepared, and its freeze plan: part -> "full", "frozen" or "LoRA r=...".
+    """Build the model, not yet prepared, and its freeze plan: part -> "full", "frozen" or "LoRA r=...".
 
     Args:
         new_tokens: how many tokens at the end of the tokenizer were added for LLaVA's image marks.
@@ -66,16 +66,7 @@ def build_model(
         model_flags.mm_use_im_start_end,
     )
     if training.lora_enable:
-        lora.add_lora(
-            model.language_model,
-            model_flags.model_name_or_path,
-            training.lora_r,
-            training.lora_alpha,
-            training.lora_dropout,
-            training.lora_bias,
-            master_dtype(accelerator),
-            training.seed,
-        )
+        lora.add_lora(model.language_model, model_flags.model_name_or_path, training, master_dtype(accelerator))
     add_token_rows(
         model,
         tokenizer,

@@ -19,7 +19,7 @@ class Parser(argparse.ArgumentParser):
     """argparse's, whose errors are one sentence."""
 
     def error(self, message: str) -> typing.NoReturn:
-        """Faults are one sentence; the usage of a hundred flags would hide it."""
+        """End the program with one sentence, which the usage of a hundred flags would hide."""
         if int(os.environ.get("RANK", 0)) > 0:
             time.sleep(5)  # rank 0 says the same, and the launcher then ends this process
         self.exit(2, f"train.py: error: {message}\n")

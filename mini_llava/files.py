@@ -51,7 +51,7 @@ def staged(directory: Path) -> Iterator[Path]:
 
 
 def flush(descriptor: int) -> str | None:
-    """Have the disk write a file or directory before this returns. Raises OSError if it fails.
+    """Flush a file or directory to disk before this returns. Raises OSError if it fails.
 
     Some network file systems and FUSE's have no such operation, or none for directories. What is written there is
     written when they please: the reason is returned, and nothing is lost unless the machine goes down.

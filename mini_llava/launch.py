@@ -19,7 +19,7 @@ from .guards.output_streams import drop_what_cannot_be_printed
 
 
 def become(given) -> None:
-    """In place of accelerate's `simple_launcher`, which starts the one process as a child and passes no signal on."""
+    """Replace accelerate's `simple_launcher`, which starts the one process as a child and passes no signal on."""
     command, environment = prepare_simple_launcher_cmd_env(given)
     if (given.num_processes or 1) == 1 and given.num_machines == 1:
         environment.pop("MASTER_ADDR", None)  # of a job script: `check_launch` would take it for accelerate's
@@ -28,7 +28,7 @@ def become(given) -> None:
 
 
 def first_to_fail(error: ChildFailedError) -> tuple[int, ProcessFailure]:
-    """The rank that failed by itself: torchrun ends the others by SIGTERM."""
+    """Return the rank that failed by itself: torchrun ends the others by SIGTERM."""
     of_ranks = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
     by_themselves = [item for item in of_ranks if item[1].exitcode != -signal.SIGTERM]
     return (by_themselves or of_ranks)[0]

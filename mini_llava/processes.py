@@ -28,7 +28,7 @@ LAUNCHER_MODULES = {
 
 
 def end_with_parent(number: int, parent: int) -> None:
-    """Have the kernel send this process the signal when its parent ends, or send it if the parent has ended already.
+    """Make the kernel send this process the signal when its parent ends, or send it if the parent has ended already.
 
     The kernel means the thread that started this process: to be used where that is one which lives as long as the
     parent, mostly the main one.
@@ -44,7 +44,7 @@ def end_with_parent(number: int, parent: int) -> None:
 
 
 def end_worker_with_parent() -> None:
-    """Be killed when the parent ends: for a pool's or a loader's worker, at its start.
+    """Make the kernel kill this process when its parent ends: for a pool's or a loader's worker, at its start.
 
     Such a worker would wait for work for ever, since its siblings hold the other ends of its pipes.
     """
@@ -79,7 +79,7 @@ class WorkerKilled(OSError):
 def map_ranges(
     function: Callable[[range], object], count: int, num_workers: int, what: str, workers_flag: str = "--num_workers"
 ) -> Iterator:
-    """Yields `function(part)` for the consecutive parts of `range(count)`, computed by forked processes, in order.
+    """Yield `function(part)` for the consecutive parts of `range(count)`, computed by forked processes, in order.
 
     The processes share what the function refers to (store, tokenizer); nothing is pickled but the results.
 

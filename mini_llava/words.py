@@ -2,6 +2,6 @@
 
 
 def counted(number: int, noun: str) -> str:
-    """`1 record`, `2,000 records`, `1 process`, `2 processes`."""
+    """Return `1 record`, `2,000 records`, `1 process`, `2 processes`."""
     ending = "" if number == 1 else "es" if noun.endswith(("s", "x", "ch")) else "s"
     return f"{number:,} {noun}{ending}"

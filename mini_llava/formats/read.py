@@ -1,4 +1,4 @@
-"""Every layout that a run can start from, told apart by what is in it and never by its name.
+"""Every layout that a run can start from, recognised by its content and never by its name.
 
 Replaces LLaVA's `load_pretrained_model`, which decides by words in the folder's name and loads with `strict=False`. A
 plain language model gets a vision tower and a new projector; a LLaVA model, in the layout of LLaVA's own code or in
@@ -89,7 +89,7 @@ class Source:
     resized_to: int | None = None
 
     def describe(self, pretrained_projector: str | None = None) -> str:
-        """What a person should know before the run; `pretrained_projector` is the value of the flag of that name."""
+        """Return what a person should know before the run; `pretrained_projector` is the value of that flag."""
         if self.layout == "language_model":
             return f"{self.name} is a language model ({self.language_config.model_type})."
         whose = "LLaVA's own code" if self.layout == "llava" else "transformers"
@@ -103,7 +103,7 @@ class Source:
         )
 
     def image_processor(self) -> BaseImageProcessor:
-        """The tower's image processor, which pads nothing: the trainer pads by `--image_aspect_ratio`."""
+        """Return the tower's image processor, which pads nothing: the trainer pads by `--image_aspect_ratio`."""
         where = self.name if self.layout == "transformers" else self.vision_tower
         processor = tower_image_processor(where)
         if getattr(processor, "do_pad", None):
@@ -111,7 +111,7 @@ class Source:
         return of_size(processor, self.resized_to) if self.resized_to else processor
 
     def image_size(self) -> int:
-        """Side of the square picture that the tower takes, pixels."""
+        """Return the side of the square picture that the tower takes, pixels."""
         if self.resized_to:
             return self.resized_to
         where = self.name if self.layout == "transformers" else self.vision_tower
@@ -174,7 +174,7 @@ class Source:
         return fixed
 
     def image_aspect_ratio(self) -> str:
-        """What the images were trained with: `pad`, `square` or `anyres`."""
+        """Return what the images were trained with: `pad`, `square` or `anyres`."""
         if self.merge_type:
             return "anyres"
         if self.layout == "llava":
@@ -182,19 +182,19 @@ class Source:
         return "pad" if getattr(load_image_processor(self.name), "do_pad", None) else "square"
 
     def model_max_length(self, tokenizer) -> int:
-        """The longest sequence, image tokens included; where nothing says it, what the language model was made for."""
+        """Return the longest sequence, image tokens included; where nothing says it, the language model's positions."""
         longest = self.config.get("tokenizer_model_max_length") or tokenizer.model_max_length
         return min(longest, self.language_config.max_position_embeddings)
 
     def load_projector(self) -> nn.Module:
-        """The projector with its weights, or with new ones from torch's generator, in fp32 or as stored."""
+        """Return the projector with its weights, or with new ones from torch's generator, in fp32 or as stored."""
         projector = build_projector(self.projector_type, self.vision_config.hidden_size, _width(self.language_config))
         if "projector" in self.stored:
             projector.load_state_dict({name: stored.tensor for name, stored in self.stored["projector"].items()})
         return projector
 
     def load_newline(self) -> ImageNewline | None:
-        """The newline with its weights, or with new ones; None where images are whole or their rows have no end."""
+        """Return the newline with its weights, or new ones; None where images are whole or their rows have no end."""
         if self.tiling is None or not self.tiling.has_newline:
             return None
         newline = ImageNewline(_width(self.language_config))
@@ -203,7 +203,7 @@ class Source:
         return newline
 
     def load_language_model(self, dtype: torch.dtype, attn_implementation: str | None, **options) -> nn.Module:
-        """The language model; `options` go to `from_pretrained`. Under ZeRO-3 it is partitioned while it is read.
+        """Load the language model; `options` go to `from_pretrained`. Under ZeRO-3 it is partitioned while it is read.
 
         Args:
             attn_implementation: None takes what transformers has for it, and eager if it caps scores.
@@ -239,7 +239,7 @@ class Source:
         return self.as_tower(model)
 
     def as_tower(self, model: nn.Module) -> VisionTower:
-        """The tower around transformers' model, of the size that is wanted."""
+        """Return the tower around transformers' model, of the size that is wanted."""
         if self.resized_to:
             resize(model, self.resized_to)
         tower = VisionTower(model, self.select_layer, self.select_feature, self.image_size())
@@ -518,7 +518,7 @@ def _is_gone(tower: str) -> bool:
 
 
 def _resize(source: Source, image_size: int | None) -> None:
-    """Notes the value of `--image_size`, for when the tower is loaded."""
+    """Store `--image_size` for when the tower is loaded."""
     if image_size is None:
         return
     stride = source.vision_config.patch_size
@@ -531,7 +531,7 @@ def _resize(source: Source, image_size: int | None) -> None:
 
 
 def empty_parts(source: Source) -> dict[str, nn.Module]:
-    """All parts without memory for their weights."""
+    """Return all parts without memory for their weights."""
     newline = ("image_newline",) * bool(source.tiling and source.tiling.has_newline)
     return {part: _empty_part(source, part) for part in ("language_model", "projector", "vision_tower", *newline)}
 
@@ -557,7 +557,7 @@ def empty_language_model(language_config: PreTrainedConfig) -> nn.Module | None:
 
 
 def _check_weights(source: Source) -> None:
-    """Raises ValueError, naming file, tensor and both shapes, unless each part has all of its tensors and no other."""
+    """Raise ValueError, naming file, tensor and both shapes, unless each part has all of its tensors and no other."""
     newline = source.stored.get("image_newline")
     if newline and source.merge_type != "spatial_unpad":
         raise ValueError(
@@ -595,7 +595,7 @@ def _check_weights(source: Source) -> None:
 
 
 def _tied_names(tensors: dict[str, torch.Tensor]) -> set[str]:
-    """Names of tensors that are another one before them."""
+    """Return the names of tensors that share storage with an earlier one (tied weights)."""
     first = {id(tensor): name for name, tensor in reversed(tensors.items())}
     return {name for name, tensor in tensors.items() if first[id(tensor)] != name}
 
@@ -621,7 +621,7 @@ def _load_strictly(name: str, **options) -> nn.Module:
 
 
 def restore_rotary_frequencies(model: nn.Module) -> None:
-    """Computes the frequencies of rotary embeddings again, in place, where they are not fp32.
+    """Compute the frequencies of rotary embeddings again, in place, where they are not fp32.
 
     Read under ZeRO-3, transformers 5.17 leaves them in bf16, whose rounding turns position 1,000 by up to two radians.
     """

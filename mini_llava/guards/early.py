@@ -21,7 +21,7 @@ from .output_folder import check_nothing_is_replaced, check_place
 
 
 def check_files(arguments: Arguments, weights: bool = True) -> None:
-    """Raises OSError or ValueError, a sentence that names the flag, for a file or folder to read that is not there.
+    """Raise OSError or ValueError, a sentence that names the flag, for a file or folder to read that is not there.
 
     weights: whether those of an earlier stage are looked for too; a plan may be made before that stage has run.
     """
@@ -38,7 +38,7 @@ def check_files(arguments: Arguments, weights: bool = True) -> None:
 
 
 def check_what_a_run_needs(arguments: Arguments) -> None:
-    """`check_files`, and what training needs besides: packages, the processes asked for, a place for what it writes.
+    """Check files, and what training needs besides: packages, the processes asked for, a place for what it writes.
 
     Raises:
         OSError: `--output_dir` cannot be written.
@@ -66,7 +66,7 @@ def check_output(output_dir: Path, resume_from_checkpoint: str | None) -> None:
 
 
 def check_launch(environment) -> None:
-    """Raises ValueError if `accelerate launch` was asked for several processes and has started one.
+    """Raise ValueError if `accelerate launch` was asked for several processes and has started one.
 
     Without GPUs it does so silently, unless told to use MPI: the address for the others is then all that is left.
     """

@@ -40,7 +40,7 @@ NOT_THE_MODEL = ("transformers_version", "dtype", "torch_dtype", "architectures"
 
 
 def run_identity(accelerator: Accelerator, model: nn.Module, arguments: Arguments, data: Data, order: Order) -> dict:
-    """JSON values that are equal for two runs if and only if their numbers should be. All ranks must call it.
+    """Return JSON values that are equal for two runs if and only if their numbers should be. All ranks must call it.
 
     Two entries are never refused: `computation`, by which the numbers differ in their last digits, and `held out`, by
     which scores do that are drawn as one curve.
@@ -87,7 +87,7 @@ def run_identity(accelerator: Accelerator, model: nn.Module, arguments: Argument
 
 
 def differences(theirs: dict, mine: dict, may_differ: list[str]) -> tuple[list[str], list[str]]:
-    """(a line for each difference, the names by which `--resume_ignore` would let them pass)."""
+    """Return (a line for each difference, the names by which `--resume_ignore` would let them pass)."""
     ignored = {compared_as(name) or name for name in may_differ}
     found = [(name, f"{_label(name)}: {line}") for name, line in _flag_lines(theirs["flags"], mine["flags"])]
     found += [("data", f"data: {line}") for line in _data_lines(theirs["data"], mine["data"])]
@@ -163,7 +163,7 @@ def _model_lines(theirs: dict, mine: dict) -> list[str]:
 
 
 def resume_notes(manifest: dict, identity: dict) -> list[str]:
-    """What a resumed run has to say though it is not refused: a sentence or two for each.
+    """Return what a resumed run has to say though it is not refused, a sentence or two for each.
 
     Args:
         manifest: of the checkpoint that was loaded.
@@ -231,7 +231,7 @@ def _pictures_seen(
 
 
 def picture_fingerprints(store: RecordStore, images: Iterable[tuple[int, str]]) -> list[dict[str, list | None]]:
-    """For each data file: image name to bytes and digest, or None if it cannot be read, of the first `PICTURES`.
+    """Return for each data file: image name to bytes and digest, or None if it cannot be read, of the first `PICTURES`.
 
     Times say nothing: a copy, a checkout or an archive unpacked again has others. At most 48 MB are read, by several
     threads, because a network file system is slow to answer.
@@ -260,7 +260,7 @@ def _picture_fingerprint(folder: str | None, name: str) -> list | None:
 
 
 def digest_of_questions(questions: Sequence[Question]) -> str:
-    """Of all that a held-out score depends on, besides pictures."""
+    """Return a digest of all that a held-out score depends on, besides pictures."""
     texts = [[q.input_ids.tolist(), q.tokens, q.answer, q.metric, [name for _, name in q.images]] for q in questions]
     return _digest(json.dumps(texts).encode())
 
@@ -279,7 +279,7 @@ def _digest(content: bytes) -> str:
 
 @torch.no_grad()
 def frozen_fingerprints(accelerator: Accelerator, model: nn.Module) -> dict[str, str]:
-    """Part of the model to `dtype fingerprint` of its frozen weights. A collective: all ranks must call it.
+    """Return part of the model to `dtype fingerprint` of its frozen weights. A collective: all ranks must call it.
 
     A sum modulo 2^64 over all weights: the bits as an integer times an odd number that depends on the place. Any change
     of one weight changes it, and it does not depend on how ZeRO-3 has divided the weights.

@@ -38,7 +38,7 @@ class Shape:
         return self.rows * self.columns
 
     def of_tokens(self, tokens: int) -> "Shape":
-        """A micro-batch of the same kind with about so many tokens."""
+        """Return a micro-batch of the same kind with about so many tokens."""
         share = tokens / self.tokens
         if self.packed:
             scaled = replace(self, columns=tokens, logits=max(1, round(self.logits * share)))
@@ -62,7 +62,7 @@ class Longest:
 
 
 def kept_of_a_position(config: PreTrainedConfig, recomputed: float) -> float:
-    """How many numbers a language model keeps of one position until backward; about, and without its logits.
+    """Return about how many numbers a language model keeps of one position until backward, without its logits.
 
     Args:
         config: of the language model.
@@ -79,7 +79,7 @@ def longest_micro_batch(
     logits_weigh: float,
     pictures_weigh: float,
 ) -> Longest:
-    """Of all ranks and steps.
+    """Return the micro-batch, of all ranks and steps, that needs most memory.
 
     Args:
         dealt_batches: for each step what `deal` gives.
@@ -109,7 +109,7 @@ def longest_micro_batch(
 def try_longest(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, steps: RankSteps, longest: Longest
 ) -> str:
-    """Runs it forward and backward on every rank, with the memory taken that the first step will take.
+    """Run it forward and backward on every rank, with the memory taken that the first step will take.
 
     All ranks must call it. Raises what a step would: out of memory above all, and the fault of a bad sample.
     """

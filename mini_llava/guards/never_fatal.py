@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def never_fatal(consequence: str) -> Iterator[None]:
-    """What fails inside costs a warning, the first time that it has this consequence, and never the run."""
+    """Turn what fails inside into a warning, the first time that it has this consequence."""
     try:
         yield
     except Exception as error:  # trackers raise whatever their networks and libraries raise

@@ -12,7 +12,7 @@ FASTVITHD = re.compile(r"mobileclip_l_(\d+)")
 
 
 def check_timm() -> None:
-    """timm builds FastVLM's tower; it is imported only where there is one."""
+    """Raise unless timm, which builds FastVLM's tower, is installed; it is imported only where there is one."""
     try:
         import timm  # noqa: F401
     except (ImportError, RuntimeError) as error:  # a torchvision that does not fit the torch is a RuntimeError
@@ -31,7 +31,7 @@ def fastvithd_config() -> PreTrainedConfig:
 
 
 def complete_timm(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Width and stride, which a timm model shows only when it is built, under the names that the others have."""
+    """Add width and stride, which a timm model shows only when it is built, under the names that the others have."""
     side = 256
     shape = empty_model(config)(torch.empty(1, 3, side, side, device="meta"), do_pooling=False).last_hidden_state.shape
     if len(shape) != 4:
@@ -44,7 +44,7 @@ def complete_timm(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def apple_name(name: str) -> str:
-    """The name that a weight of timm's `fastvit_mci3` has in apple's FastVLM checkpoints.
+    """Return the name that a weight of timm's `fastvit_mci3` has in apple's FastVLM checkpoints.
 
     Apple numbers downsampling, position encoding and stages in one list: 0, (1) 2, (3) 4, (5, 6) 7, (8, 9) 10.
     """

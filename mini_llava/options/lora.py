@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from ..arguments import TrainingArguments
 from ..files import staged
 from ..formats.tokenizers import load_tokenizer
 from ..formats.weights import write_json
@@ -37,46 +38,37 @@ PROJECTOR, TOWER, TOKENS = "mm_projector.", "vision_tower.vision_tower.", "embed
 
 
 def linear_layers(language_model: nn.Module) -> list[str]:
-    """Full names of the linear layers that get adapters: all but the output head."""
+    """Return the full names of the linear layers that get adapters: all but the output head."""
     head = language_model.get_output_embeddings()
     # Quantised layers are subclasses of nn.Linear too.
     return [name for name, m in language_model.named_modules() if isinstance(m, nn.Linear) and m is not head]
 
 
-def add_lora(
-    language_model: nn.Module,
-    base: str,
-    r: int,
-    alpha: int,
-    dropout: float,
-    bias: str,
-    dtype: torch.dtype,
-    seed: int,
-) -> None:
-    """Puts a new adapter beside every linear layer but the head, and leaves nothing else of the model trainable.
+def add_lora(language_model: nn.Module, base: str, training: TrainingArguments, dtype: torch.dtype) -> None:
+    """Put a new adapter beside every linear layer but the head, and leaves nothing else of the model trainable.
 
     Every rank calls it, before the model is handed to DeepSpeed; a language model that ZeRO-3 partitioned while it was
     read is fine. The first product changes nothing, since one factor of each adapter is zero.
 
     Args:
         base: what the language model was read from, for `base_model_name_or_path`.
-        bias: `none`, `all` or `lora_only`: biases that are trained beside the adapters.
+        training: its `lora_` fields, and `seed` for the adapters: reading a model may or may not have drawn from the
+            global generator.
         dtype: of adapters and trained biases: fp32 where they are their own masters.
-        seed: of the adapters. Not the global generator: reading a model may or may not have drawn from that.
     """
     from peft import LoraConfig  # takes seconds to import, and most runs have no adapters
 
     config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        bias=bias,
+        r=training.lora_r,
+        lora_alpha=training.lora_alpha,
+        lora_dropout=training.lora_dropout,
+        bias=training.lora_bias,
         target_modules=linear_layers(language_model),
         base_model_name_or_path=base,
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):  # they are drawn on the CPU
-        torch.manual_seed(seed)
+        torch.manual_seed(training.seed)
         _inject(language_model, config, dtype)
 
 
@@ -99,7 +91,7 @@ def _inject(language_model: nn.Module, config, dtype: torch.dtype) -> None:
 
 
 def adapters(language_model: nn.Module) -> dict[str, nn.Module]:
-    """PEFT's layers by the full name of the linear layer they stand for."""
+    """Return PEFT's layers by the full name of the linear layer they stand for."""
     from peft.tuners.lora import LoraLayer
 
     return {name: module for name, module in language_model.named_modules() if isinstance(module, LoraLayer)}
@@ -107,7 +99,7 @@ def adapters(language_model: nn.Module) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def merge_lora(model: LlavaModel, dtype: torch.dtype) -> LlavaModel:
-    """Adds each adapter's product to its weight, in fp32, and casts the whole model once; the model is changed.
+    """Add each adapter's product to its weight, in fp32, and casts the whole model once; the model is changed.
 
     Raises ValueError for a quantised language model: merge into the one that it was quantised from.
     """
@@ -128,7 +120,7 @@ def merge_lora(model: LlavaModel, dtype: torch.dtype) -> LlavaModel:
 
 
 def fingerprint(language_model: nn.Module) -> str:
-    """Digest of the word embeddings, rounded to bfloat16: tells two models of the same shape apart.
+    """Return a digest of the word embeddings, rounded to bfloat16: it differs for two models of the same shape.
 
     Rounded, so that a model read in another precision is still the same one. Adapters do not change it. All ranks must
     call it.
@@ -195,7 +187,7 @@ def save_lora(directory: str | Path, model: LlavaModel, described: Description) 
 
 
 def base_of(directory: str | Path) -> str:
-    """Name or path of the language model that a LoRA directory belongs to."""
+    """Return the name or path of the language model that a LoRA directory belongs to."""
     base = _read_json(Path(directory), ADAPTER_CONFIG).get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{Path(directory) / ADAPTER_CONFIG} has no base_model_name_or_path: name the base yourself.")
@@ -203,7 +195,7 @@ def base_of(directory: str | Path) -> str:
 
 
 def load_lora(model: LlavaModel, directory: str | Path, dtype: torch.dtype) -> None:
-    """Adds the adapters of a LoRA directory to `model`, its base, and reads projector and tower from there.
+    """Add the adapters of a LoRA directory to `model`, its base, and reads projector and tower from there.
 
     Raises ValueError or FileNotFoundError for anything missing, surplus or of another shape, and if `model` is not the
     base that the directory belongs to; the model is of no use then.
@@ -230,7 +222,7 @@ def load_lora(model: LlavaModel, directory: str | Path, dtype: torch.dtype) -> N
 
 
 def start_from(model: LlavaModel, directory: str | Path) -> None:
-    """Fills the adapters that `model` got from `add_lora`, its projector and its tower from a LoRA directory.
+    """Fill the adapters that `model` got from `add_lora`, its projector and its tower from a LoRA directory.
 
     Before the model is handed to DeepSpeed. Raises ValueError as `load_lora` does, and for another rank or alpha.
     """
@@ -244,7 +236,7 @@ def start_from(model: LlavaModel, directory: str | Path) -> None:
 
 
 def find_adapter(directory: str | Path) -> Path:
-    """The file of a LoRA directory that holds its adapters. Raises FileNotFoundError: there is none."""
+    """Return the file of a LoRA directory that holds its adapters. Raises FileNotFoundError: there is none."""
     directory = Path(directory)
     if not directory.is_dir():
         state = "is not a directory" if directory.exists() else "does not exist"
@@ -298,7 +290,7 @@ def _fill(model: LlavaModel, directory: Path) -> None:
 
 
 def _check_base(model: LlavaModel, directory: Path) -> None:
-    """Raises ValueError naming the first differences between the base at hand and the one of the directory."""
+    """Raise ValueError naming the first differences between the base at hand and the one of the directory."""
     theirs, mine = _read_json(directory, "config.json"), model.language_model.config.to_dict()
     keys = ["hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"]
     added = ("mm_use_im_start_end", "mm_use_im_patch_token", "added_tokens")

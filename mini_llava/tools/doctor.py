@@ -85,7 +85,7 @@ class Findings:
 
 
 def examine_records(samples: Samples, part: range) -> Findings:
-    """Reads and tokenizes some records as the trainer does, and looks whether their images are there."""
+    """Read and tokenize some records as the trainer does, and look whether their images are there."""
     found = Findings.empty(len(part))
     for place, index in enumerate(part):
         try:
@@ -130,7 +130,7 @@ def _remarks(record: dict, sample: Sample, whole: Sample, max_length: int) -> li
 
 
 def find_duplicates(store: RecordStore, found: Findings) -> Iterable[tuple[int, str]]:
-    """A warning for each good record that trains the same tokens on the same images as an earlier one."""
+    """Yield a warning for each good record that trains the same tokens on the same images as an earlier one."""
     good = np.flatnonzero(found.length)
     _, first, inverse = np.unique(found.content[good], return_index=True, return_inverse=True)
     for index, earlier in zip(good.tolist(), good[first[inverse]].tolist(), strict=True):
@@ -142,7 +142,7 @@ def find_duplicates(store: RecordStore, found: Findings) -> Iterable[tuple[int, 
 
 
 def examine_images(images: list[tuple[str, str]], aspect_ratio: str, part: range) -> list[tuple[str | None, list[str]]]:
-    """For some (folder, name): why the trainer could not use the image, or None, and warnings."""
+    """Examine some (folder, name): why the trainer could not use the image, or None, and warnings."""
     return [_examine_image(*images[number], aspect_ratio) for number in part]
 
 
@@ -168,7 +168,7 @@ def _examine_image(folder: str, name: str, aspect_ratio: str) -> tuple[str | Non
 
 
 def open_images(store: RecordStore, found: Findings, aspect_ratio: str, num_workers: int) -> None:
-    """Opens every image once, however many records have it, and enters what comes out into the findings."""
+    """Open every image once, however many records have it, and enter what comes out into the findings."""
     wanted = {(store.image_folder(index), name): None for index, names in found.images.items() for name in names}
     images = list(wanted)
     results = map_ranges(functools.partial(examine_images, images, aspect_ratio), len(images), num_workers, "images")
@@ -194,7 +194,7 @@ def batch_figures(
     source_sizes: list[int] | None = None,
     weights: list[float] | None = None,
 ) -> list[str]:
-    """A table of what one epoch computes in each layout. The last two as `GlobalBatchSampler` has them.
+    """Return a table of what one epoch computes in each layout. The last two as `GlobalBatchSampler` has them.
 
     Each micro-batch of a global batch goes to a device of its own, which waits for the one with most positions.
     """
@@ -227,13 +227,13 @@ def batch_figures(
 
 
 def with_title(store: RecordStore, sentences: list[tuple[int, str]], title: str) -> str:
-    """The table of `fault_table` below a line that says how many records are in it."""
+    """Return the table of `fault_table` below a line that says how many records are in it."""
     records = len({index for index, _ in sentences})
     return "\n".join([f"{title}: {records:,} of {counted(len(store), 'record')}", *fault_table(store, sentences)])
 
 
 def histogram(lengths: np.ndarray, max_length: int, bins: int = 20) -> list[tuple[str, int]]:
-    """(range of tokens, records) in equal steps up to the longest or to `max_length`, then what is longer still."""
+    """Return (range of tokens, records) in equal steps up to the longest or to `max_length`, then what is longer."""
     width = max(1, math.ceil(min(int(lengths.max()), max_length) / bins))
     edges = [*range(0, min(int(lengths.max()), max_length), width)]
     rows = []
@@ -249,7 +249,7 @@ def histogram_lines(rows: list[tuple[str, int]], width: int = 50) -> list[str]:
 
 
 def draw_histogram(rows: list[tuple[str, int]], title: str, file: Path) -> None:
-    """The same as a picture; Pillow is here anyway, a plotting library is not."""
+    """Draw the same as a picture; Pillow is here anyway, a plotting library is not."""
     left, top, height, bar = 80, 60, 320, 40
     image = Image.new("RGB", (left + bar * len(rows) + 40, top + height + 120), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
@@ -366,7 +366,7 @@ def _tokens_of_tower(given: argparse.Namespace) -> tuple[int, Tiling | None]:
 
 
 def examine(given: argparse.Namespace) -> int:
-    """Checks, prints, writes the list of bad records, and returns how many faults there are."""
+    """Check, print, write the list of bad records, and return how many faults there are."""
     if os.path.exists(given.output) and any(os.path.samefile(given.output, path) for path in given.data_path):
         raise ValueError(f"--output {given.output} would overwrite the data.")
     for name in ("model_name_or_path", "vision_tower"):

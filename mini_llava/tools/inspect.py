@@ -52,7 +52,7 @@ def show(samples: Samples, index: int, marks: dict[str, tuple[str, str]]) -> str
 
 
 def parse_arguments(command_line: Sequence[str] | None) -> tuple[argparse.Namespace, flags.Arguments]:
-    """The flags that say what to show, and all others, which are train.py's."""
+    """Return the flags that say what to show, and all others, which are train.py's."""
     parser = argparse.ArgumentParser(
         prog="python -m mini_llava.tools.inspect",
         description=__doc__.split("\n\n")[0] + " All other flags are those of train.py.",

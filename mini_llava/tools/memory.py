@@ -60,7 +60,7 @@ class Layout:
         return self.compute_dtype if self.zero_stage else torch.float32
 
     def offloads(self, what: str) -> bool:
-        """Whether `optimizer` or `param` is in the CPU's memory."""
+        """Return whether `optimizer` or `param` is in the CPU's memory."""
         part = (self.zero or {}).get(f"offload_{what}") or {}
         return part.get("device", "none") not in ("none", None)
 
@@ -99,7 +99,7 @@ class Estimate:
 
 
 def estimate(model: LlavaModel, layout: Layout, shape: Shape, several: bool, fused: bool, bits: int = 16) -> Estimate:
-    """The memory of a training step whose longest micro-batch has this shape.
+    """Estimate the memory of a training step whose longest micro-batch has this shape.
 
     Args:
         model: on the meta device, with dtypes, `requires_grad`, adapters and checkpointing as in the run. Used up: its
@@ -118,7 +118,7 @@ def estimate(model: LlavaModel, layout: Layout, shape: Shape, several: bool, fus
 
 
 def lasting_parts(model: LlavaModel, layout: Layout, bits: int = 16) -> tuple[dict[str, float], float]:
-    """Bytes by part that are on a GPU all the time, and bytes in the CPU's memory for each GPU."""
+    """Return the bytes by part that are on a GPU all the time, and bytes in the CPU's memory for each GPU."""
     quantised = {}
     if bits != 16:
         modules = dict(model.language_model.named_modules())
@@ -218,10 +218,10 @@ class Scale(TorchDispatchMode):
 
 
 def weigh_step(model: LlavaModel, layout: Layout, shape: Shape, several: bool, fused: bool) -> dict[str, float]:
-    """Bytes by part, at the peak of a step, of what is made and freed in it. Arguments as `estimate` has them."""
+    """Return bytes by part, at the peak of a step, of what is made and freed in it. Arguments: see `estimate`."""
     keep_what_kernels_keep(model, fused)
     with FakeTensorMode():
-        # The CPU's, so that no GPU is needed; what differs between the two in autocast is mended below.
+        # The CPU's, so that no GPU is needed; what differs between the two in autocast is corrected below.
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
         model.language_model.tie_weights()
         model.vision_tower.pixel_table = torch.empty(3, 256)
@@ -246,7 +246,7 @@ def weigh_step(model: LlavaModel, layout: Layout, shape: Shape, several: bool, f
 
 
 def kept_of_a_picture(tower: VisionTower) -> float:
-    """How many numbers a tower that is trained keeps of one picture until backward; about.
+    """Return about how many numbers a trained tower keeps of one picture until backward.
 
     tower: on the meta device. Used up, as `estimate` uses its model.
     """
@@ -295,7 +295,7 @@ def _empty_batch(model: LlavaModel, shape: Shape) -> MicroBatch:
 
 
 def keep_what_kernels_keep(model: LlavaModel, fused: bool) -> None:
-    """Replaces attention, and if `fused` norms and MLPs, by functions that make and keep tensors of the same sizes."""
+    """Replace attention, and if `fused` norms and MLPs, by functions that keep tensors of the same sizes."""
     asked = model.language_model.config._attn_implementation
     model.language_model.set_attn_implementation(f"weighed_{asked if asked in ('sdpa', 'eager') else 'varlen'}")
     _attend_as_kernels_do(model.vision_tower)

@@ -77,23 +77,15 @@ class Planned:
         return choose_fused_kernels(None, family, torch.device("cuda"))
 
     def model(self) -> tuple[LlavaModel, dict[str, str]]:
-        """What `build_model` builds, on the meta device, and its freeze plan."""
+        """Return what `build_model` builds, on the meta device, and its freeze plan."""
         model_flags, training = self.arguments.model, self.arguments.training
         plan, parts = plan_of(self.arguments, self.source), empty_parts(self.source)
         model = assemble(self.source, parts | {"vision_tower": self.source.as_tower(parts["vision_tower"])})
         for name, part in model.named_children():
             part.to(self.layout.master_dtype if name in trained_in_full(plan) else self.layout.compute_dtype)
         if training.lora_enable:
-            lora.add_lora(
-                model.language_model,
-                model_flags.model_name_or_path,
-                training.lora_r,
-                training.lora_alpha,
-                training.lora_dropout,
-                training.lora_bias,
-                self.layout.master_dtype,
-                training.seed,
-            )
+            name, dtype = model_flags.model_name_or_path, self.layout.master_dtype
+            lora.add_lora(model.language_model, name, training, dtype)
         marks = model_flags.mm_use_im_start_end, model_flags.mm_use_im_patch_token
         tokens, trains_rows = (self.samples.tokenizer, self.samples.new_tokens), "new_tokens" in plan
         add_token_rows(model, *tokens, *marks, None, trains_rows, self.layout.master_dtype)
@@ -111,14 +103,14 @@ class Planned:
         return model.train(), plan
 
     def estimate(self, tokens: int | None = None) -> Estimate:
-        """The memory it needs, with its longest micro-batch or one of so many tokens."""
+        """Return the memory it needs, with its longest micro-batch or one of so many tokens."""
         shape = self.longest.shape if tokens is None else self.longest.shape.of_tokens(tokens)
         bits = self.arguments.training.bits
         several = self.longest.several or tokens is not None
         return estimate(self.model()[0], self.layout, shape, several, self.fused, bits)
 
     def first_change(self, limit: float) -> str | None:
-        """The change that costs least speed of those after which it needs at most `limit` bytes; None if none does."""
+        """Return the change that costs least speed of those that make it fit `limit` bytes; None if none does."""
         now, least = self.longest.shape.tokens, self.longest.longest_sample
         for words, changed in self._changes():
             if sum(lasting_parts(changed.model()[0], changed.layout, self.arguments.training.bits)[0].values()) > limit:
@@ -257,7 +249,7 @@ def _launched_deepspeed() -> dict | None:
 
 
 def running_layout(accelerator: Accelerator) -> Layout:
-    """What this process runs on."""
+    """Return the layout that this process runs on."""
     on_gpu = accelerator.device.type == "cuda"
     memory = torch.cuda.get_device_properties(accelerator.device).total_memory if on_gpu else CARD_OF_80_GB
     stage = zero_stage(accelerator)
@@ -272,8 +264,17 @@ def plan(arguments: Arguments, planning: PlanArguments) -> None:
     """Print the plan of a run. Nothing is written but the lengths of records, into their cache.
 
     Raises:
+        OSError, ValueError: as `print_run`, and a change to make where it does not fit.
+    """
+    print_memory(print_run(arguments, planning))
+
+
+def print_run(arguments: Arguments, planning: PlanArguments) -> Planned:
+    """Print what a run trains, its steps, hours and disk, and return it as far as its memory goes.
+
+    Raises:
         OSError: a file that the flags name is not there.
-        ValueError: its parts do not belong together, or it cannot fit; the sentence names what to change.
+        ValueError: its parts do not belong together; the sentence names what to change.
     """
     flags.check_values(planning)
     training, output_dir = arguments.training, Path(arguments.training.output_dir)
@@ -305,7 +306,7 @@ def plan(arguments: Arguments, planning: PlanArguments) -> None:
     epochs = order.total_steps / order.sampler.steps_per_epoch
     print(_time(FlopCounter(model).of_lengths(lengths) * epochs, layout, planning))
     print(_disk(planned, model, order.total_steps))
-    _print_memory(planned)
+    return planned
 
 
 def _print_steps(samples: Samples, lengths: Lengths, measured: int, order: Order, longest: Longest) -> None:
@@ -338,7 +339,7 @@ def _disk(planned: Planned, model: LlavaModel, steps: int) -> str:
     return f"Disk: {output_dir} needs {needs}; {free / 1e9:,.0f} GB are free here.{short}"
 
 
-def _print_memory(planned: Planned) -> None:
+def print_memory(planned: Planned) -> None:
     """Print the memory by part. Raises ValueError with a change to make where it does not fit."""
     found, memory = planned.estimate(), planned.layout.gpu_memory
     kernels = "Liger's kernels" if planned.fused else "no fused kernels (--use_liger_kernel True plans with them)"

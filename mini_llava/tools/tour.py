@@ -36,7 +36,7 @@ from ..words import counted
 
 
 def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
-    """Prints all steps for the records of these numbers, or for the first one with an image and the one behind it.
+    """Print all steps for the records of these numbers, or for the first one with an image and the one behind it.
 
     Raises:
         ValueError: as `train.py` does, with sentences.
@@ -154,7 +154,7 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
 def forward_and_backward(
     model: LlavaModel, accelerator, batch: dict, trained_tokens: int
 ) -> tuple[float, torch.Tensor]:
-    """The loss and the token losses, fp32 [B, K]; gradients as in a step whose global batch is this micro-batch."""
+    """Return loss and token losses, fp32 [B, K], with gradients as in a step whose global batch is this micro-batch."""
     with accelerator.autocast():
         losses = model(**batch, reduction="none")
     loss = losses.sum() / trained_tokens
@@ -163,7 +163,7 @@ def forward_and_backward(
 
 
 def gradient_norms(model: LlavaModel) -> dict[str, float | None]:
-    """Of each part of the model; None where it has no gradient."""
+    """Return the gradient norm of each part of the model; None where it has no gradient."""
     norms = {}
     for part, module in model.named_children():
         gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
@@ -177,7 +177,7 @@ def step(number: int, function: Callable, sentence: str) -> None:
 
 
 def show(name: str, tensor: torch.Tensor) -> None:
-    """Name, kind, shape and range of a tensor, and its first values."""
+    """Return name, kind, shape and range of a tensor, and its first values."""
     tensor = tensor.detach().cpu()
     numbers = tensor.flatten()[:6].tolist()
     values = " ".join(f"{number:.3g}" if tensor.is_floating_point() else f"{number:d}" for number in numbers)

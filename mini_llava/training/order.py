@@ -40,14 +40,14 @@ class Order:
     note: str | None
 
     def dealt_batches(self, until: int | None = None) -> Iterator[list[list[list[int]]]]:
-        """`[micro-batch][rank] -> records` of each step from the cursor to `until`, or to the end of the run."""
+        """Yield `[micro-batch][rank] -> records` of each step from the cursor to `until`, or to the end of the run."""
         for batch in self.sampler.batches(self.total_steps if until is None else until):
             good = [index for index in batch if index not in self.bad]
             yield deal(good, self.sampler.lengths, self.ranks, self.micro_batches, self.layout, self.max_tokens)
 
 
 def choose_order(arguments: Arguments, store: RecordStore, lengths: Lengths, ranks: int) -> Order:
-    """The order that the flags ask for, on so many ranks. Raises ValueError where they contradict each other."""
+    """Return the order that the flags ask for, on so many ranks. Raises ValueError where they contradict each other."""
     training, data_flags = arguments.training, arguments.data
     global_batch_size, micro_batches, note = choose_batch(arguments, ranks)
     sampler = GlobalBatchSampler(
@@ -72,7 +72,7 @@ def choose_order(arguments: Arguments, store: RecordStore, lengths: Lengths, ran
 
 
 def choose_batch(arguments: Arguments, devices: int) -> tuple[int, int, str | None]:
-    """Global batch size and micro-batches a step for this number of devices, and a sentence if it is not the preset's.
+    """Return global batch size and micro-batches a step for this number of devices, and a note if not the preset's.
 
     Without `--gradient_accumulation_steps` the global batch is kept on any number of devices, divisible or not: a
     global batch may be dealt unevenly, since the loss is normalised over all of it.

@@ -36,7 +36,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(accelerator: Accelerator) -> float | None:
-    """What one device could do in a second in half precision; None where there is no such number (CPU, fp32)."""
+    """Return what one device could do in a second in half precision, FLOP/s; None where unknown (CPU, fp32)."""
     if accelerator.device.type != "cuda" or accelerator.mixed_precision == "no":
         return None
     name = torch.cuda.get_device_name(accelerator.device)
@@ -84,7 +84,7 @@ class FlopCounter:
         return self._sum(lengths.sum().item(), lengths.square().sum().item(), logits, images)
 
     def of_lengths(self, lengths: Lengths) -> float:
-        """Operations for all records once."""
+        """Return the operations for all records once."""
         length = lengths.length.astype(float)
         return self._sum(length.sum(), (length**2).sum(), lengths.trained.sum(), lengths.pictures.sum())
 

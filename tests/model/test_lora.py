@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from mini_llava import build as building
+from mini_llava.arguments import TrainingArguments
 from mini_llava.formats.towers import load_vision_tower
 from mini_llava.formats.write import Description
 from mini_llava.model.llava import LlavaModel
@@ -22,6 +24,7 @@ from tests.launching import train_in_turn
 from tests.model.test_formats import build, save, tied_language_model, tokenizer
 
 LORA = {"lora_enable": True, "lora_r": 4, "lora_alpha": 8}
+SETTINGS = TrainingArguments(lora_r=4, lora_alpha=8, lora_dropout=0.0, seed=1)
 ADAPTED = {
     f"model.layers.{layer}.{name}"
     for layer in (0, 1)
@@ -74,7 +77,7 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
 def test_every_linear_layer_of_the_language_model_but_the_head_gets_an_adapter_and_nothing_else_does():
     model = build()
     before = logits(model)
-    lora.add_lora(model.language_model, "base", 4, 8, 0.0, "none", torch.float32, seed=1)
+    lora.add_lora(model.language_model, "base", SETTINGS, torch.float32)
     assert set(lora.adapters(model.language_model)) == ADAPTED
     assert not [name for name, _ in model.named_parameters() if "lora_" in name and "language_model" not in name]
     assert torch.equal(logits(model), before), "a new adapter adds nothing"
@@ -84,7 +87,7 @@ def test_new_adapters_depend_on_the_seed_alone():
     models = [build() for _ in range(2)]
     for model, drawn in zip(models, (0, 5), strict=True):
         torch.rand(drawn)
-        lora.add_lora(model.language_model, "base", 4, 8, 0.0, "none", torch.float32, seed=1)
+        lora.add_lora(model.language_model, "base", SETTINGS, torch.float32)
     first, second = (dict(model.language_model.named_parameters()) for model in models)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -94,7 +97,7 @@ def test_biases_are_trained_saved_and_merged_where_asked_for(tmp_path, bias, cou
     model = build(language_model=tied_language_model())  # Qwen 2 has biases in three layers of each block
     base = tmp_path / "base"
     model.language_model.save_pretrained(base)
-    lora.add_lora(model.language_model, str(base), 4, 8, 0.0, bias, torch.float32, seed=1)
+    lora.add_lora(model.language_model, str(base), replace(SETTINGS, lora_bias=bias), torch.float32)
     trained = {name: p for name, p in model.language_model.named_parameters() if p.requires_grad}
     assert sum(name.endswith("bias") for name in trained) == count
     with torch.no_grad():

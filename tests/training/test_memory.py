@@ -5,6 +5,7 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.random_setup import CLIP_L_336, LANGUAGE_MODELS, TINY_CLIP, VOCABULARY
+from mini_llava.arguments import TrainingArguments
 from mini_llava.guards.longest import Shape
 from mini_llava.model.llava import LlavaModel
 from mini_llava.model.projector import build_projector
@@ -36,7 +37,7 @@ def model_of(plan: dict[str, str], layout: Layout, recomputed: float = 0.0, size
     for part, module in model.named_children():
         module.to(layout.master_dtype if plan[part] == "full" else layout.compute_dtype)
     if plan is LORA:
-        add_lora(model.language_model, "base", r=128, alpha=256, dropout=0.05, bias="none", dtype=torch.float32, seed=0)
+        add_lora(model.language_model, "base", TrainingArguments(lora_r=128, lora_alpha=256), torch.float32)
     apply_plan(model, plan)
     model.language_model.config._attn_implementation = "varlen"
     if recomputed:
