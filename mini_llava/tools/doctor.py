@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from ..arguments import PRESETS, check_model_place, choices, read_config
 from ..data.images import MODES, SCALED, BadImage, image_path, load_image, pad_to_square
@@ -185,30 +185,13 @@ def open_images(store: RecordStore, found: Findings, aspect_ratio: str, num_work
 # --- what the batches will be ----------------------------------------------------------------------------------------
 
 
-def batch_figures(
-    lengths: np.ndarray,
-    has_image: np.ndarray,
-    grouped: bool,
-    global_batch_size: int,
-    micro_batch_size: int,
-    source_sizes: list[int] | None = None,
-    weights: list[float] | None = None,
-) -> list[str]:
-    """Return a table of what one epoch computes in each layout. The last two as `GlobalBatchSampler` has them.
+def batch_figures(sampler: GlobalBatchSampler) -> list[str]:
+    """Return a table of what one epoch computes in each layout.
 
-    Each micro-batch of a global batch goes to a device of its own, which waits for the one with most positions.
+    Each micro-batch of a global batch goes to a device of its own, of which the sampler has `slots`, and which waits
+    for the one with most positions.
     """
-    devices = -(-global_batch_size // micro_batch_size)
-    lengths = lengths.tolist()
-    sampler = GlobalBatchSampler(
-        lengths,
-        has_image.tolist(),
-        global_batch_size,
-        devices,
-        group_by_modality_length=grouped,
-        source_sizes=source_sizes,
-        weights=weights,
-    )
+    lengths, devices = sampler.lengths, sampler.slots
     real = sum(lengths[index] for batch in sampler.global_batches(0) for index in batch)
     rows = [f"{'':27}{'positions':>15}  {'padding':>8}  {'largest micro-batch':>20}  {'waiting':>8}"]
     for layout, name in LAYOUTS.items():
@@ -249,26 +232,20 @@ def histogram_lines(rows: list[tuple[str, int]], width: int = 50) -> list[str]:
 
 
 def draw_histogram(rows: list[tuple[str, int]], title: str, file: Path) -> None:
-    """Draw the same as a picture; Pillow is here anyway, a plotting library is not."""
-    left, top, height, bar = 80, 60, 320, 40
-    image = Image.new("RGB", (left + bar * len(rows) + 40, top + height + 120), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
-    draw.text((left, 20), title, fill="black", font=ImageFont.load_default(16))
-    most = max(count for _, count in rows)
-    for quarter in range(5):
-        y = top + height - height * quarter // 4
-        draw.line((left, y, image.width - 40, y), fill="#dddddd")
-        draw.text((left - 8, y), f"{most * quarter // 4:,}", fill="black", font=font, anchor="rm")
-    for number, (label, count) in enumerate(rows):
-        x, y = left + bar * number, top + height - round(height * count / most)
-        draw.rectangle((x + 3, y, x + bar - 3, top + height), fill="#c0504d" if label.startswith(">") else "#4f81bd")
-        # Text can be drawn horizontally only.
-        text = Image.new("L", (100, 18))
-        ImageDraw.Draw(text).text((96, 9), label, fill=255, font=font, anchor="rm")
-        text = text.rotate(90, expand=True)
-        image.paste("black", (x + bar // 2 - 9, top + height + 6), text)
-    draw.text((left, image.height - 14), "tokens, images included", fill="black", font=font, anchor="lm")
-    image.save(file, "PNG")
+    """Draw the rows of `histogram` as a PNG."""
+    from matplotlib.figure import Figure  # takes a second
+
+    figure = Figure(figsize=(0.45 * len(rows) + 1.5, 5), layout="constrained")
+    axis = figure.subplots()
+    colours = ["#c0504d" if label.startswith(">") else "#4f81bd" for label, _ in rows]
+    axis.bar([label for label, _ in rows], [count for _, count in rows], color=colours)
+    axis.set_title(title)
+    axis.set_xlabel("tokens, images included")
+    axis.tick_params(axis="x", labelrotation=90)
+    axis.yaxis.set_major_formatter("{x:,.0f}")
+    axis.grid(axis="y", color="#dddddd")
+    axis.set_axisbelow(True)
+    figure.savefig(file, format="png")
 
 
 # --- the program -----------------------------------------------------------------------------------------------------
@@ -408,11 +385,19 @@ def examine(given: argparse.Namespace) -> int:
         if given.plot:
             draw_histogram(rows, title, Path(given.plot))
         grouped = PRESETS[given.stage].get("group_by_modality_length", False)
-        sizes = given.global_batch_size, given.per_device_train_batch_size
-        print(f"An epoch of global batches of {sizes[0]}, {counted(sizes[1], 'sample')} a device:")
+        size, micro_batch = given.global_batch_size, given.per_device_train_batch_size
         of_files = np.bincount([store.source(index) for index in good.tolist()], minlength=len(given.data_path))
-        weighted = of_files.tolist(), given.data_weights
-        print(*batch_figures(lengths, found.has_image[good], grouped, *sizes, *weighted), sep="\n", end="\n\n")
+        sampler = GlobalBatchSampler(
+            lengths.tolist(),
+            found.has_image[good].tolist(),
+            size,
+            slots=-(-size // micro_batch),
+            group_by_modality_length=grouped,
+            source_sizes=of_files.tolist(),
+            weights=given.data_weights,
+        )
+        print(f"An epoch of global batches of {size}, {counted(micro_batch, 'sample')} a device:")
+        print(*batch_figures(sampler), sep="\n", end="\n\n")
 
     if language_config is not None:
         longest = int(found.length.max(initial=0))

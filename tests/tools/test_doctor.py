@@ -190,10 +190,10 @@ def test_the_padding_figures_are_those_of_the_tensors_that_are_made(row, layout)
     generator = np.random.default_rng(0)
     lengths = generator.integers(5, 60, 70)
     has_image = generator.random(70) < 0.5
-    line = doctor.batch_figures(lengths, has_image, True, 16, 4)[row].split()
+    sampler = GlobalBatchSampler(lengths, has_image, 16, slots=4)
+    line = doctor.batch_figures(sampler)[row].split()
     positions, padding = line[-4], line[-3]
 
-    sampler = GlobalBatchSampler(lengths, has_image, 16, slots=4, seed=42, group_by_modality_length=True)
     computed = 0
     for batch in sampler.global_batches(0):
         for samples in deal(batch, lengths, 4, 1, layout)[0]:
@@ -209,7 +209,8 @@ def test_the_padding_figures_are_those_of_the_mixture():
     """A file of short texts counts three times, of one of long texts a half is taken."""
     lengths, has_image = np.array([10] * 8 + [30] * 8), np.zeros(16, bool)
     for weights, in_order in ((None, 8 * 10 + 8 * 30), ([3.0, 0.5], 3 * 8 * 10 + 4 * 30)):
-        packed = doctor.batch_figures(lengths, has_image, True, 4, 4, [8, 8], weights)[3].split()
+        sampler = GlobalBatchSampler(lengths, has_image, 4, source_sizes=[8, 8], weights=weights)
+        packed = doctor.batch_figures(sampler)[3].split()
         assert int(packed[-4]) == in_order and packed[-3] == "0.0%"
 
 
