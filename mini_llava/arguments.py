@@ -149,7 +149,7 @@ class DataArguments:
     """Longest sequence in tokens, image tokens included; what is longer is cut at its end."""
 
     packing: bool = flag(True, decides=ROUNDING)
-    """Lay the samples of a micro-batch behind each other without padding; attention never crosses samples. Changes
+    """Concatenate the samples of a micro-batch without padding; attention never crosses samples. Changes
     speed and memory, not the loss."""
 
     max_tokens_per_micro_batch: int | None = flag(None, positive=True, decides=ROUNDING)

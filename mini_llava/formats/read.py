@@ -305,7 +305,7 @@ def load_llava(
     dtypes: dict[str, torch.dtype],
     pretrained_projector: str | None = None,
     quantisation: dict | None = None,
-    beside_token_rows: bool = False,
+    has_token_rows: bool = False,
 ) -> LlavaModel:
     """Return the model that a run starts from: a language model with tower and projector, or all of a LLaVA model.
 
@@ -316,15 +316,15 @@ def load_llava(
             the DeepSpeed config's precision instead, because they are partitioned while they are read.
         pretrained_projector: file or directory to read the projector from, in place of the source's; where neither has
             one it gets new weights, from torch's generator.
-        quantisation: further arguments for reading the language model, see `distributed.quantisation`.
-        beside_token_rows: the projector's file holds the rows that `image_tokens.py` reads, too.
+        quantisation: further arguments for reading the language model, see `backend.quantisation`.
+        has_token_rows: the projector's file holds the rows that `image_tokens.py` reads, too.
     """
     # The projector first: reading the models may or may not draw random numbers, which depends on the backend, and new
     # weights should depend on the seed alone.
     projector, newline = source.load_projector(), source.load_newline()
     if pretrained_projector:
-        beside = ("embed_tokens.weight",) * beside_token_rows + (NEWLINE_KEY,) * (newline is not None)
-        load_projector(projector, pretrained_projector, beside)
+        others = ("embed_tokens.weight",) * has_token_rows + (NEWLINE_KEY,) * (newline is not None)
+        load_projector(projector, pretrained_projector, others)
         if newline is not None:
             newline.load_beside_projector(pretrained_projector)
     language_model = source.load_language_model(dtypes["language_model"], attn_implementation, **(quantisation or {}))

@@ -92,8 +92,8 @@ def longest_micro_batch(
     for micro_batches in dealt_batches:
         several = several or len(micro_batches) > 1
         for records in (records for of_ranks in micro_batches for records in of_ranks):
-            beside = sum(logits_weigh * trained[index] + pictures_weigh * pictures[index] for index in records)
-            if (weight := computed_tokens(records, length, layout) + beside) > most:
+            others = sum(logits_weigh * trained[index] + pictures_weigh * pictures[index] for index in records)
+            if (weight := computed_tokens(records, length, layout) + others) > most:
                 longest, most = records, weight
     tokens = computed_tokens(longest, length, layout)
     trained = lengths.trained[longest]

@@ -73,10 +73,10 @@ class Layout:
 
 @dataclass
 class Estimate:
-    """Bytes on one GPU when most are in use. `parts` are PyTorch's, `beside` is what the GPU holds besides."""
+    """Bytes on one GPU when most are in use. `parts` are PyTorch's, `overhead` is what the GPU holds besides."""
 
     parts: dict[str, float]
-    beside: float
+    overhead: float
     cpu: float = 0.0  # on one machine, per GPU: what is offloaded
 
     @property
@@ -86,12 +86,12 @@ class Estimate:
 
     @property
     def needed(self) -> float:
-        return self.peak + self.beside
+        return self.peak + self.overhead
 
     def lines(self) -> list[str]:
         rows = [(f"{size / GIB:8.2f}", part) for part, size in self.parts.items() if size >= 0.005 * GIB]
         rows.append((f"{self.peak / GIB:8.2f}", "peak_memory_gib of the log"))
-        rows.append((f"{self.beside / GIB:8.2f}", "CUDA, NCCL and what the allocator cannot use"))
+        rows.append((f"{self.overhead / GIB:8.2f}", "CUDA, NCCL and what the allocator cannot use"))
         rows.append((f"{self.needed / GIB:8.2f}", "GiB needed on each GPU"))
         if self.cpu:
             rows.append((f"{self.cpu / GIB:8.2f}", "GiB of the machine's own memory for each of its GPUs"))
@@ -110,8 +110,8 @@ def estimate(model: LlavaModel, layout: Layout, shape: Shape, several: bool, fus
     """
     lasting, cpu = lasting_parts(model, layout, bits)
     coming = weigh_step(model, layout, shape, several, fused)
-    beside = CONTEXT + (NCCL if layout.gpus > 1 else 0) + FRAGMENTATION * sum(coming.values())
-    return Estimate(dict(Counter(lasting) + Counter(coming)), beside, cpu)
+    overhead = CONTEXT + (NCCL if layout.gpus > 1 else 0) + FRAGMENTATION * sum(coming.values())
+    return Estimate(dict(Counter(lasting) + Counter(coming)), overhead, cpu)
 
 
 # --- what lasts ------------------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def lasting_parts(model: LlavaModel, layout: Layout, bits: int = 16) -> tuple[di
         layers = [modules[name] for name in linear_layers(model.language_model) if "lora_" not in name]
         quantised = {id(layer.weight) for layer in layers}
     size = layout.compute_dtype.itemsize
-    weights = whole = 0.0
+    weights = persistent = 0.0
     for parameter in model.parameters():
         bytes_each = parameter.dtype.itemsize
         if id(parameter) in quantised:
@@ -133,7 +133,7 @@ def lasting_parts(model: LlavaModel, layout: Layout, bits: int = 16) -> tuple[di
             bytes_each = 0.5 + 4 / 64 if bits == 4 else 1.01
         weights += bytes_each * numel(parameter)
         if layout.zero_stage == 3 and numel(parameter) <= layout.zero["stage3_param_persistence_threshold"]:
-            whole += bytes_each * numel(parameter)
+            persistent += bytes_each * numel(parameter)
     trained = sum(numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
 
     if not layout.zero_stage:  # gradients come with the step
@@ -158,7 +158,7 @@ def lasting_parts(model: LlavaModel, layout: Layout, bits: int = 16) -> tuple[di
     may_stay = layout.zero["stage3_max_live_parameters"] + layout.zero["stage3_prefetch_bucket_size"]
     parts |= {
         "weights": divided,
-        "weights gathered by ZeRO-3": whole + min(weights - whole, may_stay * size),
+        "weights gathered by ZeRO-3": persistent + min(weights - persistent, may_stay * size),
         "buckets to reduce gradients in": bucket,
     }
     return parts, cpu

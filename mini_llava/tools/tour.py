@@ -91,8 +91,8 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
         show("pixels", samples.open_picture(folder, name).pixels)
 
     # --- A micro-batch -----------------------------------------------------------------------------------------------
-    how = "behind each other, told apart by cu_seqlens" if data_flags.packing else "padded to the longest"
-    step(5, collate, f"a micro-batch of record{'s' * (len(records) > 1)} {', '.join(map(str, records))}, {how}")
+    layout = "concatenated, delimited by cu_seqlens" if data_flags.packing else "padded to the longest"
+    step(5, collate, f"a micro-batch of record{'s' * (len(records) > 1)} {', '.join(map(str, records))}, {layout}")
     work = RankSteps(samples, data_flags.packing)[[records]]
     if work.fault is not None:
         raise work.fault
