@@ -101,7 +101,7 @@ def test_everything_in_a_checkpoint_is_flushed_to_the_disk_before_it_gets_its_na
 
 
 def test_readmes_command_says_that_all_runs_ended_as_if_nobody_had_killed_them(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(sys, "argv", ["crash_loop.py", "--kills", "1", "--signals", "1"])
+    monkeypatch.setattr(sys, "argv", ["crash_loop.py", "--kills", "1", "--signals", "1", "--only", "one"])
     monkeypatch.chdir(tmp_path)  # it changes to the repository itself
     code, printed = crash_loop.main(), capsys.readouterr().out
     assert code == 0, printed
