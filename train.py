@@ -152,7 +152,8 @@ def train(arguments: flags.Arguments, advice: MemoryAdvice | None = None) -> Non
             values |= {"learning_rate": training.learning_rate * factor, "gradient_norm": float(gradient_norm)}
             values |= learning_rates(optimizer)
             if finite and norms_are_due(step, total_steps):
-                values |= step_norms(accelerator, model, optimizer)
+                with meter.paused():
+                    values |= step_norms(accelerator, model, optimizer)
             report.step(step, values, evaluation.in_a_word())
         if saving.is_due(step):
             with meter.paused("save_seconds"):

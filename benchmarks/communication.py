@@ -6,56 +6,49 @@
         --global_batch_size 6 --per_device_train_batch_size 1
 
 Every other flag is `train.py`'s. How often a weight is gathered depends on DeepSpeed's limits and not on its size, so a
-small model whose weights are divided all the same says it of a large one. The last of three steps counts.
+small model whose weights are divided all the same says it of a large one. The third of four steps counts.
 """
 
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from deepspeed.comm.torch import TorchBackend  # noqa: E402
+import deepspeed.comm  # noqa: E402
+from deepspeed.comm.comm import comms_logger  # noqa: E402
 
 from benchmarks import throughput  # noqa: E402
+from benchmarks.steps import before_each_step  # noqa: E402
+from benchmarks.without import set_zero  # noqa: E402
 from mini_llava.training import backend  # noqa: E402
 
-COLLECTIVES = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")  # that DeepSpeed calls in a step
 
-
-def counted(name: str, sent: Counter) -> Callable:
-    """The collective, adding the bytes of its message to `sent`, by its name and dtype."""
-    collective = getattr(TorchBackend, name)
-
-    def call(*arguments, **others):
-        tensors = [value for value in (*arguments, *others.values()) if torch.is_tensor(value)]
-        message = max(tensors, key=lambda tensor: tensor.nbytes)  # all ranks' parts; the other tensor is one of them
-        sent[f"{name}, {str(message.dtype).removeprefix('torch.')}"] += message.nbytes
-        return collective(*arguments, **others)
-
-    return call
+def sent_so_far() -> Counter:
+    """The bytes of all messages by the name of the collective, all ranks' parts together: DeepSpeed's own log."""
+    _, processes = backend.launched_rank()
+    sent = Counter()
+    for name, sizes in comms_logger.get_raw_data().items():
+        parts = processes if name == "all_gather_into_tensor" else 1  # the log has the size of one
+        sent[name] = parts * sum(size * count for size, (count, *_) in sizes.items())
+    return sent
 
 
 def count_bytes(steps: list[dict]) -> None:
-    """Makes every step of the trainer append what it sent, its micro-batches, and the bytes of its weights."""
-    sent = Counter()
-    for name in COLLECTIVES:
-        setattr(TorchBackend, name, counted(name, sent))
+    """Have every step of the trainer but the last append what it sent, its micro-batches, the bytes of its weights."""
+    before = Counter()
 
-    def end(model, micro_batches: int) -> None:
-        sizes = [
-            (parameter.ds_numel * parameter.element_size(), parameter.ds_persist) for parameter in model.parameters()
-        ]
-        divided = sum(size for size, whole in sizes if not whole)
-        weights = sum(size for size, _ in sizes)
-        steps.append(dict(sent=Counter(sent), micro_batches=micro_batches, weights=weights, divided=divided))
+    def act(model, micro_batches: int) -> None:
+        sizes = [(parameter.ds_numel * parameter.element_size(), parameter) for parameter in model.parameters()]
+        divided = sum(size for size, parameter in sizes if not parameter.ds_persist)
+        weights, sent = sum(size for size, _ in sizes), sent_so_far() - before
+        steps.append(dict(sent=sent, micro_batches=micro_batches, weights=weights, divided=divided))
+        before.update(sent)
 
-    throughput.around_steps(sent.clear, end)
+    deepspeed.comm.configure(enabled=True, prof_all=True)
+    before_each_step(act)
 
 
 def main() -> None:
@@ -68,10 +61,8 @@ def main() -> None:
     )
     own, flags_of_train = parser.parse_known_args()
     if own.whole_up_to is not None:
-        complete = backend.complete_zero
-        limit = {"stage3_param_persistence_threshold": own.whole_up_to}
-        backend.complete_zero = lambda zero, memory: zero.update(limit) or complete(zero, memory)
-    own.steps, own.output_dir, own.profile = 3, None, None
+        set_zero({"stage3_param_persistence_threshold": own.whole_up_to})
+    own.steps, own.output_dir, own.profile = 4, None, None
     steps = []
     count_bytes(steps)
     throughput.run(own, flags_of_train)

@@ -7,17 +7,15 @@
 Every other flag is `train.py`'s. Each run appends a row to `--table` (throughput.jsonl) and prints the table so far.
 Writing the result is not measured, and its weights are removed. `--without NAME` turns an optimisation off (see
 `without.py`; `on_off.py` tables them all).
-`--profile FILE` writes what the GPU did in the last step and leaves that out of the row.
+`--profile FILE` writes what the GPU did in the last step but one, and leaves that and the last out of the row.
 """
 
 import argparse
-import contextlib
 import json
 import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from benchmarks import without  # noqa: E402
+from benchmarks.steps import before_each_step  # noqa: E402
 from mini_llava import arguments as flags  # noqa: E402
 from mini_llava.training import backend  # noqa: E402
 
@@ -55,9 +54,9 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, help="of the run, default SETUP/output")
     parser.add_argument("--table", type=Path, default=Path("throughput.jsonl"))
     parser.add_argument("--without", nargs="+", choices=without.NAMES, default=[], help="optimisations to turn off")
-    parser.add_argument("--profile", type=Path, help="write the GPU's busiest kernels in the last step to this file")
+    parser.add_argument("--profile", type=Path, help="write the GPU's busiest kernels in a step to this file")
     own, flags_of_train = parser.parse_known_args()
-    if own.warmup_steps >= own.steps:
+    if own.warmup_steps >= own.steps - 2 * bool(own.profile):
         parser.error(f"--warmup_steps {own.warmup_steps} leaves none of --steps {own.steps} to measure.")
     try:
         flags_of_train += without.turn_off(own.without)
@@ -66,7 +65,7 @@ def main() -> None:
     log = run(own, flags_of_train)
     rank, devices = backend.launched_rank()
     if own.profile:
-        log.pop()  # the profiled step is slower
+        log = log[:-2]  # the profiled step is slower, and the next one waits for the profiler
     if rank == 0:
         with open(own.table, "a") as table:
             table.write(json.dumps(row(own.name, log[own.warmup_steps :], devices)) + "\n")
@@ -91,10 +90,8 @@ def arguments_of_the_run(own: argparse.Namespace, flags_of_train: list[str]) -> 
 def run(own: argparse.Namespace, flags_of_train: list[str]) -> list[dict]:
     """Trains, and returns the logged steps."""
     arguments = arguments_of_the_run(own, flags_of_train)
-    # So few steps would each have their norms taken; of LLaVA's 5,198 every tenth has.
-    train.norms_are_due = lambda *_: False
     if own.profile:
-        profile_last_step(own.profile, own.steps)
+        profile_step(own.profile, own.steps - 1)
     train.train(arguments)
     output_dir = Path(arguments.training.output_dir)
     if backend.launched_rank()[0] == 0:
@@ -108,22 +105,18 @@ def read_log(output_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()]
 
 
-def profile_last_step(file: Path, steps: int) -> None:
-    """Makes the trainer's step number `steps` run under torch's profiler."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    profiler, begun = torch.profiler.profile(activities=activities), 0
+def profile_step(file: Path, step: int) -> None:
+    """Have rank 0 run this step of the trainer under torch's profiler, and write what it found."""
+    profiler, begun = torch.profiler.profile(), 0
 
-    def begin() -> None:
+    def act(_model, _micro_batches) -> None:
         nonlocal begun
         begun += 1
-        if begun == steps and backend.launched_rank()[0] == 0:
-            torch.cuda.synchronize()
-            profiler.start()
-
-    def end(_model, _micro_batches) -> None:
-        if begun < steps or backend.launched_rank()[0] > 0:
+        if backend.launched_rank()[0] > 0 or begun not in (step, step + 1):
             return
         torch.cuda.synchronize()
+        if begun == step:
+            return profiler.start()
         profiler.stop()
         events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
         computing = [event for event in events if "nccl" not in event.name]
@@ -136,31 +129,7 @@ def profile_last_step(file: Path, steps: int) -> None:
             f"{span / 1e6:.3f} s from the first to the last kernel; busy: {busy}\n{gaps}\n{table}\n{hosts}\n"
         )
 
-    around_steps(begin, end)
-
-
-def around_steps(begin: Callable[[], None], end: Callable[[torch.nn.Module, int], None]) -> None:
-    """Call functions around each step of the trainer: before its first micro-batch, and after its optimizer.
-
-    end: gets the model and the number of micro-batches; the first step's has those of the trial before it, too.
-    """
-    micro_step, optimizer_step, seen = backend.micro_step, backend.optimizer_step, []
-
-    @contextlib.contextmanager
-    def counted_micro_step(accelerator, model, is_last: bool):
-        if not seen:
-            begin()
-        seen.append(model)
-        with micro_step(accelerator, model, is_last):
-            yield
-
-    def stepped(*arguments):
-        result = optimizer_step(*arguments)
-        end(seen[-1], len(seen))
-        seen.clear()
-        return result
-
-    backend.micro_step, backend.optimizer_step = counted_micro_step, stepped
+    before_each_step(act)
 
 
 def busy_time(events: list) -> float:

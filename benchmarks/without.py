@@ -1,53 +1,94 @@
 """The optimisations that `throughput.py --without NAME` turns off, one by one or together: by flag where there is one.
 
-What has no flag in `train.py`, because nobody who trains would want it off, is replaced in the running program instead.
+The others are turned off from outside: by a DeepSpeed config, the environment, or torch's hooks.
 """
 
-import gc
+import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from transformers.image_processing_utils import BaseImageProcessor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import train
-from mini_llava.data import loader, samples
-from mini_llava.data.collator import MicroBatch
-from mini_llava.data.images import Picture, load_image, pad_to_square
+from benchmarks.steps import on_model
+from mini_llava.data.images import load_image, pad_to_square
 from mini_llava.data.tokenization import IGNORE_INDEX
-from mini_llava.model import attention
-from mini_llava.options import kernels
-from mini_llava.training import backend
+from mini_llava.model.llava import LlavaModel
 
 
 def all_logits() -> None:
     """Logits of all positions, of which most are then ignored."""
-    collate = loader.collate
 
-    def collate_for_all_logits(*arguments) -> MicroBatch:
-        batch = collate(*arguments)
-        rows, columns = batch["input_ids"].shape
-        targets = torch.full((rows, columns), IGNORE_INDEX)
-        targets[:, batch["logit_positions"]] = batch["targets"]
-        return batch | {"logit_positions": torch.arange(columns), "targets": targets}
+    def hook(model: LlavaModel) -> None:
+        trained = []
 
-    loader.collate = collate_for_all_logits
+        def everywhere(_model, args: tuple, batch: dict) -> tuple[tuple, dict]:
+            trained[:] = [batch["logit_positions"]]
+            targets = torch.full_like(batch["input_ids"], IGNORE_INDEX)
+            targets[:, batch["logit_positions"]] = batch["targets"]
+            positions = torch.arange(targets.shape[1], device=targets.device)
+            return args, batch | {"logit_positions": positions, "targets": targets}
+
+        def as_asked(_model, _args, losses: torch.Tensor) -> torch.Tensor:
+            return losses[:, trained[0]] if losses.dim() else losses
+
+        model.register_forward_pre_hook(everywhere, with_kwargs=True)
+        model.register_forward_hook(as_asked)
+
+    on_model(hook)
 
 
-def floats_from_the_loader() -> None:
-    """Images are normalised in the loader's processes and travel as fp32, four times the bytes."""
-    samples.open_picture = float_picture
+def deepspeeds_own_settings() -> None:
+    """Bucket sizes and what stays whole as DeepSpeed has them by default."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    zero = DeepSpeedZeroConfig(stage=int(os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"]))
+    settings = {"reduce_bucket_size": zero.reduce_bucket_size}
+    if zero.stage == 3:
+        settings |= {
+            "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
+            "stage3_param_persistence_threshold": zero.param_persistence_threshold,
+            "stage3_max_live_parameters": zero.max_live_parameters,
+            "stage3_max_reuse_distance": zero.max_reuse_distance,
+        }
+    set_zero(settings)
 
 
-def float_picture(
-    folder: str, name: str, processor: BaseImageProcessor, aspect_ratio: str, size: int, features: int, tiling: None
-) -> Picture:
-    """Return `float_pixels` as the trainer takes them; not in tiles."""
-    return Picture(float_pixels(folder, name, processor, aspect_ratio)[None], features)
+def set_zero(settings: dict) -> None:
+    """Launch what follows in this process with these entries of a DeepSpeed config's `zero_optimization`.
+
+    The others are those of the accelerate config that this process was launched with.
+    """
+    from accelerate import DeepSpeedPlugin
+
+    config = DeepSpeedPlugin().deepspeed_config
+    config["zero_optimization"] |= settings
+    file = Path(tempfile.mkdtemp()) / "deepspeed.json"
+    file.write_text(json.dumps(config))
+    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(file)
+    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # accelerate refuses a file beside entries of its own config
+
+
+def segments_of_fixed_size() -> None:
+    """The allocator's own way, in which tensors of changing sizes leave holes."""
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:False"
+
+
+def one_kernel_for_each_operation() -> None:
+    """AdamW in a dozen kernels over lists of tensors."""
+
+    def unfuse(optimizer: Optimizer, *_) -> None:
+        for group in optimizer.param_groups:
+            group["fused"] = None
+        for state in optimizer.state.values():
+            state["step"] = state["step"].cpu()  # which only the fused kernel reads on the GPU
+
+    register_optimizer_step_pre_hook(unfuse)
 
 
 def float_pixels(folder: str, name: str, processor: BaseImageProcessor, aspect_ratio: str) -> torch.Tensor:
@@ -56,70 +97,6 @@ def float_pixels(folder: str, name: str, processor: BaseImageProcessor, aspect_r
     if aspect_ratio == "pad":
         image = pad_to_square(image, tuple(int(mean * 255) for mean in processor.image_mean))
     return processor(images=image, return_tensors="pt")["pixel_values"][0]
-
-
-def single_linear_layers() -> None:
-    """ZeRO-3 gathers weights and reduces gradients of one linear layer after the other."""
-    import deepspeed.utils
-
-    deepspeed.utils.set_z3_leaf_module = lambda *_: None
-
-
-def deepspeeds_own_settings() -> None:
-    """Bucket sizes and what stays whole as DeepSpeed has them by default."""
-    complete = backend.complete_deepspeed_config
-
-    def complete_with_defaults(config: dict, *arguments) -> None:
-        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-        zero = DeepSpeedZeroConfig(stage=config["zero_optimization"]["stage"])
-        config["zero_optimization"] |= {
-            "reduce_bucket_size": zero.reduce_bucket_size,
-            "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
-            "stage3_param_persistence_threshold": zero.param_persistence_threshold,
-            "stage3_max_live_parameters": zero.max_live_parameters,
-            "stage3_max_reuse_distance": zero.max_reuse_distance,
-        }
-        complete(config, *arguments)
-
-    backend.complete_deepspeed_config = complete_with_defaults
-
-
-def segments_of_fixed_size() -> None:
-    """The allocator's own way, in which tensors of changing sizes leave holes."""
-    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:False"
-
-
-def whole_collections() -> None:
-    """Python's garbage collector looks through the model and all libraries every time."""
-    gc.freeze = lambda: None
-
-
-def one_kernel_for_each_operation() -> None:
-    """AdamW in a dozen kernels over lists of tensors."""
-    build = train.build_adamw
-    train.build_adamw = lambda *arguments, fused: build(*arguments, fused=False)
-
-
-def kept_products() -> None:
-    """The product inside the MLP is kept for backward."""
-    kernels._DownOfProduct.apply = lambda product, gate, up, weight: F.linear(product(gate, up), weight)
-
-
-def kept_norms() -> None:
-    """The outputs of norms are kept for backward."""
-    kernels.forget_outputs_of_norms = lambda *_: None
-
-
-def flash_attention_2() -> None:
-    """torch's own kernel, although FlashAttention 4 is installed."""
-    attention._has_flash_4 = lambda: False
-
-
-def pageable_memory() -> None:
-    """Batches are copied to the device from ordinary memory, for which the host waits."""
-    load = train.rank_step_loader
-    train.rank_step_loader = lambda *arguments, pin_memory, **others: load(*arguments, pin_memory=False, **others)
 
 
 # What is turned off: the flags of train.py that do it, or the function.
@@ -133,27 +110,17 @@ FLAGS = {
 }
 FUNCTIONS = {
     "trained_logits_only": all_logits,
-    "images_as_bytes": floats_from_the_loader,
-    "layerwise_gathers": single_linear_layers,
     "zero_settings": deepspeeds_own_settings,
     "expandable_segments": segments_of_fixed_size,
-    "gc_freeze": whole_collections,
     "fused_adamw": one_kernel_for_each_operation,
-    "recomputed_products": kept_products,
-    "forgotten_norms": kept_norms,
-    "flash_attention_4": flash_attention_2,
-    "pinned_memory": pageable_memory,
 }
 NAMES = (*FLAGS, *FUNCTIONS)
-WITH_A_GPU = (
-    *("fast_attention", "flash_attention_4", "liger", "recomputed_products", "forgotten_norms"),
-    *("expandable_segments", "fused_adamw", "pinned_memory"),
-)
-WITH_ZERO = ("layerwise_gathers", "zero_settings")
+WITH_A_GPU = ("fast_attention", "liger", "expandable_segments", "fused_adamw")
+WITH_ZERO = ("zero_settings",)
 
 
 def turn_off(names: list[str]) -> list[str]:
-    """Turns them off in this process, before anything of the run is made; returns the flags that do the rest.
+    """Turn them off in this process, before anything of the run is made; return the flags that do the rest.
 
     Raises:
         ValueError: one of them is not on here anyway.

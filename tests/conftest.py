@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # see `one_thread`; for the processes that tests start, too
+
 import torch
 
 from tests.undrawn import write_undrawn

@@ -1,11 +1,10 @@
-"""Two processes on the CPU: launched as users launch them, or many runs of `train.py` in turn, as forks."""
+"""Runs of `train.py` in two processes on the CPU, in turn, as forks."""
 
 import contextlib
 import functools
 import os
 import resource
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,33 +14,6 @@ from tests import forked_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "accelerate_configs"
-
-
-def launch(config_file: Path | None, script: Path, *arguments: str) -> str:
-    """Runs a script in two processes; returns what they print, which is the error if they fail.
-
-    Args:
-        config_file: accelerate's, for `accelerate launch`; None starts DDP by `torchrun`, since accelerate starts
-            several processes on CPUs through MPI only.
-    """
-    if config_file is None:
-        launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    else:
-        launcher = ["accelerate.commands.launch", "--config_file", str(config_file)]
-        launcher += ["--num_processes", "2", "--main_process_port", "0"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    command = [sys.executable, "-m", *launcher, str(script), *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
-        try:
-            # Long: a launch killed while DeepSpeed compiles leaves a lock behind, for which all later ones wait.
-            printed, _ = process.communicate(timeout=1200)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # the launcher passes it on to the processes it started
-            printed, _ = process.communicate()
-    assert process.returncode == 0, printed[-10_000:]
-    return printed
 
 
 def train_in_turn(

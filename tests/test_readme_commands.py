@@ -123,6 +123,6 @@ def test_a_look_at_a_run_and_at_its_data(start, expected, folder):
 
 
 def test_data_of_another_layout(folder):
-    printed_by("python -m mini_llava.tools.convert data/train", folder, as_fork=False)
+    printed_by("python -m mini_llava.tools.convert data/train", folder)
     [line] = (folder / "converted" / "records.jsonl").read_text().splitlines()
     assert json.loads(line)["conversations"] == chat("<image>\nWho?", "I.")

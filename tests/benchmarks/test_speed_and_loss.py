@@ -54,7 +54,7 @@ def test_a_micro_batch_gathers_every_divided_weight_once_and_reduces_every_gradi
     run = forked_runs.start(list(map(str, flags)), tmp_path / "out.txt", "zero3", 2, program=program)
     assert run.wait() == 0, run.text[-5000:]
     assert "| a step of 3 micro-batches |" in run.text
-    times = dict(re.findall(r"^\| (\w+), float32 \| .* \| ([\d.]+) \|$", run.text, re.MULTILINE))
+    times = dict(re.findall(r"^\| (\w+) \| .* \| ([\d.]+) \|$", run.text, re.MULTILINE))
     # 0.01: weights that are never divided have gradients too; a last part is filled up to a whole one.
     assert float(times["all_gather_into_tensor"]) == pytest.approx(1, abs=0.01), run.text[-2000:]
     assert float(times["reduce_scatter_tensor"]) == pytest.approx(1, abs=0.01), run.text[-2000:]
@@ -62,8 +62,7 @@ def test_a_micro_batch_gathers_every_divided_weight_once_and_reduces_every_gradi
 
 @pytest.mark.slow
 def test_what_is_turned_off_changes_no_loss_but_bf16_does_and_the_distances_are_printed(setup, tmp_path, capsys):
-    other_things_off = ["--bf16", "False", "--without", "gc_freeze", "images_as_bytes", "kept_activations"]
-    runs = loss_distance.RUNS | {"fp32, everything on": ["--bf16", "False"], "fp32, partly on": other_things_off}
+    runs = loss_distance.RUNS | {"fp32, everything on": ["--bf16", "False"]}
     started = {}
     for number, (name, flags) in enumerate(runs.items()):
         flags = ["--setup", setup, "--output_dir", tmp_path / str(number), *SHARED, *flags]
@@ -78,8 +77,7 @@ def test_what_is_turned_off_changes_no_loss_but_bf16_does_and_the_distances_are_
     exact = curves["fp32, plain"]
     assert exact[0] - exact[-1] > 1, "nothing was learned, so this comparison shows nothing"
     # Sums of other shapes in fp32 differ by 1e-6 of the loss, which five large steps may enlarge.
-    for name in ("fp32, everything on", "fp32, partly on"):
-        assert curves[name] == pytest.approx(exact, abs=1e-4), name
+    assert curves["fp32, everything on"] == pytest.approx(exact, abs=1e-4)
     # 1.5 is wanted of 50 steps on a GPU; six steps of a tiny model are few to average over.
     ratio = loss_distance.report({name: curves[name] for name in loss_distance.RUNS}, 6)
     assert 0 < ratio < 3

@@ -5,7 +5,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from tests.end_to_end import runs
-from tests.launching import CONFIGS, ROOT, launch
+from tests.launching import CONFIGS, train_in_turn
 
 TOLERANCE = 1e-5  # of the change that five steps made to the tensor; what does not change has to stay equal
 
@@ -85,11 +85,11 @@ def test_stage_1_in_bf16_trains_and_saves_under_zero3(one_process, two_processes
 
 @pytest.mark.slow
 def test_stage_2_in_bf16_trains_and_saves_under_zero3(one_process, tmp_path):
-    """With the command and the config of the README."""
+    """With the config of the README, whose command tests/test_readme_commands.py launches."""
     values = runs.FIVE_STEPS | {"bf16": True, "max_grad_norm": 0}
-    printed = launch(CONFIGS / "zero3.yaml", ROOT / "train.py", *runs.flags_of(2, tmp_path, values))
+    printed = train_in_turn(CONFIGS / "zero3.yaml", [runs.flags_of(2, tmp_path / "run", values)], tmp_path)
     assert "2 processes, DeepSpeed ZeRO-3, bf16, cpu" in printed
-    learns_as_in_fp32(tmp_path, one_process("stage2-unclipped"))
-    assert {weight.dtype for weight in runs.saved_weights(tmp_path).values()} == {torch.bfloat16}
-    model, loading = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    learns_as_in_fp32(tmp_path / "run", one_process("stage2-unclipped"))
+    assert {weight.dtype for weight in runs.saved_weights(tmp_path / "run").values()} == {torch.bfloat16}
+    model, loading = LlavaForConditionalGeneration.from_pretrained(tmp_path / "run", output_loading_info=True)
     assert not any(loading.values()) and model.dtype == torch.bfloat16

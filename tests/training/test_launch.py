@@ -1,6 +1,7 @@
 """A launch that accelerate silently turns into something else is refused."""
 
 import os
+import runpy
 import subprocess
 import sys
 
@@ -8,26 +9,18 @@ import pytest
 import torch
 
 from mini_llava.training import backend
-
-CODE = """
-from pathlib import Path
-from mini_llava.training.backend import build_accelerator
-build_accelerator("no", 1.0, "none", Path("."))
-"""
-
-
-def printed(environment: dict[str, str]) -> str:
-    command = [sys.executable, "-c", CODE]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run(command, env=environment, capture_output=True, text=True).stderr
+from tests.end_to_end.runs import flags_of
+from tests.forked_runs import start
 
 
 @pytest.mark.slow
-def test_deepspeed_that_accelerate_leaves_out_is_missed():
+def test_deepspeed_that_accelerate_leaves_out_is_missed(tmp_path):
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     deepspeed = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
-    text = printed(address | deepspeed | {"ACCELERATE_USE_CPU": "true"})
-    assert "ValueError: The accelerate config asks for DeepSpeed, but accelerate leaves it out" in text
+    environment = address | deepspeed | {"ACCELERATE_USE_CPU": "true"}
+    run = start(flags_of(2, tmp_path / "run", {}), tmp_path / "printed.txt", environment=environment)
+    assert run.wait() == 1
+    assert "error: The accelerate config asks for DeepSpeed, but accelerate leaves it out" in run.text
 
 
 @pytest.mark.parametrize(
@@ -71,8 +64,13 @@ def segments(asked: dict[str, str]) -> list[str]:
 
 
 @pytest.mark.parametrize(("asked", "expected"), ASKED_FOR_SEGMENTS)
-def test_torch_is_told_to_take_memory_in_segments_that_grow_unless_asked_otherwise(asked, expected):
-    assert segments(asked) == expected[:1]
+def test_torch_is_told_to_take_memory_in_segments_that_grow_unless_asked_otherwise(asked, expected, monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    runpy.run_path(backend.__file__, run_name=backend.__name__)  # as a process does that imports it first
+    assert str(os.environ.get("PYTORCH_ALLOC_CONF")) == expected[0]
 
 
 @pytest.mark.gpu
