@@ -38,7 +38,7 @@ class ProgressLine:
         self.bar.set_postfix_str(" ".join(parts), refresh=False)
         self.bar.update(step - self.bar.n)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Prints above the line, which stays whole."""
         if not self.bar.disable:
             self.bar.write(text)

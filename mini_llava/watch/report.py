@@ -27,10 +27,10 @@ class Report:
         self.output_dir = Path(arguments.training.output_dir)
         self.progress: ProgressLine | None = None
 
-    def say(self, text: str | None) -> None:
+    def log(self, text: str | None) -> None:
         """Print a text, above the progress line if there is one; None and "" are nothing to say."""
         if text and self.is_first:
-            print(text) if self.progress is None else self.progress.say(text)
+            print(text) if self.progress is None else self.progress.log(text)
 
     def begin(
         self,
@@ -50,10 +50,10 @@ class Report:
         """
         self.accelerator, self.data, self.order = accelerator, data, order
         sampler, lengths = order.sampler, data.lengths
-        self.say(f"\n{backend.describe(accelerator)}\n\n{table}\n")
+        self.log(f"\n{backend.describe(accelerator)}\n\n{table}\n")
         for note in (order.note, sampler.describe_mixture(data.samples.store.source_names()), *notes):
-            self.say(note)
-        self.say(
+            self.log(note)
+        self.log(
             f"{counted(len(data.samples.store), 'record')}, {int(lengths.has_image.sum()):,} with images, "
             f"{counted(int(lengths.length.sum()), 'token')}; {counted(order.total_steps, 'step')} of "
             f"{counted(sampler.global_batch_size, 'sample')}, {order.layout}."
@@ -63,9 +63,9 @@ class Report:
         if self.is_first:
             keep = self.arguments.training.save_total_limit
             for note in output_folder.remove_leftovers(self.output_dir, sampler.step, keep):
-                self.say(note)
+                self.log(note)
             save_arguments(self.arguments, self.output_dir / "arguments.yaml", backend.versions())
-            self.say(prepare_reports(self.output_dir, resumed_at))
+            self.log(prepare_reports(self.output_dir, resumed_at))
             if not resumed:
                 self.skipped(lengths.bad.items())
         trackers.start(accelerator, self.arguments.as_dict(), resumed_at, table)
@@ -100,7 +100,7 @@ class Report:
         """Say how many records were left out in the whole run, by reason."""
         with never_fatal(f"{self.output_dir}/skipped.jsonl cannot be counted"):
             for line in count_skipped(self.output_dir / "skipped.jsonl"):
-                self.say(f"skipped: {line}")
+                self.log(f"skipped: {line}")
 
     def summarise(self, pauses: dict[str, float]) -> None:
         """Write summary and curves, and say what the run did and where everything is.
@@ -108,6 +108,6 @@ class Report:
         pauses: seconds that the log does not have yet, see `write_summary`.
         """
         if self.is_first:
-            self.say(
+            self.log(
                 write_summary(self.output_dir, self.arguments.training.logging_steps, pauses, self.data.samples.store)
             )
