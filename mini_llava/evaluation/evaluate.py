@@ -378,9 +378,9 @@ class Evaluation:
         shown = []
         for place in self.shown:
             question, answer = self.questions[place], answers[place]
-            pictures = [(self.store.image_folder(index), name) for index, name in question.images]
+            images = [(self.store.image_folder(index), name) for index, name in question.images]
             right = is_right(question.metric, answer, question.answer)
-            of_record = (self.store.describe(question.index), pictures, question.text, question.answer)
+            of_record = (self.store.describe(question.index), images, question.text, question.answer)
             shown.append(ShownAnswer(*of_record, answer, right, float(losses[place])))
         if not shown:
             return

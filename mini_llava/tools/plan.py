@@ -88,8 +88,8 @@ class Planned:
                 training.seed,
             )
         marks = flags.mm_use_im_start_end, flags.mm_use_im_patch_token
-        trains_rows = "new_tokens" in plan
-        add_token_rows(model, self.tokenizer, self.new_tokens, *marks, None, trains_rows, self.layout.master_dtype)
+        rows_dtype = self.layout.master_dtype if "new_tokens" in plan else None
+        add_token_rows(model, self.tokenizer, self.new_tokens, marks, train_in=rows_dtype)
         apply_plan(model, plan)
         family = self.source.language_config.model_type
         half, packing = self.layout.precision != "no", self.arguments.data.packing

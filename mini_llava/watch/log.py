@@ -1,40 +1,33 @@
-"""log.jsonl and the other reports in JSON lines: what a run appends, and where a resumed run goes on in them."""
+"""Entries in log.jsonl and the other reports in JSON lines, and where a resumed run continues them."""
 
 from pathlib import Path
 
 from ..guards.never_fatal import never_fatal
-from .json_lines import append_lines, cut_after
+from .json_lines import append_lines, truncate_lines
 
 
 def append_json_line(file: Path, values: dict) -> None:
-    """The log as text: one JSON object a line, floats to their last bit, readable without a tracker."""
+    """Append an entry, one JSON object a line with floats to their last bit; a failure is a warning."""
     with never_fatal(f"{file} lacks entries"):
         append_lines(file, [values])
 
 
 def prepare_reports(output_dir: Path, resumed_at: int | None) -> str | None:
-    """Empties the reports in JSON lines, or makes them end where a resumed run goes on; tells what that undoes.
+    """Remove the reports of an earlier run, or truncate them to the step that this one resumes from.
 
-    Entries beyond the checkpoint's step are of work that was lost, and what a kill has torn is no entry.
+    Entries beyond that step belong to work that was lost. Returns a sentence about it if there are any.
     """
-    log, samples, skipped = (output_dir / f"{name}.jsonl" for name in ("log", "eval_samples", "skipped"))
+    skipped, samples, log = (output_dir / f"{name}.jsonl" for name in ("skipped", "eval_samples", "log"))
     if resumed_at is None:
         for file in (log, samples, skipped):
             with never_fatal(f"{file} holds entries of an earlier run"):
                 file.unlink(missing_ok=True)
         return None
-    with never_fatal(f"{skipped} has a torn line"):
-        cut_after(skipped)
-    last = None
-
-    def is_kept(entry: dict) -> bool:
-        return entry.get("step", 0) <= resumed_at
-
-    with never_fatal(f"{samples} holds entries of steps that are done again"):
-        cut_after(samples, is_kept)
-    with never_fatal(f"{log} holds entries of steps that are done again"):
-        last = cut_after(log, is_kept)
-    if last is None or last.get("step", 0) <= resumed_at:
+    for file in (skipped, samples, log):
+        last = {}
+        with never_fatal(f"{file} holds torn lines or entries of steps that are done again"):
+            last = truncate_lines(file, keep=lambda entry: entry.get("step", 0) <= resumed_at) or {}
+    again = last.get("step", 0) - resumed_at
+    if again <= 0:
         return None
-    again = last["step"] - resumed_at
     return f"The run had come to step {last['step']}: {again} of its steps {'is' if again == 1 else 'are'} done again."

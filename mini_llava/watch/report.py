@@ -1,4 +1,4 @@
-"""What a person watches while a model trains: the terminal, log.jsonl, skipped.jsonl, trackers and the summary."""
+"""Reports of a run: the terminal, log.jsonl, skipped.jsonl, trackers and the summary."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +20,7 @@ from .summary import write_summary
 
 
 class Report:
-    """Everything that a run reports. Rank 0 alone prints and writes."""
+    """Reports what a run does. Only rank 0 prints and writes."""
 
     def __init__(self, arguments: Arguments, rank: int):
         self.arguments, self.is_first = arguments, rank == 0
@@ -28,7 +28,7 @@ class Report:
         self.progress: ProgressLine | None = None
 
     def log(self, text: str | None) -> None:
-        """Print a text, above the progress line if there is one; None and "" are nothing to say."""
+        """Print a text, if any, above the progress line."""
         if text and self.is_first:
             print(text) if self.progress is None else self.progress.log(text)
 
@@ -41,12 +41,12 @@ class Report:
         notes: Iterable[str | None],
         resumed: Path | None,
     ) -> None:
-        """Say what is trained on what, note the arguments, start log and trackers. All ranks must call it.
+        """Print what is trained on what, save the arguments, start log and trackers. A collective.
 
         Args:
             table: of what is trained.
-            notes: sentences that belong below it.
-            resumed: the state that the run goes on from.
+            notes: sentences to print below it.
+            resumed: the training state that the run continues.
         """
         self.accelerator, self.data, self.order = accelerator, data, order
         sampler, lengths = order.sampler, data.lengths
@@ -71,15 +71,15 @@ class Report:
         trackers.start(accelerator, self.arguments.as_dict(), resumed_at, table)
 
     def start_progress_line(self) -> None:
-        """Show the progress line from here on."""
+        """Show the progress line."""
         self.progress = ProgressLine(self.order.total_steps, self.order.sampler.step, enabled=self.is_first)
 
     def is_due(self, step: int) -> bool:
-        """Return whether the log has an entry after this step."""
+        """Return whether this step is logged."""
         return step % self.arguments.training.logging_steps == 0 or step == self.order.total_steps
 
     def step(self, step: int, values: dict[str, float], evaluation: str) -> None:
-        """Report the values of a step; `evaluation` is the newest one in a word."""
+        """Report a step's values, and in the progress line the newest evaluation."""
         values["epoch"] = step / self.order.sampler.steps_per_epoch
         trackers.log(self.accelerator, values, step)
         self.progress.update(step, values, evaluation)
@@ -87,27 +87,26 @@ class Report:
             append_json_line(self.output_dir / "log.jsonl", {"step": step, **values})
 
     def skipped(self, records: Iterable[tuple[int, str]]) -> None:
-        """List records that are left out, each with its reason, in `skipped.jsonl`. For every rank, of its own."""
+        """Append this rank's skipped records with their reasons to `skipped.jsonl`."""
         with never_fatal(f"{self.output_dir}/skipped.jsonl lacks entries"):
             log_skipped(self.data.samples.store, records, self.output_dir / "skipped.jsonl")
 
     def end_progress_line(self) -> None:
-        """Leave the progress line as it is."""
+        """Close the progress line."""
         self.progress.close()
         self.progress = None
 
     def count_skipped(self) -> None:
-        """Say how many records were left out in the whole run, by reason."""
+        """Print how many records were skipped in the whole run, by reason."""
         with never_fatal(f"{self.output_dir}/skipped.jsonl cannot be counted"):
             for line in count_skipped(self.output_dir / "skipped.jsonl"):
                 self.log(f"skipped: {line}")
 
     def summarise(self, pauses: dict[str, float]) -> None:
-        """Write summary and curves, and say what the run did and where everything is.
+        """Write and print the summary, and draw the curves.
 
-        pauses: seconds that the log does not have yet, see `write_summary`.
+        pauses: seconds after the last entry of the log, see `write_summary`.
         """
         if self.is_first:
-            self.log(
-                write_summary(self.output_dir, self.arguments.training.logging_steps, pauses, self.data.samples.store)
-            )
+            every, store = self.arguments.training.logging_steps, self.data.samples.store
+            self.log(write_summary(self.output_dir, every, pauses, store))
