@@ -1,8 +1,8 @@
 """Chat with a trained model: `python -m mini_llava.tools.chat DIR [--image FILE ...] [--prompt TEXT]`.
 
-Replaces LLaVA's `serve/cli.py`, which guesses template and loader from the folder's name. DIR is a whole model in either
-layout, a LoRA directory, a checkpoint or a projector. Prompts and pixels are made as in training, with its template, and
-answers are those of transformers' `generate` for the exported model.
+Replaces LLaVA's `serve/cli.py`, which guesses template and loader from the folder's name. DIR is a whole model in
+either layout, a LoRA directory, a checkpoint or a projector. Prompts and pixels are made as in training; the answers
+are those of transformers' `generate` for the exported model.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Open any directory with a LLaVA model or a trained part of one as a whole model, for `export` and `chat`.
 
-Replaces the loader that LLaVA's tools choose by words in the folder's name. A LoRA directory, a projector and a training
-state name the base that they belong to. Names and shapes of all tensors are compared.
+Replaces the loader that LLaVA's tools choose by words in the folder's name. A LoRA directory, a projector and a
+training state name the base that they belong to. Names and shapes of all tensors are compared.
 """
 
 from dataclasses import dataclass

@@ -97,7 +97,7 @@ class FlopCounter:
 
 
 def _tower_flops(tower: VisionTower) -> int:
-    """Return the operations of a forward for one image, up to the selected layer, as torch counts them on meta tensors."""
+    """Return the operations of a forward for one image up to the selected layer, counted by torch on meta tensors."""
     config = copy.deepcopy(tower.model.config)
     if has_layers(config):
         config.num_hidden_layers = tower.select_layer % (config.num_hidden_layers + 1)
