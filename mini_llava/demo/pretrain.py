@@ -24,6 +24,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from mini_llava import demo
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, tokenize
+from mini_llava.training.schedule import learning_rate_factor, warmup_steps
 
 IMAGE_SIZE, PATCH_SIZE = 64, 8
 PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
@@ -49,6 +50,7 @@ MAX_TURNS = 10
 MAX_TOKENS = 272
 DOCUMENTS = 60_000
 HELD_OUT_FRACTION = 0.1
+WARMUP_RATIO = 0.03
 
 
 def main() -> None:
@@ -80,14 +82,6 @@ def main() -> None:
     language_model = pretrain_language_model(tokenizer, kept, held_out, arguments)
     save_language_model(language_model, tokenizer, arguments.output / demo.LANGUAGE_MODEL.name)
     print(f"language model: {language_model.num_parameters():,} parameters, {time.time() - start:.0f} s", flush=True)
-
-
-def learning_rate_factor(step: int, steps: int) -> float:
-    """Return the factor of a linear warmup over the first 3 % of the steps and a cosine decay to zero."""
-    warmup = max(1, int(0.03 * steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + np.cos(np.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 # ---- the tower ----
@@ -133,7 +127,7 @@ def pretrain_tower(kept: dict, held_out: dict, arguments: argparse.Namespace) ->
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * learning_rate_factor(step, steps)
+            group["lr"] = 1e-3 * learning_rate_factor("cosine", step, steps, warmup_steps(WARMUP_RATIO, steps))
         chosen = torch.randint(len(pixels), (arguments.batch_size,), device=device)
         outputs = tower(normalize(augment(pixels[chosen])), output_hidden_states=True)
         pooled, mean, each = heads(outputs)
@@ -361,7 +355,7 @@ def pretrain_language_model(tokenizer, kept: dict, held_out: dict, arguments: ar
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * learning_rate_factor(step, steps)
+            group["lr"] = 2e-3 * learning_rate_factor("cosine", step, steps, warmup_steps(WARMUP_RATIO, steps))
         chosen = torch.randint(len(ids), (arguments.batch_size,), device=device)
         batch, trained = ids[chosen].long(), answered[chosen]
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
