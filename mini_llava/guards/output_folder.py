@@ -37,9 +37,9 @@ from .ownership import check_still_owned
 
 SEEN_BY_ALL = ".seen-by-all-"
 # Names of a run's unfinished files; nothing else may be removed as a leftover.
-OF_A_CHECK = re.compile(rf"{re.escape(SEEN_BY_ALL)}[0-9a-f]{{32}}(-\d+(\.incomplete)?)?")
-OF_A_FILE = re.compile(r"\..+\.[0-9a-f]{32}\.incomplete")
-OF_A_SAVE = re.compile(r"\.checkpoint-\d+\.(incomplete|removed)")
+UNFINISHED_CHECK = re.compile(rf"{re.escape(SEEN_BY_ALL)}[0-9a-f]{{32}}(-\d+(\.incomplete)?)?")
+UNFINISHED_FILE = re.compile(r"\..+\.[0-9a-f]{32}\.incomplete")
+UNFINISHED_SAVE = re.compile(r"\.checkpoint-\d+\.(incomplete|removed)")
 # What a run overwrites or removes: its result, its reports, and where the result is prepared. Without what it writes
 # before arguments.yaml, and a killed run leaves without that file: `cache`, `preempted`, `.owner`.
 REPLACED = (
@@ -58,9 +58,9 @@ def remove_leftovers(output_dir: Path, step: int, keep: int | None) -> list[str]
     """
     sentences = remove_oldest(output_dir, step, keep)
     for path in sorted(output_dir.glob(".*")):
-        if OF_A_CHECK.fullmatch(path.name) or OF_A_FILE.fullmatch(path.name):
+        if UNFINISHED_CHECK.fullmatch(path.name) or UNFINISHED_FILE.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-        elif OF_A_SAVE.fullmatch(path.name):
+        elif UNFINISHED_SAVE.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
             state = "could not be removed; remove it yourself" if path.exists() else "is removed"
             sentences.append(f"{path}, left behind by a run that was killed while it saved, {state}.")

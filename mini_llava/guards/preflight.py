@@ -66,7 +66,7 @@ def check_run(
     yield from check_token_rows(samples.tokenizer, rows, samples.new_tokens)
     longest = max(int(lengths.length.max(initial=0)), held_out_tokens)
     yield from check_positions(longest, source.language_config)
-    yield from check_projector(arguments.model, source)
+    yield check_projector(arguments.model, source)
     if training.lora_enable:
         yield from check_adapters(source.language_config, samples.new_tokens)
     plan = plan_of(arguments, source)
@@ -208,40 +208,33 @@ def _has_position_table(language_config: PreTrainedConfig, positions: int) -> bo
 # --- projector -------------------------------------------------------------------------------------------------------
 
 
-def check_projector(flags: ModelArguments, source: Source) -> Iterator[Finding]:
-    """Yield where the projector comes from, and whether its config.json names the other parts of this run."""
+def check_projector(flags: ModelArguments, source: Source) -> Finding:
+    """Return where the projector comes from, and whether its config.json names the other parts of this run."""
     given = flags.pretrain_mm_mlp_adapter
+    if not given and "projector" in source.stored:
+        return Finding("projector", f"It starts as it is in {source.name}.")
+    if not given and flags.tune_mm_mlp_adapter:
+        return Finding("projector", "It starts at random.")
     if not given:
-        if "projector" in source.stored:
-            yield Finding("projector", f"It starts as it is in {source.name}.")
-        elif flags.tune_mm_mlp_adapter:
-            yield Finding("projector", "It starts at random.")
-        else:
-            why = "It starts at random, without a stage 1: --pretrain_mm_mlp_adapter takes the projector of one."
-            yield Finding("projector", why, ODD)
-        return
+        why = "It starts at random, without a stage 1: --pretrain_mm_mlp_adapter takes the projector of one."
+        return Finding("projector", why, ODD)
     file = Path(given) / PROJECTOR_FILE if Path(given).is_dir() else Path(given)
-    directory = file.parent
     if not file.exists():  # in a plan; a run has checked
-        yield Finding("projector", f"It starts as {given}, which is not there yet.", ODD)
-        return
-    said = read_json(directory, "config.json") if (directory / "config.json").is_file() else {}
-    differing = list(_projector_differences(said, flags, source))
-    if differing:
-        yield Finding(
-            "projector",
-            f"--pretrain_mm_mlp_adapter {given} was trained with other parts, as {directory / 'config.json'} says: "
-            f"{'; '.join(differing)}.",
-            CONTRADICTION,
+        return Finding("projector", f"It starts as {given}, which is not there yet.", ODD)
+    config = file.with_name("config.json")
+    said = read_json(file.parent, config.name) if config.is_file() else {}
+    if differing := list(_projector_differences(said, flags, source)):
+        why = (
+            f"--pretrain_mm_mlp_adapter {given} was trained with other parts, as {config} says: {'; '.join(differing)}."
         )
-    elif "mm_vision_tower" not in said and "vision_config" not in said:
+        return Finding("projector", why, CONTRADICTION)
+    if "mm_vision_tower" not in said and "vision_config" not in said:
         why = f"It starts as {given}; no config.json beside that says which model it was trained for."
-        yield Finding("projector", why, ODD)
-    elif said.get("tune_mm_mlp_adapter"):
-        yield Finding("projector", f"It starts as {given}, trained for {said.get('_name_or_path') or 'such a model'}.")
-    else:
-        why = f"It starts as {given}, which was trained together with a language model that is not the one here."
-        yield Finding("projector", why, ODD)
+        return Finding("projector", why, ODD)
+    if said.get("tune_mm_mlp_adapter"):
+        return Finding("projector", f"It starts as {given}, trained for {said.get('_name_or_path') or 'such a model'}.")
+    why = f"It starts as {given}, which was trained together with a language model that is not the one here."
+    return Finding("projector", why, ODD)
 
 
 def _projector_differences(said: dict, flags: ModelArguments, source: Source) -> Iterator[str]:

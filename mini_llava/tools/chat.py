@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, TextStreamer
+from transformers import GenerationConfig, TextStreamer
 from transformers.utils import logging
 
 from ..data.images import BadImage, open_picture
@@ -40,8 +40,10 @@ class Conversation:
         self.opened_with = (processor, saved.image_aspect_ratio(), *size, self.model.tiling)
         config = self.model.language_model.generation_config
         ends = generation_settings(config, self.tokenizer, self.template.stop).get("eos_token_id")
-        generation = {**generation, "eos_token_id": ends, "pad_token_id": self.tokenizer.pad_token_id or 0}
-        self.model.language_model.generation_config = GenerationConfig(**generation)
+        # End marks that are text and no tokens, such as Vicuna's old ###.
+        texts = [mark for mark in self.template.stop if mark not in self.tokenizer.added_tokens_encoder]
+        ending = {"eos_token_id": ends, "pad_token_id": self.tokenizer.pad_token_id or 0, "stop_strings": texts or None}
+        self.model.language_model.generation_config = GenerationConfig(**generation, **ending)
         self.reset()
 
     def reset(self) -> None:
@@ -81,24 +83,12 @@ class Conversation:
             self.device,
             max_new_tokens=min(settings.max_new_tokens, self.longest - len(ids)),
             use_cache=True,
-            stopping_criteria=[StopAt(self)],
+            tokenizer=self.tokenizer,  # for stop_strings
             streamer=Printer(self) if stream else None,
         )
         answer = written_answer(self.template, self.tokenizer.decode(output[0], skip_special_tokens=True))
         self.turns, self.pictures, self.pending = [*turns, answer], pictures, []
         return answer
-
-
-class StopAt(StoppingCriteria):
-    """Ends an answer at an end mark that is text and not a token, such as Vicuna's old ###."""
-
-    def __init__(self, conversation: Conversation):
-        self.conversation = conversation
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_) -> torch.Tensor:
-        text = self.conversation.tokenizer.decode(input_ids[0], skip_special_tokens=True)
-        ended = any(mark in text for mark in self.conversation.template.stop)
-        return torch.tensor([ended], device=input_ids.device)
 
 
 class Printer(TextStreamer):

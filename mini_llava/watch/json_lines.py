@@ -10,6 +10,8 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from ..guards.never_fatal import never_fatal
+
 
 def append_lines(file: Path, values: Iterable[dict]) -> None:
     """Append a line for each value; if not all can be written, leave the file unchanged and raise OSError."""
@@ -26,6 +28,12 @@ def append_lines(file: Path, values: Iterable[dict]) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def append_json_line(file: Path, values: dict) -> None:
+    """Append an entry, one JSON object a line with floats to their last bit; a failure is a warning."""
+    with never_fatal(f"{file} lacks entries"):
+        append_lines(file, [values])
 
 
 def read_lines(file: Path) -> Iterator[dict]:

@@ -13,7 +13,7 @@ from ..training import backend
 from ..training.order import Order
 from ..words import counted
 from . import trackers
-from .log import append_json_line, prepare_reports
+from .json_lines import append_json_line, truncate_lines
 from .progress import ProgressLine
 from .skipped import count_skipped, log_skipped
 from .summary import write_summary
@@ -110,3 +110,24 @@ class Report:
         if self.is_first:
             every, store = self.arguments.training.logging_steps, self.data.samples.store
             self.log(write_summary(self.output_dir, every, pauses, store))
+
+
+def prepare_reports(output_dir: Path, resumed_at: int | None) -> str | None:
+    """Remove the reports of an earlier run, or truncate them to the step that this one resumes from.
+
+    Entries beyond that step belong to work that was lost. Returns a sentence about it if there are any.
+    """
+    skipped, samples, log = (output_dir / f"{name}.jsonl" for name in ("skipped", "eval_samples", "log"))
+    if resumed_at is None:
+        for file in (log, samples, skipped):
+            with never_fatal(f"{file} holds entries of an earlier run"):
+                file.unlink(missing_ok=True)
+        return None
+    for file in (skipped, samples, log):
+        last = {}
+        with never_fatal(f"{file} holds torn lines or entries of steps that are done again"):
+            last = truncate_lines(file, keep=lambda entry: entry.get("step", 0) <= resumed_at) or {}
+    again = last.get("step", 0) - resumed_at
+    if again <= 0:
+        return None
+    return f"The run had come to step {last['step']}: {again} of its steps {'is' if again == 1 else 'are'} done again."

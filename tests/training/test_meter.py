@@ -17,7 +17,7 @@ from mini_llava.data.tokenization import IGNORE_INDEX
 from mini_llava.training.meter import Meter, loss_parts
 from mini_llava.watch import progress as meters
 from mini_llava.watch.flops import FlopCounter
-from mini_llava.watch.log import append_json_line
+from mini_llava.watch.json_lines import append_json_line
 from mini_llava.watch.progress import ProgressLine, questions_bar
 from tests.training.tiny_llava import micro_batch, tiny_llava
 
