@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import re
-import tempfile
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -69,15 +68,9 @@ def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False) -> 
             if IMAGE_MARK in str(config.get(key)):
                 del config[key]
                 config["pad_token"] = config.get("unk_token")  # as in LLaVA's own
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
-        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-        chat_template = find_file(path, "chat_template.jinja")
-        if chat_template:
-            (Path(folder) / "chat_template.jinja").write_bytes(Path(chat_template).read_bytes())
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    tokenizer.name_or_path = str(path)
-    return tokenizer
+    if chat_template := find_file(path, "chat_template.jinja"):
+        config["chat_template"] = Path(chat_template).read_text(encoding="utf-8")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, name_or_path=str(path), **config)
 
 
 def image_token_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -102,12 +95,8 @@ def image_token_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedToken
         [backend.normalizer, after_image] if backend.normalizer else [after_image]
     )
     backend.add_special_tokens([AddedToken(IMAGE_MARK, normalized=True, special=True)])
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        backend.save(str(Path(folder) / "tokenizer.json"))
-        with_image = PreTrainedTokenizerFast.from_pretrained(folder)
-    with_image.name_or_path = tokenizer.name_or_path
-    return with_image
+    settings = {key: value for key, value in tokenizer.init_kwargs.items() if key != "tokenizer_object"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **settings)
 
 
 def slow_llama_config(tokenizer: PreTrainedTokenizerBase) -> dict | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -125,31 +126,26 @@ def write_weights(
     rows: dict[str, int] | None = None,
 ) -> None:
     """Write safetensors files of about `shard_bytes` each, with their index; matrices in `rows` grow to that size."""
-    rows = rows or {}
-    shards: list[list[tuple[str, torch.Tensor]]] = [[]]
-    size = total = 0
+    rows, tensors, sizes = rows or {}, dict(weights), {}
     for name, tensor in weights:
         shape = whole_shape(tensor)
-        item = math.prod((rows.get(name, shape[0]), *shape[1:]) if shape else ()) * dtype.itemsize
-        if shards[-1] and size + item > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append((name, tensor))
-        size, total = size + item, total + item
-
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        weight_map |= {name: file for name, _ in shard}
+        sizes[name] = math.prod((rows.get(name, shape[0]), *shape[1:]) if shape else ()) * dtype.itemsize
+    shards = split_state_dict_into_shards_factory(
+        sizes,
+        get_storage_size=lambda size: size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    for file, names in shards.filename_to_tensors.items():
         content = {
             name: _grown(tensor, rows[name]) if name in rows else tensor
-            for name, tensor in gathered_state_dict(shard, dtype)
+            for name, tensor in gathered_state_dict([(name, tensors[name]) for name in names], dtype)
         }
         if is_main_process():
             with staged(directory) as staging:
                 save_file(content, staging / file, metadata={"format": "pt"})
-    if is_main_process() and len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    if is_main_process() and shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         write_json(directory, "model.safetensors.index.json", index)
 
 

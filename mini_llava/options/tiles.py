@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from transformers.image_processing_utils import select_best_resolution
 
 from ..data.images import NEWLINE, BadImage, Picture, image_size
 from ..model.projector import find_projector, read_tensors
@@ -72,14 +73,9 @@ class Tiling:
 
     def resolution(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the pinpoint that keeps most pixels of an image of (width, height), then wastes fewest."""
-        width, height = size
-
-        def kept_and_wasted(pinpoint: tuple[int, int]) -> tuple[int, int]:
-            scale = min(pinpoint[0] / width, pinpoint[1] / height)
-            kept = min(int(width * scale) * int(height * scale), width * height)
-            return kept, kept - pinpoint[0] * pinpoint[1]
-
-        return max(self.pinpoints, key=kept_and_wasted)  # the first of equals
+        pinpoints = [(height, width) for width, height in self.pinpoints]
+        height, width = select_best_resolution((size[1], size[0]), pinpoints)
+        return width, height
 
     def open(self, image: Image.Image, resample: Image.Resampling) -> Picture:
         """Return an image as tiles, the whole image first, resized with the image processor's filter."""
