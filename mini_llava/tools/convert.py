@@ -321,9 +321,9 @@ def in_order(sample: list[Member]) -> list[Member]:
     for pattern, member in zip(patterns, images, strict=True):
         of_pattern[pattern].append(member)
     for found in of_pattern.values():
-        found.sort(key=lambda member: by_number(member.stem), reverse=True)
+        found.sort(key=lambda member: by_number(member.stem))
     texts = [member for member in sample if member.kind in TEXT_KINDS]
-    return texts + [of_pattern[pattern].pop() for pattern in patterns]
+    return texts + [of_pattern[pattern].pop(0) for pattern in patterns]
 
 
 def _add_member(entry: dict, member: Member, archive: tarfile.TarFile) -> None:
