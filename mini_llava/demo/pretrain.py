@@ -159,9 +159,8 @@ def load_images(questions: dict) -> tuple[torch.Tensor, torch.Tensor]:
         shape, colour = demo.shape_and_colour(turns)
         with Image.open(paths[image]) as opened:
             pixels.append(np.asarray(opened.convert("RGB")))
-        targets.append(
-            [demo.SHAPES.index(shape) if shape else -100, demo.COLOURS.index(colour) if colour else -100],
-        )
+        pairs = ((demo.SHAPES, shape), (demo.COLOURS, colour))
+        targets.append([names.index(name) if name else -100 for names, name in pairs])
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255, torch.tensor(targets)
 
 
@@ -202,19 +201,16 @@ def scene_accuracy(logits: torch.Tensor, targets: torch.Tensor) -> list[float]:
 
 def save_tower(tower: CLIPVisionModel, folder: Path) -> None:
     tower.half().save_pretrained(folder)
+    steps = ("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize")
     processor = {
         "image_processor_type": "CLIPImageProcessor",
-        "do_resize": True,
+        **dict.fromkeys(steps, True),
         "size": {"shortest_edge": IMAGE_SIZE},
         "resample": 3,
-        "do_center_crop": True,
         "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        "do_rescale": True,
         "rescale_factor": 1 / 255,
-        "do_normalize": True,
         "image_mean": OPENAI_CLIP_MEAN,
         "image_std": OPENAI_CLIP_STD,
-        "do_convert_rgb": True,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
 
@@ -341,15 +337,12 @@ def pretrain_language_model(tokenizer, kept: dict, held_out: dict, arguments: ar
     )
     device = torch.device(arguments.device)
     model = LlamaForCausalLM(config).to(device)
-    scenes = demo.answers_by_scene(kept)
-    documents = make_documents(tokenizer, scenes, arguments.documents, arguments.seed)
-    ids, answered = (torch.from_numpy(array).to(device) for array in documents)
-    scenes, number = demo.answers_by_scene(held_out), arguments.held_out_documents
-    held_out_documents = make_documents(tokenizer, scenes, number, arguments.seed + 1)
-    held_out_ids, held_out_answered = (torch.from_numpy(array).to(device) for array in held_out_documents)
-    print(
-        f"{len(ids)} documents, {(ids != 0).sum(1).float().mean().item():.0f} tokens each, vocabulary {len(tokenizer)}"
-    )
+    kept, held_out = (demo.answers_by_scene(questions) for questions in (kept, held_out))
+    documents = make_documents(tokenizer, kept, arguments.documents, arguments.seed)
+    documents += make_documents(tokenizer, held_out, arguments.held_out_documents, arguments.seed + 1)
+    ids, answered, *held_out_documents = (torch.from_numpy(array).to(device) for array in documents)
+    tokens = (ids != 0).sum(1).float().mean().item()
+    print(f"{len(ids)} documents, {tokens:.0f} tokens each, vocabulary {len(tokenizer)}")
 
     steps = arguments.language_steps
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05)
@@ -369,7 +362,7 @@ def pretrain_language_model(tokenizer, kept: dict, held_out: dict, arguments: ar
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % 500 == 0 or step + 1 == steps:
-            accuracy = text_accuracy(model, tokenizer, held_out_ids, held_out_answered)
+            accuracy = text_accuracy(model, tokenizer, *held_out_documents)
             print(f"language step {step + 1}: loss {loss.item():.4f}; held out: {accuracy}", flush=True)
     return model
 
