@@ -119,10 +119,8 @@ def check_still_owned() -> None:
     if _held is None:
         return
     with contextlib.suppress(FileNotFoundError):  # removed by a person
-        if _is_named(_held.file, _held.descriptor):
-            found = _written_in(_held.descriptor)
-        else:
-            found = _parse(_held.file.read_bytes())
+        is_named = _is_named(_held.file, _held.descriptor)
+        found = _written_in(_held.descriptor) if is_named else _parse(_held.file.read_bytes())
         if found not in (None, _held.owner):
             raise BlockingIOError(f"{_held.file.parent} is owned by {found}. End one of the two.")
 
@@ -135,17 +133,15 @@ def _lock(descriptor: int, output_dir: Path) -> None:
         if error.errno not in HELD_BY_ANOTHER + NO_LOCKS:
             raise
         owner, has_locks = _written_in(descriptor), error.errno in HELD_BY_ANOTHER
-    if has_locks:
-        who = owner or "a run that has not written who it is yet"
-        raise BlockingIOError(f"{output_dir} (--output_dir) is owned by {who}. End it, or choose another --output_dir.")
-    if owner is None or owner.has_ended:
+    if not has_locks and (owner is None or owner.has_ended):
         return
-    if owner.has_ended is None:
+    if not has_locks and owner.has_ended is None:
         raise BlockingIOError(
             f"{output_dir} (--output_dir) was last owned by {owner}, and this file system has no locks that would tell "
             f"whether it has ended. If it has, delete {output_dir / NAME}; else choose another --output_dir."
         )
-    raise BlockingIOError(f"{output_dir} (--output_dir) is owned by {owner}. End it, or choose another --output_dir.")
+    who = owner or "a run that has not written who it is yet"
+    raise BlockingIOError(f"{output_dir} (--output_dir) is owned by {who}. End it, or choose another --output_dir.")
 
 
 def _is_named(file: Path, descriptor: int) -> bool:

@@ -95,7 +95,11 @@ class Preemption:
             if not self.asked:
                 self.interrupted = number == signal.SIGINT
                 self.asked, asked_at = True, time.monotonic()
-                why = "The launcher of this run has ended" if number == LAUNCHER_HAS_ENDED else _name(number)
+                why = (
+                    "The launcher of this run has ended"
+                    if number == LAUNCHER_HAS_ENDED
+                    else signal.Signals(number).name
+                )
                 second = "Ctrl-C" if self.interrupted else "signal"
                 say_before_the_end(
                     f"{why}: once this step or the next, this save or this batch of an evaluation is done, the run "
@@ -118,8 +122,8 @@ class Preemption:
                     write_marker(self.output_dir)
         # One rank's message is enough.
         if os.environ.get("RANK", "0") == "0":
-            what = "ended with its launcher" if number == LAUNCHER_HAS_ENDED else f"ended by {_name(number)}"
-            what = "interrupted" if by_a_person else what
+            by = "with its launcher" if number == LAUNCHER_HAS_ENDED else f"by {signal.Signals(number).name}"
+            what = "interrupted" if by_a_person else f"ended {by}"
             say_before_the_end(
                 f"train.py: {what} before the first step; --resume_from_checkpoint latest goes on from what is saved."
             )
@@ -136,10 +140,6 @@ class Preemption:
 
 def _do_nothing(*_) -> None:
     pass
-
-
-def _name(number: int) -> str:
-    return signal.Signals(number).name
 
 
 def end_workers() -> None:
