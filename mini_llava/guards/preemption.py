@@ -95,11 +95,8 @@ class Preemption:
             if not self.asked:
                 self.interrupted = number == signal.SIGINT
                 self.asked, asked_at = True, time.monotonic()
-                why = (
-                    "The launcher of this run has ended"
-                    if number == LAUNCHER_HAS_ENDED
-                    else signal.Signals(number).name
-                )
+                name = signal.Signals(number).name
+                why = "The launcher of this run has ended" if number == LAUNCHER_HAS_ENDED else name
                 second = "Ctrl-C" if self.interrupted else "signal"
                 say_before_the_end(
                     f"{why}: once this step or the next, this save or this batch of an evaluation is done, the run "
