@@ -40,10 +40,10 @@ class Conversation:
         self.opened_with = (processor, saved.image_aspect_ratio(), *size, self.model.tiling)
         config = self.model.language_model.generation_config
         ends = generation_settings(config, self.tokenizer, self.template.stop).get("eos_token_id")
+        generation = {**generation, "eos_token_id": ends, "pad_token_id": self.tokenizer.pad_token_id or 0}
+        self.model.language_model.generation_config = GenerationConfig(**generation)
         # End marks that are text and no tokens, such as Vicuna's old ###.
-        texts = [mark for mark in self.template.stop if mark not in self.tokenizer.added_tokens_encoder]
-        ending = {"eos_token_id": ends, "pad_token_id": self.tokenizer.pad_token_id or 0, "stop_strings": texts or None}
-        self.model.language_model.generation_config = GenerationConfig(**generation, **ending)
+        self.stop_strings = [mark for mark in self.template.stop if mark not in self.tokenizer.added_tokens_encoder]
         self.reset()
 
     def reset(self) -> None:
@@ -83,7 +83,8 @@ class Conversation:
             self.device,
             max_new_tokens=min(settings.max_new_tokens, self.longest - len(ids)),
             use_cache=True,
-            tokenizer=self.tokenizer,  # for stop_strings
+            stop_strings=self.stop_strings or None,
+            tokenizer=self.tokenizer,
             streamer=Printer(self) if stream else None,
         )
         answer = written_answer(self.template, self.tokenizer.decode(output[0], skip_special_tokens=True))
