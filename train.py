@@ -25,7 +25,7 @@ from mini_llava import arguments as flags
 from mini_llava import demo
 from mini_llava.build import build_model, build_optimizer
 from mini_llava.data.loader import rank_step_loader
-from mini_llava.evaluation.evaluate import HeldOut
+from mini_llava.evaluation.evaluate import Evaluation
 from mini_llava.formats import write
 from mini_llava.formats.read import open_source
 from mini_llava.guards import early, liveness, ownership, preflight
@@ -54,7 +54,7 @@ def train(arguments: flags.Arguments, advice: MemoryAdvice | None = None) -> Non
     report = Report(arguments, rank)
     if arguments.is_demo:
         arguments, note = demo.prepare_run(arguments)
-        report.say(note)
+        report.log(note)
     early.check_what_a_run_needs(arguments)
     if rank == 0:
         ownership.own(output_dir)
@@ -64,18 +64,18 @@ def train(arguments: flags.Arguments, advice: MemoryAdvice | None = None) -> Non
     # --- What it starts from: a language model and a tower, or a LLaVA model, which then fixes some of the flags ------
     source = open_source(arguments.model, arguments.explicit, arguments.data)
     arguments = report.arguments = arguments.fixed_by(source)
-    report.say(source.describe(arguments.model.pretrain_mm_mlp_adapter))
+    report.log(source.describe(arguments.model.pretrain_mm_mlp_adapter))
     write.check_may_be_written(output_dir, arguments.model, training.export_format, source.vision_config)
 
     # --- Data, processes, and the order: the global batches, the micro-batches of each, the longest of these ----------
-    data = read_data(arguments, source, report.say)
+    data = read_data(arguments, source, report.log)
     accelerator = backend.start(arguments)
     liveness.watch_other_ranks(rank, world_size, preemption.exit_code)
     order = choose_order(arguments, data.samples.store, data.lengths, world_size)
     sampler, total_steps = order.sampler, order.total_steps
     findings = preflight.check_run(arguments, source, data.samples, data.lengths, order, data.longest_held_out)
     for line in preflight.report(findings, training.allow):
-        report.say(line)
+        report.log(line)
     longest = (advice or MemoryAdvice()).longest_of(arguments, source, data, accelerator, order)
 
     # --- Model, what of it is trained, optimizer ---------------------------------------------------------------------
@@ -88,19 +88,19 @@ def train(arguments: flags.Arguments, advice: MemoryAdvice | None = None) -> Non
 
     # --- Resume, and what is seen and tried before step 1 ------------------------------------------------------------
     saving = Saving(arguments, accelerator, model, optimizer, plan, source, data, order)
-    report.say(saving.shared_note)
-    resumed = saving.resume(report.say)
+    report.log(saving.shared_note)
+    resumed = saving.resume(report.log)
     if rank == 0:
         preemption.forget_earlier()
     notes = backend.memory_note(accelerator, model), saving.disk_note()
     report.begin(accelerator, data, order, table, notes, resumed)
     first_batch.show(accelerator, data.samples, order.dealt_batches(), sampler.step + 1)
     if training.longest_batch_first and sampler.step < total_steps:  # if memory does not suffice, it shows here
-        report.say(try_longest(accelerator, model, optimizer, data.steps, longest))
+        report.log(try_longest(accelerator, model, optimizer, data.steps, longest))
     lockstep = Lockstep(accelerator, preemption, arguments.data.max_skipped_share * sampler.global_batch_size)
-    evaluation = HeldOut(arguments, accelerator, model, data.held_out, data.questions, total_steps, lockstep)
+    evaluation = Evaluation(arguments, model, data.held_out, data.questions, total_steps, lockstep)
     # Before step 1, and where a kill came between a save and its evaluation.
-    if evaluation.is_due(sampler.step) and not evaluation.evaluate(sampler.step, report.say):
+    if evaluation.is_due(sampler.step) and not evaluation.evaluate(sampler.step, report.log):
         lockstep.raise_fault()
 
     # --- The loop ----------------------------------------------------------------------------------------------------
@@ -158,33 +158,33 @@ def train(arguments: flags.Arguments, advice: MemoryAdvice | None = None) -> Non
         if saving.is_due(step):
             with meter.paused("save_seconds"):
                 # A state that a fault has ended replaces none.
-                report.say(saving.save(removes_old=lockstep.fault is None))
+                report.log(saving.save(removes_old=lockstep.fault is None))
             lockstep.agree()  # asked during a save, the run ends with that one
         if evaluation.is_due(step) and not lockstep.stopping:
             with meter.paused():
-                evaluation.evaluate(step, report.say)  # in which it may be asked to stop
+                evaluation.evaluate(step, report.log)  # in which it may be asked to stop
         if lockstep.stopping:
             break
     report.end_progress_line()
 
     # --- The result; or the state of a run that ends before it has one, or in its last evaluation ---------------------
     if not lockstep.stopping:
-        report.say(saving.write_result())
+        report.log(saving.write_result())
         report.count_skipped()
-        evaluation.evaluate(total_steps, report.say)
+        evaluation.evaluate(total_steps, report.log)
     if lockstep.stopping:
         if sampler.step != saving.saved_step:
-            report.say(saving.save(removes_old=lockstep.fault is None))
+            report.log(saving.save(removes_old=lockstep.fault is None))
         if lockstep.fault and lockstep.ahead:  # too much was skipped, and its last step is not in the list yet
             report.skipped(lockstep.ahead.skipped)
         lockstep.raise_fault()
         if rank == 0 and not lockstep.interrupted:  # a person is there; nothing shall start it again
             write_marker(output_dir, sampler.step, total_steps)
-        report.say(f"Stopped after step {sampler.step} as asked; --resume_from_checkpoint latest goes on.")
+        report.log(f"Stopped after step {sampler.step} as asked; --resume_from_checkpoint latest goes on.")
     else:
         report.summarise(meter.pauses)
         if arguments.is_demo and rank == 0:
-            report.say(demo.table_of_scores(arguments.stage, output_dir, arguments.model.pretrain_mm_mlp_adapter))
+            report.log(demo.table_of_scores(arguments.stage, output_dir, arguments.model.pretrain_mm_mlp_adapter))
     liveness.leave("finished")
     trackers.end(accelerator)
     backend.end_training(accelerator, model)

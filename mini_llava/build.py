@@ -71,11 +71,9 @@ def build_model(
         model,
         tokenizer,
         new_tokens,
-        model_flags.mm_use_im_start_end,
-        model_flags.mm_use_im_patch_token,
+        (model_flags.mm_use_im_start_end, model_flags.mm_use_im_patch_token),
         model_flags.pretrain_mm_mlp_adapter,
-        "new_tokens" in plan,
-        master_dtype(accelerator),
+        master_dtype(accelerator) if "new_tokens" in plan else None,
     )
     if training.lora_weight_path:
         lora.start_from(model, training.lora_weight_path)

@@ -94,8 +94,9 @@ class Saving:
         """Return a sentence if the disk has no room for what this run will write."""
         every, step = self.flags.save_steps, self.sampler.step
         saves = self.total_steps // every - step // every if self.flags.save_strategy == "steps" else 0
-        keeps_whole = (saves, self.flags.save_total_limit, self.kind == "whole model")
-        return output_folder.disk_note(self.accelerator, self.model, self.output_dir, *keeps_whole)
+        kept = (self.output_dir, saves, self.flags.save_total_limit, self.kind == "whole model")
+        itemsize = backend.compute_dtype(self.accelerator).itemsize
+        return output_folder.disk_needs(self.bare, itemsize, *kept).warning(self.output_dir)
 
     def is_due(self, step: int) -> bool:
         """Return whether a state belongs after this step."""

@@ -154,13 +154,13 @@ class _Marker:
         self.around(checkpoint, "save_checkpoint", SAVE)
         self.around(write, "save_whole_model", RESULT)
 
-        original = evaluate.HeldOut.evaluate
+        original = evaluate.Evaluation.evaluate
 
         def marked(held_out, step, *rest):
             name = {0: FIRST_EVALUATION, held_out.total_steps: LAST_EVALUATION}.get(step, EVALUATION)
             return self.calls(original, name if held_out.questions else None, held_out, step, *rest)
 
-        evaluate.HeldOut.evaluate = marked
+        evaluate.Evaluation.evaluate = marked
         if self.hold == HUNG_WORKER and int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
             self.hang(loader.RankSteps, lockstep.Lockstep)
 

@@ -1,9 +1,8 @@
-"""The embedded default: a small real data set in LLaVA's format and two miniature pretrained models.
+"""The demo, the default of train.py: a small real data set in LLaVA's format and two miniature pretrained models.
 
-`prepare` converts easy-vqa (5,000 pictures of one coloured shape, 48,000 questions, an official test split) into
-LLaVA's JSON and an image folder, once. The vision tower and the language model beside this file are ordinary Hugging
-Face directories made by `python -m mini_llava.demo.pretrain`, and the two YAML files are ordinary `--config` files: the
-demo takes the same path through the code as CLIP and Vicuna do.
+`prepare` converts easy-vqa (5,000 pictures of one coloured shape, 48,000 questions, an official test split) once. The
+models beside this file are ordinary Hugging Face directories made by `python -m mini_llava.demo.pretrain`, and the YAML
+files are ordinary `--config` files: the demo runs the same code as CLIP and Vicuna.
 """
 
 import functools
@@ -25,8 +24,7 @@ LANGUAGE_MODEL = HERE / "language_model"
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 
-# Ways to say a scene in a sentence: the text-only conversations of stage 2 begin with one, and the language model was
-# pretrained on more of the same.
+# Descriptions of a scene: stage 2's text-only conversations begin with one; the language model has seen more of them.
 SCENE_SENTENCES = (
     "a {colour} {shape}",
     "the picture shows a {colour} {shape}.",
@@ -46,7 +44,7 @@ SEED = 0
 
 @dataclass(frozen=True, slots=True)
 class DemoData:
-    """Where the converted data lie: three JSON files in LLaVA's format, and the folder of the images that they name."""
+    """Paths of the converted data: three JSON files in LLaVA's format, and the folder of their images."""
 
     stage1: Path
     stage2: Path
@@ -55,10 +53,9 @@ class DemoData:
 
 
 def prepare(output_root: str | Path = "outputs") -> DemoData:
-    """Convert easy-vqa into `output_root/demo-data`, unless that was done before, and return the paths.
+    """Convert easy-vqa into `output_root/demo-data`, unless it exists, and return the paths.
 
-    The folder is written under another name and renamed at the end, so that it is whole or absent; several processes
-    may call this at once, and the first to finish wins.
+    The folder is renamed when it is complete, so that several processes may convert at once.
     """
     folder = Path(output_root) / "demo-data"
     if not folder.exists():
@@ -70,16 +67,15 @@ def prepare(output_root: str | Path = "outputs") -> DemoData:
         except OSError:
             if not folder.exists():
                 raise
-            shutil.rmtree(unfinished)  # another process was faster, and wrote the same bytes
+            shutil.rmtree(unfinished)  # another process was faster
     return DemoData(folder / "stage1.json", folder / "stage2.json", folder / "test.json", folder / "images")
 
 
 def prepare_run(arguments) -> tuple:
-    """Make what the demo's `--config` files name; return the arguments, and what a person should know beforehand.
+    """Convert the demo's data; return the arguments, and what the user should know before the run.
 
-    Stage 2 starts from stage 1's projector if there is one; if not, the flag is None in the `Arguments`
-    that are returned. Raises
-    FileNotFoundError if the paths in the demo's files lead nowhere from the current directory.
+    Stage 2 starts from stage 1's projector if there is one; otherwise the flag is None in the `Arguments` that are
+    returned. Raises FileNotFoundError outside of the repository's root.
     """
     model_flags = arguments.model
     if not Path(model_flags.model_name_or_path).is_dir():
@@ -103,22 +99,20 @@ def prepare_run(arguments) -> tuple:
 
 
 def table_of_scores(stage: int, output_dir: str | Path, projector: str | None) -> str:
-    """Return what the runs have logged as the README's table: before and after each stage, images shuffled as well.
+    """Return the README's table of scores before and after each stage, with images in place and shuffled.
 
     Args:
-        stage: of the run that ends.
-        output_dir: of that run; its log has the scores.
-        projector: what stage 2 has started from, whose folder has the log of stage 1; None: none.
+        stage, output_dir: of the run that ends, whose log has its scores.
+        projector: what stage 2 started from, whose folder has the log of stage 1.
     """
     folders = {stage: Path(output_dir)}
     if stage == 2 and projector:
         folders[1] = Path(projector) if Path(projector).is_dir() else Path(projector).parent
     found: dict[str, dict] = {}
     for of_stage, folder in folders.items():
-        # Only where a run begins and where it ends are the images shuffled.
-        entries = [entry for entry in read_lines(folder / "log.jsonl") if f"{SCORE}_shuffled" in entry]
-        for entry in entries:
-            found[f"{'after' if entry['step'] else 'before'} stage {of_stage}"] = entry
+        for entry in read_lines(folder / "log.jsonl"):
+            if f"{SCORE}_shuffled" in entry:  # as before and after a run
+                found[f"{'after' if entry['step'] else 'before'} stage {of_stage}"] = entry
     rows, missing = [("", "images in place", "images shuffled")], []
     for name in ("before stage 1", "after stage 1", "after stage 2"):
         if entry := found.get(name):
@@ -135,10 +129,7 @@ def table_of_scores(stage: int, output_dir: str | Path, projector: str | None) -
 
 @functools.cache
 def question_only_baseline() -> float:
-    """Exact match on the test questions, in [0, 1], of the best guess that sees the question alone.
-
-    The guess is the most frequent training answer to the same question text.
-    """
+    """Return the exact match on the test split, in [0, 1], of the most frequent training answer to each question."""
     answers = defaultdict(Counter)
     for turns in read_questions("train").values():
         for question, answer in turns:
@@ -148,7 +139,7 @@ def question_only_baseline() -> float:
 
 
 def read_questions(split: str) -> dict[int, list[tuple[str, str]]]:
-    """The (question, answer) pairs of each image of easy-vqa's `train` or `test` split, by image number."""
+    """Return the (question, answer) pairs of each image, by image number; split is `train` or `test`."""
     easy_vqa = _easy_vqa()
     read = {"train": easy_vqa.get_train_questions, "test": easy_vqa.get_test_questions}[split]
     turns = defaultdict(list)
@@ -158,16 +149,16 @@ def read_questions(split: str) -> dict[int, list[tuple[str, str]]]:
 
 
 def image_paths(split: str) -> dict[int, str]:
-    """The PNG file (64x64, RGB) of each image of easy-vqa's `train` or `test` split, by image number."""
+    """Return the PNG files (64x64, RGB) by image number; split is `train` or `test`."""
     easy_vqa = _easy_vqa()
     return {"train": easy_vqa.get_train_image_paths, "test": easy_vqa.get_test_image_paths}[split]()
 
 
 def shape_and_colour(turns: list[tuple[str, str]]) -> tuple[str | None, str | None]:
-    """What the questions of one image tell about it: its shape and its colour, None where they leave it open.
+    """Return the shape and the colour that follow from the questions of one image, each None if it is open.
 
-    A named shape or colour is a fact; so is one that a yes/no question affirms ("is there not a circle?", "no"). Where
-    all but one are denied, the last is a fact too.
+    A shape or colour follows if it is named, if a yes/no question affirms it ("is there not a circle?", "no"), or if
+    all others are denied.
     """
     shapes, colours = set(SHAPES), set(COLOURS)
     for question, answer in turns:
@@ -182,14 +173,11 @@ def shape_and_colour(turns: list[tuple[str, str]]) -> tuple[str | None, str | No
                 known &= named
             elif named:
                 known -= named
-    return (
-        shapes.pop() if len(shapes) == 1 else None,
-        colours.pop() if len(colours) == 1 else None,
-    )
+    return tuple(known.pop() if len(known) == 1 else None for known in (shapes, colours))
 
 
 def answers_by_scene(questions: dict[int, list[tuple[str, str]]]) -> dict[tuple[str, str], dict[str, str]]:
-    """For each (shape, colour): every question asked of such an image, with its answer (it is the same each time)."""
+    """Return for each (shape, colour) all questions about such images, with their answers."""
     scenes = defaultdict(dict)
     for turns in questions.values():
         scene = shape_and_colour(turns)
@@ -199,20 +187,20 @@ def answers_by_scene(questions: dict[int, list[tuple[str, str]]]) -> dict[tuple[
 
 
 def _convert(folder: Path) -> None:
-    """Write the three JSON files and the images. Everything random comes from one seed."""
+    """Write the three JSON files and the images, shuffled by one seed."""
     rng = random.Random(SEED)
     train, test = read_questions("train"), read_questions("test")
 
     captions = []
     for image, turns in train.items():
         shape, colour = shape_and_colour(turns)
-        if shape and colour:  # the questions of one image in ten leave one of them open
+        if shape and colour:  # open for one image in ten
             request = f"<image>\n{rng.choice(CAPTION_REQUESTS)}"
             captions.append(record(f"caption-{image}", [(request, f"a {colour} {shape}")], f"train/{image}.png"))
 
     conversations = []
     for image, turns in train.items():
-        # The package lists "what ..." first and yes/no last; unshuffled, hardly a conversation would begin with yes/no.
+        # The package lists yes/no questions last; unshuffled, hardly a conversation would begin with one.
         (question, answer), *rest = rng.sample(turns, len(turns))
         turns = [(f"<image>\n{question}", answer), *rest]
         conversations.append(record(f"image-{image}", turns, f"train/{image}.png"))
@@ -239,7 +227,7 @@ def _convert(folder: Path) -> None:
 
 
 def record(identifier: str, turns: list[tuple[str, str]], image: str | None = None) -> dict:
-    """One record of LLaVA's JSON: human and gpt turns, and the image's name where there is one."""
+    """Return a record of LLaVA's JSON: human and gpt turns, and an image's name if there is one."""
     conversations = [
         {"from": speaker, "value": text}
         for question, answer in turns

@@ -1,8 +1,8 @@
 """Make the demo's two miniature pretrained models: `python -m mini_llava.demo.pretrain`.
 
-They stand where CLIP and Vicuna stand in LLaVA: a vision tower that knows shapes and colours but no language, and a
-language model that answers questions about described scenes but has seen no image. Both see easy-vqa's training split
-only, less one image in ten, on which the printed accuracies are measured. A few minutes on one H200; slow on a CPU.
+They take the places of CLIP and Vicuna: a vision tower that knows shapes and colours but no language, and a language
+model that answers questions about described scenes but has seen no image. Both are trained on easy-vqa's training split
+without a tenth of its images, on which the printed accuracies are measured. A few minutes on one H200; slow on a CPU.
 """
 
 import argparse
@@ -16,17 +16,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from mini_llava import demo
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, tokenize
+from mini_llava.training.schedule import learning_rate_factor, warmup_steps
 
-# CLIP's own mean and standard deviation of the pixel values.
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGE_SIZE, PATCH_SIZE = 64, 8
 PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
 SELECT_LAYER = -2  # the layer whose patches LLaVA projects
@@ -40,20 +39,10 @@ SENTENCES = (
     "the {shape} is {colour}",
     "{colour} is the color of the only shape, and the shape is a {shape}",
 )
-# What a description patch by patch says where it says neither the shape nor the colour.
+# The other words of a description patch by patch: they tell neither the shape nor the colour.
 FILLERS = (
-    "blank",
-    "plain",
-    "background",
-    "empty",
-    "edge",
-    "corner",
-    "small",
-    "large",
-    "here",
-    "white",
-    "light",
-    "paper",
+    *("blank", "plain", "background", "empty", "edge", "corner"),
+    *("small", "large", "here", "white", "light", "paper"),
 )
 
 VOCABULARY_SIZE = 640
@@ -61,6 +50,7 @@ MAX_TURNS = 10
 MAX_TOKENS = 272
 DOCUMENTS = 60_000
 HELD_OUT_FRACTION = 0.1
+WARMUP_RATIO = 0.03
 
 
 def main() -> None:
@@ -85,36 +75,23 @@ def main() -> None:
     start = time.time()
     tower = pretrain_tower(kept, held_out, arguments)
     save_tower(tower, arguments.output / demo.VISION_TOWER.name)
-    print(f"vision tower: {count(tower):,} parameters, {time.time() - start:.0f} s", flush=True)
+    print(f"vision tower: {tower.num_parameters():,} parameters, {time.time() - start:.0f} s", flush=True)
 
     start = time.time()
     tokenizer = train_tokenizer(kept)
     language_model = pretrain_language_model(tokenizer, kept, held_out, arguments)
     save_language_model(language_model, tokenizer, arguments.output / demo.LANGUAGE_MODEL.name)
-    print(f"language model: {count(language_model):,} parameters, {time.time() - start:.0f} s", flush=True)
-
-
-def count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def learning_rate_factor(step: int, steps: int) -> float:
-    """Linear warmup over the first 3 %, then a cosine down to zero."""
-    warmup = max(1, int(0.03 * steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + np.cos(np.pi * (step - warmup) / max(1, steps - warmup)))
+    print(f"language model: {language_model.num_parameters():,} parameters, {time.time() - start:.0f} s", flush=True)
 
 
 # ---- the tower ----
 
 
 class TowerHeads(nn.Module):
-    """The two views of the tower that pretraining asks for shape and colour.
+    """Classifies shape and colour from a tower's class token, and from the patches that LLaVA reads.
 
-    The class token is what CLIP's own objective reads. LLaVA reads the patches of an earlier layer, which in CLIP know
-    the picture because there is so much of it; a tower this small needs to be asked there as well: the mean of the
-    patches, and each patch alone.
+    CLIP's objective reads the class token only, and a tower this small would not keep the scene in its patches: they
+    are classified too, their mean and each alone.
     """
 
     def __init__(self, width: int):
@@ -124,7 +101,7 @@ class TowerHeads(nn.Module):
         self.patches = nn.Linear(width, classes)
 
     def forward(self, outputs) -> list[torch.Tensor]:
-        """-> logits of the class token [n, classes], the mean patch [n, classes], each patch [n, patches, classes]."""
+        """Return logits of class token [n, classes], mean patch [n, classes] and each patch [n, patches, classes]."""
         each = self.patches(F.layer_norm(outputs.hidden_states[SELECT_LAYER][:, 1:], (self.patches.in_features,)))
         return [self.pooled(outputs.pooler_output), each.mean(dim=1), each]
 
@@ -150,7 +127,7 @@ def pretrain_tower(kept: dict, held_out: dict, arguments: argparse.Namespace) ->
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * learning_rate_factor(step, steps)
+            group["lr"] = 1e-3 * learning_rate_factor("cosine", step, steps, warmup_steps(WARMUP_RATIO, steps))
         chosen = torch.randint(len(pixels), (arguments.batch_size,), device=device)
         outputs = tower(normalize(augment(pixels[chosen])), output_hidden_states=True)
         pooled, mean, each = heads(outputs)
@@ -175,21 +152,20 @@ def pretrain_tower(kept: dict, held_out: dict, arguments: argparse.Namespace) ->
 
 
 def load_images(questions: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> float32 pixels in [0, 1] [n, 3, 64, 64]; int64 [n, 2] shape and colour, -100 where no question tells."""
+    """Return pixels, fp32 [n, 3, 64, 64] in [0, 1], and shape and colour, int64 [n, 2], -100 where unknown."""
     paths = demo.image_paths("train")
     pixels, targets = [], []
     for image, turns in questions.items():
         shape, colour = demo.shape_and_colour(turns)
         with Image.open(paths[image]) as opened:
             pixels.append(np.asarray(opened.convert("RGB")))
-        targets.append(
-            [demo.SHAPES.index(shape) if shape else -100, demo.COLOURS.index(colour) if colour else -100],
-        )
+        pairs = ((demo.SHAPES, shape), (demo.COLOURS, colour))
+        targets.append([names.index(name) if name else -100 for names, name in pairs])
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255, torch.tensor(targets)
 
 
 def augment(pixels: torch.Tensor) -> torch.Tensor:
-    """Three in four pictures mirrored, moved, stretched and a little noisy; the background goes on past the border."""
+    """Mirror, shift and stretch three in four pictures, and add a little noise; borders are extended."""
     n, device = len(pixels), pixels.device
     theta = torch.zeros(n, 2, 3, device=device)
     mirrored = torch.randint(0, 2, (n,), device=device) * 2 - 1
@@ -204,12 +180,13 @@ def augment(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def normalize(pixels: torch.Tensor) -> torch.Tensor:
-    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
+    statistics = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in statistics)
     return (pixels - mean) / std
 
 
 def scene_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of shape plus that of colour; logits [n, classes], targets [n, 2]."""
+    """Return the cross entropy of shape plus that of colour; logits [n, classes], targets [n, 2]."""
     shape, colour = logits.split([len(demo.SHAPES), len(demo.COLOURS)], dim=1)
     return F.cross_entropy(shape, targets[:, 0]) + F.cross_entropy(colour, targets[:, 1])
 
@@ -224,19 +201,16 @@ def scene_accuracy(logits: torch.Tensor, targets: torch.Tensor) -> list[float]:
 
 def save_tower(tower: CLIPVisionModel, folder: Path) -> None:
     tower.half().save_pretrained(folder)
+    steps = ("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize")
     processor = {
         "image_processor_type": "CLIPImageProcessor",
-        "do_resize": True,
+        **dict.fromkeys(steps, True),
         "size": {"shortest_edge": IMAGE_SIZE},
         "resample": 3,
-        "do_center_crop": True,
         "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        "do_rescale": True,
         "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": IMAGE_MEAN,
-        "image_std": IMAGE_STD,
-        "do_convert_rgb": True,
+        "image_mean": OPENAI_CLIP_MEAN,
+        "image_std": OPENAI_CLIP_STD,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
 
@@ -245,18 +219,17 @@ def save_tower(tower: CLIPVisionModel, folder: Path) -> None:
 
 
 def train_tokenizer(questions: dict) -> PreTrainedTokenizerFast:
-    """A Llama tokenizer on the demo's words: BPE, `<unk>` 0, `<s>` 1, `</s>` 2, then the 256 bytes, then the pieces.
+    """Return a Llama tokenizer of the demo's words: BPE with ids `<unk>` 0, `<s>` 1, `</s>` 2, 256 bytes, pieces.
 
-    It is trained on words, and then works on whole texts as Llama's does (a blank is U+2581, one is put before the
-    text, no pre-tokenisation otherwise): as no piece reaches over a blank, both cut a text in the same way. A line
-    break stays a byte.
+    It is trained on single words, and used without pre-tokenization: a blank is U+2581, one is put before the text. No
+    piece crosses a blank, so both split a text in the same way. A line break stays a byte.
     """
     scenes = [(shape, colour) for shape in demo.SHAPES for colour in demo.COLOURS]
     texts = [" ".join(FILLERS), *demo.CAPTION_REQUESTS] * 50
     texts += [sentence.format(shape=shape, colour=colour) for sentence in SENTENCES for shape, colour in scenes] * 5
     texts = [f" {text}" for text in texts]
     for turns in questions.values():
-        # A word that may stand after a line break or right after an end mark is to be a piece without its blank, too.
+        # Words that follow a line break or an end mark are pieces without a blank, too.
         texts += [f"USER:\n{question} ASSISTANT: {answer}" for question, answer in turns]
         texts += [f" {get_template('v1').opening}{question} ASSISTANT: {answer}" for question, answer in turns]
     words = Tokenizer(models.BPE())
@@ -276,47 +249,23 @@ def train_tokenizer(questions: dict) -> PreTrainedTokenizerFast:
     words.train_from_iterator(texts, trainer)
     trained = json.loads(words.to_str())["model"]
 
-    marks = ({"id": id_, "content": mark} for id_, mark in enumerate(reserved[:3]))
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    begin = {"SpecialToken": {"id": "<s>", "type_id": 0}}
-    pipeline = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [mark | flags for mark in marks],
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-        # Two steps: with one, a text that begins with a blank would get no second blank, which Llama's tokenizer adds.
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Metaspace", "replacement": " ", "prepend_scheme": "first", "split": False},
-                {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": False},
-            ],
-        },
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [begin, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [
-                begin,
-                {"Sequence": {"id": "A", "type_id": 0}},
-                {"SpecialToken": {"id": "<s>", "type_id": 1}},
-                {"Sequence": {"id": "B", "type_id": 1}},
-            ],
-            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
-        },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
-        "model": trained | {"unk_token": "<unk>", "byte_fallback": True, "fuse_unk": True},
-    }
+    merges = [tuple(pair) for pair in trained["merges"]]
+    settings = {"unk_token": "<unk>", "byte_fallback": True, "fuse_unk": True}
+    tokenizer = Tokenizer(models.BPE(trained["vocab"], merges, **settings))
+    tokenizer.add_special_tokens(reserved[:3])
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    # Two steps: with one, a text that begins with a blank would get no second blank, which Llama's tokenizer adds.
+    steps = [
+        pre_tokenizers.Metaspace(" ", prepend_scheme="first", split=False),
+        pre_tokenizers.Metaspace("▁", prepend_scheme="never", split=False),
+    ]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    begin = {"single": "<s> $A", "pair": "<s> $A <s>:1 $B:1", "special_tokens": [("<s>", 1)]}
+    tokenizer.post_processor = processors.TemplateProcessing(**begin)
+    to_text = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", left=1)]
+    tokenizer.decoder = decoders.Sequence(to_text)
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(pipeline)),
+        tokenizer_object=tokenizer,
         unk_token="<unk>",
         bos_token="<s>",
         eos_token="</s>",
@@ -331,7 +280,7 @@ def train_tokenizer(questions: dict) -> PreTrainedTokenizerFast:
 
 
 def describe_in_patches(rng: random.Random, shape: str, colour: str) -> str:
-    """A scene told patch by patch: a word for each, some the shape or the colour, the others about nothing."""
+    """Return a description with a word for each patch: the shape, the colour or a filler."""
     named = rng.uniform(0.05, 1.0)
     words = [rng.choice((shape, colour)) if rng.random() < named else rng.choice(FILLERS) for _ in range(PATCHES)]
     for word, place in zip((shape, colour), rng.sample(range(PATCHES), 2), strict=True):
@@ -340,11 +289,11 @@ def describe_in_patches(rng: random.Random, shape: str, colour: str) -> str:
 
 
 def make_documents(tokenizer, scenes: dict, number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids int16 [number, MAX_TOKENS], 0 after the end, and bool of that shape: the answers with their end marks.
+    """Return token ids, int16 [number, MAX_TOKENS], 0 after the end, and a mask of the answers with their end marks.
 
-    Each document is written by the trainer's own templates. One in six is a caption (`plain`), the others are
-    conversations (`v1`). In the captions and in six of ten conversations the scene is told patch by patch, by as many
-    tokens as an image has and in an image's place; the other conversations begin with a sentence.
+    The trainer's own templates write each document: one in six is a caption (`plain`), the others are conversations
+    (`v1`). The captions and six in ten conversations have a description patch by patch in place of an image, with as
+    many tokens; the other conversations begin with a sentence.
     """
     rng = random.Random(seed)
     ids = np.zeros((number, MAX_TOKENS), dtype=np.int16)
@@ -388,28 +337,24 @@ def pretrain_language_model(tokenizer, kept: dict, held_out: dict, arguments: ar
     )
     device = torch.device(arguments.device)
     model = LlamaForCausalLM(config).to(device)
-    scenes = demo.answers_by_scene(kept)
-    documents = make_documents(tokenizer, scenes, arguments.documents, arguments.seed)
-    ids, answered = (torch.from_numpy(array).to(device) for array in documents)
-    scenes, number = demo.answers_by_scene(held_out), arguments.held_out_documents
-    held_out_documents = make_documents(tokenizer, scenes, number, arguments.seed + 1)
-    held_out_ids, held_out_answered = (torch.from_numpy(array).to(device) for array in held_out_documents)
-    print(
-        f"{len(ids)} documents, {(ids != 0).sum(1).float().mean().item():.0f} tokens each, vocabulary {len(tokenizer)}"
-    )
+    kept, held_out = (demo.answers_by_scene(questions) for questions in (kept, held_out))
+    documents = make_documents(tokenizer, kept, arguments.documents, arguments.seed)
+    documents += make_documents(tokenizer, held_out, arguments.held_out_documents, arguments.seed + 1)
+    ids, answered, *held_out_documents = (torch.from_numpy(array).to(device) for array in documents)
+    tokens = (ids != 0).sum(1).float().mean().item()
+    print(f"{len(ids)} documents, {tokens:.0f} tokens each, vocabulary {len(tokenizer)}")
 
     steps = arguments.language_steps
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * learning_rate_factor(step, steps)
+            group["lr"] = 2e-3 * learning_rate_factor("cosine", step, steps, warmup_steps(WARMUP_RATIO, steps))
         chosen = torch.randint(len(ids), (arguments.batch_size,), device=device)
         batch, trained = ids[chosen].long(), answered[chosen]
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
         losses = F.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")
-        # Every token counts, as in any pretraining, but the answers most: the rest is nearly all chance (which question
-        # comes next, which patch says what), and would drown them.
+        # Answers have most weight: the rest is nearly all chance (which question follows, which patch tells what).
         weights = 0.05 * (batch[:, 1:] != 0) + trained[:, 1:]
         loss = (losses * weights).sum() / weights.sum()
         optimizer.zero_grad()
@@ -417,14 +362,14 @@ def pretrain_language_model(tokenizer, kept: dict, held_out: dict, arguments: ar
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % 500 == 0 or step + 1 == steps:
-            accuracy = text_accuracy(model, tokenizer, held_out_ids, held_out_answered)
+            accuracy = text_accuracy(model, tokenizer, *held_out_documents)
             print(f"language step {step + 1}: loss {loss.item():.4f}; held out: {accuracy}", flush=True)
     return model
 
 
 @torch.no_grad()
 def text_accuracy(model, tokenizer, ids: torch.Tensor, answered: torch.Tensor) -> str:
-    """Share of answers whose every token, end mark included, is the model's first choice, as greedy decoding needs it.
+    """Return the share of answers whose every token, end mark included, is the model's first choice.
 
     By kind: captions, the first turn of a conversation, later turns.
     """
@@ -437,7 +382,7 @@ def text_accuracy(model, tokenizer, ids: torch.Tensor, answered: torch.Tensor) -
             edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(np.int8), [0]])))
             for turn, (start, end) in enumerate(edges.reshape(-1, 2)):
                 if end == len(mask):
-                    continue  # cut at MAX_TOKENS
+                    continue  # truncated at MAX_TOKENS
                 is_caption = tokens[end] != tokenizer.eos_token_id
                 kind = "captions" if is_caption else "later turns" if turn else "first turns"
                 right[kind].append(hit[start:end].all())
@@ -447,7 +392,7 @@ def text_accuracy(model, tokenizer, ids: torch.Tensor, answered: torch.Tensor) -
 def save_language_model(model: LlamaForCausalLM, tokenizer, folder: Path) -> None:
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    # Which class save_pretrained names depends on the transformers version; this one reads tokenizer.json as it stands.
+    # save_pretrained names another class in each version of transformers; this one reads tokenizer.json unchanged.
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config = {key: value for key, value in config.items() if not re.match("backend|is_local|name_or_path", key)}

@@ -1,8 +1,7 @@
-"""Held-out records while a model trains: their loss, and their last questions answered by greedy generation.
+"""Held-out records while a model trains: their loss, and greedy answers to their last questions.
 
-LLaVA has no evaluation in its training; its loss says little about whether the answers are right. The same questions
-can be asked with the pictures shuffled: what a model still gets right then, it did not see. Nothing here changes a
-number of the training: no weight, no generator of random numbers, no order.
+LLaVA's training has no evaluation. The questions are also asked with the images shuffled: what a model still gets right
+then, it did not see. An evaluation changes nothing of the training: no weight, no random generator, no order.
 """
 
 import itertools
@@ -15,9 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import nn
-from tqdm import tqdm
 from transformers import GenerationConfig
 
 from ..arguments import Arguments
@@ -34,8 +31,7 @@ from ..training.backend import gather_from_ranks, sum_over_ranks, to_device, zer
 from ..training.lockstep import Lockstep
 from ..training.meter import loss_parts
 from ..watch import trackers
-from ..watch.json_lines import append_lines, read_lines
-from ..watch.log import append_json_line
+from ..watch.json_lines import append_json_line, append_lines, read_lines
 from ..watch.progress import questions_bar
 from ..watch.skipped import fault_table
 from ..words import counted
@@ -49,19 +45,20 @@ IN_WORDS = {EXACT_MATCH: "answered exactly", CHOICE: "chosen right"}
 
 
 class _Ended(Exception):
-    """The run ends within this evaluation."""
+    """Ends an evaluation in which the run ends."""
 
 
 @dataclass
 class Question:
     """A held-out record, ready to be asked.
 
-    index: in the store of held-out records.
-    input_ids: the prompt up to the answer, int32 [L], with one token for each picture.
-    images: (record, name) of its pictures.
-    text, answer: the last question and what is expected.
-    metric: how an answer is scored, see `scoring.py`.
-    tokens: of the whole record as it is trained on, pictures included.
+    Attributes:
+        index: in the store of held-out records.
+        input_ids: the prompt up to the answer, int32 [L], with one token for each image.
+        images: (record, name) of its images; of another record where images are shuffled.
+        text, answer: the last question and the expected answer.
+        metric: how an answer is scored, see `scoring.py`.
+        tokens: of the whole record as in training, image tokens included.
     """
 
     index: int
@@ -74,9 +71,9 @@ class Question:
 
 
 def read_questions(samples: Samples, most: int | None, seed: int) -> list[Question]:
-    """Read and check held-out records, `most` of them at most, drawn by `seed`.
+    """Return held-out records as questions, at most `most` of them, drawn by `seed`.
 
-    Raises BadRecord with all records that cannot be asked: leaving some out would make another score of it.
+    Raises BadRecord with all records that cannot be asked: without them the score would not be comparable.
     """
     chosen = range(len(samples))
     if most and most < len(samples):
@@ -108,7 +105,7 @@ def read_questions(samples: Samples, most: int | None, seed: int) -> list[Questi
 
 
 def shuffle_images(questions: Sequence[Question], seed: int) -> list[Question]:
-    """The same questions with the pictures of other ones; only questions with equally many pictures are exchanged."""
+    """Return the questions with their images permuted among questions with equally many images."""
     shuffled = list(questions)
     generator = torch.Generator().manual_seed(seed)
     for count in {len(question.images) for question in questions} - {0}:
@@ -118,16 +115,15 @@ def shuffle_images(questions: Sequence[Question], seed: int) -> list[Question]:
     return shuffled
 
 
-class HeldOut:
+class Evaluation:
     """Evaluates before and after training and every `--eval_steps` steps; without `--eval_data_path` it does nothing.
 
-    history: on rank 0 what `log.jsonl` has of every evaluation, `step` and `eval/...`, those before a resume included.
+    history: on rank 0 the entries of all evaluations in `log.jsonl`, those before a resume included.
     """
 
     def __init__(
         self,
         arguments: Arguments,
-        accelerator: Accelerator,
         model: nn.Module,
         samples: Samples | None,
         questions: list[Question],
@@ -136,15 +132,14 @@ class HeldOut:
     ):
         """
         Args:
-            model: prepared, a `LlavaModel`.
-            samples: the held-out ones; None without.
-            questions: what `read_questions` made of them.
+            model: a prepared `LlavaModel`.
+            samples: the held-out ones; None without `--eval_data_path`.
+            questions: from `read_questions`.
             lockstep: asked between two batches whether the run ends here.
         """
         self.data_flags, self.training = arguments.data, arguments.training
-        self.accelerator, self.model = accelerator, model
+        self.accelerator, self.model, self.lockstep = lockstep.accelerator, model, lockstep
         self.total_steps, self.output_dir = total_steps, Path(arguments.training.output_dir)
-        self.lockstep = lockstep
         self.samples, self.questions = samples, questions
         self.history: list[dict] = []
         if not self.questions:
@@ -155,45 +150,43 @@ class HeldOut:
         self.parts = loss_parts(self.store.source_names(), with_image)
         metrics = [question.metric for question in self.questions]
         self.counts = {metric: metrics.count(metric) for metric in (EXACT_MATCH, CHOICE) if metric in metrics}
-        self.most_tokens = [self._most_tokens(question) for question in self.questions]
+        self.answer_limits = [self._answer_limit(question) for question in self.questions]
         self.groups = np.array([loss_group(*pair) for pair in zip(sources, with_image, strict=True)])
         shown = min(self.data_flags.eval_samples_shown, len(self.questions))
         self.shown = np.linspace(0, len(self.questions) - 1, shown).astype(int).tolist()
-        if accelerator.is_main_process:
+        if self.accelerator.is_main_process:
             entries = read_lines(self.output_dir / "log.jsonl")
             self.history = [entry for entry in entries if "eval/loss" in entry]
-        self.evaluated = set(gather_from_ranks(accelerator, [entry["step"] for entry in self.history])[0])
+        self.evaluated = set(gather_from_ranks(self.accelerator, [entry["step"] for entry in self.history])[0])
 
     def is_due(self, step: int) -> bool:
-        """Whether an evaluation belongs after this step, though not after the last one, and has not been made.
+        """Return whether an evaluation is missing after this step; the one after the last step is not asked for here.
 
-        So a resumed run does not repeat the one before training, and makes the one that a kill took from it.
+        A resumed run skips the evaluation before training and makes the one that a kill interrupted.
         """
         if not self.questions or step >= self.total_steps or step in self.evaluated:
             return False
         steps = self.training.eval_steps
         return step == 0 or (steps > 0 and step % steps == 0)
 
-    def evaluate(self, step: int, say: Callable[[str], None]) -> bool:
-        """Measure, write `log.jsonl` and `eval_samples.jsonl`, feed the trackers. All ranks must call it.
+    def evaluate(self, step: int, log: Callable[[str], None]) -> bool:
+        """Measure, write `log.jsonl` and `eval_samples.jsonl`, and feed the trackers, unless the log has this step.
 
-        Return False if the run ends here, and this evaluation with it: it was asked to stop, or a picture cannot be
-        opened any more; `lockstep` knows which. An evaluation that the log has is not repeated: a run that was killed
-        after its last one, or is started again after its end. Raises ValueError where memory does not suffice.
+        A collective. Returns False if the run ends within it: it was asked to stop, or an image cannot be opened any
+        more; `lockstep` knows which. Raises ValueError if memory runs out.
         """
         if not self.questions or step in self.evaluated:
             return True
         started = time.perf_counter()
-        blind = None
+        shuffled = None
         try:
             with self._evaluation_mode():
                 losses, trained = self._losses()
                 answers = self._answers(self.questions, "held-out answers")
-                # Twice the time, so only where a run is judged.
+                # It doubles the time: only before and after training.
                 if step in (0, self.total_steps) and any(question.images for question in self.questions):
-                    blind = self._answers(
-                        shuffle_images(self.questions, self.training.seed), "the same, images shuffled"
-                    )
+                    with_others = shuffle_images(self.questions, self.training.seed)
+                    shuffled = self._answers(with_others, "the same, images shuffled")
         except _Ended:
             return False
         except torch.OutOfMemoryError as error:
@@ -201,7 +194,7 @@ class HeldOut:
                 f"Memory has run out while held-out questions were answered, "
                 f"{self.training.per_device_eval_batch_size} at once: lower --per_device_eval_batch_size."
             ) from error
-        values = self._values(losses, trained, answers, blind) | {"eval/seconds": time.perf_counter() - started}
+        values = self._values(losses, trained, answers, shuffled) | {"eval/seconds": time.perf_counter() - started}
         self.evaluated.add(step)
         if not self.accelerator.is_main_process:
             return True
@@ -209,34 +202,34 @@ class HeldOut:
         append_json_line(self.output_dir / "log.jsonl", self.history[-1])
         trackers.log(self.accelerator, values, step)
         self._show(step, losses / trained, answers)
-        say(self._in_a_sentence(self.history[-1]))
+        log(self._in_a_sentence(self.history[-1]))
         return True
 
     def _go_on(self, fault: Exception | None = None) -> None:
-        """Between two batches: raise `_Ended` on all ranks if one of them has a fault or was asked to stop."""
+        """Raise `_Ended` on all ranks, between two batches, if one of them has a fault or was asked to stop."""
         if self.lockstep.agree(fault):
             raise _Ended
 
     @property
     def best(self) -> dict | None:
-        """The entry of `history` with the most questions right, of equals that with the lowest loss, or the newest."""
+        """Return the entry of `history` with most questions right, then the lowest loss, then the latest step."""
         rank = lambda entry: (self.share_right(entry), -entry["eval/loss"])  # noqa: E731
         return max(reversed(self.history), key=rank, default=None)
 
     def share_right(self, entry: dict) -> float:
-        """The share of all questions that an evaluation found answered right, each by its own metric."""
+        """Return the share of questions answered right in an entry of `history`, each by its own metric."""
         right = sum(count * entry.get(f"eval/{metric}", 0.0) for metric, count in self.counts.items())
         return right / len(self.questions)
 
     def in_a_word(self) -> str:
-        """The newest evaluation for the progress line; empty before there is one."""
+        """Return the newest evaluation for the progress line; empty before there is one."""
         if not self.history:
             return ""
         return f"held out {self.history[-1]['eval/loss']:.4f} {self.share_right(self.history[-1]):.0%}"
 
     @contextmanager
     def _evaluation_mode(self) -> Iterator[None]:
-        """No dropout, no gradients, and every generator of random numbers as it was."""
+        """Switch off dropout and gradients, and restore the random generators at the end."""
         was_training, device = self.model.training, self.accelerator.device
         self.model.eval()
         try:
@@ -246,9 +239,9 @@ class HeldOut:
             self.model.train(was_training)
 
     def _losses(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of each question's record the sum of its token losses and the number of its trained tokens, fp64 [n].
+        """Return each record's summed token loss and its number of trained tokens, fp64 [questions].
 
-        Under ZeRO-3 each forward is a collective: all ranks have as many micro-batches, some of them empty.
+        Under ZeRO-3 each forward is a collective: all ranks have equally many micro-batches, some of them empty.
         """
         ranks, rank, device = self.accelerator.num_processes, self.accelerator.process_index, self.accelerator.device
         lengths = [question.tokens for question in self.questions]
@@ -270,7 +263,7 @@ class HeldOut:
             stop_waiting=lambda: self.lockstep.preemption.asked,
         )
         sums = torch.zeros(2, len(lengths), dtype=torch.float64, device=device)
-        with self._bar("held-out loss") as bar:
+        with questions_bar(len(lengths), "held-out loss", self.accelerator.is_main_process) as bar:
             for step in mine:
                 work = self._next_work(loader)
                 for places, batch in zip(step, work.micro_batches, strict=True):
@@ -280,74 +273,65 @@ class HeldOut:
                         trained = (batch["targets"] != IGNORE_INDEX).flatten().to(device)
                         sums[0].index_add_(0, owners, losses.flatten().double())
                         sums[1].index_add_(0, owners, trained.double())
-                bar.update(min(size, len(lengths) - bar.n))  # those of all ranks
+                bar.update(min(size, len(lengths) - bar.n))  # of all ranks
         losses, trained = sum_over_ranks(self.accelerator, sums).cpu().numpy()
         return losses, trained
 
     def _next_work(self, loader: Iterator[RankStep]) -> RankStep:
         work, fault = None, None
         try:
-            work = next(loader, None)  # None: asked to stop while it waited
+            work = next(loader, None)  # None: asked to stop while waiting
             for index, reason in work.skipped if work else ():
                 fault = BadRecord(f"--eval_data_path: {self.store.describe(index)}: {reason}")
-        except Exception as error:  # also of a loader's worker: the state of the training is to be saved first
+        except Exception as error:  # of a loader's worker too: the training state is saved first
             fault = error
         self._go_on(fault)
         return work
 
-    def _bar(self, what: str) -> tqdm:
-        return questions_bar(len(self.questions), what, enabled=self.accelerator.is_main_process)
+    def _answers(self, questions: Sequence[Question], title: str) -> list[str]:
+        """Return the greedy answer to each question, up to its end mark, on every rank. A collective.
 
-    def _answers(self, questions: Sequence[Question], what: str) -> list[str]:
-        """The greedy answer to each question, up to its end marker, on every rank. All ranks must call it.
-
-        what: they are, for the progress bar.
+        title: of the progress bar.
         """
-        llava = self.accelerator.unwrap_model(self.model)
         stop = [text for text in self.template.stop if text in self.tokenizer.get_vocab()]
-        stop_ids = self.tokenizer.convert_tokens_to_ids(stop) or self.tokenizer.eos_token_id
+        settings = {
+            "do_sample": False,
+            "eos_token_id": self.tokenizer.convert_tokens_to_ids(stop) or self.tokenizer.eos_token_id,
+            "pad_token_id": 0,
+        }
         batch_size, rank = self.training.per_device_eval_batch_size, self.accelerator.process_index
-        by_length = sorted(
-            range(len(questions)), key=lambda place: (len(questions[place].images), len(questions[place].input_ids))
-        )
+        sizes = [(len(question.images), len(question.input_ids)) for question in questions]
+        order = sorted(range(len(questions)), key=sizes.__getitem__)
         answers: dict[int, str] = {}
-        # All ranks take the same number of batches, because under ZeRO-3 each forward is a collective; surplus ranks
-        # repeat the first question, which does not count.
         size = batch_size * self.accelerator.num_processes
-        with self._bar(what) as bar:
-            for start in range(0, len(by_length), size):
+        with questions_bar(len(questions), title, self.accelerator.is_main_process) as bar:
+            for start in range(0, len(order), size):
                 first = start + rank * batch_size
-                places = by_length[first : first + batch_size]
-                asked = places or by_length[:1]
+                places = order[first : first + batch_size]
+                # Under ZeRO-3 each forward is a collective: surplus ranks repeat a question, which does not count.
+                asked = places or order[:1]
                 pictures, fault = [], None
                 try:
                     pictures = [[self._picture(*image) for image in questions[place].images] for place in asked]
                 except Exception as error:
                     fault = error
                 self._go_on(fault)
-                most_tokens = max(self.most_tokens[place] for place in asked)
-                texts = self._generate(llava, [questions[place] for place in asked], pictures, most_tokens, stop_ids)
+                limit = max(self.answer_limits[place] for place in asked)
+                prompts = [questions[place].input_ids for place in asked]
+                texts = self._generate(prompts, pictures, GenerationConfig(**settings, max_new_tokens=limit))
                 answers |= zip(places, texts, strict=False)
-                bar.update(min(size, len(by_length) - start))
-        of_all = ChainMap(*gather_from_ranks(self.accelerator, answers))
-        return [of_all[place] for place in range(len(questions))]
+                bar.update(min(size, len(order) - start))
+        gathered = ChainMap(*gather_from_ranks(self.accelerator, answers))
+        return [gathered[place] for place in range(len(questions))]
 
     def _generate(
-        self,
-        llava: nn.Module,
-        batch: Sequence[Question],
-        pictures_of_questions: Sequence[Sequence[Picture]],
-        most_tokens: int,
-        stop_ids: int | list[int],
+        self, prompts: Sequence[np.ndarray], pictures: Sequence[Sequence[Picture]], settings: GenerationConfig
     ) -> list[str]:
-        pairs = zip(batch, pictures_of_questions, strict=True)
-        prompts = [expand_prompt(question.input_ids, pictures) for question, pictures in pairs]
-        settings = GenerationConfig(do_sample=False, max_new_tokens=most_tokens, eos_token_id=stop_ids, pad_token_id=0)
         with self.accelerator.autocast():
             output = generate(
-                llava,
-                prompts,
-                list(itertools.chain(*pictures_of_questions)),
+                self.accelerator.unwrap_model(self.model),
+                [expand_prompt(*pair) for pair in zip(prompts, pictures, strict=True)],
+                list(itertools.chain(*pictures)),
                 self.accelerator.device,
                 generation_config=settings,
                 synced_gpus=zero_stage(self.accelerator) == 3,
@@ -361,14 +345,14 @@ class HeldOut:
         except BadImage as error:
             raise BadImage(f"--eval_data_path: {self.store.describe(index)}: {error}") from None
 
-    def _most_tokens(self, question: Question) -> int:
+    def _answer_limit(self, question: Question) -> int:
         expected = self.tokenizer(self.template.answer_lead + question.answer, add_special_tokens=False).input_ids
         return len(expected) + LONGER_THAN_EXPECTED[question.metric]
 
     def _values(
-        self, losses: np.ndarray, trained: np.ndarray, answers: Sequence[str], blind: Sequence[str] | None
+        self, losses: np.ndarray, trained: np.ndarray, answers: Sequence[str], shuffled: Sequence[str] | None
     ) -> dict[str, float]:
-        """What the log has of an evaluation. A loss is the mean over trained tokens, as it is in training."""
+        """Return the values for the log. A loss is the mean over trained tokens, as in training."""
         values = {"eval/loss": losses.sum() / trained.sum()}
         for name, groups in self.parts.items():
             if (chosen := np.isin(self.groups, groups)).any():
@@ -378,8 +362,8 @@ class HeldOut:
         for metric in self.counts:
             asked = np.array([question.metric == metric for question in self.questions])
             values[f"eval/{metric}"] = right[asked].mean()
-            if blind is not None:
-                values[f"eval/{metric}_shuffled"] = self._are_right(blind)[asked].mean()
+            if shuffled is not None:
+                values[f"eval/{metric}_shuffled"] = self._are_right(shuffled)[asked].mean()
             for file, groups in files.items():
                 if (of_file := asked & np.isin(self.groups, groups)).any():
                     values[f"eval/{metric}{file}"] = right[of_file].mean()
@@ -393,9 +377,9 @@ class HeldOut:
         shown = []
         for place in self.shown:
             question, answer = self.questions[place], answers[place]
-            pictures = [(self.store.image_folder(index), name) for index, name in question.images]
+            images = [(self.store.image_folder(index), name) for index, name in question.images]
             right = is_right(question.metric, answer, question.answer)
-            of_record = (self.store.describe(question.index), pictures, question.text, question.answer)
+            of_record = (self.store.describe(question.index), images, question.text, question.answer)
             shown.append(ShownAnswer(*of_record, answer, right, float(losses[place])))
         if not shown:
             return

@@ -1,7 +1,7 @@
-"""Answers of a model, in training or after it: prompts and pictures in, tokens out.
+"""Generation: prompts and images in, tokens out.
 
-Replaces LLaVA's own `generate`, which takes one picture size and pads nothing. Pictures are placed by the model's
-`embed`, as in training; everything else is transformers' `generate` of the language model.
+Replaces LLaVA's own `generate`, which takes one image size and does not pad. Images are placed by the model's `embed`,
+as in training; the rest is transformers' `generate` of the language model.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from ..model.llava import LlavaModel
 
 
 def expand_prompt(prompt: np.ndarray, pictures: Sequence[Picture]) -> np.ndarray:
-    """Return a prompt [L], with one token for each picture, with as many as the picture has features."""
+    """Return a prompt [L] with as many tokens for each image as it has features, instead of one."""
     return expand_images(prompt, [picture.tokens for picture in pictures])
 
 
@@ -28,12 +28,12 @@ def generate(
     device: torch.device | str,
     **options,
 ) -> torch.Tensor:
-    """Return the tokens of the answers, int64 [prompts, longest answer]. Under ZeRO-3 all ranks must call it.
+    """Return the tokens of the answers, int64 [prompts, longest answer]. Under ZeRO-3 it is a collective.
 
     Args:
-        prompts: each expanded.
+        prompts: from `expand_prompt`.
         pictures: of all prompts, in order.
-        options: of transformers' `generate`; what they leave open, the language model's `generation_config` says.
+        options: of transformers' `generate`; the defaults are in the language model's `generation_config`.
     """
     rows = [torch.from_numpy(prompt.astype(np.int64)) for prompt in prompts]
     input_ids = pad_sequence(rows, batch_first=True, padding_side="left")

@@ -1,7 +1,7 @@
 """Whether the answer to a held-out question is right: by exact match, or by the letter that it chooses.
 
-A record says how under its key `metric`; without one its answer has to match exactly. Choices are read as LLaVA's
-`llava/eval/eval_science_qa.py` reads them, so that a figure here is one of those that were published for ScienceQA.
+A record may name its metric under the key `metric`; the default is exact match. Choices are read as LLaVA's
+`llava/eval/eval_science_qa.py` reads them, so that figures compare with those published for ScienceQA.
 """
 
 import re
@@ -14,10 +14,9 @@ _LETTERS = "ABCDE"  # of ScienceQA's questions, which have five options at most
 
 
 def metric_of(record: dict) -> str:
-    """How the answer to a record's last question is scored.
+    """Return how the answer to a record's last question is scored.
 
-    Raises BadRecord for a metric that is not known, and where a choice is asked for but the record's own answer names
-    no letter, so that nothing would be right.
+    Raises BadRecord for an unknown metric, and for a choice whose expected answer names no letter.
     """
     metric = record.get("metric", EXACT_MATCH)
     if metric not in (EXACT_MATCH, CHOICE):
@@ -32,16 +31,16 @@ def metric_of(record: dict) -> str:
 
 
 def is_right(metric: str, answer: str, expected: str) -> bool:
-    """Blanks around an answer do not count. An answer that names no letter, or several, is no choice and wrong."""
+    """Return whether an answer is right. Blanks around it do not count; naming no letter, or several, is wrong."""
     if metric == CHOICE:
         return chosen_letter(answer) == chosen_letter(expected)
     return answer.strip() == expected.strip()
 
 
 def chosen_letter(answer: str) -> str | None:
-    """The letter of an answer that is nothing but a letter, begins with `B. `, or says once `The answer is B.`"""
+    """Return the letter of an answer that is only a letter, begins with `B. `, or says `The answer is B.` once."""
     answer = answer.strip()
     if answer[:1] and answer[0] in _LETTERS and (len(answer) == 1 or answer[1:3] == ". "):
         return answer[0]
-    said = re.findall(r"The answer is ([A-Z]).", answer)  # any character may follow, but one has to, as in LLaVA
+    said = re.findall(r"The answer is ([A-Z]).", answer)  # followed by any one character, as in LLaVA
     return said[0] if len(said) == 1 else None

@@ -1,13 +1,13 @@
-"""Names in each directory layout: of the files, of the tensors of each part of the model, of LLaVA's keys.
+"""Names in each directory layout: of files, of each part's tensors, of LLaVA's configuration keys.
 
-LLaVA's loader goes by words in the folder's name; here `config.json` says which layout it is.
+LLaVA's loader decides by words in the folder's name, this program by `config.json`.
 """
 
 import re
 
 from ..options.tiles import MERGE_TYPES
 
-# Looked for in this order; the first two are the ones that cannot hold code.
+# In order of preference: the first two cannot hold code.
 WEIGHT_FILES = (
     "model.safetensors.index.json",
     "model.safetensors",
@@ -15,7 +15,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
 )
 
-# What an older model in the directory may consist of; left there, it would be read beside the new one.
+# Files of an older model, which would be read with a new one's.
 MODEL_FILES = (
     *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "mm_projector.bin"),
@@ -24,8 +24,8 @@ MODEL_FILES = (
     "chat_template.jinja",
 )
 
-# Where each part of the model is in the files: (how its names begin there, the part, how they begin here). The first
-# that fits counts. CLIP's names come with and without `vision_model.`, as transformers 4 and 5 have them.
+# Prefixes of tensor names: (in the files, the part of the model, in that part). The first match counts. CLIP's names
+# have `vision_model.` in transformers 4 and not in 5.
 LLAVA_NAMES = (
     ("model.image_newline", "image_newline", "weight"),
     ("model.mm_projector.", "projector", ""),
@@ -51,14 +51,14 @@ TRANSFORMERS_NAMES = (
     ("lm_head.", "language_model", "lm_head."),
 )
 
-# Keys of LLaVA's configuration that are none of the language model's.
+# Keys of LLaVA's configuration that the language model's does not have.
 OF_LLAVA = re.compile(r"(^|_)mm_|^image_|^tokenizer_|^(model_type|architectures|vision_tower|conversation_version)$")
 
-# Ours is written llava_qwen2, others' is llava_qwen; LLaVA-1.5's published "llava" is told by its architecture.
+# This program writes llava_qwen2, others llava_qwen; for LLaVA-1.5's published "llava" the architecture decides.
 FAMILIES = {"qwen": "qwen2"}
 
-# Transformers' layout does not name the tower; LLaVA's has to, and takes it by width, layers, patch, image, activation.
-# The weights are written too then, so that the name stands for the architecture and the image processor only.
+# Transformers' layout does not name the tower; LLaVA's has to, and gets a name by width, layers, patch size, image size
+# and activation. The weights are then written too: the name stands for architecture and image processor only.
 KNOWN_TOWERS = {
     (1024, 24, 14, 336, "quick_gelu"): "openai/clip-vit-large-patch14-336",
     (1024, 24, 14, 224, "quick_gelu"): "openai/clip-vit-large-patch14",
@@ -68,7 +68,7 @@ IMAGE_TOKEN_FLAGS = ("mm_use_im_start_end", "mm_use_im_patch_token")
 
 
 def layout_of(name: str, config: dict) -> str:
-    """Return the layout that `config.json` speaks of."""
+    """Return the layout of a `config.json`: "transformers", "llava" or "language_model". Raises ValueError."""
     model_type, architectures = config.get("model_type", ""), config.get("architectures") or []
     if "text_config" in config and "vision_config" in config:
         if model_type not in ("llava", "llava_next", "fast_vlm"):
@@ -82,7 +82,7 @@ def layout_of(name: str, config: dict) -> str:
 
 
 def tiles_in(name: str, config: dict) -> tuple[str | None, list | str | None]:
-    """Return merge type and pinpoints by a LLaVA configuration; None, None: images are whole. Raise ValueError."""
+    """Return merge type and pinpoints of a LLaVA configuration; None, None without tiles. Raises ValueError."""
     aspect_ratio, merge_type = str(config.get("image_aspect_ratio")), config.get("mm_patch_merge_type", "flat")
     if aspect_ratio == "anyres" and merge_type in MERGE_TYPES:
         return merge_type, config.get("image_grid_pinpoints")

@@ -1,6 +1,6 @@
-"""Tokenizers: read so that they give the ids that LLaVA was trained with, and written so that others do too.
+"""Read tokenizers so that they give the ids that LLaVA was trained with, and write them for transformers 4 and 5.
 
-Replaces transformers 4's slow Llama class, with which LLaVA reads them and which version 5 no longer has.
+Replaces transformers 4's slow Llama class, which LLaVA uses and version 5 no longer has.
 """
 
 import copy
@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import re
-import tempfile
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -29,19 +28,18 @@ _BLANK = "▁"
 
 
 def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load a tokenizer, folder or hub name, so that its ids are those LLaVA trains with.
+    """Load a tokenizer, folder or hub name, with the ids that LLaVA trains with.
 
-    LLaVA reads Llama tokenizers with transformers 4.37's slow class. transformers 5 rebuilds them in the tokenizers
-    library without the blank before a text that itself begins with a blank, such as the text after a question that is
-    only an image; and of folders that hold only `tokenizer.model` it orders the merges by id, not by score. Here such
-    tokenizers are rebuilt exactly, `legacy` included, as plain fast tokenizers, and stay exact when saved and loaded by
-    AutoTokenizer. All others are loaded as they are. Raises ValueError if that needs code that is not to be trusted,
-    and for a `tokenizer.model` that cannot be read or not be rebuilt exactly.
+    LLaVA reads Llama tokenizers with transformers 4.37's slow class. transformers 5 rebuilds them without the blank
+    before a text that itself begins with a blank, such as the text after a question that is only an image; and from a
+    `tokenizer.model` alone it orders the merges by id, not by score. Here they are rebuilt exactly, `legacy` included,
+    as fast tokenizers that stay exact when AutoTokenizer loads them. Others are loaded unchanged. Raises ValueError
+    for code that is not trusted, and for a `tokenizer.model` that cannot be read or rebuilt exactly.
     """
     config = read_json(path, "tokenizer_config.json")
     model_type = read_json(path, "config.json").get("model_type", "")
     if not config.get("tokenizer_class") and model_type.removeprefix("llava_") in ("llama", "mistral", "mixtral"):
-        # The class that LLaVA's AutoTokenizer takes then, and its defaults.
+        # The class and defaults of LLaVA's AutoTokenizer.
         config = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", **config}
         config["tokenizer_class"] = "LlamaTokenizer"
     backend = _llama_backend(path, config)
@@ -50,12 +48,12 @@ def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False) -> 
             raise FileNotFoundError(f"{path} has no tokenizer: none of {', '.join(TOKENIZER_FILES)}.")
         about = {"trust_remote_code": trust_remote_code}
         if model_type.startswith("llava_") and model_type not in CONFIG_MAPPING:
-            # LLaVA's own layout, which transformers does not know: it stumbles over Llama 3's RoPE scaling there.
+            # transformers does not know LLaVA's layout, and fails on Llama 3's RoPE scaling in it.
             about["config"] = PreTrainedConfig()
         with foreign_code_refused(path):
             return AutoTokenizer.from_pretrained(path, **about)
 
-    # What describes the pipeline is now in tokenizer.json; the rest of the configuration is kept.
+    # The pipeline is in tokenizer.json; the rest of the configuration is kept.
     config = {**read_json(path, "special_tokens_map.json"), **config, "tokenizer_class": "PreTrainedTokenizerFast"}
     for key in (
         *("auto_map", "legacy", "sp_model_kwargs", "add_prefix_space", "use_default_system_prompt"),
@@ -65,28 +63,22 @@ def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False) -> 
     for key in ("unk_token", "bos_token", "eos_token", "pad_token"):
         if isinstance(config.get(key), dict):
             config[key] = config[key]["content"]
-    if backend.token_to_id(IMAGE_MARK) is None:  # nor shall the configuration bring back what was left out
+    if backend.token_to_id(IMAGE_MARK) is None:  # removed: the configuration would add it again
         for key in ("image_token", "extra_special_tokens", "additional_special_tokens"):
             if IMAGE_MARK in str(config.get(key)):
                 del config[key]
                 config["pad_token"] = config.get("unk_token")  # as in LLaVA's own
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
-        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-        chat_template = find_file(path, "chat_template.jinja")
-        if chat_template:
-            (Path(folder) / "chat_template.jinja").write_bytes(Path(chat_template).read_bytes())
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    tokenizer.name_or_path = str(path)
-    return tokenizer
+    if chat_template := find_file(path, "chat_template.jinja"):
+        config["chat_template"] = Path(chat_template).read_text(encoding="utf-8")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, name_or_path=str(path), **config)
 
 
 def image_token_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy that knows `<image>` as one token, for processors that tokenize the whole text at once.
+    """Return a copy with `<image>` as one token, for processors that tokenize the whole text at once.
 
-    It gives the ids that `tokenize` makes from the chunks between images: after a run of `<image>` a Llama tokenizer
-    begins a new text and puts its blank there. That holds for any number of `<image>` in a row and survives
-    `save_pretrained`. A tokenizer that has `<image>` already is returned unchanged.
+    It gives the ids that `tokenize` makes of the texts between images: after a run of `<image>` a Llama tokenizer
+    puts its blank, as before a new text. This survives `save_pretrained`. A tokenizer that has `<image>` is returned
+    unchanged.
     """
     if IMAGE_MARK in tokenizer.get_vocab():
         return tokenizer
@@ -96,29 +88,24 @@ def image_token_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedToken
         with_image.add_tokens([AddedToken(IMAGE_MARK, normalized=False, special=True)])
         return with_image
 
-    # The blank of the whole text is the pre-tokenizer's, and comes at offset 0 only. The normalizer can see what
-    # follows an image, provided that the mark is looked for after it has run: hence normalized=True.
+    # The pre-tokenizer puts its blank at offset 0 only. The normalizer sees what follows an image, if the mark is
+    # looked for after it has run: hence normalized=True.
     after_image = normalizers.Replace(Regex(f"{IMAGE_MARK}(?!{IMAGE_MARK})(?=[\\s\\S])"), IMAGE_MARK + _BLANK)
     backend.normalizer = normalizers.Sequence(
         [backend.normalizer, after_image] if backend.normalizer else [after_image]
     )
     backend.add_special_tokens([AddedToken(IMAGE_MARK, normalized=True, special=True)])
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        backend.save(str(Path(folder) / "tokenizer.json"))
-        with_image = PreTrainedTokenizerFast.from_pretrained(folder)
-    with_image.name_or_path = tokenizer.name_or_path
-    return with_image
+    settings = {key: value for key, value in tokenizer.init_kwargs.items() if key != "tokenizer_object"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **settings)
 
 
 def slow_llama_config(tokenizer: PreTrainedTokenizerBase) -> dict | None:
-    """The `tokenizer_config.json` with which transformers 4's slow class, LLaVA's, reads the `tokenizer.model` of a
-    Llama tokenizer and gives the same ids; None for other tokenizers. `<image>`, which LLaVA replaces before it
-    tokenizes, is left out.
+    """Return the `tokenizer_config.json` for transformers 4's slow Llama class, or None for other tokenizers.
 
-    Every special token is listed by name, too: the slow class writes a blank before a text that begins with an added
-    token, such as `<im_end>` after an image, unless it is listed. A token that is not special, which decoding is to
-    keep, cannot be listed; a text that begins with it has that blank there.
+    With it that class, LLaVA's, gives the same ids from `tokenizer.model`. `<image>`, which LLaVA replaces before it
+    tokenizes, is left out. Special tokens are listed by name: before a text that begins with an added token that is
+    not listed, such as `<im_end>` after an image, the slow class writes a blank. Tokens that are not special, which
+    decoding keeps, cannot be listed.
     """
     scheme = _prepend_scheme(json.loads(tokenizer.backend_tokenizer.to_str()))
     if scheme is None:
@@ -143,9 +130,9 @@ def slow_llama_config(tokenizer: PreTrainedTokenizerBase) -> dict | None:
 
 
 def _image_tokens(added: dict[int, dict]) -> set[int]:
-    """Ids of `<image>`, and of the padding that transformers' LLaVA models have behind it, among added tokens.
+    """Return the ids of `<image>` and of the padding token that transformers' LLaVA models have after it.
 
-    LLaVA's own tokenizers have neither, and a text that happens to spell them is tokenized like any other.
+    LLaVA's own tokenizers have neither, and tokenize a text that spells them like any other.
     """
     image = next((index for index, token in added.items() if token["content"] == IMAGE_MARK), None)
     if image is None:
@@ -155,10 +142,10 @@ def _image_tokens(added: dict[int, dict]) -> set[int]:
 
 
 def _llama_backend(path: str | os.PathLike, config: dict) -> Tokenizer | None:
-    """The exact pipeline of a Llama-style tokenizer (BPE over blanks written as U+2581), or None for any other.
+    """Return the exact pipeline of a Llama tokenizer (BPE with blanks written as U+2581), or None for any other.
 
-    A tokenizer.json of the class that is something else (a unigram model, or one with a normalizer of its own) is
-    returned as it stands: transformers 5 would rebuild it as a BPE without a normalizer.
+    A tokenizer.json of that class with another kind of model (unigram, or with a normalizer of its own) is returned
+    unchanged: transformers 5 would rebuild it as a BPE without a normalizer.
     """
     if config.get("tokenizer_class") not in ("LlamaTokenizer", "LlamaTokenizerFast"):
         return None
@@ -171,7 +158,7 @@ def _llama_backend(path: str | os.PathLike, config: dict) -> Tokenizer | None:
         own = _image_tokens({token["id"]: token for token in pipeline["added_tokens"]})
         pipeline["added_tokens"] = [token for token in pipeline["added_tokens"] if token["id"] not in own]
         for token in pipeline["added_tokens"]:
-            token["normalized"] &= scheme is None  # the slow class looks for them in the text as it is
+            token["normalized"] &= scheme is None  # the slow class looks for them in the text before normalization
         backend = Tokenizer.from_str(json.dumps(pipeline))
         marks = pre_tokenizers.Split(Regex(marks["pattern"]["Regex"]), "isolated") if marks else None
     elif model_file:
@@ -181,13 +168,13 @@ def _llama_backend(path: str | os.PathLike, config: dict) -> Tokenizer | None:
         return None
 
     if scheme is not None:
-        # The slow class leaves the blank to the file if it is legacy, its default; otherwise it writes one itself.
+        # With `legacy`, its default, the slow class takes the blank from the file; otherwise it writes one itself.
         if config.get("legacy") is False and (scheme != "never" or not tokenizer_file):
             scheme = "first"
         elif config.get("legacy") and scheme == "first":
             scheme = "always"
-        # Two steps, because Metaspace leaves out its blank where the text begins with the character that it writes: the
-        # first step looks for ordinary blanks, of which the normalizer has left none.
+        # Two steps, because Metaspace writes no blank before a text that begins with its replacement character. The
+        # first step's is the ordinary blank, of which the normalizer has left none.
         backend.normalizer = normalizers.Replace(" ", _BLANK)
         steps = [
             pre_tokenizers.Metaspace(" ", prepend_scheme=scheme, split=False),
@@ -203,10 +190,10 @@ def _llama_backend(path: str | os.PathLike, config: dict) -> Tokenizer | None:
 
 
 def _add_tokens(backend: Tokenizer, path: str | os.PathLike, config: dict, keep_post_processor: bool) -> None:
-    """Add the special and added tokens that a tokenizer's configuration names, and what stands before and after a text.
+    """Add the special and added tokens of a tokenizer's configuration, and its begin and end tokens.
 
-    `keep_post_processor`: the backend has one already; only what the configuration says replaces it. Raises ValueError
-    for an added token whose id is not the next one.
+    keep_post_processor: the backend has begin and end tokens; the configuration replaces them only if it names them.
+    Raises ValueError for an added token whose id is not the next one.
     """
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     for key, default in special.items():
@@ -238,12 +225,12 @@ def _add_tokens(backend: Tokenizer, path: str | os.PathLike, config: dict, keep_
 
 
 def _prepend_scheme(pipeline: dict) -> str | None:
-    """Where a Llama-style tokenizer.json puts its blank: "first", "always" or "never"; None for other kinds."""
+    """Return where a Llama-style tokenizer.json puts its blank: "first", "always" or "never"; None for other kinds."""
     model, normalizer, pre_tokenizer = pipeline["model"], pipeline.get("normalizer"), pipeline.get("pre_tokenizer")
     if model.get("type") != "BPE" or not model.get("byte_fallback"):
         return None
     rewrites = normalizer.get("normalizers", [normalizer]) if normalizer else []
-    if pre_tokenizer is None:  # the old conversion: normalizers, which see each text between special tokens
+    if pre_tokenizer is None:  # the old conversion: normalizers, which run on each text between special tokens
         kinds = [step["type"] for step in rewrites]
         return {("Prepend", "Replace"): "always", ("Replace",): "never"}.get(tuple(kinds))
     if any(step.get("pattern") != {"String": " "} and IMAGE_MARK not in str(step) for step in rewrites):
@@ -260,15 +247,15 @@ def _steps(pre_tokenizer: dict) -> list[dict]:
 
 
 def _marks(pre_tokenizer: dict | None) -> dict | None:
-    """The last step of a pipeline, if it is the one that isolates user-defined pieces."""
+    """Return the last step of a pre-tokenizer if it isolates user-defined pieces."""
     last = _steps(pre_tokenizer)[-1] if pre_tokenizer else {}
     return last if last.get("type") == "Split" and last.get("behavior") == "Isolated" else None
 
 
 def _read_sentencepiece(file: str) -> tuple[Tokenizer, bool]:
-    """Build the BPE of a SentencePiece `tokenizer.model`, and say whether the file asks for a blank before a text.
+    """Build the BPE of a SentencePiece `tokenizer.model`; return whether it puts a blank before a text, too.
 
-    Raises ValueError if the file cannot be read, or if SentencePiece does with it what cannot be rebuilt exactly.
+    Raises ValueError if the file cannot be read or its tokenization cannot be rebuilt exactly.
     """
     try:
         from google.protobuf.message import DecodeError
@@ -297,8 +284,8 @@ def _read_sentencepiece(file: str) -> tuple[Tokenizer, bool]:
     settings = {"unk_token": unknown, "fuse_unk": True, "byte_fallback": True}
     backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=bool(user_defined), **settings))
     if user_defined:
-        # They are isolated, and an isolated text that is a piece becomes that piece (ignore_merges). The name of a
-        # control or byte piece, spelled in a text, is split, lest it becomes one between two of them.
+        # They are isolated, and an isolated text that is a piece becomes that piece (ignore_merges). So that the name
+        # of a control or byte piece, spelled in a text between two of them, does not, it is split.
         patterns = [re.escape(mark) for mark in sorted(user_defined, key=len, reverse=True)]
         names = vocabulary.keys() - scores.keys() - set(user_defined)
         patterns += [f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in sorted(names)]
@@ -307,11 +294,11 @@ def _read_sentencepiece(file: str) -> tuple[Tokenizer, bool]:
 
 
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """The merges of a SentencePiece BPE, first the one to be done first.
+    """Return the merges of a SentencePiece BPE in their order.
 
     SentencePiece joins the pair whose joined piece has the highest score, and of equal ones the leftmost. Ids say
-    nothing about it: Llama 2 has its runs of blanks under ids from 259 on and scores of -1e9. All of these have one
-    score; there the pair furthest to the left is the one with the longest left half.
+    nothing about it: Llama 2 has runs of blanks at ids from 259 on with scores of -1e9. Where all have one score, the
+    leftmost pair is the one with the longest left half.
     """
     merges = [
         (piece[:end], piece[end:])
@@ -325,7 +312,7 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
 def _why_not_exact(
     model, scores: dict[str, float], merges: list[tuple[str, str]], user_defined: list[str]
 ) -> str | None:
-    """What the tokenizers library cannot do as SentencePiece does it, or None."""
+    """Return what the tokenizers library cannot do as SentencePiece does it, or None."""
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if trainer.model_type != trainer.BPE:
         return f"holds a model of type {trainer.ModelType.Name(trainer.model_type)}, not BPE"
@@ -341,8 +328,8 @@ def _why_not_exact(
     for piece in scores:
         if not known >= set(piece):
             return f"has the piece {piece!r}, but not each of its characters as a piece"
-    # Where pairs of one score compete the place decides, and here the order of the merges. The outcome is the same if
-    # they have no half in common, and none of them becomes a half of what comes before, and for runs of a character.
+    # Among pairs of equal score SentencePiece goes by position, and here the order of the merges decides. The result is
+    # the same if they share no half and none becomes a half of an earlier merge, and for runs of one character.
     halves = set()
     for score, group in itertools.groupby(merges, key=lambda pair: scores["".join(pair)]):
         pairs = list(group)

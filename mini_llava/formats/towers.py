@@ -1,6 +1,6 @@
-"""Vision towers as they lie on disks and on the hub: their configuration, image processor and weights.
+"""Read vision towers from disk or hub: configuration, image processor and weights.
 
-A tower may stand for itself, inside a contrastive model, or inside a whole LLaVA or FastVLM model.
+A tower may be a model of its own, or a part of a contrastive, LLaVA or FastVLM model.
 """
 
 from collections.abc import Iterable
@@ -17,10 +17,10 @@ from ..options.fastvlm import FASTVITHD, apple_name, check_timm, complete_timm, 
 from .layouts import LLAVA_NAMES, TRANSFORMERS_NAMES
 from .weights import Stored, assign_parts, open_weights
 
-# What its configuration has besides CLIP's.
+# Keys of LLaVA-NeXT's image processor that CLIP's does not have.
 OF_LLAVA_NEXT = {"image_processor_type", "image_grid_pinpoints", "do_pad"}
 
-# What two configurations of the same tower share.
+# Keys that are equal in two configurations of the same tower.
 SHAPE_OF_A_TOWER = (
     *("model_type", "architecture", "hidden_size", "intermediate_size", "mlp_ratio"),
     *("num_hidden_layers", "num_attention_heads", "num_register_tokens"),
@@ -29,11 +29,11 @@ SHAPE_OF_A_TOWER = (
 
 
 def load_vision_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Return a vision tower's configuration; of a whole model (contrastive, LLaVA, FastVLM) its vision part's.
+    """Return a vision tower's configuration, or that of the vision part of a contrastive, LLaVA or FastVLM model.
 
     Raises:
         ValueError: it is none of `KINDS`, or it needs timm, which cannot be imported.
-        OSError: there is no such tower, or the hub cannot be asked for it.
+        OSError: there is no such tower, or the hub cannot be reached.
     """
     if FASTVITHD.fullmatch(path):
         return fastvithd_config()
@@ -64,10 +64,9 @@ def load_vision_tower(
     trust_remote_code: bool = False,
     image_size: int | None = None,
 ) -> VisionTower:
-    """Read a tower from a local directory or a hub name, whole contrastive models included.
+    """Read a tower, of its own or in a contrastive model, from a directory or hub name.
 
-    Raises:
-        ValueError: weights are missing, which transformers would only warn of and make up.
+    Raises ValueError for missing weights, which transformers would initialize with a warning.
     """
     config = load_vision_config(path, trust_remote_code)
     with foreign_code_refused(path):
@@ -84,21 +83,16 @@ def load_vision_tower(
 
 
 def tower_image_processor(path: str) -> BaseImageProcessor:
-    """Return the image processor of a tower or model, folder or hub name.
-
-    Raises:
-        OSError, ValueError: there is none, or none that could be used.
-    """
+    """Return the image processor of a tower or model, folder or hub name. Raises OSError or ValueError without one."""
     apple = FASTVITHD.fullmatch(path)
     written = {} if apple else read_json(path, "config.json")
     if named := written.get("mm_vision_tower"):
         return tower_image_processor(named)
-    of_its_own = "pretrained_cfg" not in written or find_file(path, "preprocessor_config.json")
-    if not apple and of_its_own:
+    if not apple and ("pretrained_cfg" not in written or find_file(path, "preprocessor_config.json")):
         processor = load_image_processor(path)
         if not isinstance(processor, LlavaNextImageProcessorPil):
             return processor
-        settings = processor.to_dict()  # CLIP's, and tiles
+        settings = processor.to_dict()
         return CLIPImageProcessorPil(**{key: settings[key] for key in settings.keys() - OF_LLAVA_NEXT})
     # timm's settings are in config.json, and apple's in the tower's name: mean 0 and std 1.
     settings = written.get("pretrained_cfg") or {}
@@ -112,17 +106,14 @@ def tower_image_processor(path: str) -> BaseImageProcessor:
 
 
 def tower_image_size(path: str, vision_config: PreTrainedConfig) -> int:
-    """Return the side of the square picture, pixels: the image processor's where the tower takes any size."""
+    """Return the side of the square input image, pixels: the image processor's if the tower takes any size."""
     if not takes_any_size(vision_config):
         return vision_config.image_size
     return output_size(tower_image_processor(path))
 
 
 def tower_inside(path: str, vision_config: PreTrainedConfig) -> dict[str, dict[str, Stored]]:
-    """Return the tower's weights out of a whole model given as the tower, and out of timm's files; else nothing.
-
-    Empty means that transformers reads the weights from `path` by itself.
-    """
+    """Return the tower's weights from a LLaVA model or from timm's files; empty if transformers reads `path` itself."""
     if FASTVITHD.fullmatch(path):
         raise ValueError(
             f"--vision_tower {path} is only a name: its weights are inside apple's FastVLM checkpoints. Give the "
@@ -144,7 +135,7 @@ def tower_inside(path: str, vision_config: PreTrainedConfig) -> dict[str, dict[s
 
 
 def check_same_tower(name: str, vision_config: PreTrainedConfig, tower: str) -> bool:
-    """Raise ValueError for another tower than the one inside; return whether that has been resized since."""
+    """Return whether the tower inside a model has been resized; raise ValueError if `tower` is another one."""
     other = load_vision_config(tower)
     for key in SHAPE_OF_A_TOWER:
         theirs, ours = getattr(other, key, None), getattr(vision_config, key, None)
@@ -159,7 +150,7 @@ def check_same_tower(name: str, vision_config: PreTrainedConfig, tower: str) -> 
 def as_in_memory(
     found: dict[str, Stored], expected: Iterable[str], vision_config: PreTrainedConfig
 ) -> dict[str, Stored]:
-    """Return a tower's tensors by this version of transformers' names: files have published ones, or Apple's."""
+    """Return a tower's tensors by the names of this version of transformers; files have published or Apple's names."""
     if any(name.startswith("model.patch_embed.") for name in found):
         names = {apple_name(name): name for name in expected}
         return {names.get(name, name): stored for name, stored in found.items()}

@@ -1,7 +1,7 @@
-"""Files of weights: read as a table of tensors that stay mapped to their files, written one shard at a time.
+"""Read weights as tensors that are mapped to their files, and write them one shard at a time.
 
 Replaces `load_state_dict(..., strict=False)` and `safe_save_model_for_hf_trainer` in LLaVA, which hold the whole model
-in memory. No pickle is run.
+in memory. No pickle is executed.
 """
 
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -22,13 +23,13 @@ from .layouts import WEIGHT_FILES
 
 SHARD_BYTES = 5_000_000_000
 
-# Buffers that older versions saved, today's compute them; and the head of apple's tower, behind the features.
+# Buffers that older versions of transformers saved, and the head of Apple's tower, which LLaVA does not use.
 COMPUTED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids|vision_tower\.model\.head\.proj)$")
 OPTIONAL_PARTS = ("vision_tower", "image_newline")
 
 
 class Stored(NamedTuple):
-    """A tensor mapped to its file, and where that is."""
+    """A tensor mapped to its file."""
 
     tensor: torch.Tensor
     file: Path
@@ -36,7 +37,7 @@ class Stored(NamedTuple):
 
 
 def open_weights(name: str, config: dict) -> dict[str, Stored]:
-    """Return all tensors of a directory or hub name by the names in its files, mapped and not read."""
+    """Return all tensors of a directory or hub name, mapped and not read, by their names in the files."""
     found = next(((kind, file) for kind in WEIGHT_FILES if (file := find_file(name, kind))), None)
     if found is None:
         raise FileNotFoundError(f"{name} is of type {config['model_type']}, but has no weights. {what_else(name)}")
@@ -56,7 +57,7 @@ def open_weights(name: str, config: dict) -> dict[str, Stored]:
 
 
 def _map_file(file: Path) -> dict[str, Stored]:
-    """The tensors of a .safetensors or .bin file; of a .bin, a pickle, anything but tensors is refused unrun."""
+    """Return the tensors of a .safetensors or .bin file; a pickle of anything but tensors is refused, not executed."""
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as opened:
@@ -78,7 +79,7 @@ def _map_file(file: Path) -> dict[str, Stored]:
 
 
 def assign_parts(weights: dict[str, Stored], names: tuple, source: str) -> dict[str, dict[str, Stored]]:
-    """Return the tensors of each part under the names they have there."""
+    """Return the tensors of each part of the model by their names in it."""
     parts: dict[str, dict[str, Stored]] = {part: {} for part in ("language_model", "projector", *OPTIONAL_PARTS)}
     for key, stored in weights.items():
         if COMPUTED.search(key):
@@ -95,7 +96,7 @@ def assign_parts(weights: dict[str, Stored], names: tuple, source: str) -> dict[
 
 
 def what_else(name: str) -> str:
-    """Return a sentence about a directory that holds something else than a model."""
+    """Return a sentence about what a directory holds instead of a model."""
     if find_file(name, "adapter_config.json"):
         return (
             f"It holds adapters of a language model: python -m mini_llava.tools.export {name} OUT --merge makes a "
@@ -124,37 +125,32 @@ def write_weights(
     shard_bytes: int,
     rows: dict[str, int] | None = None,
 ) -> None:
-    """Write safetensors files of about `shard_bytes` each, with their index; `rows` names matrices that grow."""
-    rows = rows or {}
-    shards: list[list[tuple[str, torch.Tensor]]] = [[]]
-    size = total = 0
+    """Write safetensors files of about `shard_bytes` each, with their index; matrices in `rows` grow to that size."""
+    rows, tensors, sizes = rows or {}, dict(weights), {}
     for name, tensor in weights:
         shape = whole_shape(tensor)
-        item = math.prod((rows.get(name, shape[0]), *shape[1:]) if shape else ()) * dtype.itemsize
-        if shards[-1] and size + item > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append((name, tensor))
-        size, total = size + item, total + item
-
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        weight_map |= {name: file for name, _ in shard}
+        sizes[name] = math.prod((rows.get(name, shape[0]), *shape[1:]) if shape else ()) * dtype.itemsize
+    shards = split_state_dict_into_shards_factory(
+        sizes,
+        get_storage_size=lambda size: size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    for file, names in shards.filename_to_tensors.items():
         content = {
             name: _grown(tensor, rows[name]) if name in rows else tensor
-            for name, tensor in gathered_state_dict(shard, dtype)
+            for name, tensor in gathered_state_dict([(name, tensors[name]) for name in names], dtype)
         }
         if is_main_process():
             with staged(directory) as staging:
                 save_file(content, staging / file, metadata={"format": "pt"})
-    if is_main_process() and len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    if is_main_process() and shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         write_json(directory, "model.safetensors.index.json", index)
 
 
 def _grown(matrix: torch.Tensor, rows: int) -> torch.Tensor:
-    """[old, width] -> [rows, width]: the new rows are the mean of the old ones."""
+    """Extend [old, width] to [rows, width] by the mean of the old rows."""
     if rows == len(matrix):
         return matrix
     mean = matrix.mean(dim=0, dtype=torch.float32).to(matrix.dtype)
@@ -162,12 +158,12 @@ def _grown(matrix: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def whole_shape(tensor: torch.Tensor) -> torch.Size:
-    """Return the shape of the tensor, also where ZeRO-3 has left an empty one in its place."""
+    """Return the shape of a tensor, or the full shape of one that ZeRO-3 has partitioned."""
     return getattr(tensor, "ds_shape", tensor.shape)
 
 
 def write_json(directory: Path, name: str, content: dict) -> None:
-    """Write a configuration, whole or not at all."""
+    """Write a configuration atomically."""
     with staged(directory) as staging:
         text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
         (staging / name).write_text(text + "\n", encoding="utf-8")

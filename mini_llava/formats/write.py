@@ -1,8 +1,8 @@
-"""Every directory layout that is written: stage 1's projector, transformers' whole model, LLaVA's whole model.
+"""Write the results of a run: stage 1's projector, or the whole model in transformers' or LLaVA's layout.
 
-Replaces LLaVA's `safe_save_model_for_hf_trainer` and the saving half of `train.py`, whose results need LLaVA's own code
-to be read. Here the default is what transformers and the servers built on it load as it stands. Weights stream from the
-partitioned model to the disk one shard at a time; `config.json` comes last, so that no partial result looks whole.
+Replaces LLaVA's `safe_save_model_for_hf_trainer` and the saving half of its `train.py`, whose results only LLaVA's own
+code can read. Weights are gathered and written one shard at a time; `config.json` is written last, so that a partial
+result is not taken for a model.
 """
 
 import copy
@@ -30,18 +30,18 @@ from ..files import staged
 from ..hub import find_file
 from ..model.llava import LlavaModel
 from ..model.projector import PROJECTOR_FILE, is_main_process, save_projector
-from ..model.vision_tower import VisionTower, published_name
+from ..model.vision_tower import published_name
 from ..options.tiles import NEWLINE_KEY, Tiling
 from .layouts import MODEL_FILES
 from .tokenizers import SENTENCEPIECE_FILE, image_token_tokenizer, slow_llama_config
 from .weights import SHARD_BYTES, whole_shape, write_json, write_weights
 
-# Embeddings in a multiple of 64 rows, as llava-hf publishes them: matrix products over the vocabulary are faster so.
+# Embeddings grow to a multiple of 64 rows, as llava-hf publishes them: matrix products are faster then.
 ROWS_MULTIPLE = 64
 
 # Read only when sampling. Vicuna sets the first two without `do_sample`, and transformers then refuses to save them.
 SAMPLING_SETTINGS = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-# What transformers adds to every configuration, and where the weights lay on somebody's disk.
+# Keys that transformers adds to every configuration, and the path that the weights were read from.
 CONFIG_NOISE = (
     *("_name_or_path", "id2label", "label2id", "problem_type", "chunk_size_feed_forward"),
     *("return_dict", "output_hidden_states", "output_attentions"),
@@ -50,19 +50,19 @@ CONFIG_NOISE = (
 
 @dataclass
 class Description:
-    """What a result's files say of it, beside what its model knows.
+    """What the files of a result say that its model does not know.
 
     Attributes:
-        projector_type, vision_tower_name, image_aspect_ratio, model_max_length: the values of the flags; LLaVA's
-            layout names the tower, transformers' needs no name.
+        projector_type, vision_tower_name, image_aspect_ratio, model_max_length: values of the flags; only LLaVA's
+            layout names the tower.
         version, template: the conversation template trained with, and its name. Without it no chat template is saved:
-            the language model's own would not be what the model was trained on.
-        tokenizer, image_processor: those trained with; copied, not changed. A projector has no need of them, an adapter
-            of the tokenizer alone.
+            the language model's own is not what the model was trained on.
+        tokenizer, image_processor: those trained with, copied before they are changed. A projector needs neither, an
+            adapter the tokenizer alone.
         export_format: of a whole model, `transformers` or `llava`.
-        include_vision_tower: whether LLaVA's layout gets the tower's weights, as it must where they were trained;
-            otherwise LLaVA fetches them by the tower's name. Transformers' always has them.
-        dtype: of a whole model's weights and in its configuration. Projectors and adapters are written as trained.
+        include_vision_tower: whether LLaVA's layout has the tower's weights, as it must if they were trained; LLaVA's
+            code gets them by the tower's name otherwise. Transformers' layout always has them.
+        dtype: of a whole model. Projectors and adapters are written in the dtype that they are trained in.
     """
 
     projector_type: str
@@ -79,9 +79,9 @@ class Description:
 
 
 def save_projector_only(directory: str | Path, model: LlavaModel, described: Description) -> None:
-    """Write stage 1's result, as LLaVA does: `mm_projector.bin`, and the `config.json` that says what it belongs to.
+    """Write stage 1's result as LLaVA does: `mm_projector.bin`, and a `config.json` with the model it belongs to.
 
-    Every rank calls it, the main process writes.
+    A collective; the main process writes.
     """
     directory = Path(directory)
     if is_main_process():
@@ -99,8 +99,8 @@ def check_may_be_written(
 ) -> None:
     """Raise ValueError if saving here would overwrite a model that is not LLaVA's, such as the language model itself.
 
-    The saving functions call it. With the run's flags, before the first step, it spares a long run other bad ends:
-    writing over what the run starts from, and a layout in which this model has no place.
+    Given the run's flags, before the first step, also if the result would overwrite what the run starts from, or if the
+    layout cannot hold this model.
     """
     if model_flags is not None:
         base = model_flags.model_name_or_path
@@ -128,35 +128,31 @@ def check_may_be_written(
             )
 
 
-def why_not_transformers(
-    projector_type: str,
-    language_model: nn.Module,
-    vision_tower: VisionTower | None = None,
-    tiling: Tiling | None = None,
-) -> str | None:
-    """None if `LlavaForConditionalGeneration` computes what the trained model does, otherwise the reason why not.
+def why_not_transformers(projector_type: str, model: LlavaModel) -> str | None:
+    """Return why `LlavaForConditionalGeneration` would not compute what the model does; None if it would.
 
-    That class, and those for FastVLM and for images in tiles alike, has exactly two linear layers with a GELU between
-    them, calls the language model without its head and puts a bare `lm_head` of its own on top.
+    That class, and those for FastVLM and for tiles, has two linear layers with a GELU between them, calls the language
+    model without its head and adds a plain `lm_head`.
     """
+    language_model, tower, tiling = model.language_model, model.vision_tower, model.tiling
     if projector_type != "mlp2x_gelu":
         return f"transformers' LLaVA knows the projector mlp2x_gelu only, not {projector_type}."
     if tiling and not tiling.has_newline:
         return f"transformers' LLaVA-NeXT lays out tiles as spatial_unpad only, not {tiling.merge_type}."
-    if tiling and vision_tower is not None and vision_tower.model.config.image_size != tiling.tile_size:
+    if tiling and (image_size := tower.model.config.image_size) != tiling.tile_size:
         return (
-            f"transformers' LLaVA-NeXT takes tiles of the {vision_tower.model.config.image_size} pixels in the vision "
-            f"tower's config.json, trained were tiles of {tiling.tile_size}."
+            f"transformers' LLaVA-NeXT takes tiles of the {image_size} pixels in the vision tower's config.json, "
+            f"trained were tiles of {tiling.tile_size}."
         )
-    if vision_tower is not None and vision_tower.select_feature == "patch" and vision_tower.leading_tokens > 1:
+    if tower.select_feature == "patch" and tower.leading_tokens > 1:
         return (
-            f"transformers' LLaVA drops the first of the tower's {vision_tower.leading_tokens} tokens in front of the "
+            f"transformers' LLaVA drops the first of the tower's {tower.leading_tokens} tokens in front of the "
             f"patches and takes the registers for patches; with --mm_vision_select_feature cls_patch it keeps all, too."
         )
     config = language_model.config
     if not type(language_model).__module__.startswith("transformers."):
         return f"transformers' LLaVA would not run the code that came with {type(language_model).__name__}."
-    # Granite divides its logits, Cohere multiplies them, Gemma 2 caps them: all of it after lm_head, inside the class.
+    # Granite divides its logits, Cohere multiplies them, Gemma 2 caps them: inside their classes, after lm_head.
     for setting, neutral in (("logits_scaling", 1.0), ("logit_scale", 1.0), ("final_logit_softcapping", None)):
         if getattr(config, setting, neutral) not in (neutral, None):
             return f"transformers' LLaVA would ignore the language model's {setting} {getattr(config, setting)}."
@@ -173,53 +169,36 @@ def save_transformers(
 ) -> None:
     """Write the whole model as `LlavaForConditionalGeneration` with its processor, for transformers 4 and 5 alike.
 
-    With FastVLM's tower it is `FastVlmForConditionalGeneration`, which is LLaVA's but for how it takes the features; a
-    model whose images come in tiles is `LlavaNextForConditionalGeneration`.
-
-    `<image>` becomes a token. Where the embeddings have no row for it they grow, to a multiple of 64, by rows that hold
-    the mean of the old ones: as inputs they give way to image features, and as outputs the mean never beats the best.
+    With FastVLM's tower the class is `FastVlmForConditionalGeneration`, with images in tiles
+    `LlavaNextForConditionalGeneration`. `<image>` becomes a token. If the embeddings have no row for it they grow, to a
+    multiple of 64, by rows with the mean of the old ones: as inputs these are replaced by image features, and as
+    outputs the mean never has the highest logit.
 
     Args:
-        model: bare, without DDP or engine; every rank calls this, the main process writes.
-        described: `image_aspect_ratio` "pad" is added to the copy of the image processor; `generate` stops at those
-            of the template's ends that are tokens, and at the end token.
+        model: without DDP or engine. A collective; the main process writes.
+        described: with `image_aspect_ratio` "pad" the image processor pads; `generate` stops at the end token and at
+            those of the template's end marks that are tokens.
         shard_bytes: size of one weight file, and of what the main process holds in memory.
 
     Raises:
         ValueError: the layout cannot express this model, or the directory holds another kind of model.
     """
     tower, dtype, template = model.vision_tower, described.dtype, described.template
-    if reason := why_not_transformers(described.projector_type, model.language_model, tower, model.tiling):
+    if reason := why_not_transformers(described.projector_type, model):
         raise ValueError(f"{reason} Save it in LLaVA's layout.")
     directory = Path(directory)
-    jinja = chat_template(template) if template else None
-    tokenizer = _with_image_token(described.tokenizer, jinja)
+    tokenizer = copy.deepcopy(image_token_tokenizer(described.tokenizer))
+    tokenizer.chat_template = chat_template(template) if template else None
+    tokenizer.padding_side = "left"  # for generation; training pads on the right
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
 
-    embeddings = model.language_model.get_input_embeddings().weight
-    old_rows = whole_shape(embeddings)[0]
-    rows = old_rows if image_token_id < old_rows else math.ceil((image_token_id + 1) / ROWS_MULTIPLE) * ROWS_MULTIPLE
-
-    fast_vlm = tower.model.config.model_type == "timm_wrapper"
-    inside = "model." if fast_vlm else ""  # FastVLM came after transformers 4, whose names LLaVA's files keep
-
-    def language_name(name: str) -> str:
-        if not fast_vlm:
-            return "language_model." + name
-        return name if name.startswith("lm_head.") else "model.language_model." + name.removeprefix("model.")
-
-    weights = [
-        (f"{inside}vision_tower.{published_name(tower.model.config, name)}", tensor)
-        for name, tensor in tower.model.state_dict(keep_vars=True).items()
-    ]
-    layers = {"0": "linear_1", "2": "linear_2"}
-    for name, tensor in model.projector.state_dict(keep_vars=True).items():
-        number, part = name.split(".")
-        weights.append((f"{inside}multi_modal_projector.{layers[number]}.{part}", tensor))
-    weights += [(name.removeprefix("model."), tensor) for name, tensor in _newline(model).items()]
+    rows = whole_shape(model.language_model.get_input_embeddings().weight)[0]
+    if image_token_id >= rows:
+        rows = math.ceil((image_token_id + 1) / ROWS_MULTIPLE) * ROWS_MULTIPLE
     language_weights, tied = _language_weights(model.language_model)
-    weights += [(language_name(name), tensor) for name, tensor in language_weights]
-    resized = {language_name(name): rows for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    weights = _tower_and_projector_weights(model)
+    weights += [(_name_in_transformers(model, name), tensor) for name, tensor in language_weights]
+    resized = {_name_in_transformers(model, name): rows for name in ("model.embed_tokens.weight", "lm_head.weight")}
 
     if is_main_process():
         begin_directory(directory)
@@ -228,30 +207,16 @@ def save_transformers(
     if not is_main_process():
         return
 
-    # "default" takes off one token, the class token.
+    # "default" removes one token, the class token.
     strategy = "default" if tower.leading_tokens and tower.select_feature == "patch" else "full"
-    processor = (LlavaNextProcessor if model.tiling else LlavaProcessor)(
-        image_processor=_as_llavas(described.image_processor, described.image_aspect_ratio, model.tiling),
-        tokenizer=tokenizer,
-        patch_size=tower.model.config.patch_size,
-        vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=tower.leading_tokens,
-        image_token=IMAGE_MARK,
-        chat_template=jinja,
-    )
-    with staged(directory) as staging:
-        processor.save_pretrained(staging)
-        _make_readable_for_transformers_4(staging, processor.image_processor)
-        # Not read with tokenizer.json beside it; LLaVA's layout, exported from here, takes it.
-        if tokenizer.name_or_path and (file := find_file(tokenizer.name_or_path, SENTENCEPIECE_FILE)):
-            shutil.copyfile(file, staging / SENTENCEPIECE_FILE)
+    _save_processor(directory, model, described, tokenizer, strategy)
     stop = template.stop if template else ()
     generation = generation_settings(model.language_model.generation_config, tokenizer, stop)
     write_json(directory, "generation_config.json", generation)
 
     text_config = copy.deepcopy(model.language_model.config)
     text_config.vocab_size, text_config.tie_word_embeddings = rows, tied
-    model_type, architecture = _of_transformers(model)
+    model_type, architecture = _transformers_class(model)
     tiles = {"image_grid_pinpoints": _height_first(model.tiling)} if model.tiling else {}
     config = CONFIG_MAPPING[model_type](
         text_config=text_config,
@@ -265,28 +230,64 @@ def save_transformers(
         architectures=[architecture],
         **tiles,
     ).to_dict()
-    # Not transformers' own keys: they tell this program how the model was trained.
-    config |= {
-        "conversation_version": described.version,
-        "mm_use_im_start_end": model.use_im_start_end,
-        "mm_use_im_patch_token": model.use_im_patch_token,
-    }
-    config = _portable(config, dtype)
-    config["text_config"] = _portable(config["text_config"], dtype)
-    config["vision_config"] = _portable(config["vision_config"], dtype)
-    write_json(directory, "config.json", config)
+    # Keys of this program, not of transformers.
+    config["conversation_version"] = described.version
+    config["mm_use_im_start_end"], config["mm_use_im_patch_token"] = model.use_im_start_end, model.use_im_patch_token
+    parts = {part: _portable(config[part], dtype) for part in ("text_config", "vision_config")}
+    write_json(directory, "config.json", _portable(config, dtype) | parts)
+
+
+def _name_in_transformers(model: LlavaModel, name: str) -> str:
+    """Return the name of a language model's tensor; FastVLM came after transformers 4, whose names LLaVA keeps."""
+    if not _is_fast_vlm(model):
+        return "language_model." + name
+    return name if name.startswith("lm_head.") else "model.language_model." + name.removeprefix("model.")
+
+
+def _tower_and_projector_weights(model: LlavaModel) -> list[tuple[str, torch.Tensor]]:
+    inside, config = "model." if _is_fast_vlm(model) else "", model.vision_tower.model.config
+    tower = model.vision_tower.model.state_dict(keep_vars=True)
+    weights = [(f"{inside}vision_tower.{published_name(config, name)}", tensor) for name, tensor in tower.items()]
+    layers = {"0": "linear_1", "2": "linear_2"}
+    for name, tensor in model.projector.state_dict(keep_vars=True).items():
+        number, part = name.split(".")
+        weights.append((f"{inside}multi_modal_projector.{layers[number]}.{part}", tensor))
+    return weights + [(name.removeprefix("model."), tensor) for name, tensor in _newline(model).items()]
+
+
+def _save_processor(directory: Path, model: LlavaModel, described: Description, tokenizer, strategy: str) -> None:
+    """Write the processor of transformers' layout so that transformers 4, too, reads what 5 writes."""
+    processor = (LlavaNextProcessor if model.tiling else LlavaProcessor)(
+        image_processor=_llava_image_processor(described, model.tiling),
+        tokenizer=tokenizer,
+        patch_size=model.vision_tower.model.config.patch_size,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=model.vision_tower.leading_tokens,
+        image_token=IMAGE_MARK,
+        chat_template=tokenizer.chat_template,
+    )
+    with staged(directory) as staging:
+        processor.save_pretrained(staging)
+        # 4 would otherwise add token_type_ids, which the model does not take.
+        _make_readable_for_transformers_4(staging, model_input_names=["input_ids", "attention_mask"])
+        # 5 keeps the image processor inside processor_config.json.
+        settings = json.loads(processor.image_processor.to_json_string())
+        settings["image_processor_type"] = settings["image_processor_type"].removesuffix("Pil")
+        _dump(settings, staging / "preprocessor_config.json")
+        # For a later export in LLaVA's layout; it is not read as long as tokenizer.json is there.
+        if tokenizer.name_or_path and (file := find_file(tokenizer.name_or_path, SENTENCEPIECE_FILE)):
+            shutil.copyfile(file, staging / SENTENCEPIECE_FILE)
 
 
 def save_whole_model(directory: str | Path, model: LlavaModel, described: Description) -> str:
-    """Write the whole model in the layout asked for; return a line about it.
+    """Write the whole model in the requested layout, or LLaVA's if transformers' cannot express it; return a sentence.
 
-    LLaVA's layout takes the place of transformers' where that cannot express the model. Every rank calls it, the main
-    process writes.
+    A collective; the main process writes.
     """
-    reason = why_not_transformers(described.projector_type, model.language_model, model.vision_tower, model.tiling)
+    reason = why_not_transformers(described.projector_type, model)
     if reason is None and described.export_format == "transformers":
         save_transformers(directory, model, described)
-        return f"The model is in {directory}; transformers' {_of_transformers(model)[1]}.from_pretrained reads it."
+        return f"The model is in {directory}; transformers' {_transformers_class(model)[1]}.from_pretrained reads it."
     save_llava(directory, model, described)
     because = f": {reason}" if described.export_format == "transformers" else "."
     return f"The model is in {directory}, in the layout of LLaVA's own code{because}"
@@ -295,9 +296,9 @@ def save_whole_model(directory: str | Path, model: LlavaModel, described: Descri
 def save_llava(
     directory: str | Path, model: LlavaModel, described: Description, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write the whole model in the layout of LLaVA's own code (`liuhaotian/llava-v1.5-*`), for every projector.
+    """Write the whole model, with any projector, in the layout of LLaVA's own code (`liuhaotian/llava-v1.5-*`).
 
-    Every rank calls it, the main process writes.
+    A collective; the main process writes.
     """
     directory, dtype = Path(directory), described.dtype
     weights, tied = _language_weights(model.language_model)
@@ -326,10 +327,9 @@ def save_llava(
 
 
 def generation_settings(generation_config: GenerationConfig, tokenizer, stop: tuple[str, ...] = ()) -> dict:
-    """The content of `generation_config.json`: the language model's own, made consistent.
+    """Return the content of `generation_config.json`: the language model's, with the tokenizer's special ids.
 
-    Sampling values without `do_sample` are dropped (they made LLaVA's last save fail after the whole training, its
-    issue 1144), and the ids of begin, end and padding are the tokenizer's.
+    Sampling values without `do_sample` are dropped: they made LLaVA's last save fail (its issue 1144).
     """
     settings = {key: value for key, value in generation_config.to_dict().items() if value is not None}
     settings.pop("_from_model_config", None)
@@ -357,7 +357,7 @@ def generation_settings(generation_config: GenerationConfig, tokenizer, stop: tu
 def llava_config(model: LlavaModel, described: Description) -> dict:
     """Return the language model's configuration with the keys that LLaVA's `initialize_vision_modules` and `train` add.
 
-    `conversation_version` is ours: LLaVA's files do not say which template a model was trained with.
+    `conversation_version` and `mm_image_size` are keys of this program.
     """
     config = model.language_model.config.to_dict()
     family = config["model_type"]
@@ -380,7 +380,7 @@ def llava_config(model: LlavaModel, described: Description) -> dict:
         "tokenizer_model_max_length": described.model_max_length,
         "conversation_version": described.version,
     }
-    if model.vision_tower.is_resized:  # ours: LLaVA's code takes the size that the tower's name stands for
+    if model.vision_tower.is_resized:
         config["mm_image_size"] = model.vision_tower.image_size
     if model.tiling:
         config["image_grid_pinpoints"] = [list(pair) for pair in model.tiling.pinpoints]
@@ -388,10 +388,10 @@ def llava_config(model: LlavaModel, described: Description) -> dict:
 
 
 def _portable(config: dict, dtype: torch.dtype) -> dict:
-    """A configuration without noise, that transformers 4 and 5 read alike.
+    """Return a configuration that transformers 4 and 5 read alike.
 
-    5 keeps RoPE's base inside `rope_parameters`; 4 looks for `rope_theta`, and without it silently takes 10,000 (Llama
-    3 has 500,000). 4 calls the dtype `torch_dtype`. The cache, which training switches off, is on again.
+    5 keeps RoPE's base inside `rope_parameters`; 4 reads `rope_theta`, and silently takes 10,000 without it (Llama 3
+    has 500,000). 4 calls the dtype `torch_dtype`. The cache, which training switches off, is on again.
     """
     config = {key: value for key, value in config.items() if key not in CONFIG_NOISE}
     config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
@@ -408,42 +408,39 @@ def _portable(config: dict, dtype: torch.dtype) -> dict:
 # ------------------------------------------------------------------------------------------- tokenizer and processor
 
 
-def _with_image_token(tokenizer, chat_template: str | None):
-    tokenizer = copy.deepcopy(image_token_tokenizer(tokenizer))
-    tokenizer.chat_template = chat_template
-    # Batches are padded on the right in training, and on the left to generate.
-    tokenizer.padding_side = "left"
-    return tokenizer
-
-
-def _as_llavas(image_processor, image_aspect_ratio: str, tiling: Tiling | None):
-    """The tower's processor with LLaVA's tiles, or its padding to a square on the mean colour, as trained.
+def _llava_image_processor(described: Description, tiling: Tiling | None) -> BaseImageProcessor:
+    """Return the tower's image processor with tiles, or with padding to a square on the mean colour, as trained.
 
     CLIP's own has no such options; LLaVA's are the same code with them. The PIL variants are pinned because those of
     torchvision resize differently, and a run would depend on what is installed.
     """
+    image_processor = described.image_processor
     settings = image_processor.to_dict()
     settings.pop("image_processor_type", None)
-    # What the tower's leaves out, LLaVA's would do: SigLIP's crops nothing.
+    # SigLIP's does not crop and has no such key; LLaVA's default is to crop.
     settings = {"do_center_crop": False, **settings, "do_pad": True}
     if tiling:
-        of_tile = {
+        tile = {
             "size": {"shortest_edge": tiling.tile_size},
             "crop_size": {"height": tiling.tile_size, "width": tiling.tile_size},
             "image_grid_pinpoints": _height_first(tiling),
         }
-        return LlavaNextImageProcessorPil(**settings | of_tile)
-    return LlavaImageProcessorPil(**settings) if image_aspect_ratio == "pad" else image_processor
+        return LlavaNextImageProcessorPil(**settings | tile)
+    return LlavaImageProcessorPil(**settings) if described.image_aspect_ratio == "pad" else image_processor
 
 
 def _height_first(tiling: Tiling) -> list[list[int]]:
-    """The pinpoints as transformers has them; in LLaVA's own configuration the width comes first."""
+    """Return the pinpoints as transformers has them; in LLaVA's configuration the width comes first."""
     return [[height, width] for width, height in tiling.pinpoints]
 
 
-def _of_transformers(model: nn.Module) -> tuple[str, str]:
-    """transformers' model type and class for a model."""
-    if model.vision_tower.model.config.model_type == "timm_wrapper":
+def _is_fast_vlm(model: LlavaModel) -> bool:
+    return model.vision_tower.model.config.model_type == "timm_wrapper"
+
+
+def _transformers_class(model: LlavaModel) -> tuple[str, str]:
+    """Return transformers' model type and class."""
+    if _is_fast_vlm(model):
         return "fast_vlm", "FastVlmForConditionalGeneration"
     if model.tiling:
         return "llava_next", "LlavaNextForConditionalGeneration"
@@ -451,37 +448,23 @@ def _of_transformers(model: nn.Module) -> tuple[str, str]:
 
 
 def _save_tokenizer_for_llava(staging: Path, tokenizer) -> None:
-    """The tokenizer as LLaVA's loader reads it, which takes the slow class: a Llama one as its `tokenizer.model`.
+    """Write the tokenizer for the slow class of LLaVA's loader: a Llama tokenizer as its `tokenizer.model`.
 
-    Other tokenizers, and Llama's where the source had no such file, are written as they are, by names that
-    transformers 4 knows.
+    Other tokenizers, and Llama's without that file, are written unchanged, by names that transformers 4 knows.
     """
     model_file = find_file(tokenizer.name_or_path, SENTENCEPIECE_FILE) if tokenizer.name_or_path else None
     config = slow_llama_config(tokenizer) if model_file else None
     if config is None:
         tokenizer.save_pretrained(staging)
-        _make_tokenizer_readable_for_transformers_4(staging)
+        _make_readable_for_transformers_4(staging)
         return
     shutil.copyfile(model_file, staging / SENTENCEPIECE_FILE)
-    text = json.dumps(config, indent=2, ensure_ascii=False)
-    (staging / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
-    if isinstance(tokenizer.chat_template, str):  # which the model may have been trained with
+    _dump(config, staging / "tokenizer_config.json")
+    if isinstance(tokenizer.chat_template, str):
         (staging / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
 
 
-def _make_readable_for_transformers_4(staging: Path, image_processor) -> None:
-    """Adjust what `LlavaProcessor.save_pretrained` of transformers 5 wrote, so that transformers 4 reads it too."""
-    # 4 would otherwise add token_type_ids, which the model does not take.
-    _make_tokenizer_readable_for_transformers_4(staging, model_input_names=["input_ids", "attention_mask"])
-
-    # transformers 5 keeps the image processor inside processor_config.json.
-    settings = json.loads(image_processor.to_json_string())
-    settings["image_processor_type"] = settings["image_processor_type"].removesuffix("Pil")
-    path = staging / "preprocessor_config.json"
-    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def _make_tokenizer_readable_for_transformers_4(staging: Path, **settings) -> None:
+def _make_readable_for_transformers_4(staging: Path, **settings) -> None:
     """Adjust the tokenizer's files that transformers 5 wrote; `settings` go into `tokenizer_config.json`."""
     path = staging / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -489,41 +472,42 @@ def _make_tokenizer_readable_for_transformers_4(staging: Path, **settings) -> No
         config.pop(key, None)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    # What 5 writes as a list under this name, 4 reads under the other; a table is read by both.
+    # 5 writes this list under another name than 4 reads; a table both read.
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    text = json.dumps(config | settings, indent=2, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    _dump(config | settings, path)
 
-    # Before tokenizers 0.20 a merge was one text, which is read to this day, unless one of the two holds a blank.
+    # Before tokenizers 0.20 a merge was one text, which is still read unless one of its halves has a blank.
     path = staging / "tokenizer.json"
     pipeline = json.loads(path.read_text(encoding="utf-8"))
     merges = pipeline["model"].get("merges", [])
     if not any(" " in half for pair in merges for half in pair):
         pipeline["model"]["merges"] = [" ".join(pair) for pair in merges]
-        path.write_text(json.dumps(pipeline, indent=2, ensure_ascii=False), encoding="utf-8")
+        _dump(pipeline, path)
+
+
+def _dump(content: dict, path: Path) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------- weights and files
 
 
 def _language_weights(language_model: nn.Module) -> tuple[list[tuple[str, torch.Tensor]], bool]:
-    """Names and tensors as the language model has them, without an `lm_head` that is the embedding; whether it is."""
+    """Return names and tensors, without an `lm_head` that is tied to the embedding, and whether it is tied."""
     embeddings = language_model.get_input_embeddings().weight
-    head = language_model.get_output_embeddings().weight
+    tied = language_model.get_output_embeddings().weight is embeddings
     weights = language_model.state_dict(keep_vars=True)
-    return [(name, tensor) for name, tensor in weights.items() if head is not embeddings or name != "lm_head.weight"], (
-        head is embeddings
-    )
+    return [(name, tensor) for name, tensor in weights.items() if not tied or name != "lm_head.weight"], tied
 
 
 def _newline(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The newline by the name that LLaVA gives it, if the model has one."""
+    """Return the image newline, if the model has one, by LLaVA's name."""
     return {f"model.{NEWLINE_KEY}": model.image_newline.weight} if model.image_newline is not None else {}
 
 
 def begin_directory(directory: Path) -> None:
-    """Remove an older model's config first, so that the rest is not taken for whole, then its other files."""
+    """Remove an older model's files, `config.json` first, so that what is left is not taken for a model."""
     check_may_be_written(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for pattern in MODEL_FILES:

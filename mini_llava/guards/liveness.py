@@ -1,9 +1,8 @@
-"""A dead rank ends the others, with a sentence that names it, instead of leaving them in a collective for ever.
+"""When a rank dies, end the others with a sentence that names it, instead of leaving them in a collective.
 
-Every rank holds one TCP connection to rank 0, over which nothing is said until a rank ends. So it is the kernel that
-tells of a death: it closes the connections of a killed process at once, and the keep-alive packets to a machine that
-is gone stay unanswered. There are no heartbeats: a process that is busy or stopped for however long is not dead.
-The state is the module's, since a process has one process group.
+Every rank has one TCP connection to rank 0, on which nothing is sent until a rank ends. The kernel closes the
+connections of a killed process at once, and keep-alive packets detect a lost machine. There are no heartbeats: a busy
+or stopped process is not dead. The state is the module's, since a process has one process group.
 """
 
 import contextlib
@@ -24,7 +23,7 @@ from .output_streams import flush_before_the_end, say_before_the_end
 
 PATIENCE = 30  # seconds within which all ranks reach rank 0
 KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}  # seconds, seconds, times: a minute in all
-OWN_MESSAGE = 6  # seconds for a rank to end with the error that ended another: mostly all of them find the same one
+OWN_MESSAGE = 6  # seconds for a rank to end with its own error: mostly all ranks have the same one
 
 HOW = {
     "killed": "has ended without finishing",
@@ -32,35 +31,31 @@ HOW = {
     "failed": "has ended with an error",
 }
 
-_connections: dict[socket.socket, dict] = {}  # to rank 0, on rank 0 to all others; and who is at the other end
+_connections: dict[socket.socket, dict] = {}  # to rank 0, on rank 0 to all others: who is at the other end
 _me: dict = {}
-_has_no_sentence = threading.Event()  # this process is about to end with an error that nobody has explained
+_has_no_sentence = threading.Event()  # this process is about to end with an unexplained error
 
 
 def watch_other_ranks(rank: int, world_size: int, exit_code: Callable[[], int] = lambda: 1) -> None:
-    """Connects this rank and watches the others from a thread; the process group must exist. All ranks must call it.
+    """Connect this rank and watch the others in a thread. A collective; the process group must exist.
 
-    If one ends before it has said that it is finished (`leave`), this process says which one and ends: at once after a
-    crash or SIGKILL, at most `OWN_MESSAGE` seconds after an error, a minute after a machine is gone. A rank that cannot
-    connect is named and left unwatched.
-
-    exit_code: what this process then ends with.
-
-    Source: nothing in LLaVA; gloo notices a closed connection, NCCL waits ten minutes.
+    If another rank ends without `leave`, this process names it and ends with `exit_code`: at once after a crash or
+    SIGKILL, at most `OWN_MESSAGE` seconds after an error, a minute after a machine is lost. A rank that cannot connect
+    is named and not watched. LLaVA has nothing like it; gloo notices a closed connection, NCCL waits ten minutes.
     """
     if world_size == 1:
         return
     _me.update(rank=rank, local_rank=int(os.environ.get("LOCAL_RANK", 0)), pid=os.getpid(), host=socket.gethostname())
-    address = os.environ["MASTER_ADDR"]  # of rank 0's machine, which all others have reached once already
+    address = os.environ["MASTER_ADDR"]  # of rank 0's machine; the process group has reached it
     listener = _listen(address, world_size) if rank == 0 else None
-    # Who knows the token has it from the process group: a stranger that connects and leaves is not a dead rank.
+    # Only ranks know the token: a stranger that connects and leaves is not a dead rank.
     invitation = [listener.getsockname()[1], secrets.token_hex()] if rank == 0 else [None, None]
     torch.distributed.broadcast_object_list(invitation, src=0)
     port, token = invitation
     if rank == 0:
         _accept_all(listener, token, world_size)
     else:
-        # A rank that fails here is missed by rank 0, which says so.
+        # Rank 0 names the ranks that fail here.
         with contextlib.suppress(OSError, ValueError):
             connection = socket.create_connection((address, port), timeout=PATIENCE)
             connection.sendall(f"{token}\n{json.dumps(_me)}\n".encode())
@@ -69,7 +64,7 @@ def watch_other_ranks(rank: int, world_size: int, exit_code: Callable[[], int] =
 
 
 def leave(how: str) -> None:
-    """Tells the others that this process ends on purpose, `finished` or `failed`; they are not watched any more."""
+    """Tell the others that this process ends, `finished` or `failed`, and stop watching them."""
     connections = list(_connections)
     _connections.clear()
     for connection in connections:
@@ -78,7 +73,7 @@ def leave(how: str) -> None:
 
 
 def wait_for_the_sentence() -> None:
-    """Waits a moment if other ranks are watched: their end mostly is why a collective has raised an error here."""
+    """Wait a moment for the end of another rank, which mostly is why a collective has failed here."""
     if _connections:
         _has_no_sentence.set()
         time.sleep(2)
@@ -91,7 +86,7 @@ def _listen(address: str, world_size: int) -> socket.socket:
 
 
 def _accept_all(listener: socket.socket, token: str, world_size: int) -> None:
-    """On rank 0: waits until every rank has said who it is, then stops listening."""
+    """Wait, on rank 0, until every rank has sent who it is; then stop listening."""
     port, deadline = listener.getsockname()[1], time.monotonic() + PATIENCE
     while len(_connections) < world_size - 1 and (left := deadline - time.monotonic()) > 0:
         listener.settimeout(left)
@@ -121,7 +116,7 @@ def _watch_connection(connection: socket.socket, member: dict) -> None:
 
 
 def _watch(exit_code: Callable[[], int]) -> None:
-    """The thread: waits until a connection says something or ends."""
+    """Wait, in a thread, for notices and closed connections."""
     selector = selectors.PollSelector()
     for connection, member in _connections.items():
         selector.register(connection, selectors.EVENT_READ, member)
@@ -151,11 +146,11 @@ def _next_notice(connection: socket.socket, member: dict) -> dict:
 def _end_with(notice: dict, exit_code: Callable[[], int]) -> None:
     if notice["how"] == "failed":
         _has_no_sentence.wait(OWN_MESSAGE)
-    if not _connections:  # this process has left, too
+    if not _connections:  # this process has left
         return
     first_here = 1 if notice["local_rank"] == 0 and notice["host"] == _me["host"] else 0
     sentence = f"train.py: rank {_me['rank']} ends because rank {notice['rank']} has."
-    if _me["local_rank"] in (0, first_here):  # the whole story once a machine
+    if _me["local_rank"] in (0, first_here):  # once a machine
         sentence = (
             f"train.py: error: Rank {notice['rank']} (pid {notice['pid']} on {notice['host']}) {HOW[notice['how']]}; "
             "this run ends. Its own message or its machine's system log (dmesg: out of memory?) says why; go on with "
@@ -171,7 +166,7 @@ def _send(connection: socket.socket, message: dict) -> None:
 
 
 def _read_line(connection: socket.socket) -> bytes:
-    """Up to a line end, which is left out; what is there if the connection ends before."""
+    """Return a line without its end, or what was sent before the connection closed."""
     line = b""
     while not line.endswith(b"\n") and len(line) < 1000 and (byte := connection.recv(1)):
         line += byte
@@ -179,7 +174,7 @@ def _read_line(connection: socket.socket) -> bytes:
 
 
 def _forget() -> None:
-    """In a forked child, a loader's worker: its copies would keep the connections open when this process is dead."""
+    """Close, in a forked child, its copies of the connections, which would stay open after this process's death."""
     for connection in _connections:
         os.close(connection.detach())
     _connections.clear()

@@ -1,6 +1,6 @@
-"""The output directory: before the first step one for all machines, free of leftovers, with room; and a failed result.
+"""Check the output directory before the first step: shared by all machines, without leftovers, with room.
 
-What is found out here in a second costs hours if it is found out at the first save.
+What would fail at the first save, hours later, fails here within a second.
 """
 
 import os
@@ -22,7 +22,7 @@ from torch import nn
 from ..files import STAGING
 from ..formats.layouts import MODEL_FILES
 from ..model.trained import numel
-from ..training.backend import KINDS, compute_dtype, gather_from_ranks
+from ..training.backend import KINDS, gather_from_ranks
 from ..training.checkpoint import (
     CheckpointError,
     agreement,
@@ -36,12 +36,12 @@ from ..words import counted
 from .ownership import check_still_owned
 
 SEEN_BY_ALL = ".seen-by-all-"
-# The names that a run gives to what it has not finished, and nothing else may be removed by.
-OF_A_CHECK = re.compile(rf"{re.escape(SEEN_BY_ALL)}[0-9a-f]{{32}}(-\d+(\.incomplete)?)?")
-OF_A_FILE = re.compile(r"\..+\.[0-9a-f]{32}\.incomplete")
-OF_A_SAVE = re.compile(r"\.checkpoint-\d+\.(incomplete|removed)")
-# What a run writes over, unlinks or empties: its result, its reports, and where the result is prepared. Not what it
-# writes before arguments.yaml, which a killed run leaves alone: `cache`, `preempted`, `.owner`.
+# Names of a run's unfinished files; nothing else may be removed as a leftover.
+UNFINISHED_CHECK = re.compile(rf"{re.escape(SEEN_BY_ALL)}[0-9a-f]{{32}}(-\d+(\.incomplete)?)?")
+UNFINISHED_FILE = re.compile(r"\..+\.[0-9a-f]{32}\.incomplete")
+UNFINISHED_SAVE = re.compile(r"\.checkpoint-\d+\.(incomplete|removed)")
+# What a run overwrites or removes: its result, its reports, and where the result is prepared. Without what it writes
+# before arguments.yaml, and a killed run leaves without that file: `cache`, `preempted`, `.owner`.
 REPLACED = (
     *MODEL_FILES,
     *("arguments.yaml", "log.jsonl", "eval_samples.jsonl", "skipped.jsonl", "summary.json", "curves.png"),
@@ -50,17 +50,17 @@ REPLACED = (
 
 
 def remove_leftovers(output_dir: Path, step: int, keep: int | None) -> list[str]:
-    """Removes what a killed run had not finished writing or removing; returns a sentence for each. For one rank.
+    """Remove what a killed run left unfinished; return a sentence for each. For one rank.
 
     Args:
-        step: of the checkpoint that the run goes on from. Of those up to it, the oldest beyond `keep` go: a run killed
-            between its last save and the removal of an old one would else leave one too many for good.
+        step: of the checkpoint that is resumed. Of the checkpoints up to it only the newest `keep` stay: a run killed
+            between its last save and the removal of an old one has left one too many.
     """
     sentences = remove_oldest(output_dir, step, keep)
     for path in sorted(output_dir.glob(".*")):
-        if OF_A_CHECK.fullmatch(path.name) or OF_A_FILE.fullmatch(path.name):
+        if UNFINISHED_CHECK.fullmatch(path.name) or UNFINISHED_FILE.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-        elif OF_A_SAVE.fullmatch(path.name):
+        elif UNFINISHED_SAVE.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
             state = "could not be removed; remove it yourself" if path.exists() else "is removed"
             sentences.append(f"{path}, left behind by a run that was killed while it saved, {state}.")
@@ -68,7 +68,7 @@ def remove_leftovers(output_dir: Path, step: int, keep: int | None) -> list[str]
 
 
 def check_place(output_dir: Path, flag: str = "--output_dir") -> None:
-    """Raises OSError unless the directory is there, or can be made, and can be written to. Leaves nothing behind."""
+    """Raise OSError unless the directory exists or can be made, and is writable."""
     what = f"{output_dir} ({flag})"
     there = next(path for path in (output_dir, *output_dir.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
@@ -83,10 +83,10 @@ def check_place(output_dir: Path, flag: str = "--output_dir") -> None:
 
 
 def check_nothing_is_replaced(output_dir: Path) -> None:
-    """Raises FileExistsError if a run would remove or overwrite what no run of this program wrote.
+    """Raise FileExistsError if a run would remove or overwrite files of another program.
 
-    A run writes `arguments.yaml` before all else. Where it or a training state is, this check has been passed, so the
-    results and reports there are a run's own. Checkpoints are looked at one by one: their names are LLaVA's too.
+    A run writes `arguments.yaml` first, after this check: with it or a training state, results and reports are a run's
+    own. Checkpoints are checked one by one, because LLaVA's have the same names.
     """
     foreign = foreign_checkpoints(output_dir)
     if not _is_ours(output_dir):
@@ -112,9 +112,9 @@ def _is_ours(output_dir: Path) -> bool:
 
 
 def check_shared(accelerator: Accelerator, output_dir: Path) -> str | None:
-    """Raises CheckpointError on all ranks unless all see the same output directory, and can save there.
+    """Raise CheckpointError on all ranks unless all see the same output directory and can save there.
 
-    Returns a sentence if they can, but nothing is flushed to the disk there.
+    Returns a sentence if they can, but the file system cannot flush.
     """
     name = f"{SEEN_BY_ALL}{uuid.uuid4().hex}"
     with agreement(accelerator, f"{output_dir} (--output_dir) cannot be written"):
@@ -135,29 +135,8 @@ def check_shared(accelerator: Accelerator, output_dir: Path) -> str | None:
     return next(filter(None, gather_from_ranks(accelerator, note)), None)
 
 
-def disk_note(
-    accelerator: Accelerator, model: nn.Module, output_dir: Path, saves: int, keep: int | None, whole_model: bool
-) -> str | None:
-    """A sentence if the disk has no room for the states and the result of this run; None if it has.
-
-    Args:
-        saves: how many states the run will write.
-        keep: how many of them stay; one more is there while the newest is written.
-        whole_model: the result is the whole model and not the projector alone.
-    """
-    itemsize = compute_dtype(accelerator).itemsize
-    needs = disk_needs(accelerator.unwrap_model(model), itemsize, output_dir, saves, keep, whole_model)
-    free = shutil.disk_usage(output_dir).free
-    if needs.bytes <= free:
-        return None
-    return (
-        f"Warning: {output_dir} has {free / 1e9:,.3f} GB free, and this run needs {needs}. Make room, or keep fewer "
-        "with --save_total_limit."
-    )
-
-
 class DiskNeeds(NamedTuple):
-    """What a run writes to its output directory, as the sizes of its parameters say."""
+    """What a run writes to its output directory."""
 
     states: int
     present: int
@@ -166,7 +145,18 @@ class DiskNeeds(NamedTuple):
 
     @property
     def bytes(self) -> int:
+        """Return the bytes that are still to be written."""
         return max(0, self.states - self.present) * self.bytes_of_state + self.bytes_of_result
+
+    def warning(self, output_dir: Path) -> str | None:
+        """Return a warning if the disk has less room than this; None if it has enough."""
+        free = shutil.disk_usage(output_dir).free
+        if self.bytes <= free:
+            return None
+        return (
+            f"Warning: {output_dir} has {free / 1e9:,.3f} GB free, and this run needs {self}. Make room, or keep fewer "
+            "with --save_total_limit."
+        )
 
     def __str__(self) -> str:
         there = f" ({self.present} there already)" if self.present else ""
@@ -177,7 +167,14 @@ class DiskNeeds(NamedTuple):
 def disk_needs(
     model: nn.Module, itemsize: int, output_dir: Path, saves: int, keep: int | None, whole_model: bool
 ) -> DiskNeeds:
-    """Arguments as `disk_note` has them; itemsize: bytes of a number in the result."""
+    """Return what the states and the result of a run need.
+
+    Args:
+        itemsize: bytes of a number in the result.
+        saves: how many states the run will write.
+        keep: how many of them stay; while the newest is written there is one more.
+        whole_model: the result is the whole model, not the projector alone.
+    """
     sizes = {name: numel(parameter) for name, parameter in model.named_parameters()}
     trained = sum(sizes[name] for name, parameter in model.named_parameters() if parameter.requires_grad)
     result = sum(size for name, size in sizes.items() if whole_model or name.startswith("projector."))
@@ -187,7 +184,7 @@ def disk_needs(
 
 @contextmanager
 def writing_the_result(output_dir: Path) -> Iterator[None]:
-    """Raises OSError with what to do, if files written inside fail; the training states are as they were."""
+    """Turn a failure to write the result into an OSError that says what to do; the training states are unchanged."""
     try:
         check_still_owned()
         yield

@@ -1,10 +1,9 @@
-"""One run owns an output directory: two that write into one would mix their logs, training states and results.
+"""One run owns an output directory: two would mix their logs, training states and results.
 
-Rank 0 holds a lock on the file `.owner`, which says who it is. The kernel lets go of the lock when the process ends,
-however it ends, so what a killed run leaves behind blocks nobody; on a file system that machines share its server does
-the same. Where a file system has no locks, what the file says decides. It is a POSIX record lock, which forked loader
-workers do not inherit; closing any other descriptor of the file in this process would lose it, so none is opened.
-The state is the module's, since a process runs one training at a time.
+Rank 0 holds a lock on the file `.owner`, which says who it is. The kernel, or the server of a shared file system,
+releases the lock when the process ends, so that a killed run blocks nobody. On a file system without locks the file's
+content decides. It is a POSIX record lock, which forked loader workers do not inherit; closing another descriptor of
+the file in this process would lose it. The state is the module's, since a process runs one training at a time.
 """
 
 import contextlib
@@ -38,12 +37,12 @@ class Owner(NamedTuple):
 
     @property
     def has_ended(self) -> bool | None:
-        """None: it is on another host, about whose processes nothing is known here."""
+        """Return whether its process has ended; None: it is on another host."""
         if self.host != socket.gethostname():
             return None
         try:
             process = psutil.Process(self.pid)
-            # A process that began later has the number of one that has ended, as in a container that starts again.
+            # A process that began later reuses the number, as in a restarted container.
             is_another = process.create_time() > datetime.fromisoformat(self.since).timestamp() + 1
             return is_another or process.status() == psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
@@ -61,11 +60,9 @@ _held: _Held | None = None
 
 
 def own(output_dir: Path) -> None:
-    """Make this process the owner of an output directory, made if it is not there, instead of any it owned before.
+    """Make this process the owner of an output directory, which is created, and release what it owned before.
 
-    Raises:
-        BlockingIOError: another run owns it; the sentence says which and what to do. Nothing is written then.
-        OSError: the file cannot be opened.
+    Raises BlockingIOError if another run owns it, before anything is written, and OSError if `.owner` cannot be opened.
     """
     global _held
     release()
@@ -82,7 +79,7 @@ def own(output_dir: Path) -> None:
             ) from error
         try:
             _lock(descriptor, output_dir)
-            if _is_named(file, descriptor):  # not removed by a run that ended just now
+            if _is_named(file, descriptor):  # not removed by a run that has just ended
                 owner = Owner(socket.gethostname(), os.getpid(), datetime.now().astimezone().isoformat(" ", "seconds"))
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, json.dumps(owner._asdict()).encode() + b"\n", 0)
@@ -94,23 +91,23 @@ def own(output_dir: Path) -> None:
 
 
 def release() -> None:
-    """Own nothing any more."""
+    """Release the output directory that this process owns, if any."""
     global _held
     if _held is None:
         return
     held, _held = _held, None
     with contextlib.suppress(OSError):  # the folder may be gone, or read-only by now
         is_whose = _written_in(held.descriptor) if _is_named(held.file, held.descriptor) else None
-        if is_whose == held.owner and held.owner.pid == os.getpid():  # not in a forked child, whose parent owns it
-            held.file.unlink()  # before the lock goes: nobody else can have it
+        if is_whose == held.owner and held.owner.pid == os.getpid():  # not in a forked child
+            held.file.unlink()  # before the lock is released
             if held.made_directory:
-                held.file.parent.rmdir()  # of a run that was refused at once; with anything in it it stays
+                held.file.parent.rmdir()  # if it is empty: the run was refused at once
     os.close(held.descriptor)
 
 
 @contextmanager
 def released_at_the_end() -> Iterator[None]:
-    """Release what is owned when the block ends, by an error too."""
+    """Release what is owned when the block ends."""
     try:
         yield
     finally:
@@ -118,41 +115,37 @@ def released_at_the_end() -> Iterator[None]:
 
 
 def check_still_owned() -> None:
-    """Raises BlockingIOError if another run has taken what this one owned, where locks hold on one machine only."""
+    """Raise BlockingIOError if another run has taken the directory, where locks are not shared between machines."""
     if _held is None:
         return
-    with contextlib.suppress(FileNotFoundError):  # removed by a person: nobody has taken it
-        if _is_named(_held.file, _held.descriptor):
-            found = _written_in(_held.descriptor)
-        else:
-            found = _parse(_held.file.read_bytes())
+    with contextlib.suppress(FileNotFoundError):  # removed by a person
+        is_named = _is_named(_held.file, _held.descriptor)
+        found = _written_in(_held.descriptor) if is_named else _parse(_held.file.read_bytes())
         if found not in (None, _held.owner):
             raise BlockingIOError(f"{_held.file.parent} is owned by {found}. End one of the two.")
 
 
 def _lock(descriptor: int, output_dir: Path) -> None:
-    """Raises BlockingIOError if another run holds the lock, or may be there where no locks are to be had."""
+    """Lock the file. Raises BlockingIOError if another run holds it, or may hold it where there are no locks."""
     try:
         return fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in HELD_BY_ANOTHER + NO_LOCKS:
             raise
         owner, has_locks = _written_in(descriptor), error.errno in HELD_BY_ANOTHER
-    if has_locks:
-        who = owner or "a run that has not written who it is yet"
-        raise BlockingIOError(f"{output_dir} (--output_dir) is owned by {who}. End it, or choose another --output_dir.")
-    if owner is None or owner.has_ended:
+    if not has_locks and (owner is None or owner.has_ended):
         return
-    if owner.has_ended is None:
+    if not has_locks and owner.has_ended is None:
         raise BlockingIOError(
             f"{output_dir} (--output_dir) was last owned by {owner}, and this file system has no locks that would tell "
             f"whether it has ended. If it has, delete {output_dir / NAME}; else choose another --output_dir."
         )
-    raise BlockingIOError(f"{output_dir} (--output_dir) is owned by {owner}. End it, or choose another --output_dir.")
+    who = owner or "a run that has not written who it is yet"
+    raise BlockingIOError(f"{output_dir} (--output_dir) is owned by {who}. End it, or choose another --output_dir.")
 
 
 def _is_named(file: Path, descriptor: int) -> bool:
-    """Whether the path still leads to the open file."""
+    """Return whether the path still leads to the open file."""
     try:
         return os.path.samestat(os.stat(file), os.fstat(descriptor))
     except FileNotFoundError:
@@ -164,7 +157,7 @@ def _written_in(descriptor: int) -> Owner | None:
 
 
 def _parse(content: bytes) -> Owner | None:
-    """None: it is empty, or was killed while it was written."""
+    """Return the owner; None for an empty or torn file."""
     try:
         return Owner(**json.loads(content))
     except (ValueError, TypeError):

@@ -1,8 +1,7 @@
-"""SIGTERM, SIGUSR1, SIGHUP and SIGINT as a request to stop: of a scheduler, of a terminal that is gone, of a person.
+"""SIGTERM, SIGUSR1, SIGHUP and SIGINT, from a scheduler, a closed terminal or a person, ask a run to stop.
 
-Until the loop begins, a signal ends the process at once: nothing is lost that is not on disk. From then on the first
-signal sets a flag and nothing else. The ranks agree on it (`lockstep.py`), so that all of them stop after the same step
-although only one of them may have been signalled, and the state is saved once.
+Before the loop a signal ends the process at once. From then on the first signal sets a flag; the ranks agree on it
+(`lockstep.py`), so that all stop after the same step, and the state is saved once.
 """
 
 import atexit
@@ -20,25 +19,27 @@ from ..processes import end_with_parent, end_worker_with_parent, launcher
 from .output_streams import flush_before_the_end, say_before_the_end
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
-# Sent by the kernel alone, and so never somebody's second signal. Not everywhere, but where a launcher can be known.
+# Sent by the kernel when the launcher ends (on Linux), and never a person's second signal.
 LAUNCHER_HAS_ENDED = getattr(signal, "SIGRTMIN", None)
-# Ignored where whoever started the run ignores them: nohup does the one, a shell's background job the other.
+# They stay ignored if the run was started so: nohup ignores the first, a shell's background job the second.
 MAY_BE_IGNORED = (signal.SIGHUP, signal.SIGINT)
-# Not 0: a script that runs stage 2 after stage 1 must not go on.
+# Not 0: a script must not start stage 2 then.
 EXIT_CODE = 128 + signal.SIGTERM
 INTERRUPTED = 128 + signal.SIGINT
-# Slurm signals the launcher and the ranks, and the launcher passes its own signal on to the ranks: one request.
+# Slurm signals launcher and ranks, and the launcher passes its signal on: one request.
 SECONDS_OF_ONE_REQUEST = 2
-# A launcher may pass on what the terminal has sent to the ranks too, but a person who presses twice means it.
+# A launcher may pass on Ctrl-C, which the terminal sends to the ranks, too; a person who presses twice means it.
 SECONDS_OF_ONE_PRESS = 0.5
 
 
 class Preemption:
     """Whether this process was asked to stop.
 
-    asked: it has had a signal since `heed`; interrupted: that was SIGINT, from a person, who need not be told by a
-    `preempted` file and whose run nothing shall start again.
-    output_dir: where a run that ends before the loop leaves its `preempted` file; None as long as it owns none.
+    Attributes:
+        asked: it has had a signal since `heed`.
+        interrupted: that signal was SIGINT, from a person, who needs no `preempted` file; the run is not to be
+            restarted.
+        output_dir: where a run that ends before the loop leaves its `preempted` file; None until it owns one.
     """
 
     def __init__(self) -> None:
@@ -48,8 +49,10 @@ class Preemption:
         self._watched: list[int] = []
 
     def watch(self) -> None:
-        """Take the signals from here on, in a thread: the main thread may wait outside of Python, where no handler
-        runs, or be in a callback that swallows what a handler raises."""
+        """Receive signals in a thread.
+
+        The main thread may be outside of Python, where no handler runs, or in a callback that swallows exceptions.
+        """
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
@@ -61,30 +64,28 @@ class Preemption:
         os.register_at_fork(after_in_child=self._leave_to_parent)
         atexit.register(end_workers)
         if (parent := launcher()) is not None:
-            # accelerate's dies of the SIGTERM that a scheduler sends to it alone, and the run would go on as an orphan.
+            # accelerate's launcher dies of a SIGTERM that a scheduler sends to it alone, and leaves the run an orphan.
             signal.signal(LAUNCHER_HAS_ENDED, _do_nothing)
             self._watched.append(LAUNCHER_HAS_ENDED)
             end_with_parent(LAUNCHER_HAS_ENDED, parent)
 
     def forget_earlier(self) -> None:
-        """Remove the `preempted` file of an earlier run. For one rank, long before any of them heeds: what another one
-        leaves that is signalled at the same moment must stay."""
-        with self._lock:  # which a thread that is ending this process keeps
+        """Remove an earlier run's `preempted` file, on one rank, before any rank calls `heed` and may leave one."""
+        with self._lock:  # held by a thread that is ending this process
             marker(self.output_dir).unlink(missing_ok=True)
 
     def heed(self) -> None:
-        """Let the run itself answer from here on."""
+        """Leave it to the loop to answer signals from here on."""
         with self._lock:
             self._heeded = True
 
     def exit_code(self) -> int:
-        """Return how this process ends with another rank: as it was asked to, if it was. One that is signalled in the
-        moment before it heeds ends at once, and the others, which are asked to stop by the same signal, with it."""
+        """Return the exit code with which this process follows another rank that has ended: as asked to, or 1."""
         return (INTERRUPTED if self.interrupted else EXIT_CODE) if self.asked else 1
 
     def _listen(self) -> None:
         asked_at = 0.0
-        while received := self._reader.recv(1):  # the number of a signal as one byte, from Python's handler in C
+        while received := self._reader.recv(1):  # a signal's number as one byte, from Python's C handler
             number = received[0]
             if number not in self._watched:
                 continue
@@ -94,14 +95,15 @@ class Preemption:
             if not self.asked:
                 self.interrupted = number == signal.SIGINT
                 self.asked, asked_at = True, time.monotonic()
-                why = "The launcher of this run has ended" if number == LAUNCHER_HAS_ENDED else _name(number)
+                name = signal.Signals(number).name
+                why = "The launcher of this run has ended" if number == LAUNCHER_HAS_ENDED else name
                 second = "Ctrl-C" if self.interrupted else "signal"
                 say_before_the_end(
                     f"{why}: once this step or the next, this save or this batch of an evaluation is done, the run "
                     f"saves its state and ends; a second {second} ends it at once."
                 )
             elif number == LAUNCHER_HAS_ENDED:
-                pass  # of Ctrl-C, a moment after that has asked this process
+                pass  # ended by the same Ctrl-C
             elif time.monotonic() - asked_at > (SECONDS_OF_ONE_PRESS if self.interrupted else SECONDS_OF_ONE_REQUEST):
                 end_workers()
                 os._exit(128 + number)
@@ -115,10 +117,10 @@ class Preemption:
                 with contextlib.suppress(OSError):
                     self.output_dir.mkdir(parents=True, exist_ok=True)
                     write_marker(self.output_dir)
-        # Of several ranks that a launcher has signalled, one is enough to say so.
+        # One rank's message is enough.
         if os.environ.get("RANK", "0") == "0":
-            what = "ended with its launcher" if number == LAUNCHER_HAS_ENDED else f"ended by {_name(number)}"
-            what = "interrupted" if by_a_person else what
+            by = "with its launcher" if number == LAUNCHER_HAS_ENDED else f"by {signal.Signals(number).name}"
+            what = "interrupted" if by_a_person else f"ended {by}"
             say_before_the_end(
                 f"train.py: {what} before the first step; --resume_from_checkpoint latest goes on from what is saved."
             )
@@ -127,7 +129,7 @@ class Preemption:
         os._exit(INTERRUPTED if by_a_person else EXIT_CODE)
 
     def _leave_to_parent(self) -> None:
-        """In a forked child, which would write to the parent's socket: a signal to the whole job is the parent's."""
+        """Ignore signals in a forked child, which would write them to the parent's socket."""
         if self._watched:
             signal.set_wakeup_fd(-1)
             ignore_signals()
@@ -137,42 +139,37 @@ def _do_nothing(*_) -> None:
     pass
 
 
-def _name(number: int) -> str:
-    return signal.Signals(number).name
-
-
 def end_workers() -> None:
-    """Kill the child processes. At exit Python asks them to end by the SIGTERM that they ignore, and waits."""
-    with contextlib.suppress(ValueError):  # of another thread than the main one, which ends the process anyway
+    """Kill the child processes: at exit Python would send a SIGTERM, which they ignore, and wait."""
+    with contextlib.suppress(ValueError):  # not in the main thread, which ends the process anyway
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise that a worker was killed
     for worker in multiprocessing.active_children():
         worker.kill()
 
 
 def marker(output_dir: Path) -> Path:
-    """Return the file by which a job script knows that the run wants to be started again; launchers hide exit codes."""
+    """Return the file that tells a job script to restart the run, since launchers hide exit codes."""
     return output_dir / "preempted"
 
 
 def write_marker(output_dir: Path, step: int | None = None, total_steps: int | None = None) -> None:
-    """step: after which the run has stopped; None before the loop."""
+    """Write the file of a run that has stopped after `step`; None: before the loop."""
     marker(output_dir).write_text(json.dumps({"step": step, "total_steps": total_steps}) + "\n", encoding="utf-8")
 
 
 def remove_marker(output_dir: Path) -> None:
-    """Of an earlier run that was started again for it: where this one ends for good before its loop, it would be so
-    for ever."""
+    """Remove the file, so that a run that cannot start is not restarted for ever."""
     with contextlib.suppress(OSError):
         marker(output_dir).unlink(missing_ok=True)
 
 
 def start_worker(_worker: int) -> None:
-    """Make the loader's worker one that ends with its rank and by nothing else."""
+    """Let only the end of its rank end a loader's worker."""
     ignore_signals()
     end_worker_with_parent()
 
 
 def ignore_signals() -> None:
-    """Ignore the signals, in a child: one to the whole job must not kill it while its rank finishes the step."""
+    """Ignore the signals in a child: one to the whole job must not kill it while its rank finishes the step."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,9 +1,8 @@
-"""What is checked before step 1: that the parts of a run belong together. One line for each check.
+"""Checks before step 1 that the parts of a run fit together.
 
-LLaVA trains whatever it is given: with an end mark that the tokenizer splits into letters, with a projector of another
-model, with a learning rate of 0. Such a run ends well, and its model is worth nothing. Here `check_run` is the list of
-checks, for `train.py` and for the plan; the doctor takes those that need no model. They look at configurations,
-tokenizer and lengths, and read no weight.
+LLaVA trains with an end mark that the tokenizer splits into letters, with a projector of another model, with a learning
+rate of 0: such a run ends normally, and its model is worthless. `check_run` has all checks, for `train.py` and the
+plan; the doctor takes those that need no model. They read configurations, tokenizer and lengths, and no weight.
 """
 
 import os
@@ -32,9 +31,9 @@ from ..training.schedule import learning_rate_factor, warmup_steps
 from ..words import counted
 
 FINE, ODD, CONTRADICTION, IMPOSSIBLE = "fine", "odd", "contradiction", "impossible"
-# Marks that a template writes as special tokens. [INST], <<SYS>> and ### were text in the models that have them.
+# Marks that are special tokens. [INST], <<SYS>> and ### are text in the models that have them.
 MARK = re.compile(r"<\|[a-z0-9_]+\|>|</s>")
-# What the configuration beside a projector says of its language model.
+# Keys of the language model in the config.json of a projector.
 SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 
@@ -42,7 +41,8 @@ SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention
 class Finding:
     """What a check found.
 
-    verdict: FINE and ODD are said. CONTRADICTION ends the run, unless `--allow` names the check; IMPOSSIBLE always.
+    verdict: FINE and ODD (a warning) are printed; CONTRADICTION ends the run, unless `--allow` names the check;
+        IMPOSSIBLE always ends it.
     """
 
     check: str
@@ -50,18 +50,14 @@ class Finding:
     verdict: str = FINE
 
     def line(self) -> str:
-        """Return it as a line of a table: the check, and what was found."""
+        """Return a line of a table: the check, and what was found."""
         return f"{self.check:14}{'' if self.verdict == FINE else 'Warning: '}{self.sentence}"
 
 
 def check_run(
     arguments: Arguments, source: Source, samples: Samples, lengths: Lengths, order: Order, held_out_tokens: int = 0
 ) -> Iterator[Finding]:
-    """Yield what each check finds, in the order in which a person would look.
-
-    Args:
-        held_out_tokens: of the longest held-out record; 0: none.
-    """
+    """Yield what each check finds. held_out_tokens: length of the longest held-out record; 0: none."""
     training = arguments.training
     yield from check_template(samples.template, samples.tokenizer)
     if (template := held_out_template(arguments, samples.tokenizer)) != samples.template:
@@ -70,7 +66,7 @@ def check_run(
     yield from check_token_rows(samples.tokenizer, rows, samples.new_tokens)
     longest = max(int(lengths.length.max(initial=0)), held_out_tokens)
     yield from check_positions(longest, source.language_config)
-    yield from check_projector(arguments.model, source)
+    yield check_projector(arguments.model, source)
     if training.lora_enable:
         yield from check_adapters(source.language_config, samples.new_tokens)
     plan = plan_of(arguments, source)
@@ -78,7 +74,7 @@ def check_run(
 
 
 def refusals(findings: Iterable[Finding], allowed: Iterable[str] = ()) -> list[str]:
-    """Return a sentence, with what to do, for each finding that ends the run; `allowed` is what `--allow` names."""
+    """Return a sentence for each finding that ends the run. allowed: the checks that `--allow` names."""
     return [
         found.sentence + (f" If it is meant so: --allow {found.check}." if found.verdict == CONTRADICTION else "")
         for found in findings
@@ -87,7 +83,7 @@ def refusals(findings: Iterable[Finding], allowed: Iterable[str] = ()) -> list[s
 
 
 def report(findings: Iterable[Finding], allowed: Iterable[str] | None = None) -> list[str]:
-    """Return a line for each finding. Raises ValueError with all those that end the run."""
+    """Return a line for each finding. Raises ValueError with those that end the run."""
     findings = list(findings)
     if refused := refusals(findings, allowed or ()):
         raise ValueError("\n".join(refused))
@@ -100,10 +96,9 @@ def report(findings: Iterable[Finding], allowed: Iterable[str] | None = None) ->
 def check_template(
     template: Template | ChatTemplate, tokenizer: PreTrainedTokenizerBase, flag: str = "--version"
 ) -> Iterator[Finding]:
-    """Yield whether the special tokens that a template writes are tokens of this tokenizer, its end mark first of all.
+    """Yield whether the special tokens of a template, its end marks first, are tokens of this tokenizer.
 
-    A mark that is split into ordinary tokens is learned as text: nothing then ends an answer, since `generate` stops
-    at a token.
+    A mark that is split into ordinary tokens is learned as text, and `generate`, which stops at a token, does not stop.
     """
     name = tokenizer.name_or_path
     if template.captions_only:
@@ -112,35 +107,30 @@ def check_template(
         mark, pieces = text_marks[0], len(tokenizer.tokenize(text_marks[0]))
         what = f"splits into {pieces} tokens" if pieces > 1 else "takes for ordinary text"  # ### is a word to Llama
         sentence = f"{flag} {template.name} ends an answer with {mark}, which {name} {what}"
-        if not MARK.fullmatch(mark):
-            yield Finding("template", f"{sentence}: transformers' generate does not stop there, tools.chat does.", ODD)
-            return
-        yield Finding(
-            "template", f"{sentence}: nothing would end an answer. {_fitting_templates(tokenizer)}", CONTRADICTION
-        )
-        return
-    split = [mark for mark in _marks(template) if not _is_one_token(mark, tokenizer)]
-    if split:
-        yield Finding(
-            "template",
-            f"{flag} {template.name} writes {list_some(split)}, which {name} splits into ordinary tokens. "
-            f"{_fitting_templates(tokenizer)}",
-            CONTRADICTION,
-        )
-        return
-    yield Finding("template", f"{template.name} ends an answer with {' or '.join(template.stop)}, one token of {name}.")
+        if MARK.fullmatch(mark):
+            sentence += f": nothing would end an answer. {_fitting_templates(tokenizer)}"
+            yield Finding("template", sentence, CONTRADICTION)
+        else:
+            sentence += ": transformers' generate does not stop there, tools.chat does."
+            yield Finding("template", sentence, ODD)
+    elif split := [mark for mark in _marks(template) if not _is_one_token(mark, tokenizer)]:
+        sentence = f"{flag} {template.name} writes {list_some(split)}, which {name} splits into ordinary tokens. "
+        yield Finding("template", sentence + _fitting_templates(tokenizer), CONTRADICTION)
+    else:
+        ends = " or ".join(template.stop)
+        yield Finding("template", f"{template.name} ends an answer with {ends}, one token of {name}.")
 
 
 def _marks(template: Template | ChatTemplate) -> list[str]:
-    """The special tokens that stand in the strings of a template."""
-    if isinstance(template, ChatTemplate):  # its tokenizer's own
+    """Return the special tokens that a template writes."""
+    if isinstance(template, ChatTemplate):  # the tokenizer's own
         return list(template.stop)
     texts = (template.opening, template.next_question, template.question_end, template.answer_start)
     return list(dict.fromkeys(MARK.findall("".join((*texts, template.answer_end, template.round_end)))))
 
 
 def _is_one_token(mark: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the mark is a token of its own wherever it stands, and one at which `generate` can be told to stop."""
+    """Return whether a mark is one token in any text, at which `generate` can stop."""
     return mark in tokenizer.added_tokens_encoder or mark in tokenizer.all_special_tokens
 
 
@@ -157,12 +147,7 @@ def _fitting_templates(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def check_token_rows(tokenizer: PreTrainedTokenizerBase, rows: int, new_tokens: int) -> Iterator[Finding]:
-    """Yield whether the word embeddings have a row for each token.
-
-    Args:
-        rows: of the embeddings as they are stored.
-        new_tokens: tokens that get new rows, see `build_model`.
-    """
+    """Yield whether the word embeddings, with `rows` as stored and `new_tokens` to be added, have each token."""
     name, end = tokenizer.name_or_path, token_ids_end(tokenizer)
     missing = end - new_tokens - rows
     if missing > 0:
@@ -181,11 +166,11 @@ def check_token_rows(tokenizer: PreTrainedTokenizerBase, rows: int, new_tokens: 
 
 
 def check_positions(longest: int, language_config: PreTrainedConfig) -> Iterator[Finding]:
-    """Yield whether the longest sample, image tokens included, fits the positions that the language model knows.
+    """Yield whether the longest sample, image tokens included, has no more positions than the language model.
 
-    Beyond its table of learned positions a model cannot compute; rotary ones turn on, but were not trained there.
+    A table of learned positions ends there; rotary positions go on, but were not trained.
     """
-    positions = known_positions(language_config)
+    positions = _known_positions(language_config)
     if positions is None:
         return
     if longest <= positions:
@@ -198,8 +183,8 @@ def check_positions(longest: int, language_config: PreTrainedConfig) -> Iterator
     yield Finding("positions", sentence, IMPOSSIBLE if _has_position_table(language_config, positions) else ODD)
 
 
-def known_positions(language_config: PreTrainedConfig) -> int | None:
-    """Return how many positions a language model was made for, RoPE scaling included; None where there is no limit."""
+def _known_positions(language_config: PreTrainedConfig) -> int | None:
+    """Return how many positions a language model was made for, RoPE scaling included; None without a limit."""
     config = language_config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     if not positions or getattr(config, "alibi", False):
@@ -211,7 +196,7 @@ def known_positions(language_config: PreTrainedConfig) -> int | None:
 
 
 def _has_position_table(language_config: PreTrainedConfig, positions: int) -> bool:
-    """Whether an embedding beside that of the words has a row for each position, or a few more (OPT has two)."""
+    """Return whether another embedding than that of the words has a row for each position (OPT's has two more)."""
     model = empty_language_model(language_config)
     if model is None:
         return False
@@ -223,44 +208,37 @@ def _has_position_table(language_config: PreTrainedConfig, positions: int) -> bo
 # --- projector -------------------------------------------------------------------------------------------------------
 
 
-def check_projector(flags: ModelArguments, source: Source) -> Iterator[Finding]:
-    """Yield where the projector comes from, and whether that is what it was trained with, as far as files say."""
+def check_projector(flags: ModelArguments, source: Source) -> Finding:
+    """Return where the projector comes from, and whether its config.json names the other parts of this run."""
     given = flags.pretrain_mm_mlp_adapter
+    if not given and "projector" in source.stored:
+        return Finding("projector", f"It starts as it is in {source.name}.")
+    if not given and flags.tune_mm_mlp_adapter:
+        return Finding("projector", "It starts at random.")
     if not given:
-        if "projector" in source.stored:
-            yield Finding("projector", f"It starts as it is in {source.name}.")
-        elif flags.tune_mm_mlp_adapter:
-            yield Finding("projector", "It starts at random.")
-        else:
-            why = "It starts at random, without a stage 1: --pretrain_mm_mlp_adapter takes the projector of one."
-            yield Finding("projector", why, ODD)
-        return
+        why = "It starts at random, without a stage 1: --pretrain_mm_mlp_adapter takes the projector of one."
+        return Finding("projector", why, ODD)
     file = Path(given) / PROJECTOR_FILE if Path(given).is_dir() else Path(given)
-    directory = file.parent
-    if not file.exists():  # in a plan; a run has looked for it
-        yield Finding("projector", f"It starts as {given}, which is not there yet.", ODD)
-        return
-    said = read_json(directory, "config.json") if (directory / "config.json").is_file() else {}
-    differing = list(_projector_differences(said, flags, source))
-    if differing:
-        yield Finding(
-            "projector",
-            f"--pretrain_mm_mlp_adapter {given} was trained with other parts, as {directory / 'config.json'} says: "
-            f"{'; '.join(differing)}.",
-            CONTRADICTION,
+    if not file.exists():  # in a plan; a run has checked
+        return Finding("projector", f"It starts as {given}, which is not there yet.", ODD)
+    config = file.with_name("config.json")
+    said = read_json(file.parent, config.name) if config.is_file() else {}
+    if differing := list(_projector_differences(said, flags, source)):
+        why = (
+            f"--pretrain_mm_mlp_adapter {given} was trained with other parts, as {config} says: {'; '.join(differing)}."
         )
-    elif "mm_vision_tower" not in said and "vision_config" not in said:
+        return Finding("projector", why, CONTRADICTION)
+    if "mm_vision_tower" not in said and "vision_config" not in said:
         why = f"It starts as {given}; no config.json beside that says which model it was trained for."
-        yield Finding("projector", why, ODD)
-    elif said.get("tune_mm_mlp_adapter"):
-        yield Finding("projector", f"It starts as {given}, trained for {said.get('_name_or_path') or 'such a model'}.")
-    else:
-        why = f"It starts as {given}, which was trained together with a language model that is not the one here."
-        yield Finding("projector", why, ODD)
+        return Finding("projector", why, ODD)
+    if said.get("tune_mm_mlp_adapter"):
+        return Finding("projector", f"It starts as {given}, trained for {said.get('_name_or_path') or 'such a model'}.")
+    why = f"It starts as {given}, which was trained together with a language model that is not the one here."
+    return Finding("projector", why, ODD)
 
 
 def _projector_differences(said: dict, flags: ModelArguments, source: Source) -> Iterator[str]:
-    """Everything that the configuration beside a projector names and that this run has otherwise."""
+    """Yield each value in the config.json of a projector that differs in this run."""
     if "vision_config" in said and "text_config" in said:  # a whole model in transformers' layout
         text = said["text_config"]
         said = {key: said[key] for key in ("mm_use_im_start_end", "_name_or_path") if key in said} | {
@@ -298,8 +276,8 @@ def _projector_differences(said: dict, flags: ModelArguments, source: Source) ->
 
 
 def _plain_name(name: str) -> str:
-    """A model's name without where it lies and how it is spelled: vicuna-7b-v1-5 is lmsys/vicuna-7b-v1.5."""
-    path = Path(os.path.abspath(name))  # of . and .. too
+    """Return a model's name without folder and punctuation: vicuna-7b-v1-5 is lmsys/vicuna-7b-v1.5."""
+    path = Path(os.path.abspath(name))
     for part in path.parts:
         if part.startswith("models--"):  # the hub's cache
             return _plain_name(part.rpartition("--")[2])
@@ -310,20 +288,23 @@ def _plain_name(name: str) -> str:
 
 
 def check_adapters(language_config: PreTrainedConfig, new_tokens: int) -> Iterator[Finding]:
-    """Yield whether LoRA reaches every weight matrix of the language model's layers.
+    """Yield whether LoRA adapts every weight matrix of the language model's layers.
 
-    Adapters stand beside linear layers. Mixtures of experts keep the experts of a layer in one tensor, beside which
-    PEFT puts none of these, so that most of the model would stay as it is.
+    It adapts linear layers. Mixtures of experts have a layer's experts in one tensor, so that most of the model would
+    stay frozen.
     """
     model = empty_language_model(language_config)
     if model is None:
         return
     reached = {f"{name}.weight" for name in linear_layers(model)}
-    outside = [f"{name}.weight" for name, module in model.named_modules() if _is_table(module, model)]
+    head = model.get_output_embeddings()
+    outside = [
+        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding) or module is head
+    ]
     missed = [(name, p) for name, p in model.named_parameters() if p.dim() > 1 and name not in {*reached, *outside}]
     if missed:
         share = sum(p.numel() for _, p in missed) / sum(p.numel() for p in model.parameters())
-        verdict = CONTRADICTION if share > 0.01 else ODD  # a router or a short convolution is not much of a model
+        verdict = CONTRADICTION if share > 0.01 else ODD  # more than a router or a short convolution
         names = list(dict.fromkeys(name.rpartition(".layers.")[2].partition(".")[2] or name for name, _ in missed))
         yield Finding(
             "adapters",
@@ -339,18 +320,10 @@ def check_adapters(language_config: PreTrainedConfig, new_tokens: int) -> Iterat
         yield Finding("adapters", what, ODD)
 
 
-def _is_table(module: nn.Module, model: nn.Module) -> bool:
-    return isinstance(module, nn.Embedding) or module is model.get_output_embeddings()
-
-
 def check_steps(
     training: TrainingArguments, trained: Collection[str], order: Order, lengths: Lengths
 ) -> Iterator[Finding]:
-    """Yield whether there is a step to take, and one in which a learning rate is not 0.
-
-    Args:
-        trained: the parts that are, with adapters or in full: a rate of any other changes nothing.
-    """
+    """Yield whether there is a step with a learning rate other than 0 for any of the parts that are `trained`."""
     records, total, sampler = len(lengths.length), order.total_steps, order.sampler
     if len(order.bad) == records:
         yield Finding("steps", f"All {records:,} records would be skipped: nothing is left to train on.", IMPOSSIBLE)

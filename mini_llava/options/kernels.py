@@ -20,10 +20,9 @@ FUSABLE = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def choose_fused_kernels(requested: bool | None, model_type: str, device: torch.device) -> bool:
-    """Whether to use the kernels: as asked, and if nothing was asked wherever they run.
+    """Return whether to use the kernels: as requested, by default wherever they run.
 
-    Raises:
-        ValueError: they were asked for and cannot run here.
+    Raises ValueError if they are requested and cannot run here.
     """
     installed = importlib.util.find_spec("liger_kernel") is not None
     if requested is None:
@@ -39,23 +38,22 @@ def choose_fused_kernels(requested: bool | None, model_type: str, device: torch.
 
 
 def check_liger_kernel(requested: bool | None) -> None:
-    """Raises ValueError if the kernels are asked for and not installed."""
+    """Raise ValueError if the kernels are requested and not installed."""
     if requested and importlib.util.find_spec("liger_kernel") is None:
         raise ValueError("--use_liger_kernel True: the package is not installed; pip install liger-kernel.")
 
 
 def use_fused_kernels(language_model: PreTrainedModel) -> None:  # pragma: no cover, needs a GPU
-    """Replaces the forward of norms and MLPs in this model, and the rotary embedding of its family, in this process.
+    """Replace the forward of norms and MLPs in this model, and the rotary embedding of its family, in this process.
 
-    Models of the family that the process makes later get all three. Parameters and their names stay what they are.
-    Works on a model that ZeRO-3 has partitioned.
+    Later models of the family get all three. Parameters and their names do not change. ZeRO-3 may have partitioned it.
     """
     import liger_kernel.transformers as liger
 
-    if torch.version.cuda:  # where FlashAttention 4 is installed, it takes kernels that are compiled for every length
+    if torch.version.cuda:  # if FlashAttention 4 is installed, Liger takes kernels that are compiled for each length
         for operation in ("ROPE", "RMS_NORM", "SWIGLU"):
             os.environ.setdefault(f"LIGER_KERNEL_IMPL_{operation}", "nvidia-triton")
-    # It warns of every backend for other vendors' devices that is not installed.
+    # Liger warns of each missing backend for other vendors' devices.
     logging.getLogger("liger_kernel").setLevel(logging.ERROR)
     apply = getattr(liger, f"apply_liger_kernel_to_{language_model.config.model_type}")
     kernels = dict(rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False)
@@ -67,11 +65,11 @@ def use_fused_kernels(language_model: PreTrainedModel) -> None:  # pragma: no co
     forget_outputs_of_norms(language_model)
 
 
-# --- What need not be kept for backward ------------------------------------------------------------------------------
+# --- Recomputed in backward instead of kept --------------------------------------------------------------------------
 
 
 def make_mlps_keep_less(language_model: PreTrainedModel, product: Callable) -> None:
-    """Gives every MLP with a plain trained layer at its end the forward of `gated_mlp`."""
+    """Replace the forward of every MLP whose last layer is plain and trained by `gated_mlp`."""
     for module in language_model.modules():
         down = getattr(module, "down_proj", None)
         if type(down) is nn.Linear and down.bias is None and down.weight.requires_grad:
@@ -79,10 +77,10 @@ def make_mlps_keep_less(language_model: PreTrainedModel, product: Callable) -> N
 
 
 def gated_mlp(mlp: nn.Module, product: Callable, x: torch.Tensor) -> torch.Tensor:
-    """The MLP of Llama and its kin, without keeping the largest of its activations for backward.
+    """Compute a Llama-like MLP without keeping its largest activation for backward.
 
     Args:
-        mlp: has `gate_proj`, `up_proj` and `down_proj`, the last one a plain layer that is trained.
+        mlp: has `gate_proj`, `up_proj` and `down_proj`, the last one plain and trained.
         product: (gate, up) -> silu(gate) * up.
     """
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)
@@ -90,7 +88,7 @@ def gated_mlp(mlp: nn.Module, product: Callable, x: torch.Tensor) -> torch.Tenso
 
 
 class _DownOfProduct(torch.autograd.Function):
-    """`product(gate, up) @ weight.T`. The product, a sixth of what a layer keeps, is computed again in backward."""
+    """`product(gate, up) @ weight.T`. The product, a sixth of what a layer keeps, is recomputed in backward."""
 
     @staticmethod
     def forward(ctx, product, gate, up, weight):
@@ -109,7 +107,7 @@ class _DownOfProduct(torch.autograd.Function):
         return None, of_gate, of_up, of_weight
 
 
-# The norms of a decoder layer, and the linear layers that read what each of them gives.
+# The norms of a decoder layer, and the linear layers that read the output of each.
 READERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
@@ -117,11 +115,10 @@ READERS = {
 
 
 def forget_outputs_of_norms(language_model: PreTrainedModel) -> None:
-    """Has backward make the outputs of the layers' norms again, a seventh of what a layer keeps, from their inputs.
+    """Recompute the outputs of the layers' norms, a seventh of what a layer keeps, in backward from their inputs.
 
-    The inputs are kept by the norms themselves. Only where all that read a norm are plain layers that are trained:
-    others (LoRA's, frozen ones) keep what they need. A decoder layer whose parts are units of ZeRO-3, and not the whole
-    of it (see `distributed.prepare`), trains as before.
+    The norms keep their inputs anyway. Only if all readers of a norm are plain and trained: others (LoRA's, frozen
+    ones) keep what they need. A decoder layer whose parts are units of ZeRO-3 (see `backend.prepare`) is not changed.
     """
     for layer in language_model.modules():
         for norm, names in READERS.items():
@@ -135,7 +132,7 @@ def forget_outputs_of_norms(language_model: PreTrainedModel) -> None:
 
 
 class _Forgotten:
-    """The output of a norm between forward and backward: how to make it again, and its gradient so far."""
+    """The output of a norm between forward and backward: how to recompute it, and its gradient so far."""
 
     def __init__(self, norm: Callable, readers: int):
         self.norm, self.readers = norm, readers
@@ -148,7 +145,7 @@ class _Forgotten:
         return self.output
 
     def add(self, of_reader: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
-        """Adds `of_reader @ weight` inside the product; returns the sum once all readers have given theirs."""
+        """Add `of_reader @ weight` to the gradient in one product; return the sum after the last reader."""
         of_reader, shape = of_reader.flatten(0, -2), of_reader.shape[:-1]
         if self.gradient is None:
             self.gradient, self.missing = of_reader @ weight, self.readers  # also in a second backward pass
@@ -168,7 +165,7 @@ def _forgotten(norm: Callable, readers: int, hidden: torch.Tensor) -> torch.Tens
 
 
 def _read(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    if not hasattr(x, "forgotten"):  # the hooks of a unit of ZeRO-3 have put another tensor in its place
+    if not hasattr(x, "forgotten"):  # the hooks of a unit of ZeRO-3 have replaced the tensor
         return F.linear(x, layer.weight, layer.bias)
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layer.weight.dtype
@@ -177,7 +174,7 @@ def _read(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
 
 
 class _LinearOfNorm(torch.autograd.Function):
-    """`x @ weight.T + bias` that keeps the norm's input, where checkpointing can take it away, and not x."""
+    """`x @ weight.T + bias` that keeps the norm's input, which checkpointing can drop, instead of x."""
 
     @staticmethod
     def forward(ctx, forgotten, hidden, x, weight, bias):

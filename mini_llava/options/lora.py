@@ -217,7 +217,7 @@ def load_lora(model: LlavaModel, directory: str | Path, dtype: torch.dtype) -> N
     llava = _read_json(directory, "config.json")
     start_end, patch = (bool(llava.get(f"mm_use_im_{kind}")) for kind in ("start_end", "patch_token"))
     if added := llava.get("added_tokens", patch + 2 * start_end):
-        add_token_rows(model, load_tokenizer(directory), added, start_end, patch, None, False, dtype)
+        add_token_rows(model, load_tokenizer(directory), added, (start_end, patch))
     _fill(model, directory)
 
 

@@ -1,8 +1,8 @@
-"""Pictures of any resolution in tiles of the vision tower's size: LLaVA-1.6's `anyres`.
+"""Images of any resolution in tiles of the vision tower's size: LLaVA-1.6's `anyres`.
 
 Replaces `process_anyres_image` of LLaVA's `mm_utils.py` and the unpadding in its `llava_arch.py`, which counts and
-reshapes on the GPU. Here the size in a picture's header gives, on the CPU, how many tokens it takes and in which order
-its features come, so that the text can be tokenized and the batches dealt before a picture is opened.
+reshapes on the GPU. Here an image's header gives, on the CPU, how many tokens it has and in which order its features
+come, so that texts are tokenized and batches dealt before an image is opened.
 """
 
 import ast
@@ -15,25 +15,26 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from transformers.image_processing_utils import select_best_resolution
 
 from ..data.images import NEWLINE, BadImage, Picture, image_size
-from ..model.projector import PROJECTOR_FILE, read_tensors
+from ..model.projector import find_projector, read_tensors
 
 MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
 NEWLINE_KEY = "image_newline"  # its name in a projector's file
 # LLaVA-1.6's resolutions, as columns and rows of tiles.
 LLAVA_1_6 = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
-MOST_TILES = 64  # of one picture: far more than any model was trained with, and far less than would fill a GPU
+MOST_TILES = 64  # of one image: far more than any model was trained with, and far less than would fill a GPU
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How pictures are cut into tiles, and how the features of the tiles are put together again.
+    """How images are split into tiles, and how the features of the tiles are joined.
 
     Attributes:
-        pinpoints: (width, height) of the pictures that tiles may make up, pixels; the best fitting one is taken.
-        merge_type: `flat`: the features of one tile behind those of another; `spatial`: row by row of the picture that
-            the tiles make up; `spatial_unpad`: without the padding, and with a newline at the end of each row.
+        pinpoints: (width, height) in pixels that the tiles may add up to; the best fitting one is taken.
+        merge_type: `flat`: tile after tile; `spatial`: row by row of the whole image; `spatial_unpad`: without the
+            padding, and with a newline at the end of each row.
         tile_size: side of a tile, pixels.
         grid: features on a side of a tile.
     """
@@ -60,35 +61,30 @@ class Tiling:
         return self.merge_type == "spatial_unpad"
 
     def tokens(self, folder: str | None, name: str) -> int:
-        """How many placeholders an image file takes; only its header is read. Raises BadImage."""
+        """Return how many image tokens a file has; only its header is read. Raises BadImage."""
         if folder is None:
             raise BadImage(f"it has the image {name!r}, but no --image_folder is given.")
         return len(self.order(image_size(folder, name)))
 
     def tiles(self, folder: str, name: str) -> int:
-        """How many tiles an image file gives, the whole picture among them; only its header is read."""
+        """Return how many tiles a file has, the whole image among them; only its header is read."""
         width, height = self.resolution(image_size(folder, name))
         return 1 + width * height // self.tile_size**2
 
     def resolution(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The pinpoint for a picture of (width, height): the one that keeps most of its pixels, then wastes fewest."""
-        width, height = size
-
-        def kept_and_wasted(pinpoint: tuple[int, int]) -> tuple[int, int]:
-            scale = min(pinpoint[0] / width, pinpoint[1] / height)
-            kept = min(int(width * scale) * int(height * scale), width * height)
-            return kept, kept - pinpoint[0] * pinpoint[1]
-
-        return max(self.pinpoints, key=kept_and_wasted)  # the first of equals
+        """Return the pinpoint that keeps most pixels of an image of (width, height), then wastes fewest."""
+        pinpoints = [(height, width) for width, height in self.pinpoints]
+        height, width = select_best_resolution((size[1], size[0]), pinpoints)
+        return width, height
 
     def open(self, image: Image.Image, resample: Image.Resampling) -> Picture:
-        """Return an image in tiles, the whole of it first, resized with the image processor's filter."""
+        """Return an image as tiles, the whole image first, resized with the image processor's filter."""
         pixels = np.stack([np.asarray(tile) for tile in self.cut(image, resample)]).transpose(0, 3, 1, 2)
         tiles = torch.from_numpy(np.ascontiguousarray(pixels))
         return Picture(tiles, len(tiles) * self.grid**2, self.order(image.size))
 
     def cut(self, image: Image.Image, resample: Image.Resampling) -> list[Image.Image]:
-        """The whole picture squeezed into one tile, then the tiles row by row, their padding black."""
+        """Return the whole image resized to one tile, then the tiles row by row, padded with black."""
         side, (width, height) = self.tile_size, self.resolution(image.size)
         scale_x, scale_y = width / image.width, height / image.height
         if scale_x < scale_y:
@@ -116,7 +112,7 @@ class Tiling:
 
     @staticmethod
     def _unpadded(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """Without the rows or columns that show padding only, counted as transformers' `unpad_image` does."""
+        """Remove the rows or columns of padding, counted as transformers' `unpad_image` does."""
         (height, width), (rows, columns) = (size[1], size[0]), picture.shape
         if width / height > columns / rows:
             padding = (rows - int(round(height * (columns / width), 7))) // 2
@@ -128,13 +124,11 @@ class Tiling:
 def choose_tiling(
     tile_size: int, tokens_per_tile: int, merge_type: str | None = None, pinpoints: str | Sequence | None = None
 ) -> Tiling:
-    """The tiling for a vision tower.
+    """Return the tiling for a vision tower with `tokens_per_tile` features for `tile_size` pixels.
 
     Args:
-        tokens_per_tile: features that the tower gives for a picture of `tile_size` pixels.
         merge_type: None: LLaVA-1.6's.
-        pinpoints: pairs of width and height, or the text of such a list, as LLaVA's flag has it; None: LLaVA-1.6's, in
-            tiles of this tower.
+        pinpoints: pairs of width and height, or such a list as text; None: LLaVA-1.6's, in tiles of this tower.
 
     Raises:
         ValueError: the tower's features do not form a square, or a value makes no sense.
@@ -151,7 +145,7 @@ def choose_tiling(
 
 
 def read_pinpoints(value: str | Sequence) -> tuple[tuple[int, int], ...]:
-    """`[(336, 672), (672, 336)]`, as text or as a list, to pairs of width and height. Raises ValueError."""
+    """Return the pairs of `[(336, 672), (672, 336)]`, a list or its text. Raises ValueError."""
     try:
         pairs = ast.literal_eval(value) if isinstance(value, str) else value
         pinpoints = tuple((width, height) for width, height in pairs)
@@ -166,24 +160,20 @@ def read_pinpoints(value: str | Sequence) -> tuple[tuple[int, int], ...]:
 
 
 class ImageNewline(nn.Module):
-    """LLaVA-1.6's learned embedding that ends each row of features: trained and saved with the projector."""
+    """LLaVA-1.6's learned embedding at the end of each row of features: trained and saved with the projector."""
 
     def __init__(self, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(width) / width**0.5)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """[features, width] -> [features + 1, width], the embedding last."""
+        """Append the embedding: [features, width] -> [features + 1, width]."""
         return torch.cat([features, self.weight[None].to(features.dtype)])
 
     @torch.no_grad()
     def load_beside_projector(self, path: str | Path) -> None:
-        """Takes the newline out of a projector's file; one without (tiles may begin after stage 1) changes nothing.
-
-        Raises ValueError for another width.
-        """
-        path = Path(path)
-        path = path / PROJECTOR_FILE if path.is_dir() else path
+        """Read the newline from a projector's file, if it has one. Raises ValueError for another width."""
+        path = find_projector(path)
         for key, tensor in read_tensors(path).items():
             if key.endswith(NEWLINE_KEY):
                 if tensor.shape != self.weight.shape:

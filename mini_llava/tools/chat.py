@@ -1,8 +1,8 @@
-"""Talk to a trained model: `python -m mini_llava.tools.chat DIR [--image FILE ...] [--prompt TEXT]`.
+"""Chat with a trained model: `python -m mini_llava.tools.chat DIR [--image FILE ...] [--prompt TEXT]`.
 
-Replaces LLaVA's `serve/cli.py`, which takes template and loader from the folder's name. DIR is a whole model in either
-layout, a LoRA directory, a checkpoint or a projector. Prompts and pixels are made by the functions that training uses,
-with the template trained with; an answer is what `generate` of transformers gives for the exported model.
+Replaces LLaVA's `serve/cli.py`, which guesses template and loader from the folder's name. DIR is a whole model in
+either layout, a LoRA directory, a checkpoint or a projector. Prompts and pixels are made as in training; the answers
+are those of transformers' `generate` for the exported model.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, TextStreamer
+from transformers import GenerationConfig, TextStreamer
 from transformers.utils import logging
 
 from ..data.images import BadImage, open_picture
@@ -28,10 +28,10 @@ COMMANDS = "/image FILE adds a picture to the next question, /reset begins anew,
 
 
 class Conversation:
-    """Questions, answers and pictures so far, and the model that answers."""
+    """A model, with the questions, answers and images so far."""
 
     def __init__(self, saved: SavedModel, dtype: torch.dtype, device: str, generation: dict):
-        """`generation` is for `GenerationConfig`: `max_new_tokens`, `do_sample` and so on."""
+        """Load the model. `generation` has settings for `GenerationConfig`: `max_new_tokens`, `do_sample` and so on."""
         self.template, self.tokenizer = saved.template, saved.tokenizer
         self.model, self.device = saved.load(dtype).to(device), device
         self.longest = saved.source.language_config.max_position_embeddings
@@ -42,35 +42,37 @@ class Conversation:
         ends = generation_settings(config, self.tokenizer, self.template.stop).get("eos_token_id")
         generation = {**generation, "eos_token_id": ends, "pad_token_id": self.tokenizer.pad_token_id or 0}
         self.model.language_model.generation_config = GenerationConfig(**generation)
+        # End marks that are text and no tokens, such as Vicuna's old ###.
+        self.stop_strings = [mark for mark in self.template.stop if mark not in self.tokenizer.added_tokens_encoder]
         self.reset()
 
     def reset(self) -> None:
+        """Forget all questions, answers and images."""
         self.turns, self.pictures, self.pending = [], [], []
 
     def add_image(self, file: str) -> None:
-        """Reads a picture, which belongs to the next question. Raises BadImage."""
+        """Add an image file to the next question. Raises BadImage."""
         path = Path(os.path.realpath(os.path.expanduser(file)))
         self.pending.append(open_picture(path.parent, path.name, *self.opened_with))
 
     @torch.inference_mode()
     def ask(self, question: str, stream: bool = False) -> str:
-        """The answer, printed while it is written if `stream`; a question that fails leaves the conversation as it was.
+        """Return the answer, printed while it is generated if `stream`; a failure leaves the conversation unchanged.
 
-        Pictures come first in the turn they were added to, unless the question has marks for them.
+        Images come first in their turn, unless the question has marks for them.
 
         Raises:
-            BadRecord: marks and pictures do not match, or the conversation is too long for the model.
+            BadRecord: marks and images do not match, or the conversation is too long for the model.
         """
         if IMAGE_MARK not in question:
             question = (IMAGE_MARK + "\n") * len(self.pending) + question
-        if self.template.captions_only:  # each picture stands for itself
+        if self.template.captions_only:  # such a model knows one image and no turns
             self.turns, self.pictures = [], []
         turns, pictures = [*self.turns, question], self.pictures + self.pending
-        # The last answer is the one asked for: whatever stands there is left out of the prompt.
+        # The prompt has no last answer: it is to be generated.
         spoken = [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate([*turns, ""])]
         record = {"conversations": spoken, "image": [f"picture {index}" for index in range(len(pictures))]}
-        ids = tokenize_prompt(record, self.template, self.tokenizer)
-        ids = expand_prompt(ids, pictures)
+        ids = expand_prompt(tokenize_prompt(record, self.template, self.tokenizer), pictures)
         if len(ids) >= self.longest:
             raise BadRecord(f"the conversation has {len(ids)} tokens, and the model takes {self.longest}: /reset.")
         settings = self.model.language_model.generation_config
@@ -81,7 +83,8 @@ class Conversation:
             self.device,
             max_new_tokens=min(settings.max_new_tokens, self.longest - len(ids)),
             use_cache=True,
-            stopping_criteria=[StopAt(self)],
+            stop_strings=self.stop_strings or None,
+            tokenizer=self.tokenizer,
             streamer=Printer(self) if stream else None,
         )
         answer = written_answer(self.template, self.tokenizer.decode(output[0], skip_special_tokens=True))
@@ -89,20 +92,8 @@ class Conversation:
         return answer
 
 
-class StopAt(StoppingCriteria):
-    """Ends the answer at an end mark that is text, such as Vicuna's old ###; tokens end it by themselves."""
-
-    def __init__(self, conversation: Conversation):
-        self.conversation = conversation
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_) -> torch.Tensor:
-        text = self.conversation.tokenizer.decode(input_ids[0], skip_special_tokens=True)
-        ended = any(mark in text for mark in self.conversation.template.stop)
-        return torch.tensor([ended], device=input_ids.device)
-
-
 class Printer(TextStreamer):
-    """Prints words as they are complete, up to the end mark and without what the template has before an answer."""
+    """Prints complete words of an answer, without its end mark and what the template puts before it."""
 
     def __init__(self, conversation: Conversation):
         super().__init__(conversation.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -118,7 +109,7 @@ class Printer(TextStreamer):
 
 
 def converse(conversation: Conversation) -> None:
-    """Questions from the terminal until it ends; a bad one is said and forgotten."""
+    """Answer questions from the terminal; one that cannot be asked is reported and forgotten."""
     while True:
         try:
             line = input("> ").strip()

@@ -1,13 +1,14 @@
-"""Makes records and an image folder of other layouts: `python -m mini_llava.tools.convert SOURCE ... --output FOLDER`.
+"""Convert data sets to records and an image folder: `python -m mini_llava.tools.convert SOURCE ... --output FOLDER`.
 
-Reads what Hugging Face `datasets` and WebDataset write (Arrow, Parquet, tar), so that the trainer knows one format.
-Images are written byte for byte under names of our own: no name in an archive leads anywhere. Each input file is
-converted whole or again, so that a killed conversion goes on. Exit code: 0 if every entry became a record, 1 if some
-did not and are listed, 2 if flags or files cannot be read.
+Reads what Hugging Face `datasets` and WebDataset write (Arrow, Parquet, tar). Images are copied byte for byte under new
+names: no name in an archive is used as a path. Each input file is converted as a whole, so that a killed conversion can
+continue. Exit code: 0 if every entry became a record, 1 if some did not and are listed, 2 if flags or files cannot be
+read.
 """
 
 import argparse
 import io
+import itertools
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import tarfile
 import warnings
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,28 +36,25 @@ from ..words import counted
 
 TEXT_COLUMNS = ("conversations", "messages", "texts", "caption", "text", "txt")
 IMAGE_COLUMNS = ("images", "image")
-NUMBERED_IMAGE = re.compile(r"image[_-]?\d+", re.IGNORECASE)  # image_1, image_2, ...: an entry's first, second, ...
+NUMBERED_IMAGE = re.compile(r"image[_-]?\d+", re.IGNORECASE)  # image_1, image_2, ...
 ID_COLUMNS = ("id", "__key__")
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 
 TABLES, ARCHIVES = (".parquet", ".arrow"), (".tar", ".tar.gz", ".tgz")
 SPLIT = re.compile(r"(?<![a-z])(train|training|validation|valid|val|dev|test|testing)(?![a-z])")
-SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "JPEG2000": ".jp2"}  # of other formats their name in small letters
+SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "JPEG2000": ".jp2"}  # of other formats: their name in lower case
 IMAGE_KINDS = tuple(ending[1:] for ending, name in Image.registered_extensions().items() if name in FORMATS)
 TEXT_KINDS = ("txt", "json")
-LARGEST_MEMBER = 2**28  # bytes of a tar member; an archive may claim any size for one
+LARGEST_MEMBER = 2**28  # bytes of a tar member
 
 
 class BadEntry(ValueError):
-    """One sentence about why an entry becomes no record; whoever knows it adds the file and the entry."""
+    """Why an entry becomes no record, in one sentence that does not name it."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns that hold the text, the images and the id of an entry; None, (): chosen, or there is none.
-
-    image: several where each holds one image of an entry, in their order.
-    """
+    """The columns of an entry's text, images (one column for each, or one for all) and id; None, (): none is named."""
 
     text: str | None = None
     image: tuple[str, ...] = ()
@@ -68,10 +66,10 @@ class Columns:
 
 
 def choose_columns(names: Sequence[str], asked: Columns) -> Columns:
-    """Return the columns asked for, and for the others the first known one, whatever its case.
+    """Return the columns that flags name, and otherwise the first known one, in any case.
 
-    Without a known image column, `image_1`, `image_2`, ... hold the images, by their numbers. Raises ValueError, naming
-    the columns that are there, if one is not there or if it is not clear which one is meant.
+    Without a known image column, `image_1`, `image_2`, ... have the images. Raises ValueError, with the columns of the
+    file, if one is missing or ambiguous.
     """
     for flag, name in (("text", asked.text), *(("image", name) for name in asked.image), ("id", asked.id)):
         if name is not None and name not in names:
@@ -96,7 +94,7 @@ def choose_columns(names: Sequence[str], asked: Columns) -> Columns:
 
 
 def _known(names: Sequence[str], known: Sequence[str], flag: str) -> str | None:
-    """The column that comes first among the known ones. Raises ValueError if two differ in case alone."""
+    """Return the column that is first among the known ones. Raises ValueError if two differ in case alone."""
     for wanted in known:
         found = [name for name in names if name.lower() == wanted]
         if len(found) > 1:
@@ -110,7 +108,7 @@ def _known(names: Sequence[str], known: Sequence[str], flag: str) -> str | None:
 
 
 def by_number(name: str) -> tuple:
-    """A key that sorts names as people count: `shard-2` before `shard-10`, in capitals or not."""
+    """Return a key that sorts names by their numbers and in any case: `shard-2` before `shard-10`."""
     parts = re.split(r"(\d+)", name.casefold())
     parts[1::2] = [(len(number), number) for number in (part.lstrip("0") for part in parts[1::2])]
     return parts, name
@@ -120,17 +118,17 @@ def by_number(name: str) -> tuple:
 
 
 def input_files(source: Path, split: str | None) -> list[Path]:
-    """The files of a source: itself, or those of a directory. Raises ValueError where it is not clear which."""
+    """Return a source's files: itself, or those of a directory. Raises ValueError if the split is ambiguous."""
     if split and (source.is_file() or (source / "state.json").is_file()):
         raise ValueError(f"{source} has no splits, so --split {split} says nothing about it.")
     if _is_data(source):
         return [source]
     if not source.is_dir():
         raise ValueError(f"{source} is neither a directory nor a file ending with {', '.join(TABLES + ARCHIVES)}.")
-    if (source / "dataset_dict.json").is_file():  # of datasets.DatasetDict.save_to_disk: a folder for each split
+    if (source / "dataset_dict.json").is_file():  # of DatasetDict.save_to_disk: a folder for each split
         splits = json.loads((source / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
         return input_files(source / _only(source, splits, split), None)
-    if (source / "state.json").is_file():  # of datasets.Dataset.save_to_disk
+    if (source / "state.json").is_file():  # of Dataset.save_to_disk
         state = json.loads((source / "state.json").read_text(encoding="utf-8"))
         if state.get("_indices_data_files"):
             raise ValueError(f"{source} was saved with a selection of rows beside it: save it with newer datasets.")
@@ -140,7 +138,7 @@ def input_files(source: Path, split: str | None) -> list[Path]:
     splits = {path: _split_of(path) for path in files}
     names = sorted({name for name in splits.values() if name})
     if split or len(set(splits.values())) > 1:
-        # Files of no split may be anything beside the train split: their own name for it, or another data set.
+        # Files without a split may belong to one, or be another data set.
         unnamed = [] if split else [str(path) for path in files if splits[path] is None]
         if unnamed and len(names) == 1:
             raise ValueError(
@@ -159,7 +157,7 @@ def _is_data(path: Path) -> bool:
 
 
 def _split_of(path: Path) -> str | None:
-    """The split that a path tells of: its file's name if that does, else the nearest folder's."""
+    """Return the split that a path names, in the file's name or else in the nearest folder's."""
     for part in reversed(path.parts):
         found = sorted(set(SPLIT.findall(part.lower())))
         if len(found) > 1:
@@ -170,6 +168,7 @@ def _split_of(path: Path) -> str | None:
 
 
 def _only(source: Path, splits: list[str], split: str | None) -> str:
+    """Return the requested split, or the only one. Raises ValueError."""
     if split is None and len(splits) == 1:
         return splits[0]
     if split in splits:
@@ -179,7 +178,7 @@ def _only(source: Path, splits: list[str], split: str | None) -> str:
 
 
 def read_entries(path: Path, asked: Columns) -> Iterator[tuple[str, dict | BadEntry]]:
-    """Name and columns of each entry of a file, or what is wrong with it. Raises ValueError if the file is torn."""
+    """Yield name and columns, or the fault, of each entry of a file. Raises ValueError if the file is damaged."""
     reader = read_archive if path.name.lower().endswith(ARCHIVES) else read_table
     try:
         yield from reader(path, asked)
@@ -188,55 +187,47 @@ def read_entries(path: Path, asked: Columns) -> Iterator[tuple[str, dict | BadEn
 
 
 def read_table(path: Path, asked: Columns) -> Iterator[tuple[str, dict]]:
-    """The rows of a Parquet file, of an Arrow stream, which is what `save_to_disk` writes, or of an Arrow file."""
+    """Yield the rows of a Parquet file, of an Arrow stream (as `save_to_disk` writes it) or of an Arrow file."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise ImportError(f"{path} needs the package pyarrow: pip install pyarrow.") from error
     with pyarrow.memory_map(str(path)) as file:
-        if path.suffix.lower() == ".parquet":
+        is_parquet, is_file = path.suffix.lower() == ".parquet", file.read(6) == b"ARROW1"
+        file.seek(0)
+        if is_parquet:
             table = pyarrow.parquet.ParquetFile(file)
-            names = _columns_to_read(table.schema_arrow.names, asked)
-            batches = table.iter_batches(batch_size=64, columns=names)  # a row may hold megabytes
         else:
-            is_file = file.read(6) == b"ARROW1"
-            file.seek(0)
             table = (pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream)(file)
-            names = _columns_to_read(table.schema.names, asked)
-            batches = (table.get_batch(n) for n in range(table.num_record_batches)) if is_file else table
-            batches = (part for batch in batches for part in _parts(batch.select(names)))
-        row = 0
-        for batch in batches:
-            for entry in batch.to_pylist():
-                yield f"row {row}", entry
-                row += 1
-
-
-def _columns_to_read(names: list[str], asked: Columns) -> list[str]:
-    """Those that become a record, and those that would have to: see `make_record`."""
-    chosen = choose_columns(names, asked).all
-    return chosen + [name for name in names if name not in chosen and kind_of_name(name)]
-
-
-def _parts(batch, rows: int = 64) -> Iterator:
-    return (batch.slice(start, rows) for start in range(0, batch.num_rows, rows))
+        names = (table.schema_arrow if is_parquet else table.schema).names
+        # The columns of a record, and those that it may not have: see `make_record`.
+        chosen = choose_columns(names, asked).all
+        chosen += [name for name in names if name not in chosen and kind_of_name(name)]
+        rows = 64  # at once: one may have megabytes
+        if is_parquet:
+            batches = table.iter_batches(batch_size=rows, columns=chosen)
+        else:
+            batches = map(table.get_batch, range(table.num_record_batches)) if is_file else table
+        parts = (batch.slice(start, rows) for batch in batches for start in range(0, batch.num_rows, rows))
+        entries = itertools.chain.from_iterable(part.select(chosen).to_pylist() for part in parts)
+        yield from ((f"row {row}", entry) for row, entry in enumerate(entries))
 
 
 def read_archive(path: Path, asked: Columns) -> Iterator[tuple[str, dict | BadEntry]]:
-    """The samples of a WebDataset shard, see `samples_of`.
+    """Yield the samples of a WebDataset shard.
 
-    The images of a sample become the column `images`, in the order that `in_order` gives them, the fields of its
-    `.json` columns, and its `.txt` the column `txt`. Other members are passed over. Nothing is unpacked by its name.
+    A sample's images become the column `images`, the fields of its `.json` columns, and its `.txt` the column `txt`.
+    Other members are passed over. Nothing is unpacked.
     """
     with tarfile.open(path) as archive:
         members = archive.getmembers()
-        # What is damaged reads as the end of an archive, the real one is an empty block.
+        # tarfile takes damage for the end of an archive; the real end is an empty block.
         archive.fileobj.seek(archive.offset)
         if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             behind = f"behind {members[-1].name} " if members else ""
             raise ValueError(f"{behind}it is damaged or cut off.")
-        while archive.fileobj.read(2**20):  # a compressed one has its checksum at its end
+        while archive.fileobj.read(2**20):  # to the end, where a compressed archive has its checksum
             pass
         for key, sample in samples_of(members):
             entry = {"__key__": key.rpartition("/")[2]}
@@ -252,7 +243,7 @@ def read_archive(path: Path, asked: Columns) -> Iterator[tuple[str, dict | BadEn
 
 @dataclass(frozen=True)
 class Member:
-    """A member of an archive whose ending is known: `chats/v1.5-01.0.PNG` has stem `v1.5-01.0` and kind `png`."""
+    """A text or image in an archive: `chats/v1.5-01.0.PNG` has the stem `v1.5-01.0` and the kind `png`."""
 
     info: tarfile.TarInfo
     folder: str
@@ -261,12 +252,11 @@ class Member:
 
 
 def samples_of(members: Iterable[tarfile.TarInfo]) -> Iterator[tuple[str, list[Member] | BadEntry]]:
-    """Group the members of a shard into samples: (key, its members), or what makes it unclear whose they are.
+    """Yield the samples of a shard: (key, its members, or why they are ambiguous).
 
-    Members are of one sample if their names without the ending are equal, or if one goes on behind a dot where another
-    ends: `a.txt`, `a.0.png`, `a.seg.png`. WebDataset's own rule, the name up to its first dot, would make one sample of
-    `v1.5-01.jpg` and `v1.5-02.jpg`. As there, members of a sample stand together, and names that begin with a dot are
-    passed over.
+    Members belong together if their names without the ending are equal, or if one continues the other after a dot:
+    `a.txt`, `a.0.png`, `a.seg.png`. WebDataset's rule, the name up to its first dot, would make one sample of
+    `v1.5-01.jpg` and `v1.5-02.jpg`. As there, a sample's members are adjacent, and hidden files are passed over.
     """
     runs, last = [], None
     for info in members:
@@ -285,11 +275,11 @@ def samples_of(members: Iterable[tarfile.TarInfo]) -> Iterator[tuple[str, list[M
 
 
 def _split_run(run: list[Member]) -> list[tuple[str, list[Member]]]:
-    """The samples among neighbours whose names are equal up to the first dot."""
+    """Return the samples among adjacent members whose names are equal up to the first dot."""
     by_stem = defaultdict(list)
     for member in run:
         by_stem[member.stem].append(member)
-    samples = defaultdict(list)  # from the shortest stem to all members whose names begin with it
+    samples = defaultdict(list)  # the shortest stem: all stems that continue it
     for stem in by_stem:
         parts = stem.split(".")
         beginnings = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
@@ -297,7 +287,7 @@ def _split_run(run: list[Member]) -> list[tuple[str, list[Member]]]:
     found = []
     for shortest, stems in samples.items():
         kinds = [{"image" if member.kind in IMAGE_KINDS else member.kind for member in by_stem[stem]} for stem in stems]
-        # Several stems that each have images and a text are samples of their own: 0.jpg 0.txt 0.5.jpg 0.5.txt
+        # Stems that each have images and a text are samples of their own: 0.jpg 0.txt 0.5.jpg 0.5.txt
         alone = "image" in kinds[0] and len(kinds[0]) > 1 and all(kind == kinds[0] for kind in kinds)
         found += [(stem, [stem]) for stem in stems] if alone else [(shortest, stems)]
     folder = f"{run[0].folder}/" if run[0].folder else ""
@@ -305,6 +295,7 @@ def _split_run(run: list[Member]) -> list[tuple[str, list[Member]]]:
 
 
 def _check_sample(sample: list[Member] | BadEntry) -> None:
+    """Raise BadEntry if a sample is ambiguous."""
     if isinstance(sample, BadEntry):
         raise sample
     names = Counter((member.stem, member.kind) for member in sample)
@@ -317,9 +308,9 @@ def _check_sample(sample: list[Member] | BadEntry) -> None:
 
 
 def in_order(sample: list[Member]) -> list[Member]:
-    """A sample's texts, then its images as they stand in the archive, but what differs in numbers alone by number.
+    """Return a sample's texts, then its images: in the archive's order, but by number if only numbers differ.
 
-    So `a.2.png` comes before `a.10.png`, and `a.png` before both.
+    `a.2.png` comes before `a.10.png`, and `a.png` before both.
     """
     shortest = min((member.stem for member in sample), key=len)
     images = [member for member in sample if member.kind in IMAGE_KINDS]
@@ -329,10 +320,10 @@ def in_order(sample: list[Member]) -> list[Member]:
     of_pattern = defaultdict(list)
     for pattern, member in zip(patterns, images, strict=True):
         of_pattern[pattern].append(member)
-    by_numbers = {
-        pattern: iter(sorted(found, key=lambda member: by_number(member.stem))) for pattern, found in of_pattern.items()
-    }
-    return [member for member in sample if member.kind in TEXT_KINDS] + [next(by_numbers[each]) for each in patterns]
+    for found in of_pattern.values():
+        found.sort(key=lambda member: by_number(member.stem))
+    texts = [member for member in sample if member.kind in TEXT_KINDS]
+    return texts + [of_pattern[pattern].pop(0) for pattern in patterns]
 
 
 def _add_member(entry: dict, member: Member, archive: tarfile.TarFile) -> None:
@@ -352,14 +343,14 @@ def _add_member(entry: dict, member: Member, archive: tarfile.TarFile) -> None:
         raise BadEntry(f"its {kind!r} cannot be read: {error}.") from None
     if kind == "txt":
         entry["txt"] = value
-    elif isinstance(value, dict):  # the images of the archive win over names of images
+    elif isinstance(value, dict):  # images in the archive take precedence over their names
         entry |= {name: column for name, column in value.items() if column is not None and name not in entry}
     else:
         raise BadEntry(f"its 'json' is not an object but {shorten(value)}.")
 
 
 def _check_texts(entry: dict, asked: Columns) -> None:
-    """Raises BadEntry if a sample's `.txt` and its `.json` hold two texts, of which nobody said which to take."""
+    """Raise BadEntry if `.txt` and `.json` of a sample have different texts and no flag chooses one."""
     if asked.text or "txt" not in entry:
         return
     first = _known(list(entry), TEXT_COLUMNS, "text")
@@ -372,7 +363,7 @@ def _check_texts(entry: dict, asked: Columns) -> None:
 
 
 def encoded_images(value: object, image_root: str | None) -> list[bytes]:
-    """The bytes of the image files in a column: bytes, what `datasets` makes of images, names, or lists of these."""
+    """Return the encoded images of a column: bytes, `datasets`' structs, file names, or lists of these."""
     if value is None:
         return []
     if isinstance(value, list):
@@ -393,10 +384,10 @@ def encoded_images(value: object, image_root: str | None) -> list[bytes]:
 
 
 def suffix_of(content: bytes) -> str:
-    """`.jpg` for the bytes of a JPEG. Raises BadEntry if it is no image that the trainer reads."""
+    """Return a file's suffix, `.jpg` for a JPEG. Raises BadEntry for an image that the trainer cannot read."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the doctor and the trainer say what they think of it
+            warnings.simplefilter("ignore")  # the doctor and the trainer warn
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 return SUFFIXES.get(image.format, f".{image.format.lower()}")
     except Exception:  # Pillow's decoders raise nearly everything on damaged files
@@ -404,10 +395,10 @@ def suffix_of(content: bytes) -> str:
 
 
 def conversation(value: object, images: int, drop_system: bool) -> tuple[list[dict], bool]:
-    """The turns of a record, and whether its images have to stay where they are in the text.
+    """Return the turns of a record, and whether its images have places in the text.
 
-    Told by their keys: LLaVA's `from` and `value`, chat messages' `role` and `content`, and pairs of `user` and
-    `assistant`. A plain text is a caption. Without a mark for an image in the text all come before it.
+    The keys decide: LLaVA's `from` and `value`, chat messages' `role` and `content`, or pairs of `user` and
+    `assistant`. A plain text is a caption. Images without a mark in the text come before it.
     """
     in_place = False
     if isinstance(value, str):
@@ -441,8 +432,9 @@ def conversation(value: object, images: int, drop_system: bool) -> tuple[list[di
 
 
 def _objects(value: object) -> list[dict]:
+    """Return the turns of a conversation as they are stored. Raises BadEntry."""
     if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
-        # A sequence of objects is stored by `datasets` as an object of sequences.
+        # `datasets` stores a sequence of objects as an object of sequences.
         value = [dict(zip(value, row, strict=False)) for row in zip(*value.values(), strict=False)]
     if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
         raise BadEntry(f"its text is {shorten(value)}; expected a text or a list of turns.")
@@ -450,7 +442,7 @@ def _objects(value: object) -> list[dict]:
 
 
 def _text(content: object, number: int) -> object:
-    """The content of a chat message as a text; parts of it are lines."""
+    """Return the content of a chat message as text, each part on a line. Raises BadEntry."""
     if not isinstance(content, list):
         return content
     lines = []
@@ -465,27 +457,19 @@ def _text(content: object, number: int) -> object:
 # --- records ---------------------------------------------------------------------------------------------------------
 
 
-def make_record(
-    entry: dict,
-    name: str,
-    place: str,
-    asked: Columns,
-    image_root: str | None,
-    drop_system: bool,
-    left_unread: Collection[str] = (),
-) -> tuple[dict, dict[str, bytes]]:
-    """The record of an entry, and its images by their names in the image folder. Raises BadEntry or BadRecord.
+def make_record(entry: dict, name: str, place: str, given: argparse.Namespace) -> tuple[dict, dict[str, bytes]]:
+    """Return the record of an entry, and its images by their names. Raises BadEntry or BadRecord.
 
     Args:
-        name: what the record is called unless it has an id.
-        place: what its images are called, without their number and suffix.
+        name: the record's id, unless the entry has one.
+        place: the names of its images, without number and suffix.
     """
     try:
-        columns = choose_columns(list(entry), asked)
+        columns = choose_columns(list(entry), given.columns)
     except ValueError as error:
         raise BadEntry(str(error)) from None
-    images = [image for column in columns.image for image in encoded_images(entry[column], image_root)]
-    turns, in_place = conversation(entry[columns.text], len(images), drop_system)
+    images = [image for column in columns.image for image in encoded_images(entry[column], given.image_root)]
+    turns, in_place = conversation(entry[columns.text], len(images), given.drop_system)
     identifier = entry.get(columns.id)
     record = {"id": name if identifier is None else str(identifier)}
     numbers = [""] if len(images) == 1 else [f"-{number}" for number in range(1, len(images) + 1)]
@@ -494,26 +478,26 @@ def make_record(
         record["image"] = names[0] if len(names) == 1 and not in_place else names
     record["conversations"] = turns
     not_taken = {name: value for name, value in entry.items() if name not in columns.all and kind_of_name(name)}
-    check_record(not_taken | record, left_unread)  # it names what looks like media or a prompt
+    check_record(not_taken | record, allowed(given.leave_unread))  # refuses what looks like media or a prompt
     return record, dict(zip(names, images, strict=True))
 
 
-def convert_file(number: int, path: Path, given: argparse.Namespace, asked: Columns) -> None:
-    """Writes the records of an input file to a part of its own, which is there once they and their images are."""
+def convert_file(number: int, path: Path, given: argparse.Namespace) -> None:
+    """Write the records of an input file to a part of its own, which appears after them and their images."""
     output = Path(given.output)
     part, bad = (_part(output, number, kind) for kind in ("records", "bad"))
     if part.exists():
         return
-    entries = tqdm(read_entries(path, asked), desc=path.name, unit=" entries", delay=2, mininterval=1, leave=False)
-    with atomic_write(part) as good_lines, atomic_write(bad) as bad_lines:  # the latter gets its name first
+    entries = tqdm(
+        read_entries(path, given.columns), desc=path.name, unit=" entries", delay=2, mininterval=1, leave=False
+    )
+    with atomic_write(part) as good_lines, atomic_write(bad) as bad_lines:  # bad_lines appears first
         for row, (name, entry) in enumerate(entries):
-            place = f"{number:05d}/{row // 1000:04d}/{row:07d}"  # no folder of a hundred thousand files
+            place = f"{number:05d}/{row // 1000:04d}/{row:07d}"  # no folder with a hundred thousand files
             try:
                 if isinstance(entry, BadEntry):
                     raise entry
-                called = f"{path.name} {name}"
-                how = (asked, given.image_root, given.drop_system, allowed(given.leave_unread))
-                record, images = make_record(entry, called, place, *how)
+                record, images = make_record(entry, f"{path.name} {name}", place, given)
             except (BadEntry, BadRecord) as error:
                 entry = {"file": str(path), "entry": name, "reason": str(error)}
                 bad_lines.write(json.dumps(entry).encode() + b"\n")
@@ -522,7 +506,7 @@ def convert_file(number: int, path: Path, given: argparse.Namespace, asked: Colu
                 (output / "images" / image).parent.mkdir(parents=True, exist_ok=True)
                 (output / "images" / image).write_bytes(content)
             good_lines.write(json.dumps(record).encode() + b"\n")
-        os.sync()  # the images too, before the part says that they are there
+        os.sync()  # the images, too, before the part appears
 
 
 def _part(output: Path, number: int, kind: str) -> Path:
@@ -530,21 +514,21 @@ def _part(output: Path, number: int, kind: str) -> Path:
 
 
 def convert(given: argparse.Namespace) -> int:
-    """Converts, prints, and returns how many entries became no record."""
+    """Convert all sources; return how many entries became no record."""
     output = Path(given.output)
-    asked = Columns(given.text_column, tuple(given.image_column), given.id_column)
     files = [path for source in given.sources for path in input_files(Path(source), given.split)]
     plan = {
         "files": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
         "flags": {name: value for name, value in vars(given).items() if name not in ("sources", "output")},
     }
+    given.columns = Columns(given.text_column, tuple(given.image_column), given.id_column)
     records, faults, plan_file = (output / name for name in ("records.jsonl", "bad_entries.jsonl", "conversion.json"))
     if not plan_file.exists() and output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty and no conversion of ours: take another --output.")
     if not plan_file.exists() or json.loads(plan_file.read_text(encoding="utf-8")) != plan:
         if records.exists() or any((output / "parts").glob("*.records.jsonl")):
             raise ValueError(f"{output} holds a conversion of other files or with other flags: take another --output.")
-        shutil.rmtree(output / "images", ignore_errors=True)  # of an attempt that finished no file
+        shutil.rmtree(output / "images", ignore_errors=True)  # of a run that finished no file
         output.mkdir(parents=True, exist_ok=True)
         with atomic_write(plan_file) as file:
             file.write(json.dumps(plan, indent=1).encode())
@@ -552,7 +536,7 @@ def convert(given: argparse.Namespace) -> int:
         for folder in ("parts", "images"):
             (output / folder).mkdir(exist_ok=True)
         for number, path in enumerate(files):
-            convert_file(number, path, given, asked)
+            convert_file(number, path, given)
         for kind, whole in (("bad", faults), ("records", records)):
             with atomic_write(whole) as file:
                 file.writelines(_part(output, number, kind).read_bytes() for number in range(len(files)))

@@ -87,8 +87,8 @@ class Planned:
             name, dtype = model_flags.model_name_or_path, self.layout.master_dtype
             lora.add_lora(model.language_model, name, training, dtype)
         marks = model_flags.mm_use_im_start_end, model_flags.mm_use_im_patch_token
-        tokens, trains_rows = (self.samples.tokenizer, self.samples.new_tokens), "new_tokens" in plan
-        add_token_rows(model, *tokens, *marks, None, trains_rows, self.layout.master_dtype)
+        rows_dtype = self.layout.master_dtype if "new_tokens" in plan else None
+        add_token_rows(model, self.samples.tokenizer, self.samples.new_tokens, marks, train_in=rows_dtype)
         apply_plan(model, plan)
         family = self.source.language_config.model_type
         half, packing = self.layout.precision != "no", self.arguments.data.packing

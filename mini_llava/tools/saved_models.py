@@ -1,8 +1,7 @@
-"""Any directory that holds a LLaVA model or a trained part of one, made into a whole model again.
+"""Open any directory with a LLaVA model or a trained part of one as a whole model, for `export` and `chat`.
 
-What `export` and `chat` share, in place of the loader that LLaVA's tools decide with by words in the folder's name. A
-whole model stands for itself; a LoRA directory, a projector and a training state belong to a base, whose name they
-have. Nothing is loaded halfway: names and shapes of all tensors are compared.
+Replaces the loader that LLaVA's tools choose by words in the folder's name. A LoRA directory, a projector and a
+training state name the base that they belong to. Names and shapes of all tensors are compared.
 """
 
 from dataclasses import dataclass
@@ -25,21 +24,21 @@ from ..training.checkpoint import read_manifest, read_trained
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 WHOLE, LORA, PROJECTOR, STATE = "whole model", "LoRA directory", "projector", "training state"
-# What a trained part says about the model, under the names of the flags.
+# Flags whose values a trained part's config.json has.
 FIXED = ("mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature")
 
 
 @dataclass
 class SavedModel:
-    """A directory that was found to hold a model, with everything that using it takes; no weight is read yet.
+    """A directory that holds a model, and what using it takes; no weight is read yet.
 
     Attributes:
         kind: WHOLE, LORA, PROJECTOR or STATE.
         config: its `config.json`.
-        source: where the weights come from that are not in the directory; of a whole model, the directory itself.
+        source: of the weights that the directory does not have; of a whole model, the directory itself.
         template: the conversation template, image tokens included.
-        version_is_known: whether the directory, or who opened it, says which template that is.
-        tower_is_own: whether the tower's weights are other than those of the tower's name.
+        version_is_known: whether the directory, or the caller, names the template.
+        tower_is_own: whether the tower's weights differ from those of the tower's name.
     """
 
     directory: str
@@ -54,9 +53,9 @@ class SavedModel:
     tower_is_own: bool
 
     def load(self, dtype: torch.dtype | None = None) -> LlavaModel:
-        """The whole model on the CPU, adapters merged, ready to generate; dtype None: as the base is stored."""
+        """Return the whole model on the CPU, adapters merged, ready to generate; dtype None: that of the base."""
         dtype = dtype or self.stored_dtype()
-        # Adapters are added to the base as it is stored, and the sum is rounded once.
+        # Adapters are added to the base in its stored dtype, so that the sum is rounded once.
         language_dtype = self.stored_dtype() if self.kind == LORA else dtype
         dtypes = {"language_model": language_dtype, "vision_tower": dtype, "projector": torch.float32}
         own_projector = self.directory if self.kind in (PROJECTOR, STATE) else None
@@ -67,27 +66,29 @@ class SavedModel:
             merge_lora(model, dtype)
         else:
             rows = self.directory if self.kind == PROJECTOR and marks[0] else None
-            add_token_rows(model, self.tokenizer, self.added_tokens, *marks, rows, False, dtype)
+            add_token_rows(model, self.tokenizer, self.added_tokens, marks, rows)
         if self.kind == STATE:
             read_trained(Path(self.directory), model)
         return model.to(dtype).requires_grad_(False).eval()
 
     def stored_dtype(self) -> torch.dtype:
-        """Of the language model's weights, in the directory or in the base."""
+        """Return the dtype of the language model's weights, in the directory or in the base."""
         if tensors := self.source.stored.get("language_model"):
             return next(iter(tensors.values())).tensor.dtype
         return self.source.language_config.dtype or torch.float32
 
     def image_aspect_ratio(self) -> str:
-        """What the images were trained with: `pad`, `square` or `anyres`."""
+        """Return the `--image_aspect_ratio` of the training: `pad`, `square` or `anyres`."""
         if self.kind == WHOLE:
             return self.source.image_aspect_ratio()
         return self.config.get("image_aspect_ratio", "square")
 
     def model_max_length(self) -> int:
+        """Return the longest sample in tokens, as the directory or the base says."""
         return self.config.get("tokenizer_model_max_length") or self.source.model_max_length(self.tokenizer)
 
     def describe(self) -> str:
+        """Return sentences about what was opened."""
         text = self.source.describe()
         if self.kind != WHOLE:
             text = f"{self.directory} is a {self.kind}; the rest of the model comes from {self.source.name}."
@@ -96,7 +97,7 @@ class SavedModel:
         return text
 
     def image_tokens(self) -> tuple[bool, bool]:
-        """Whether it has LLaVA's tokens around an image, and the one for patches."""
+        """Return whether it has LLaVA's tokens around an image, and its patch token."""
         return tuple(bool(self.config.get(key)) for key in IMAGE_TOKEN_FLAGS)
 
 
@@ -106,13 +107,13 @@ def open_saved(
     """Find out what a directory or hub name holds, and check it.
 
     Args:
-        base: language model, or LLaVA model, that a trained part belongs to, where it is not at the place recorded.
-        vision_tower: the same for the tower.
-        version: conversation template, where the directory does not say it or another one is wanted.
+        base: the language or LLaVA model that a trained part belongs to, instead of the recorded one.
+        vision_tower: the tower, instead of the recorded one.
+        version: the conversation template, instead of the recorded one.
 
     Raises:
         ValueError: the directory holds no LLaVA model, or what it holds does not fit together.
-        OSError: a directory or file is not there.
+        OSError: a directory or file is missing.
     """
     if directory.startswith(("/", ".", "~")) and not Path(directory).is_dir():
         raise ValueError(f"{directory} is not a directory; give a model's directory or its name on the hub.")
@@ -149,20 +150,22 @@ def open_saved(
     has_tokenizer = find_file(directory, "tokenizer_config.json") is not None
     tokenizer = load_tokenizer(directory if has_tokenizer else source.name)
     known, version = len(tokenizer), version or config.get("conversation_version")
-    known_version, version = bool(version), version or "v1"
-    template = get_template(version, tokenizer)
+    template = get_template(version or "v1", tokenizer)
     template = add_image_tokens(tokenizer, template, *(bool(config.get(key)) for key in IMAGE_TOKEN_FLAGS))
+    added = len(tokenizer) - known
+    if not own:
+        added = max(added, missing_rows(tokenizer, source.language_config))
     return SavedModel(
-        directory,
-        kind,
-        config,
-        source,
-        tokenizer,
-        len(tokenizer) - known if own else max(len(tokenizer) - known, missing_rows(tokenizer, source.language_config)),
-        version,
-        template,
-        known_version,
-        "vision_tower" in source.stored or _tower_was_trained(directory, kind, config),
+        directory=directory,
+        kind=kind,
+        config=config,
+        source=source,
+        tokenizer=tokenizer,
+        added_tokens=added,
+        version=version or "v1",
+        template=template,
+        version_is_known=bool(version),
+        tower_is_own="vision_tower" in source.stored or _tower_was_trained(directory, kind, config),
     )
 
 
@@ -186,7 +189,7 @@ def _kind(directory: str) -> str:
 
 
 def _recorded_base(directory: str, kind: str, config: dict) -> str:
-    """The base that a trained part names, as it was given to the training."""
+    """Return the base that a trained part names."""
     if kind == LORA:
         return base_of(directory)
     if (Path(directory) / "manifest.json").is_file():

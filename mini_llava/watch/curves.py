@@ -1,7 +1,4 @@
-"""`curves.png`: loss, learning rates, norms and held-out values of a whole run, drawn from its log.jsonl.
-
-From the log and not from memory, so that a run that was resumed shows all of it.
-"""
+"""`curves.png`: loss, learning rates, norms and held-out values of a whole run, drawn from its log.jsonl."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +6,13 @@ from pathlib import Path
 from ..files import atomic_write
 from .json_lines import read_lines
 
-PARTS_AT_MOST = 6  # more lines in one panel cannot be told apart
+PARTS_AT_MOST = 6  # lines in one panel
 
 
 def draw_curves(log: Path, file: Path) -> None:
-    """Draws the entries of a log.jsonl as a PNG. Raises ValueError if there is none, ImportError without matplotlib."""
-    from matplotlib.colors import TABLEAU_COLORS  # takes a second, at the end of a run
-    from matplotlib.figure import Figure  # without pyplot it needs no screen
+    """Draw a log.jsonl as a PNG. Raises ValueError if it has no entry with a loss, ImportError without matplotlib."""
+    from matplotlib.colors import TABLEAU_COLORS  # takes a second to import
+    from matplotlib.figure import Figure  # without pyplot no display is needed
 
     entries = list(read_lines(log))
     if not any("loss" in entry for entry in entries):
@@ -50,7 +47,7 @@ def draw_curves(log: Path, file: Path) -> None:
             else:
                 axis.plot(steps, values, linewidth=1.2, marker="." if name.startswith("eval/") else None, label=name)
         if title == "norms" and all(max(_series(entries, name)[1]) > 0 for name in series):
-            axis.set_yscale("log", nonpositive="mask")  # the first update is zero where the rate rises from zero
+            axis.set_yscale("log", nonpositive="mask")  # the first update is zero during warmup from zero
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("step", fontsize=9)
         axis.grid(color="#e6e6e6", linewidth=0.6)
@@ -62,7 +59,7 @@ def draw_curves(log: Path, file: Path) -> None:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """An exponential average over about a fiftieth of the values, without a pull towards zero at the beginning."""
+    """Return an exponential average over about a fiftieth of the values, without bias towards zero at the beginning."""
     keep = 1 - 1 / max(1.0, len(values) / 50)
     total = weight = 0.0
     averages = []

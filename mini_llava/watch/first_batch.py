@@ -1,6 +1,6 @@
-"""Pictures of the first batch for TensorBoard: pixels as the tower gets them, masked tokens grey, trained ones green.
+"""Pictures of the first batch for TensorBoard: images as the tower gets them, masked tokens grey, trained ones green.
 
-Most that goes wrong with data shows here at a glance: a wrong template, a picture cut in half, answers not trained.
+They show a wrong template, a cropped image or answers that are not trained.
 """
 
 from collections.abc import Iterator
@@ -22,13 +22,8 @@ INK = {MASKED: "#858585", TRAINED: "#0b5d1e", IMAGE: "#2357a5"}
 PAPER = {TRAINED: "#d3f0d8", IMAGE: "#e1ebf8"}
 
 
-def show(
-    accelerator: Accelerator,
-    samples: Samples,
-    dealt: Iterator[list[list[list[int]]]],
-    step: int,
-) -> None:
-    """Gives TensorBoard, if it is in use, pictures of some samples of the first global batch; never ends the run.
+def show(accelerator: Accelerator, samples: Samples, dealt: Iterator[list[list[list[int]]]], step: int) -> None:
+    """Give TensorBoard, if it is in use, pictures of some samples of the first global batch; never end the run.
 
     dealt: the global batches to come, dealt over ranks and micro-batches.
     """
@@ -37,14 +32,14 @@ def show(
         return
     with never_fatal("there is no picture of the first batch"):
         batch = [index for micro_batch in next(dealt, []) for of_rank in micro_batch for index in of_rank]
-        every = max(1, len(batch) // SAMPLES)  # they are sorted by length: some of all lengths
+        every = max(1, len(batch) // SAMPLES)  # sorted by length: some of each length
         for number, index in enumerate(batch[::every][:SAMPLES], start=1):
             if (pixels := _draw(samples, index)) is not None:
                 trackers[0].writer.add_image(f"samples/first_batch_{number}", pixels, step, dataformats="HWC")
 
 
 def _draw(samples: Samples, index: int) -> np.ndarray | None:
-    """A sample as it is trained, uint8 [H, W, 3]; None for a bad one, of which the loop tells."""
+    """Return a sample as it is trained, uint8 [H, W, 3]; None for a bad one, which the loop reports."""
     try:
         sample = samples[index]
     except (BadRecord, BadImage):

@@ -1,7 +1,7 @@
-"""How much arithmetic a step cannot do without, and how much the GPU could have done: the two sides of MFU.
+"""Operations that a step needs, and the peak of the GPU: the two sides of MFU.
 
-Counted are the matrix products that the mathematics needs, from the parameters' shapes and the samples' lengths.
-Padding, blank images, recomputed activations and logits that nobody looks at are work too, but not useful work.
+Counted are the necessary matrix products, from the parameters' shapes and the samples' lengths: not padding, blank
+images, recomputed activations or unused logits.
 """
 
 import copy
@@ -17,7 +17,7 @@ from ..model.llava import LlavaModel
 from ..model.trained import numel
 from ..model.vision_tower import VisionTower, empty_model, has_layers
 
-# Dense bf16 and fp16 products a second, from the vendor's data sheets (without sparsity), by a part of the GPU's name.
+# Dense half-precision operations a second (without sparsity), from the data sheets, by a part of the GPU's name.
 PEAK_FLOPS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -36,7 +36,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(accelerator: Accelerator) -> float | None:
-    """Return what one device could do in a second in half precision, FLOP/s; None where unknown (CPU, fp32)."""
+    """Return the peak of one device in half precision, operations a second; None if unknown (CPU, fp32)."""
     if accelerator.device.type != "cuda" or accelerator.mixed_precision == "no":
         return None
     name = torch.cuda.get_device_name(accelerator.device)
@@ -44,16 +44,15 @@ def peak_flops(accelerator: Accelerator) -> float | None:
 
 
 class FlopCounter:
-    """Operations (a multiplication and an addition are two) of forward and backward for one micro-batch.
+    """Counts operations (a multiplication and an addition are two) of forward and backward for one micro-batch.
 
-    A weight costs 2 for each position it meets in forward, 2 in backward if gradients have to pass it on their way to
-    something trained, and 2 more if it is trained itself: 6 for what is trained, 4 for a frozen language model (behind
-    a trained projector, or under adapters), 2 for a frozen tower. Attention is counted inside each sample, causal in
-    the language model.
+    For each position a weight costs 2 in forward, 2 in backward if gradients pass it to something trained, and 2 more
+    if it is trained: 6 for what is trained, 4 for a frozen language model (behind a trained projector, or under
+    adapters), 2 for a frozen tower. Attention is counted within each sample, causal in the language model.
 
     Attributes:
-        language_model_parameters: all of them, N of the usual approximation 6 N.
-        peak: of one device, operations a second; None if it is not known.
+        language_model_parameters: N of the usual approximation 6 N.
+        peak: of one device, operations a second; None if unknown.
     """
 
     def __init__(self, model: LlavaModel, peak: float | None = None):
@@ -74,7 +73,7 @@ class FlopCounter:
         self.per_image += tower.tokens_per_image * sum(_flops(weight, 2) for weight in _matrices(projector).values())
 
     def __call__(self, batch: MicroBatch) -> float:
-        """Operations for a micro-batch of `collate`, still on the CPU."""
+        """Return the operations for a micro-batch of `collate` on the CPU."""
         if batch["cu_seqlens"] is not None:
             lengths = batch["cu_seqlens"].diff().double()
         else:
@@ -98,7 +97,7 @@ class FlopCounter:
 
 
 def _tower_flops(tower: VisionTower) -> int:
-    """Operations of one forward for one image, up to the selected layer; torch counts them on a copy without memory."""
+    """Return the operations of a forward for one image up to the selected layer, counted by torch on meta tensors."""
     config = copy.deepcopy(tower.model.config)
     if has_layers(config):
         config.num_hidden_layers = tower.select_layer % (config.num_hidden_layers + 1)
@@ -109,18 +108,14 @@ def _tower_flops(tower: VisionTower) -> int:
 
 
 def _matrices(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of matrix products and convolutions, by name: not those of norms, and no table of embeddings."""
+    """Return the weights of matrix products and convolutions, by name: no norms and no embedding tables."""
     tables = {id(table.weight) for table in module.modules() if isinstance(table, nn.Embedding)}
     return {
         name: parameter
         for name, parameter in module.named_parameters()
-        if len(_shape(parameter)) > 1 and id(parameter) not in tables
+        if len(getattr(parameter, "ds_shape", parameter.shape)) > 1 and id(parameter) not in tables
     }
 
 
 def _flops(weight: nn.Parameter, frozen: int) -> int:
     return (6 if weight.requires_grad else frozen) * numel(weight)
-
-
-def _shape(parameter: nn.Parameter) -> torch.Size:
-    return getattr(parameter, "ds_shape", parameter.shape)

@@ -1,7 +1,7 @@
-"""Files of one JSON object a line, written while a run goes on and read after whatever ended it.
+"""Files of one JSON object a line, appended to while a run trains and read however it ended.
 
-LLaVA keeps such reports in memory and writes them at the end. Here each line is appended at once: a kill can tear the
-last line only, a full disk none, because what it let through of a line is cut off again.
+LLaVA keeps such reports in memory and writes them at the end. Here a kill can tear the last line only, and a full disk
+none: the part of a line that was written is removed again.
 """
 
 import contextlib
@@ -10,9 +10,11 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from ..guards.never_fatal import never_fatal
+
 
 def append_lines(file: Path, values: Iterable[dict]) -> None:
-    """Appends a line for each value, all of them or none. Raises OSError, the file being as it was before."""
+    """Append a line for each value; if not all can be written, leave the file unchanged and raise OSError."""
     content = "".join(json.dumps(value) + "\n" for value in values).encode("utf-8")
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     try:
@@ -28,17 +30,23 @@ def append_lines(file: Path, values: Iterable[dict]) -> None:
         os.close(descriptor)
 
 
+def append_json_line(file: Path, values: dict) -> None:
+    """Append an entry, one JSON object a line with floats to their last bit; a failure is a warning."""
+    with never_fatal(f"{file} lacks entries"):
+        append_lines(file, [values])
+
+
 def read_lines(file: Path) -> Iterator[dict]:
-    """The objects of a file that may be absent; what is no whole line of JSON, as a kill leaves it, is passed over."""
+    """Yield the objects of a file that may be absent; torn lines are passed over."""
     for _, value in _lines(file):
         if isinstance(value, dict):
             yield value
 
 
-def cut_after(file: Path, keep: Callable[[dict], bool] = lambda value: True) -> dict | None:
-    """Cuts a file before its first line that is torn or that `keep` refuses; returns the last whole line it had.
+def truncate_lines(file: Path, keep: Callable[[dict], bool]) -> dict | None:
+    """Truncate a file before its first line that is torn or not to be kept; return the last whole line it had.
 
-    Shortening a file happens at once or not at all, and needs no room on the disk.
+    Truncation is atomic and needs no room on the disk.
     """
     end, last, is_cut = 0, None, False
     for content, value in _lines(file):
@@ -52,7 +60,7 @@ def cut_after(file: Path, keep: Callable[[dict], bool] = lambda value: True) -> 
 
 
 def _lines(file: Path) -> Iterator[tuple[bytes, object]]:
-    """The bytes of each line, and their value or None."""
+    """Yield the bytes of each line, and their value or None."""
     if not file.exists():
         return
     with open(file, "rb") as lines:

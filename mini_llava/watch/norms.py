@@ -1,7 +1,7 @@
-"""How large a step was beside the weights it changed, for some of the steps that are logged.
+"""Norms of the last update and of the weights, for some of the logged steps.
 
-LLaVA logs the norm of the gradient only, which says nothing of what AdamW makes of it. The weights before the step are
-not kept for this: AdamW's moments, which are there anyway, tell its step again.
+LLaVA logs the gradient's norm only, which says nothing of what AdamW makes of it. The update is computed again from
+AdamW's moments: the weights before the step are not kept.
 """
 
 import math
@@ -12,33 +12,29 @@ from torch import nn
 
 from ..training.backend import KINDS, held_pieces, is_deepspeed, is_offloaded, own_range, sum_over_ranks
 
-POINTS = 500  # of a whole run: a curve needs no more, and reading all moments takes longer than AdamW's own step
-NUMBERS_AT_ONCE = 2**22  # two temporary tensors of 16 MiB, for which there is room while the activations are gone
+POINTS = 500  # of a whole run: reading all moments takes longer than AdamW's own step
+NUMBERS_AT_ONCE = 2**22  # two temporary tensors of 16 MiB
 
 
 def norms_are_due(step: int, total_steps: int) -> bool:
-    """Every step of a short run, every tenth of LLaVA's 5,198."""
+    """Return whether norms are logged after a step: each one of a short run, every tenth of LLaVA's 5,198."""
     return step % max(1, total_steps // POINTS) == 0
 
 
 @torch.no_grad()
 def step_norms(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Norm of all trained parameters, in fp32, and of the change that the step just taken made to them.
+    """Return `update_norm` and `parameter_norm` of all trained parameters in fp32, after an optimizer step.
 
-    A collective for which the host waits: all ranks must call it. Each rank weighs what it holds, or its share of what
-    all ranks hold.
-
-    Returns:
-        `update_norm` and `parameter_norm`; nothing where the optimizer lies in the CPU's memory, which would be read
-        for longer than the step takes.
+    A collective for which the host waits; each rank computes its share. Empty if the optimizer is offloaded to the CPU,
+    which takes longer to read than a step.
     """
     if is_offloaded(accelerator):
         return {}
     groups = {name: group for group in optimizer.param_groups for name in group["parameter_names"]}
     inner = optimizer.optimizer.optimizer if is_deepspeed(accelerator) else optimizer.optimizer
-    steps = int(next(iter(inner.state.values()))["step"])  # of every parameter: all have a gradient in every step
+    steps = int(next(iter(inner.state.values()))["step"])  # equal for all parameters: each has a gradient in every step
     nothing = torch.zeros((), device=accelerator.device)
-    norms = [(nothing, nothing)]  # small parameters may lie on other ranks, all of them
+    norms = [(nothing, nothing)]  # small parameters may all be on other ranks
     for piece in held_pieces(accelerator, model, optimizer):
         start, stop = own_range(accelerator, piece)
         for first in range(start, stop, NUMBERS_AT_ONCE):
@@ -53,7 +49,7 @@ def step_norms(accelerator: Accelerator, model: nn.Module, optimizer: torch.opti
 def _last_change(
     master: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, steps: int, group: dict
 ) -> torch.Tensor:
-    """The norm of what AdamW's last step added to `master`; all flat, fp32 and as they are after that step."""
+    """Return the norm of AdamW's last change to `master`; all tensors flat, fp32 and as they are after that step."""
     (beta1, beta2), rate, decay = group["betas"], group["lr"], group["lr"] * group["weight_decay"]
     # rate * (exp_avg / (1 - beta1^steps)) / (sqrt(exp_avg_sq / (1 - beta2^steps)) + eps), in as few passes as possible
     scale = math.sqrt(1 - beta2**steps)

@@ -1,4 +1,4 @@
-"""Pictures with coloured text beside them, drawn by matplotlib without a screen, for TensorBoard."""
+"""Images with coloured text on their right for TensorBoard, drawn by matplotlib without a display."""
 
 import itertools
 import math
@@ -10,16 +10,16 @@ from unicodedata import east_asian_width
 import numpy as np
 
 WIDTH, PICTURE, MARGIN, MOST_LINES = 720, 180, 12, 16  # pixels, and lines of text
-# All letters are equally wide, so that a text is wrapped by counting; what Mono lacks is taken from the other font.
+# All letters of a monospaced font are equally wide, so that text is wrapped by counting; the other font has the rest.
 FONTS, SIZE, LETTER, LINE = ["DejaVu Sans Mono", "DejaVu Sans"], 13, 13 * 0.602, 18  # pixels
 
 
 def draw(title: str, pictures: Sequence[np.ndarray], text: Sequence[tuple[str, str, str | None]]) -> np.ndarray:
-    """Return uint8 [H, `WIDTH`, 3]: the title in black, below it the pictures, and the text on their right.
+    """Return uint8 [H, `WIDTH`, 3]: the title, below it the images, and the text on their right.
 
     Args:
         pictures: uint8 [H, W, 3] each, of any size; shown as a square of small ones.
-        text: pieces of it, each with the colours of its letters and of what is behind them (None: white).
+        text: pieces with their colour and background colour (None: white).
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes a second
     from matplotlib.figure import Figure
@@ -51,13 +51,13 @@ def draw(title: str, pictures: Sequence[np.ndarray], text: Sequence[tuple[str, s
             x += wide
     canvas = FigureCanvasAgg(figure)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # a letter that no font has is drawn as a box
+        warnings.filterwarnings("ignore", "Glyph")  # missing in both fonts, drawn as a box
         canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def _lines(text: Sequence[tuple], width: int) -> list[list[tuple]]:
-    """Pieces of a text in lines: broken between words, at newlines, and within long words."""
+    """Wrap pieces of text into lines: between words, at newlines, and within long words."""
     lines, room = [[]], int(width / LETTER)
     for piece, *colours in text:
         for word in re.findall(rf"\n|[^\S\n]+|\S{{1,{room // 2}}}", piece):
@@ -70,5 +70,5 @@ def _lines(text: Sequence[tuple], width: int) -> list[list[tuple]]:
 
 
 def _columns(text: str) -> int:
-    """How many letters wide a text is; a letter of Chinese or an emoji is two."""
+    """Return how many letters wide a text is; Chinese letters and emojis are two."""
     return sum(1 + (east_asian_width(letter) in "WF") for letter in text)

@@ -4,7 +4,7 @@ import sys
 
 from tqdm import tqdm
 
-SHOWN_AFTER = 2  # seconds, as for the bars over records: what is done sooner needs none
+SHOWN_AFTER = 2  # seconds
 
 
 class ProgressLine:
@@ -21,7 +21,7 @@ class ProgressLine:
         )
 
     def update(self, step: int, values: dict[str, float], evaluation: str = "") -> None:
-        """evaluation: the newest one in a word."""
+        """Show a step's values and the newest evaluation."""
         parts = [
             f"loss {_shown(values['loss'], 4)} lr {values['learning_rate']:.2e} "
             f"grad {_shown(values['gradient_norm'], 3)}",
@@ -38,8 +38,8 @@ class ProgressLine:
         self.bar.set_postfix_str(" ".join(parts), refresh=False)
         self.bar.update(step - self.bar.n)
 
-    def say(self, text: str) -> None:
-        """Prints above the line, which stays whole."""
+    def log(self, text: str) -> None:
+        """Print a text above the line."""
         if not self.bar.disable:
             self.bar.write(text)
 
@@ -48,10 +48,9 @@ class ProgressLine:
 
 
 def questions_bar(total: int, what: str, enabled: bool) -> tqdm:
-    """Return a bar of held-out questions done, for the minutes in which no step is taken; to be closed.
+    """Return a progress bar of held-out questions, to be closed.
 
-    On a terminal it stands below the progress line and is gone in the end. Elsewhere (a file, a scheduler's log) there
-    is no line below: it is written every ten seconds, and stays.
+    On a terminal it is below the progress line and disappears; in a file it is written every ten seconds and stays.
     """
     on_terminal = sys.stderr.isatty()
     return tqdm(
@@ -68,5 +67,5 @@ def questions_bar(total: int, what: str, enabled: bool) -> tqdm:
 
 
 def _shown(value: float, digits: int) -> str:
-    """A small number by its size: 0.0000 would be taken for a fault where a batch has nothing left to learn."""
+    """Format a number; a small one with its exponent, since 0.0000 would be taken for a fault."""
     return f"{value:.{digits}f}" if value == 0 or value >= 0.001 else f"{value:.1e}"

@@ -15,11 +15,11 @@ from .json_lines import append_lines, read_lines
 
 
 def refuse_or_report(store: RecordStore, bad: dict[int, str], on_bad_sample: str) -> list[str]:
-    """How many records of each fault measuring found; with `--on_bad_sample error` BadRecord, grouped by cause."""
+    """Return how many bad records there are of each kind; with `--on_bad_sample error` raise BadRecord with them."""
     if bad and on_bad_sample == "error":
         advice = "fix them, or leave them out with --on_bad_sample skip, or with --exclude and the list that "
         advice += "mini_llava.tools.doctor writes."
-        if len(bad) == len(store):  # then a flag is wrong rather than the data
+        if len(bad) == len(store):  # mostly a flag is wrong then
             advice = "see which flag does not fit the data (--image_folder, --version, --model_max_length?)."
         title = f"{len(bad):,} of {counted(len(store), 'record')} cannot be trained on; {advice}"
         raise BadRecord("\n".join([title, *fault_table(store, sorted(bad.items()))]))
@@ -29,7 +29,7 @@ def refuse_or_report(store: RecordStore, bad: dict[int, str], on_bad_sample: str
 def fault_table(
     store: RecordStore, sentences: Iterable[tuple[int, str]], examples: int = 2, most: int = 20
 ) -> list[str]:
-    """The records of each of the `most` frequent kinds of fault: a line with their number, and some examples."""
+    """Return a line for each of the `most` frequent kinds of fault with the number of records, and some examples."""
     kinds = defaultdict(list)
     for index, sentence in sentences:
         kinds[kind_of_fault(sentence)].append((index, sentence))
@@ -43,9 +43,9 @@ def fault_table(
 
 
 def log_skipped(store: RecordStore, skipped: Iterable[tuple[int, str]], file: Path) -> None:
-    """Appends records to `skipped.jsonl`, one JSON object a line: also what `--exclude` reads.
+    """Append records to `skipped.jsonl`, which `--exclude` reads.
 
-    index: the record's position in all data files, excluded records counted; digest: of its bytes.
+    An entry's index counts excluded records, too, and its digest is of the record's bytes.
     """
     entries = []
     for index, reason in skipped:
@@ -57,17 +57,17 @@ def log_skipped(store: RecordStore, skipped: Iterable[tuple[int, str]], file: Pa
 
 
 def count_skipped(file: Path) -> list[str]:
-    """How many records a `skipped.jsonl` lists for each reason; a record skipped in several epochs counts once."""
+    """Count the records in a `skipped.jsonl` by reason; one that was skipped in several epochs counts once."""
     return count_reasons({entry["index"]: entry["reason"] for entry in read_lines(file)}.values())
 
 
 def count_reasons(reasons: Iterable[str]) -> list[str]:
-    """`3 records: turn # is not an object.` for each kind of fault, the most frequent first."""
+    """Return `3 records: turn # is not an object.` for each kind of fault, the most frequent first."""
     counts = Counter(map(kind_of_fault, reasons))
     return [f"{counted(count, 'record')}: {kind}" for kind, count in counts.most_common()]
 
 
 def kind_of_fault(reason: str) -> str:
-    """A sentence about a record without what is special to the record: what is quoted, and numbers."""
+    """Replace quotations and numbers in a sentence about a record, so that equal faults have equal sentences."""
     reason = re.sub(r"""(?<!\w)b?('(\\.|[^'\\])*'|"(\\.|[^"\\])*")""", "…", reason)
     return re.sub(r"(?<!\w)\d\w*([.+]\d\w*)*", "#", reason)

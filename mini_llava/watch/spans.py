@@ -1,10 +1,6 @@
-"""A sample as a person reads it: its tokens as text again, in spans that are masked, trained, or an image.
-
-LLaVA has nothing like it; whether the right tokens are trained is what one most wants to see before a long run.
-"""
+"""A sample for a person to read: its tokens as text, in spans that are masked, trained, or an image."""
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +12,7 @@ MASKED, TRAINED, IMAGE = "masked", "trained", "image"
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens of one kind behind each other: `masked`, `trained` or `image`, and how many they are."""
+    """Consecutive tokens of one kind (`masked`, `trained` or `image`), and their number."""
 
     kind: str
     text: str
@@ -24,27 +20,24 @@ class Span:
 
 
 def spans(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[Span]:
-    """The spans of a sample in their order; together their texts are the decoded sample.
+    """Return the spans of a sample in order; their texts together are the decoded sample.
 
-    The placeholders of an image are folded into `<image x576>`; those of images without text between are one span.
+    The tokens of an image become `<image x576>`; consecutive images are one span.
     """
-    return list(_spans(sample, tokenizer))
-
-
-def _spans(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Iterator[Span]:
     kinds = [
         IMAGE if token == IMAGE_TOKEN_INDEX else MASKED if label == IGNORE_INDEX else TRAINED
         for token, label in zip(sample.input_ids.tolist(), sample.labels.tolist(), strict=True)
     ]
-    ids, text, place = [], "", 0
+    found, ids, text, place = [], [], "", 0
     for kind, run in itertools.groupby(kinds):
         count = len(list(run))
         if kind == IMAGE:
-            yield Span(kind, f"<image x{count}>", count)
+            found.append(Span(kind, f"<image x{count}>", count))
         else:
-            # Decoded alone a span would lose the blank it may begin with: so what it adds to the text before it.
+            # Decoded alone, a span would lose the blank that it may begin with.
             ids += sample.input_ids[place : place + count].tolist()
             longer = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            yield Span(kind, longer[len(text) :], count)
+            found.append(Span(kind, longer[len(text) :], count))
             text = longer
         place += count
+    return found

@@ -1,7 +1,6 @@
-"""What is left to say when a run has ended: what it did, what it took, where everything is, how to talk to it.
+"""The summary of a finished run: what it did, how long it took, and the command to chat with its model.
 
-All figures come from log.jsonl, so that those of a run that was resumed count its work from the beginning, and none
-twice.
+All figures come from log.jsonl, so that a resumed run counts all its work once.
 """
 
 import contextlib
@@ -19,20 +18,17 @@ from ..words import counted
 from .curves import draw_curves
 from .json_lines import read_lines
 
-LOOKED_THROUGH = 1000  # records, for a picture to talk about
-BESIDE_TRAINING = {
-    "eval/seconds": "evaluation",
-    "save_seconds": "saving",
-}  # in the log: the clock of training stood still
+RECORDS_WITH_IMAGES = 1000  # that are looked through for an image to ask about
+PAUSES = {"eval/seconds": "evaluation", "save_seconds": "saving"}  # in the log: seconds in which nothing was trained
 
 
 def write_summary(output_dir: Path, logging_steps: int, pauses: dict[str, float], store: RecordStore) -> str:
-    """Writes `summary.json` and `curves.png`; returns the summary as text. What fails is a warning. For rank 0 alone.
+    """Write `summary.json` and `curves.png` on rank 0; return the summary as text. A failure is a warning.
 
     Args:
-        logging_steps: steps before the first entry of the log, if the run came from another directory's checkpoint.
-        pauses: seconds that the log does not have yet, of what came after its last entry.
-        store: the training records, for a picture in the command that talks to the model.
+        logging_steps: steps before the first entry of the log, if the run continues another directory's checkpoint.
+        pauses: seconds after the last entry of the log.
+        store: the training records, one of whose images is in the command to chat.
     """
     with never_fatal(f"{output_dir}/curves.png is not there"):
         draw_curves(output_dir / "log.jsonl", output_dir / "curves.png")
@@ -47,10 +43,9 @@ def write_summary(output_dir: Path, logging_steps: int, pauses: dict[str, float]
 
 
 def summarise(entries: Sequence[dict], logging_steps: int, pauses: dict[str, float]) -> dict:
-    """Steps, samples, tokens, seconds by what they went into, losses, and the best of each held-out value.
+    """Return steps, samples, tokens, seconds by what they were spent on, losses, and the best held-out values.
 
-    Raises:
-        ValueError: the log has no entry of a step.
+    Raises ValueError if the log has no entry of a step.
     """
     steps = [entry for entry in entries if "seconds_per_step" in entry]
     if not steps:
@@ -64,10 +59,10 @@ def summarise(entries: Sequence[dict], logging_steps: int, pauses: dict[str, flo
         tokens += entry["tokens_per_second"] * took
         last = entry["step"]
     for entry in [*entries, pauses]:
-        for name, what in BESIDE_TRAINING.items():
+        for name, what in PAUSES.items():
             if name in entry:
                 seconds[what] = seconds.get(what, 0.0) + entry[name]
-    # One step may have had samples of one modality only: a tenth of the run says more.
+    # One step may have samples of one modality only: the mean is over a tenth of the run.
     ending = [entry["loss"] for entry in steps[-max(1, len(steps) // 10) :]]
     values = {
         "steps": last,
@@ -83,12 +78,12 @@ def summarise(entries: Sequence[dict], logging_steps: int, pauses: dict[str, flo
 
 
 def best_held_out(entries: Sequence[dict]) -> dict[str, dict]:
-    """Of every `eval/` value the best, and its step: the least of a loss, the most of a score."""
+    """Return the best of every `eval/` value with its step: the lowest loss, the highest score."""
     best: dict[str, dict] = {}
     for entry in entries:
         for name, value in entry.items():
-            if not name.startswith("eval/") or name in BESIDE_TRAINING or name.endswith("_shuffled"):
-                continue  # a score with the images shuffled is there to be compared with, not to be high
+            if not name.startswith("eval/") or name in PAUSES or name.endswith("_shuffled"):
+                continue  # a score with images shuffled is for comparison
             sign = -1 if "loss" in name else 1
             if name not in best or sign * value > sign * best[name]["value"]:
                 best[name] = {"value": value, "step": entry["step"]}
@@ -96,9 +91,9 @@ def best_held_out(entries: Sequence[dict]) -> dict[str, dict]:
 
 
 def talk_command(output_dir: Path, store: RecordStore) -> str:
-    """The command that talks to the result, with a picture of the training data if there is one nearby."""
+    """Return the command to chat with the result, with an image of the training data if one is found."""
     command = ["python", "-m", "mini_llava.tools.chat", str(output_dir)]
-    for index in range(min(len(store), LOOKED_THROUGH)):
+    for index in range(min(len(store), RECORDS_WITH_IMAGES)):
         with contextlib.suppress(BadRecord, BadImage):  # such records may have been skipped
             names, folder = store[index].get("image"), store.image_folder(index)
             name = names[0] if isinstance(names, list) and names else names
@@ -108,7 +103,7 @@ def talk_command(output_dir: Path, store: RecordStore) -> str:
 
 
 def describe(values: dict) -> str:
-    """The summary for the terminal."""
+    """Return the summary as text."""
     took = ", ".join(f"{name} {duration(spent)}" for name, spent in values["seconds"].items())
     lines = [
         "",
@@ -123,7 +118,7 @@ def describe(values: dict) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`42.1 s`, `3 min 5 s`, `2 h 4 min`"""
+    """Format seconds as `42.1 s`, `3 min 5 s` or `2 h 4 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     whole = round(seconds)

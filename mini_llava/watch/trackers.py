@@ -1,4 +1,4 @@
-"""Trackers of `--report_to`: TensorBoard, or what else accelerate knows. What they fail at is a warning."""
+"""Trackers of `--report_to`: TensorBoard, or another that accelerate knows. Their failures are warnings."""
 
 import numpy as np
 from accelerate import Accelerator
@@ -8,12 +8,12 @@ from ..guards.never_fatal import never_fatal, warn_once
 
 
 def start(accelerator: Accelerator, values: dict, resumed_at: int | None = None, table: str = "") -> None:
-    """Starts the trackers of `--report_to` with all arguments as text, TensorBoard with the trainable table too.
+    """Start the trackers with all arguments as text, TensorBoard with the table of what is trained, too.
 
-    resumed_at: the step a resumed run goes on from; TensorBoard then hides what the run before logged beyond it.
+    resumed_at: the step of the checkpoint; TensorBoard hides what was logged beyond it.
     """
     text = {key: str(value) for key, value in values.items()}
-    # TensorBoard would file a configuration under hyper-parameters, as two more runs; as text it is read.
+    # TensorBoard would show a configuration as two more runs.
     config = None if accelerator.log_with == [LoggerType.TENSORBOARD] else text
     purge_step = 0 if resumed_at is None else resumed_at + 1
     names = ", ".join(str(tracker) for tracker in accelerator.log_with)
@@ -29,8 +29,7 @@ def start(accelerator: Accelerator, values: dict, resumed_at: int | None = None,
         warn_once(f"{names} could not be started; log.jsonl has the same values", f"{type(error).__name__}: {error}")
 
 
-# TensorBoard makes a page of the names with the same beginning and opens the first two, which are then held-out values
-# and losses. In log.jsonl names are short.
+# TensorBoard groups names by their beginning and opens the first two groups: held-out values and losses.
 PAGES = {
     "norms": ("gradient_norm", "update_norm", "parameter_norm"),
     "speed": (
@@ -41,7 +40,7 @@ PAGES = {
 
 
 def name_on_page(name: str) -> str:
-    """The name that trackers know a value of log.jsonl by: `speed/mfu`, `rates/projector`, `loss/image_samples`."""
+    """Return the trackers' name of a value in log.jsonl: `speed/mfu`, `rates/projector`, `loss/image_samples`."""
     for page, names in PAGES.items():
         if name in names:
             return f"{page}/{name}"
@@ -53,7 +52,7 @@ def name_on_page(name: str) -> str:
 
 
 def log(accelerator: Accelerator, values: dict[str, float], step: int) -> None:
-    """Gives the values of a step to the trackers, sorted into pages."""
+    """Give a step's values to the trackers."""
     values = {name_on_page(name): value for name, value in values.items()}
     for tracker in accelerator.trackers:
         with never_fatal(f"{tracker.name} lacks entries, which log.jsonl has"):
@@ -61,7 +60,7 @@ def log(accelerator: Accelerator, values: dict[str, float], step: int) -> None:
 
 
 def show(accelerator: Accelerator, name: str, picture: np.ndarray, text: str, step: int) -> None:
-    """Gives TensorBoard alone a picture, uint8 [H, W, 3], and a text in Markdown. Raises whatever its writer raises."""
+    """Give TensorBoard an image, uint8 [H, W, 3], and a text in Markdown. Raises what its writer raises."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard" and accelerator.is_main_process:
             tracker.writer.add_image(name, picture, step, dataformats="HWC")

@@ -373,15 +373,15 @@ def test_the_projector_lies_beside_the_whole_model(tmp_path):
 
 
 def test_what_transformers_cannot_express_is_named():
-    language_model = build().language_model
-    assert why_not_transformers("mlp2x_gelu", language_model) is None
+    model = build()
+    assert why_not_transformers("mlp2x_gelu", model) is None
     for kind in ("linear", "mlp3x_gelu", "identity"):
-        assert kind in why_not_transformers(kind, language_model)
-    language_model.config.logits_scaling = 8.0
-    assert "logits_scaling 8.0" in why_not_transformers("mlp2x_gelu", language_model)
-    del language_model.config.logits_scaling
-    language_model.lm_head = nn.Linear(64, 800, bias=True)
-    assert "lm_head.bias" in why_not_transformers("mlp2x_gelu", language_model)
+        assert kind in why_not_transformers(kind, model)
+    model.language_model.config.logits_scaling = 8.0
+    assert "logits_scaling 8.0" in why_not_transformers("mlp2x_gelu", model)
+    del model.language_model.config.logits_scaling
+    model.language_model.lm_head = nn.Linear(64, 800, bias=True)
+    assert "lm_head.bias" in why_not_transformers("mlp2x_gelu", model)
 
 
 def test_saving_what_transformers_cannot_express_is_refused(tmp_path):

@@ -40,7 +40,7 @@ def test_new_rows_are_the_mean_of_the_old_ones_in_embeddings_and_head(tied):
     old = [m.weight.clone() for m in (model.language_model.get_input_embeddings(), model.language_model.lm_head)]
     with_marks = tokenizer()
     add_image_tokens(with_marks, get_template("v1"), True, True)
-    add_token_rows(model, with_marks, 3, True, True, None, False, torch.float32)
+    add_token_rows(model, with_marks, 3, (True, True))
     new = [model.language_model.get_input_embeddings().weight, model.language_model.lm_head.weight]
     assert (new[0] is new[1]) == tied
     for before, after in zip(old, new, strict=True):
@@ -54,7 +54,7 @@ def test_trained_rows_are_multiplied_as_gemma_multiplies_what_it_looks_up():
                                   num_attention_heads=4, num_key_value_heads=2, head_dim=16)  # fmt: skip
     model, with_marks = build(language_model=AutoModelForCausalLM.from_config(config)), tokenizer()
     add_image_tokens(with_marks, get_template("v1"), True, True)
-    add_token_rows(model, with_marks, 3, True, True, None, True, torch.float32)
+    add_token_rows(model, with_marks, 3, (True, True), train_in=torch.float32)
     ids, nowhere = torch.tensor([[5, START, END]]), torch.zeros(0, dtype=torch.int64)
     beside = model.embed(ids, torch.zeros(1, 3, 56, 56), nowhere)
     model.new_tokens = None

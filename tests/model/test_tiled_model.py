@@ -233,6 +233,4 @@ def test_layouts_that_cannot_express_it_say_so(saved, tmp_path, capsys):
     with pytest.raises(SystemExit, match="was trained with --image_aspect_ratio anyres: leave the flag out"):
         export.main([str(folder / "llava"), str(tmp_path / "out"), "--image_aspect_ratio", "pad"])
     model = build("spatial")
-    assert "spatial_unpad only, not spatial" in write.why_not_transformers(
-        "mlp2x_gelu", model.language_model, model.vision_tower, model.tiling
-    )
+    assert "spatial_unpad only, not spatial" in write.why_not_transformers("mlp2x_gelu", model)

@@ -1,4 +1,4 @@
-"""What `HeldOut` tells about the evaluations that were made, and what it does when one cannot be made."""
+"""What `Evaluation` tells about the evaluations that were made, and what it does when one cannot be made."""
 
 import json
 
@@ -11,7 +11,7 @@ from mini_llava.data.images import Picture
 from mini_llava.data.records import RecordStore
 from mini_llava.data.samples import Samples
 from mini_llava.data.templates import get_template
-from mini_llava.evaluation.evaluate import HeldOut, read_questions
+from mini_llava.evaluation.evaluate import Evaluation, read_questions
 from mini_llava.evaluation.shown import GREEN, RED, ShownAnswer, as_picture, as_table
 from mini_llava.formats.tokenizers import load_tokenizer
 from mini_llava.guards.preemption import Preemption
@@ -33,14 +33,14 @@ def make(tmp_path):
     """`make(**flags)`: the evaluation of a tiny model on five questions and two choices, 20 steps in all."""
     textual = (get_template("v1"), load_tokenizer(runs.FIXTURES / "llm"))
 
-    def make(**values) -> HeldOut:
+    def make(**values) -> Evaluation:
         values = runs.held_out_flags(tmp_path) | {"eval_steps": 4} | values
         arguments = flags.parse_arguments(runs.flags_of(2, tmp_path, values))
         store = RecordStore(arguments.data.eval_data_path, arguments.data.eval_image_folder)
         samples = Blank(store, *textual, 512, TOKENS_PER_IMAGE, image_size=IMAGE_SIZE)
         accelerator, model = Accelerator(cpu=True), tiny_llava()
         lockstep = Lockstep(accelerator, Preemption(), max_skipped=0)
-        return HeldOut(arguments, accelerator, model, samples, read_questions(samples, None, 42), 20, lockstep)
+        return Evaluation(arguments, model, samples, read_questions(samples, None, 42), 20, lockstep)
 
     return make
 
@@ -71,7 +71,7 @@ def test_without_an_evaluation_there_is_no_best_one(make):
     assert held_out.history == [] and held_out.best is None and held_out.in_a_word() == ""
 
 
-def due(held_out: HeldOut) -> list[int]:
+def due(held_out: Evaluation) -> list[int]:
     return [step for step in range(21) if held_out.is_due(step)]
 
 

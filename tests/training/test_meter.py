@@ -17,7 +17,7 @@ from mini_llava.data.tokenization import IGNORE_INDEX
 from mini_llava.training.meter import Meter, loss_parts
 from mini_llava.watch import progress as meters
 from mini_llava.watch.flops import FlopCounter
-from mini_llava.watch.log import append_json_line
+from mini_llava.watch.json_lines import append_json_line
 from mini_llava.watch.progress import ProgressLine, questions_bar
 from tests.training.tiny_llava import micro_batch, tiny_llava
 
@@ -222,7 +222,7 @@ def test_on_a_terminal_the_bar_of_questions_stands_below_the_progress_line_and_g
             assert of_questions.startswith("held-out answers:  43%|") and " 3/7 " in of_questions
             bar.update(4)
         assert shown() == before
-        line.say("7 held-out questions after step 2: all right.")
+        line.log("7 held-out questions after step 2: all right.")
         line.update(3, VALUES)
         line.close()
         said, progress = shown()

@@ -13,8 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mini_llava import arguments
 from mini_llava.data.records import RecordStore
 from mini_llava.watch import trackers
-from mini_llava.watch.json_lines import append_lines, read_lines
-from mini_llava.watch.log import append_json_line, prepare_reports
+from mini_llava.watch.json_lines import append_json_line, append_lines, read_lines
+from mini_llava.watch.report import prepare_reports
 from mini_llava.watch.skipped import count_skipped, log_skipped
 from tests.end_to_end.runs import flags_of
 from tests.forked_runs import start
