@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from .arguments import Arguments
 from .formats.read import Source, load_llava
-from .model.attention import choose_attention
 from .model.llava import LlavaModel
 from .model.trained import apply_plan, freeze_plan, trainable_table, trained_in_full
 from .options import lora
+from .options.attention import choose_attention
 from .options.image_tokens import add_token_rows
 from .options.kernels import choose_fused_kernels, use_fused_kernels
 from .training.backend import is_offloaded, master_dtype, parameter_dtypes, quantisation

@@ -28,10 +28,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..data.images import load_image_processor, normalisation_table, of_size
 from ..hub import find_file, foreign_code_refused, read_json
-from ..model.attention import CAPPED
 from ..model.llava import LlavaModel
 from ..model.projector import build_projector, list_some, load_projector
 from ..model.vision_tower import VisionTower, empty_model, has_layers, leading_tokens, resize, tokens_per_image
+from ..options.attention import CAPPED
 from ..options.fastvlm import FASTVITHD
 from ..options.tiles import NEWLINE_KEY, ImageNewline, Tiling, choose_tiling
 from .layouts import (

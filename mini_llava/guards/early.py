@@ -11,8 +11,8 @@ import torch
 
 from ..arguments import Arguments
 from ..data.records import check_data_files
-from ..model.attention import check_flash_attention
 from ..model.projector import find_projector
+from ..options.attention import check_flash_attention
 from ..options.kernels import check_liger_kernel
 from ..options.lora import find_adapter
 from ..training.backend import check_bitsandbytes, check_tracker

@@ -25,10 +25,10 @@ from ..guards import preflight
 from ..guards.longest import Longest, kept_of_a_position, longest_micro_batch
 from ..guards.output_folder import disk_needs
 from ..inputs import open_samples
-from ..model.attention import CAPPED, choose_attention
 from ..model.llava import LlavaModel
 from ..model.trained import apply_plan, trainable_table, trained_in_full
 from ..options import lora
+from ..options.attention import CAPPED, choose_attention
 from ..options.image_tokens import add_token_rows
 from ..options.kernels import FUSABLE, choose_fused_kernels
 from ..training.backend import choose_precision, complete_zero, launched_rank, zero_stage
