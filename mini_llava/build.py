@@ -16,7 +16,8 @@ from .options import lora
 from .options.attention import choose_attention
 from .options.image_tokens import add_token_rows
 from .options.kernels import choose_fused_kernels, use_fused_kernels
-from .training.backend import is_offloaded, master_dtype, parameter_dtypes, quantisation
+from .options.quantisation import quantisation
+from .training.backend import is_offloaded, master_dtype, parameter_dtypes
 from .training.optimizer import build_adamw, parameter_groups
 
 

@@ -4,13 +4,11 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
-from accelerate import Accelerator
-from torch import nn
-
 from .arguments import Arguments
 from .formats import write
 from .formats.read import Source
 from .guards import output_folder
+from .guards.checkpoints import complete_checkpoints, find_checkpoint, refuse_another_run, remove_oldest
 from .guards.identity import differences, resume_notes, run_identity
 from .guards.ownership import check_still_owned
 from .model.trained import trained_in_full
@@ -18,6 +16,7 @@ from .options import lora
 from .read_data import Data
 from .training import backend, checkpoint
 from .training.order import Order
+from .training.sharded_state import ShardedState
 
 
 class Saving:
@@ -29,21 +28,15 @@ class Saving:
     def __init__(
         self,
         arguments: Arguments,
-        accelerator: Accelerator,
-        model: nn.Module,
-        optimizer,
+        state: ShardedState,
         plan: dict[str, str],
         source: Source,
         data: Data,
         order: Order,
     ):
-        """
-        Args:
-            model, optimizer: prepared.
-            plan: what is trained, see `freeze_plan`.
-        """
-        self.arguments, self.flags, self.accelerator = arguments, arguments.training, accelerator
-        self.model, self.optimizer, self.data = model, optimizer, data
+        """`plan`: what is trained, see `freeze_plan`."""
+        self.arguments, self.flags, self.state = arguments, arguments.training, state
+        accelerator, model = state.accelerator, state.model
         self.sampler, self.total_steps = order.sampler, order.total_steps
         self.output_dir, self.trained = Path(self.flags.output_dir), trained_in_full(plan)
         trains_more = bool(self.trained - {"projector", "new_tokens", "image_newline"})
@@ -75,15 +68,14 @@ class Saving:
             CheckpointError: it is torn, or this run is not the one that wrote it.
         """
         wanted, ignored = self.flags.resume_from_checkpoint, self.flags.resume_ignore or []
-        found = checkpoint.find_checkpoint(self.accelerator, self.output_dir, wanted, say)
+
+        def check(manifest: dict) -> None:
+            differing = differences(manifest["identity"], self.identity, ignored)
+            refuse_another_run(*differing, self.state.shapes(), manifest["parameters"])
+
+        found = find_checkpoint(self.state.accelerator, self.output_dir, wanted, say)
         if found:
-            manifest = checkpoint.load_checkpoint(
-                self.accelerator,
-                self.model,
-                self.optimizer,
-                found,
-                lambda manifest: differences(manifest["identity"], self.identity, ignored),
-            )
+            manifest = checkpoint.load_checkpoint(self.state, found, check)
             self.sampler.load_state_dict(manifest["sampler"], order_may_differ=bool(ignored))
             self.saved_step = self.sampler.step
             for note in resume_notes(manifest, self.identity):
@@ -95,25 +87,24 @@ class Saving:
         every, step = self.flags.save_steps, self.sampler.step
         saves = self.total_steps // every - step // every if self.flags.save_strategy == "steps" else 0
         keeps_whole = (saves, self.flags.save_total_limit, self.kind == "whole model")
-        return output_folder.disk_note(self.accelerator, self.model, self.output_dir, *keeps_whole)
+        return output_folder.disk_note(self.state.accelerator, self.state.model, self.output_dir, *keeps_whole)
 
     def is_due(self, step: int) -> bool:
         """Return whether a state belongs after this step."""
         return self.flags.save_strategy == "steps" and step % self.flags.save_steps == 0
 
     def save(self, removes_old: bool = True) -> str:
-        """Write a training state with loadable weights beside it, and return a sentence about it: a failure is a
-        warning, because a full disk must not cost the work that is still in memory. All ranks must call it.
+        """Write a training state with loadable weights, and return a sentence about it. All ranks must call it.
 
-        removes_old: older states make way as `--save_total_limit` says.
+        A failure is a warning, because a full disk must not cost the work that is still in memory.
+
+        removes_old: the oldest states are removed as `--save_total_limit` says.
         """
         step = self.sampler.step
         save_trained = lora.save_lora if self.kind == "adapters" else write.save_projector_only
         try:
             saved = checkpoint.save_checkpoint(
-                self.accelerator,
-                self.model,
-                self.optimizer,
+                self.state,
                 self.output_dir,
                 step,
                 {
@@ -122,18 +113,18 @@ class Saving:
                     "arguments": self.arguments.as_dict(),
                     "identity": self.identity,
                 },
-                self.flags.save_total_limit if removes_old else None,
                 write_weights=functools.partial(save_trained, model=self.bare, described=self.description),
                 check_owner=check_still_owned,
             )
         except checkpoint.CheckpointError as error:
-            present = checkpoint.complete_checkpoints(self.output_dir)
+            present = complete_checkpoints(self.output_dir)
             return (
                 f"Warning: {error} The run goes on, and the next save is the next try; a crash before it loses the "
                 f"work since {present[-1].name if present else 'the beginning'}."
             )
-        self.saved_step = step
-        return "\n".join([str(saved), *saved.warnings])
+        self.saved_step, keep = step, self.flags.save_total_limit
+        removes_old = removes_old and self.state.accelerator.is_main_process
+        return "\n".join([str(saved), *(remove_oldest(self.output_dir, step, keep) if removes_old else [])])
 
     def write_result(self) -> str:
         """Write what the run was for, in the layout that `--export_format` asks for, and return a line about it."""

@@ -10,16 +10,13 @@ import importlib.util
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import nn
-from transformers import BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..arguments import Arguments
@@ -61,18 +58,6 @@ def choose_precision(bf16: bool, fp16: bool, explicit: set[str]) -> str:
     return wanted
 
 
-def check_tracker(report_to: str) -> None:
-    """Raises ValueError if it is not one that can report here."""
-    installed = [str(tracker) for tracker in get_available_trackers()]
-    if report_to not in ("none", "all", *installed):
-        # accelerate leaves out a tracker whose package is missing, and says so at level DEBUG only.
-        known = ", ".join(sorted({"none", *LoggerType.list()} - {*installed}))
-        raise ValueError(
-            f"--report_to {report_to}: not installed or unknown. "
-            f"Installed: {', '.join(installed)}; also known: {known}."
-        )
-
-
 def start(arguments: Arguments) -> Accelerator:
     """Start the process group and accelerate, in the precision and with the trackers that the flags ask for.
 
@@ -89,7 +74,6 @@ def start(arguments: Arguments) -> Accelerator:
 
 def build_accelerator(precision: str, max_grad_norm: float, report_to: str, output_dir: Path) -> Accelerator:
     """The Accelerator for what the launcher started: one process, DDP, DeepSpeed ZeRO-2 or ZeRO-3, on GPU or CPU."""
-    check_tracker(report_to)
     handlers, plugin = [], None
     launched = "WORLD_SIZE" in os.environ
     if launched:
@@ -201,6 +185,34 @@ def prepare(
     return model, optimizer
 
 
+def inner_optimizer(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer that steps, inside accelerate's and DeepSpeed's."""
+    return optimizer.optimizer.optimizer if is_deepspeed(accelerator) else optimizer.optimizer
+
+
+def create_moments(accelerator: Accelerator, optimizer: torch.optim.Optimizer, step: int = 0) -> None:
+    """Give AdamW its moments, zeros where there are none yet, as after `step` steps.
+
+    By itself it would allocate them at the end of the first step, in the holes between activations, where they stay and
+    fragment the free memory: LoRA of a 13B model then found no 88 MB among 23 GB.
+    """
+    inner = inner_optimizer(accelerator, optimizer)
+    if is_deepspeed(accelerator):
+        flat = "fp32_partitioned_groups_flat" if zero_stage(accelerator) == 3 else "single_partition_of_fp32_groups"
+        masters = getattr(optimizer.optimizer, flat)
+    else:
+        masters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    on_cpu = type(inner).__name__ == "DeepSpeedCPUAdam"
+    for master in masters:
+        # torch's fused AdamW wants the count beside the parameter, the plain one on the CPU, DeepSpeed's a number.
+        device = master.device if inner.defaults.get("fused") else "cpu"
+        state = inner.state[master]
+        state["step"] = step if on_cpu else torch.tensor(float(step), dtype=torch.float32, device=device)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if moment not in state:
+                state[moment] = torch.zeros_like(master.data)
+
+
 def is_deepspeed(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
@@ -229,34 +241,6 @@ def compute_dtype(accelerator: Accelerator) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[accelerator.mixed_precision]
 
 
-def check_bitsandbytes(bits: int) -> None:
-    """Raises ValueError if weights are to be quantised and the package is not installed."""
-    if bits != 16 and importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(f"--bits {bits} needs the package bitsandbytes: pip install bitsandbytes.")
-
-
-def quantisation(accelerator: Accelerator, bits: int, double_quant: bool, quant_type: str) -> dict:
-    """What transformers' `from_pretrained` needs to read the language model in 4 or 8 bits; nothing for 16.
-
-    Raises:
-        ValueError: bitsandbytes is not installed.
-    """
-    if bits == 16:
-        return {}
-    check_bitsandbytes(bits)
-    if bits == 8:
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quant_type,
-        bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_compute_dtype=compute_dtype(accelerator),
-        # ZeRO-3 divides the parameters of one dtype, so the packed bytes pass for numbers of the computation's.
-        bnb_4bit_quant_storage=compute_dtype(accelerator) if zero_stage(accelerator) == 3 else torch.uint8,
-    )
-    return {"quantization_config": config}
-
-
 def describe(accelerator: Accelerator) -> str:
     """`2 processes, DeepSpeed ZeRO-3, bf16, cuda`"""
     count = f"{accelerator.num_processes} process" + ("es" if accelerator.num_processes > 1 else "")
@@ -269,22 +253,6 @@ def backend(accelerator: Accelerator) -> str:
     if is_deepspeed(accelerator):
         return f"DeepSpeed ZeRO-{zero_stage(accelerator)}"
     return "DDP" if accelerator.num_processes > 1 else "no distribution"
-
-
-def memory_note(accelerator: Accelerator, model: nn.Module) -> str | None:  # pragma: no cover, needs a GPU
-    """What a bare `accelerate launch` on several GPUs, which is DDP, costs on each of them; None elsewhere."""
-    if accelerator.distributed_type != DistributedType.MULTI_GPU:
-        return None
-    parameters = list(model.parameters())
-    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    frozen = sum(
-        parameter.numel() * parameter.element_size() for parameter in parameters if not parameter.requires_grad
-    )
-    # fp32 weights, gradients, DDP's copy of them in its buckets, and two moments.
-    return (
-        f"DDP keeps all weights, gradients and moments on every GPU, {(20 * trained + frozen) / 2**30:.1f} GiB each "
-        "before activations; --config_file accelerate_configs/zero3.yaml divides them among the GPUs."
-    )
 
 
 def is_offloaded(accelerator: Accelerator) -> bool:
@@ -392,149 +360,3 @@ def gather_from_ranks(accelerator: Accelerator, mine: object) -> list:
     gathered = [None] * accelerator.num_processes
     torch.distributed.all_gather_object(gathered, mine)
     return gathered
-
-
-# --- the trained state, as this rank holds it -------------------------------------------------------------------------
-
-KINDS = ("master", "exp_avg", "exp_avg_sq")
-
-
-@dataclass
-class Piece:
-    """A flat range of one parameter: views of its master and moments that this rank holds."""
-
-    name: str
-    start: int
-    tensors: dict[str, torch.Tensor]  # kind -> flat view
-
-    @property
-    def numel(self) -> int:
-        return self.tensors["master"].numel()
-
-
-def held_pieces(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Piece]:
-    """The pieces of the trained parameters on this rank; without DeepSpeed, all of every parameter.
-
-    The moments must exist: take a step or call `create_moments` before.
-    """
-    named = [(name, p) for name, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad]
-    if not is_deepspeed(accelerator):
-        for name, parameter in named:
-            state = optimizer.state[parameter]
-            yield Piece(name, 0, {"master": parameter.data.view(-1)} | {k: state[k].view(-1) for k in KINDS[1:]})
-        return
-    zero = optimizer.optimizer
-    if zero_stage(accelerator) == 3:
-        rank = accelerator.process_index
-        for name, parameter in named:
-            views = {kind: _zero3_view(zero, parameter, kind) for kind in KINDS}
-            start = rank * views["master"].numel()  # the last partitions are padded, or nothing but padding
-            real = max(0, min(views["master"].numel(), parameter.ds_numel - start))
-            yield Piece(name, start, {kind: view[:real] for kind, view in views.items()})
-        return
-    names = {id(parameter): name for name, parameter in named}
-    for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
-        for parameter in group:
-            if (mapping := parameter._hp_mapping) is None:  # all of it lies on other ranks
-                continue
-            # Not `safe_get_full_optimizer_state`: DeepSpeed 0.19 links the moments of the first parameter group only.
-            address = mapping.hp_fragment_address
-            moments = {k: zero.optimizer.state[flat][k].narrow(0, address.start, address.numel) for k in KINDS[1:]}
-            start = mapping.lp_fragment_address.start
-            yield Piece(names[id(parameter)], start, {"master": mapping.hp_fragment} | moments)
-
-
-def own_range(accelerator: Accelerator, piece: Piece) -> tuple[int, int]:
-    """Begin and end of the part of a held piece that is this rank's to write: an equal share if all ranks hold it."""
-    if is_deepspeed(accelerator):
-        return 0, piece.numel
-    share = -(-piece.numel // accelerator.num_processes)
-    rank = accelerator.process_index
-    return min(rank * share, piece.numel), min((rank + 1) * share, piece.numel)
-
-
-def _zero3_view(zero, parameter: nn.Parameter, kind: str) -> torch.Tensor:
-    # The public `safe_get_local_*` return copies when the optimizer is offloaded; a view can be written to as well.
-    key = None if kind == "master" else kind
-    return zero._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=key)[0]
-
-
-def create_moments(accelerator: Accelerator, optimizer: torch.optim.Optimizer, step: int = 0) -> None:
-    """Gives AdamW its moments, zeros where there are none yet, as after `step` steps.
-
-    By itself it would make them at the end of the first step, one here and one there in the holes that activations have
-    left, where they stay and cut what is free into pieces: LoRA of a 13B model found no 88 MB among 23 GB so.
-    """
-    inner, parameters = masters(accelerator, optimizer)
-    on_cpu = type(inner).__name__ == "DeepSpeedCPUAdam"
-    for parameter in parameters:
-        # torch's fused AdamW wants the count beside the parameter, the plain one on the CPU, DeepSpeed's a number.
-        device = parameter.device if inner.defaults.get("fused") else "cpu"
-        state = inner.state[parameter]
-        state["step"] = step if on_cpu else torch.tensor(float(step), dtype=torch.float32, device=device)
-        for moment in ("exp_avg", "exp_avg_sq"):
-            if moment not in state:
-                state[moment] = torch.zeros_like(parameter.data)
-
-
-def masters(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, list]:
-    """The innermost optimizer, and the fp32 tensors that this rank steps."""
-    if not is_deepspeed(accelerator):
-        return optimizer.optimizer, [p for group in optimizer.param_groups for p in group["params"]]
-    zero = optimizer.optimizer
-    flat = "fp32_partitioned_groups_flat" if zero_stage(accelerator) == 3 else "single_partition_of_fp32_groups"
-    return zero.optimizer, getattr(zero, flat)
-
-
-def steps_taken(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> int:
-    """AdamW's own count, which lags behind the optimizer steps where fp16 skipped some."""
-    inner = optimizer.optimizer.optimizer if is_deepspeed(accelerator) else optimizer.optimizer
-    return max((int(state["step"]) for state in inner.state.values()), default=0)
-
-
-def trained_shapes(accelerator: Accelerator, model: nn.Module) -> dict[str, list[int]]:
-    """Name and full shape of every trained parameter."""
-    named = accelerator.unwrap_model(model).named_parameters()
-    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in named if p.requires_grad}
-
-
-def refresh_working_weights(
-    accelerator: Accelerator, model: nn.Module, optimizer, read_master: Callable[[torch.Tensor, str], None]
-) -> None:
-    """Copy the masters to the weights that the model computes with, which under ZeRO are a second copy.
-
-    read_master: fills a flat fp32 tensor with the whole master of the parameter of this name.
-    """
-    if not is_deepspeed(accelerator):
-        return
-    if zero_stage(accelerator) != 3:
-        optimizer.optimizer.update_lp_params()
-        return
-    import deepspeed
-
-    for name, parameter in accelerator.unwrap_model(model).named_parameters():
-        if parameter.requires_grad:
-            # Through the gathering context, because small parameters are also kept whole on every rank.
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                if accelerator.is_main_process:
-                    master = torch.empty(parameter.numel(), dtype=torch.float32)
-                    read_master(master, name)
-                    parameter.data.copy_(master.view_as(parameter))
-
-
-def loss_scaler_state(accelerator: Accelerator, optimizer) -> dict:
-    """Return the loss scale of fp16 and its counters, as JSON values; empty in other precisions."""
-    if is_deepspeed(accelerator):
-        scaler = optimizer.optimizer.loss_scaler
-        return {k: v for k, v in vars(scaler).items() if isinstance(v, int | float | bool)}
-    return accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
-
-
-def restore_loss_scaler(accelerator: Accelerator, optimizer, state: dict) -> None:
-    """Give the loss scaler a state that `loss_scaler_state` has returned."""
-    if not state:
-        return
-    if is_deepspeed(accelerator):
-        vars(optimizer.optimizer.loss_scaler).update(state)
-    elif accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(state)
