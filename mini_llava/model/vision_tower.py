@@ -14,7 +14,6 @@ from torch import nn
 from transformers import MODEL_MAPPING, PreTrainedConfig
 
 from ..data.images import normalise
-from .projector import whole
 
 SELECT_FEATURES = ("patch", "cls_patch")
 
@@ -132,34 +131,6 @@ def _without_head(model: nn.Module) -> nn.Module:
         if hasattr(module, "use_head"):
             module.use_head = False
     return model
-
-
-def resize(model: nn.Module, image_size: int) -> None:
-    """Makes a tower for square pictures of another size: its position embeddings are interpolated once and for all.
-
-    transformers' own function does it, as in each forward with `interpolate_pos_encoding`, but always in fp32. A tower
-    without position embeddings stays as it is.
-    """
-    if not has_layers(model.config) or model.config.image_size == image_size:
-        return
-    name, old = next((n, module) for n, module in model.named_modules() if hasattr(module, "interpolate_pos_encoding"))
-    resized = copy.deepcopy(model.config)
-    resized.image_size = image_size
-    with torch.device("meta" if next(model.parameters()).is_meta else "cpu"):
-        # The new one with places and buffers for the new number of patches.
-        in_fp32, new = type(old)(model.config), type(old)(resized)
-    model.config = resized
-    for path, parameter in old.named_parameters():
-        if "position_embedding" in path:
-            with whole(parameter), torch.no_grad():  # which ZeRO-3 may have divided
-                in_fp32.get_parameter(path).copy_(parameter)
-                like = new.get_parameter(path)
-                tokens = torch.empty(1, *like.shape[-2:], device=like.device)  # counted only
-                values = in_fp32.interpolate_pos_encoding(tokens, image_size, image_size).view_as(like)
-                parameter = nn.Parameter(values.to(parameter))
-        owner, _, last = path.rpartition(".")
-        setattr(new.get_submodule(owner), last, parameter)
-    model.set_submodule(name, new)
 
 
 def empty_model(config: PreTrainedConfig) -> nn.Module:

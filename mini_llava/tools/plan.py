@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import Arguments, TrainingArguments
-from ..build import plan_of
+from ..build import plan_of, trainable_table
 from ..data.lengths import Lengths, measure_some
 from ..formats.read import Source, assemble, empty_parts
 from ..guards import preflight
@@ -26,7 +26,7 @@ from ..guards.longest import Longest, kept_of_a_position, longest_micro_batch
 from ..guards.output_folder import disk_needs
 from ..inputs import open_samples
 from ..model.llava import LlavaModel
-from ..model.trained import apply_plan, trainable_table, trained_in_full
+from ..model.trained import apply_plan, trained_in_full
 from ..options import lora
 from ..options.attention import CAPPED, choose_attention
 from ..options.image_tokens import add_token_rows
