@@ -36,13 +36,13 @@ from mini_llava.saving import Saving
 from mini_llava.tools import plan as planning
 from mini_llava.training import backend, checkpoint
 from mini_llava.training.lockstep import Lockstep
-from mini_llava.training.meter import Meter, loss_parts
 from mini_llava.training.optimizer import learning_rates, set_learning_rates
 from mini_llava.training.order import choose_order
 from mini_llava.training.schedule import learning_rate_factor, warmup_steps
 from mini_llava.training.sharded_state import ShardedState
 from mini_llava.watch import first_batch, trackers
 from mini_llava.watch.flops import FlopCounter, peak_flops
+from mini_llava.watch.meter import Meter, loss_parts
 from mini_llava.watch.norms import norms_are_due, step_norms
 from mini_llava.watch.report import Report
 
