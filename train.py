@@ -95,7 +95,7 @@ def train(arguments: flags.Arguments, advice: planning.Advice | None = None) -> 
     torch.manual_seed((training.seed << 16) + rank)  # from here on each rank has dropout masks of its own
 
     # --- Resume, and what is seen and tried before step 1 ------------------------------------------------------------
-    saving = Saving(arguments, ShardedState(accelerator, model, optimizer), plan, source, data, order)
+    saving = Saving(arguments, ShardedState(accelerator, model, optimizer), source, data, order)
     report.say(saving.shared_note)
     resumed = saving.resume(report.say)
     if rank == 0:

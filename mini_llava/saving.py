@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .arguments import Arguments
+from .build import plan_of
 from .formats import write
 from .formats.read import Source
 from .guards import output_folder
@@ -20,25 +21,17 @@ from .training.sharded_state import ShardedState
 
 
 class Saving:
-    """
+    """Writes training states and the result of a run, and resumes it.
+
     Attributes:
         saved_step: the step of the newest state on disk; before any, that at which the run began.
     """
 
-    def __init__(
-        self,
-        arguments: Arguments,
-        state: ShardedState,
-        plan: dict[str, str],
-        source: Source,
-        data: Data,
-        order: Order,
-    ):
-        """`plan`: what is trained, see `freeze_plan`."""
+    def __init__(self, arguments: Arguments, state: ShardedState, source: Source, data: Data, order: Order):
         self.arguments, self.flags, self.state = arguments, arguments.training, state
         accelerator, model = state.accelerator, state.model
         self.sampler, self.total_steps = order.sampler, order.total_steps
-        self.output_dir, self.trained = Path(self.flags.output_dir), trained_in_full(plan)
+        self.output_dir, self.trained = Path(self.flags.output_dir), trained_in_full(plan_of(arguments, source))
         trains_more = bool(self.trained - {"projector", "new_tokens", "image_newline"})
         self.kind = "adapters" if self.flags.lora_enable else "whole model" if trains_more else "projector"
         self.shared_note = output_folder.check_shared(accelerator, self.output_dir)

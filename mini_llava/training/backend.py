@@ -1,7 +1,8 @@
 """Every quirk of accelerate and DeepSpeed that the trainer has to know, each with its reason.
 
-The loop in `train.py` uses `backward_and_step` and does not know which backend runs. Accumulation is 1 for accelerate
-and for DeepSpeed: the loop says itself which micro-batch is the last, so that a step may have any number of them.
+The loop in `train.py` calls `micro_step`, `backward` and `optimizer_step` whichever backend runs. accelerate and
+DeepSpeed are configured for an accumulation of 1: the loop says which micro-batch is the last, so that a step may have
+any number of them.
 """
 
 import contextlib
@@ -22,25 +23,25 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..arguments import Arguments
 from ..model.llava import LlavaModel
 
-# DeepSpeed calls collectives by names that torch is renaming; nobody who trains can act on that.
+# DeepSpeed calls collectives by names that torch is renaming; a user cannot act on that.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
-# Micro-batches differ in length. In segments of fixed size their tensors leave holes, until the allocator gives
-# everything back to the driver and begins again, in the middle of a step, or finds no room at all. It looks once, at
-# the first question to a GPU, and be it whether that knows bf16: hence here and not in `build_accelerator`.
+# Micro-batches differ in length, which fragments segments of fixed size until the allocator returns all memory to the
+# driver in the middle of a step, or fails. The variable is read once, at the first CUDA call, even one that only asks
+# whether bf16 is supported: hence it is set here and not in `build_accelerator`.
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def launched_rank() -> tuple[int, int]:
-    """(rank, number of processes), as the launcher says it, before any process group exists."""
+    """Return rank and number of processes from the launcher's variables, before any process group exists."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def choose_precision(bf16: bool, fp16: bool, explicit: set[str]) -> str:
-    """`bf16`, `fp16` or `no`: accelerate's config where it sets one, else the flags; a contradiction is an error.
+    """Return `bf16`, `fp16` or `no`: that of accelerate's config, else that of the flags.
 
-    A bare `accelerate launch` exports `no` as well, so `no` counts as not set.
+    A bare `accelerate launch` exports `no` as well, so `no` counts as not set. Raises ValueError for a contradiction.
     """
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     wanted = "bf16" if bf16 else "fp16" if fp16 else "no"
@@ -73,19 +74,19 @@ def start(arguments: Arguments) -> Accelerator:
 
 
 def build_accelerator(precision: str, max_grad_norm: float, report_to: str, output_dir: Path) -> Accelerator:
-    """The Accelerator for what the launcher started: one process, DDP, DeepSpeed ZeRO-2 or ZeRO-3, on GPU or CPU."""
+    """Return the Accelerator for what was launched: one process, DDP, DeepSpeed ZeRO-2 or ZeRO-3, on GPU or CPU."""
     handlers, plugin = [], None
     launched = "WORLD_SIZE" in os.environ
     if launched:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        # Only in launched runs: without a launcher accelerate would look for a process group that is not there.
+        # Without a launcher accelerate would wait for a process group that does not exist.
         handlers.append(InitProcessGroupKwargs(backend=backend))
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         plugin = DeepSpeedPlugin()
         complete_deepspeed_config(plugin.deepspeed_config, precision, max_grad_norm)
     accelerator = Accelerator(
-        # Several processes on CPUs: without being told, accelerate makes a process group and then never synchronises
-        # gradients. Told so under DeepSpeed, it leaves DeepSpeed out.
+        # Several processes on CPUs: without `cpu` accelerate makes a process group and never synchronises gradients.
+        # Under DeepSpeed, with `cpu` it leaves DeepSpeed out.
         cpu=plugin is None and launched_rank()[1] > 1 and not torch.cuda.is_available(),
         mixed_precision=precision,
         gradient_accumulation_steps=1,
@@ -101,7 +102,7 @@ def build_accelerator(precision: str, max_grad_norm: float, report_to: str, outp
 
 
 def _check_it_is_what_was_launched(accelerator: Accelerator, wants_deepspeed: bool) -> None:
-    """Raises ValueError where accelerate made something else of the launch, which it does without a word."""
+    """Raise ValueError where accelerate silently made something else of the launch."""
     if wants_deepspeed and not is_deepspeed(accelerator):
         raise ValueError(
             "The accelerate config asks for DeepSpeed, but accelerate leaves it out when it is told to use the CPU: "
@@ -113,7 +114,7 @@ def _check_it_is_what_was_launched(accelerator: Accelerator, wants_deepspeed: bo
 
 
 def complete_deepspeed_config(config: dict, precision: str, max_grad_norm: float) -> None:
-    """Fills what the loop decides, in place. Raises ValueError where the file says something else."""
+    """Set what the loop decides, in place. Raises ValueError where the file contradicts it."""
     for key in ("optimizer", "scheduler"):
         if key in config:
             # LLaVA's zero3_offload.json has both, and silently replaces parameter groups and cosine by them.
@@ -124,11 +125,11 @@ def complete_deepspeed_config(config: dict, precision: str, max_grad_norm: float
             f"gradient_clipping {clipping} of the DeepSpeed config contradicts --max_grad_norm {max_grad_norm}: "
             "remove it there."
         )
-    config["gradient_clipping"] = float(max_grad_norm)  # left out or "auto" it would be 1.0
-    config["train_micro_batch_size_per_gpu"] = 1  # of no effect: batches are never made by DeepSpeed
+    config["gradient_clipping"] = float(max_grad_norm)  # absent or "auto" it would be 1.0
+    config["train_micro_batch_size_per_gpu"] = 1  # required, but unused: DeepSpeed never makes a batch here
     config["gradient_accumulation_steps"] = 1
     config["zero_allow_untested_optimizer"] = True
-    # Micro-batches add up in fp32: the default is the model's dtype, and bf16 sums drop what is 256 times smaller.
+    # Gradients accumulate in fp32: the default is the model's dtype, and bf16 sums lose what is 256 times smaller.
     config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
     complete_zero(config["zero_optimization"], memory)
@@ -137,20 +138,20 @@ def complete_deepspeed_config(config: dict, precision: str, max_grad_norm: float
 
 
 def complete_zero(zero: dict, gpu_memory: float | None) -> None:
-    """Fills what a `zero_optimization` leaves open, in place. Raises ValueError for a stage that is not supported.
+    """Fill what a `zero_optimization` leaves open, in place. Raises ValueError for a stage that is not supported.
 
-    gpu_memory: of one GPU, bytes; None on CPUs.
+    gpu_memory: bytes of one GPU; None on CPUs.
     """
     if zero["stage"] not in (2, 3):
         raise ValueError(f"zero_stage: {zero['stage']} of the accelerate config is not supported; known: 2, 3.")
-    # Half-precision parameters may stay gathered until they are used again in a seventh of the GPU: what was gathered
-    # in forward then need not be gathered again in backward.
+    # Gathered half-precision parameters may take a seventh of the GPU: those of forward that are still there need not
+    # be gathered again in backward.
     keep_whole = 1_000_000_000 if gpu_memory is None else int(gpu_memory) // 7 // 2
     # "auto" would be derived from the hidden size of a `model.config` that LlavaModel does not have.
     for key, value in (
         ("reduce_bucket_size", 500_000_000),
         ("stage3_prefetch_bucket_size", 400_000_000),
-        # Smaller parameters are never partitioned: all of CLIP-L's, whose hundreds of gathers cost more than 0.6 GB.
+        # Smaller parameters stay whole: all of CLIP-L's, 0.6 GB that would cost hundreds of gathers.
         ("stage3_param_persistence_threshold", 5_000_000),
         ("stage3_max_live_parameters", keep_whole),
         ("stage3_max_reuse_distance", keep_whole),
@@ -163,11 +164,11 @@ def complete_zero(zero: dict, gpu_memory: float | None) -> None:
 def prepare(
     accelerator: Accelerator, model: LlavaModel, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """`accelerator.prepare`, with layers as the unit in which ZeRO-3 gathers weights and reduces gradients.
+    """Return both as `accelerator.prepare` does, with layers as the unit that ZeRO-3 gathers and reduces.
 
-    By default the unit is a single linear layer, and its hooks cost more of the host's time than a tower's layer takes
-    on the GPU. DeepSpeed reduces the gradients of such a unit once the gradient of the unit's input is known, so the
-    input must have one: it has, if anything in front of the language model is trained.
+    By default the unit is a single linear layer, whose hooks take the host longer than the GPU takes for a tower's
+    layer. DeepSpeed reduces the gradients of such a unit once the gradient of its input is known, so the input must
+    have one: it does if anything in front of the language model is trained.
     """
     if zero_stage(accelerator) == 3:
         from deepspeed.utils import set_z3_leaf_module
@@ -218,14 +219,14 @@ def is_deepspeed(accelerator: Accelerator) -> bool:
 
 
 def zero_stage(accelerator: Accelerator) -> int:
-    """0 without DeepSpeed."""
+    """Return 2 or 3, or 0 without DeepSpeed."""
     return accelerator.deepspeed_plugin.zero_stage if is_deepspeed(accelerator) else 0
 
 
 def parameter_dtypes(accelerator: Accelerator, trained: set[str]) -> dict[str, torch.dtype]:
-    """The dtype to load each part of the model in.
+    """Return the dtype to load each part of the model in.
 
-    Trained parameters always have fp32 masters: DeepSpeed keeps them in its optimizer beside half-precision working
+    Trained parameters always have fp32 masters: DeepSpeed keeps them in its optimizer besides half-precision working
     weights; otherwise the parameters themselves are the masters, and autocast computes in half precision.
     """
     compute, master = compute_dtype(accelerator), master_dtype(accelerator)
@@ -233,7 +234,7 @@ def parameter_dtypes(accelerator: Accelerator, trained: set[str]) -> dict[str, t
 
 
 def master_dtype(accelerator: Accelerator) -> torch.dtype:
-    """The dtype that trained parameters have in the model: DeepSpeed has their fp32 masters elsewhere."""
+    """Return the dtype that trained parameters have in the model: DeepSpeed has their fp32 masters elsewhere."""
     return compute_dtype(accelerator) if is_deepspeed(accelerator) else torch.float32
 
 
@@ -256,15 +257,14 @@ def backend(accelerator: Accelerator) -> str:
 
 
 def is_offloaded(accelerator: Accelerator) -> bool:
-    """Whether DeepSpeed keeps the optimizer in CPU memory; accelerate then replaces AdamW by DeepSpeed's for CPUs."""
+    """Return whether the optimizer is in CPU memory; accelerate then replaces AdamW by DeepSpeed's for CPUs."""
     return is_deepspeed(accelerator) and accelerator.deepspeed_plugin.offload_optimizer_device not in (None, "none")
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
-    packages = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "tokenizers", "pillow")
+    """Return the versions of the packages that decide the numbers."""
     found = {}
-    for name in packages:
+    for name in ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "tokenizers", "pillow"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
@@ -274,8 +274,7 @@ def versions() -> dict[str, str]:
 def micro_step(accelerator: Accelerator, model: nn.Module, is_last: bool) -> Iterator[None]:
     """Run forward and backward of one micro-batch inside; the ranks' gradients are averaged with the last of a step.
 
-    DeepSpeed is told through accelerate's flag (its own no_sync is refused by ZeRO-2 and ZeRO-3); DDP has to know
-    already in forward.
+    DeepSpeed learns it from accelerate's flag (ZeRO-2 and ZeRO-3 refuse its own no_sync); DDP must know in forward.
     """
     accelerator.gradient_state._set_sync_gradients(is_last)
     unsynchronised = not is_last and not is_deepspeed(accelerator) and hasattr(model, "no_sync")
@@ -284,11 +283,10 @@ def micro_step(accelerator: Accelerator, model: nn.Module, is_last: bool) -> Ite
 
 
 def backward(accelerator: Accelerator, loss: torch.Tensor) -> None:
-    """Add the gradient of a loss, a scalar, to those of the micro-batches before. Under DeepSpeed the last one of a
-    step also clips and steps.
+    """Add the gradient of a loss, a scalar, to those before; under DeepSpeed the last one of a step clips and steps.
 
-    A loss that is not finite makes the whole gradient so, on all ranks: by itself an infinite loss may have a finite
-    one, where the target's logit is -inf and softmax has no fault.
+    A loss that is not finite makes the whole gradient NaN: by itself an infinite loss may have a finite gradient, where
+    the target's logit is -inf.
     """
     accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
 
@@ -299,26 +297,26 @@ def optimizer_step(
     """Clip the gradient and step, unless it is not finite.
 
     Returns:
-        The global gradient norm before clipping (without a meaning if not finite under DeepSpeed), on the device where
-        the backend leaves it there; and whether it was finite, the same on all ranks. The host waits for the device.
+        The global gradient norm before clipping, on the device if the backend leaves it there (under DeepSpeed
+        meaningless if not finite); and whether it was finite, the same on all ranks. The host waits for the device.
     """
-    if is_deepspeed(accelerator):  # it has clipped and stepped inside the last backward, or silently left the step out
+    if is_deepspeed(accelerator):  # it has clipped and stepped in the last backward, or silently skipped the step
         return accelerator.deepspeed_engine_wrapped.engine.get_global_grad_norm(), not optimizer.step_was_skipped
     accelerator.unscale_gradients(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm if max_grad_norm > 0 else float("inf"))
     finite = bool(norm.isfinite())
-    if finite or accelerator.scaler is not None:  # the scaler leaves the step out by itself, and lowers the scale
+    if finite or accelerator.scaler is not None:  # the scaler skips the step itself, and lowers the scale
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm, finite
 
 
 def discard_gradients(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
-    """Forgets what backward has added up since the last step, so that the next step is as if it had not run."""
+    """Set the accumulated gradients to zero, so that the next step is as if no backward had run before it."""
     inner = optimizer.optimizer  # accelerate's own zero_grad does nothing between two steps, nor under DeepSpeed
     inner.zero_grad(set_to_none=True)  # ZeRO-3 then overwrites with the next micro-batch instead of adding
-    if zero_stage(accelerator) == 2:  # as DeepSpeed does where it leaves a step out
+    if zero_stage(accelerator) == 2:  # as DeepSpeed does where it skips a step
         inner.micro_step_id = -1
         for sums in (inner.averaged_gradients, inner.all_grad_tensors):
             sums.update(dict.fromkeys(sums))
@@ -333,16 +331,16 @@ def to_device(batch: dict, device: torch.device) -> dict:
 def end_training(accelerator: Accelerator, model: nn.Module) -> None:
     """End the process group; a model that was wrapped for DDP cannot be trained any further."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        # They would keep the process group until the model goes, and drop it while holding Python's lock, for which one
-        # of gloo's threads may wait to let go of its last collective: a deadlock (pytorch issue 56297). The process
-        # group's own Python object lets go of the lock first.
+        # They would keep the process group until the model is freed, and free it while holding the GIL, for which one
+        # of gloo's threads may wait: a deadlock (pytorch issue 56297). The Python object of the process group releases
+        # the GIL first.
         del model.logger, model.reducer
-    accelerator.trackers = []  # they have been ended where their failures are warnings
+    accelerator.trackers = []  # `watch/trackers.py` has ended them, with failures as warnings
     accelerator.end_training()
 
 
 def sum_over_ranks(accelerator: Accelerator, value: torch.Tensor | float | list) -> torch.Tensor:
-    """Numbers or a tensor summed over all ranks in fp64, left on the device: one collective, and no wait for it."""
+    """Return numbers or a tensor summed over all ranks, fp64, on the device: one all-reduce; the host does not wait."""
     if torch.is_tensor(value):
         tensor = value.detach().to(accelerator.device, torch.float64, copy=True)
     else:  # from pinned memory, because a copy from any other makes the host wait for the device
@@ -354,7 +352,7 @@ def sum_over_ranks(accelerator: Accelerator, value: torch.Tensor | float | list)
 
 
 def gather_from_ranks(accelerator: Accelerator, mine: object) -> list:
-    """An object of every rank, by rank, on every rank. A collective: all ranks must call it."""
+    """Return the objects of all ranks, in order, on every rank. A collective: all ranks must call it."""
     if accelerator.num_processes == 1:
         return [mine]
     gathered = [None] * accelerator.num_processes
