@@ -31,13 +31,13 @@ class Saving:
         self.arguments, self.flags, self.state = arguments, arguments.training, state
         accelerator, model = state.accelerator, state.model
         self.sampler, self.total_steps = order.sampler, order.total_steps
-        self.output_dir, self.trained = Path(self.flags.output_dir), trained_in_full(plan_of(arguments, source))
-        trains_more = bool(self.trained - {"projector", "new_tokens", "image_newline"})
+        self.output_dir, trained = Path(self.flags.output_dir), trained_in_full(plan_of(arguments, source))
+        trains_more = bool(trained - {"projector", "new_tokens", "image_newline"})
         self.kind = "adapters" if self.flags.lora_enable else "whole model" if trains_more else "projector"
         self.shared_note = output_folder.check_shared(accelerator, self.output_dir)
         self.identity = run_identity(accelerator, model, arguments, data, order)
         # A tower that is not quite the one of its name: trained, now or in the model that the run started from.
-        tower_differs = "vision_tower" in self.trained or "vision_tower" in source.stored
+        tower_differs = "vision_tower" in trained or "vision_tower" in source.stored
         self.bare = accelerator.unwrap_model(model)
         self.description = write.Description(
             projector_type=arguments.model.mm_projector_type,
@@ -55,7 +55,7 @@ class Saving:
         self.saved_step = self.sampler.step
 
     def resume(self, say: Callable[[str], None]) -> Path | None:
-        """Go on from the state that `--resume_from_checkpoint` names, and return it; None for a new run.
+        """Load the state that `--resume_from_checkpoint` names, and return its directory; None for a new run.
 
         Raises:
             CheckpointError: it is torn, or this run is not the one that wrote it.
@@ -96,7 +96,7 @@ class Saving:
         step = self.sampler.step
         save_trained = lora.save_lora if self.kind == "adapters" else write.save_projector_only
         try:
-            saved = checkpoint.save_checkpoint(
+            sentence = checkpoint.save_checkpoint(
                 self.state,
                 self.output_dir,
                 step,
@@ -117,7 +117,7 @@ class Saving:
             )
         self.saved_step, keep = step, self.flags.save_total_limit
         removes_old = removes_old and self.state.accelerator.is_main_process
-        return "\n".join([str(saved), *(remove_oldest(self.output_dir, step, keep) if removes_old else [])])
+        return "\n".join([sentence, *(remove_oldest(self.output_dir, step, keep) if removes_old else [])])
 
     def write_result(self) -> str:
         """Write what the run was for, in the layout that `--export_format` asks for, and return a line about it."""

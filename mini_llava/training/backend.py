@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..arguments import Arguments
 from ..model.llava import LlavaModel
+from ..words import counted
 
 # DeepSpeed calls collectives by names that torch is renaming; a user cannot act on that.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -48,11 +49,9 @@ def choose_precision(bf16: bool, fp16: bool, explicit: set[str]) -> str:
     if launched not in ("no", "bf16", "fp16"):
         raise ValueError(f"mixed_precision: {launched} of the accelerate config is unknown; known: no, bf16, fp16.")
     if launched != "no":
-        asked = {"bf16": bf16, "fp16": fp16}
-        contradicting = [name for name in asked if name in explicit and asked[name] != (launched == name)]
-        if contradicting:
-            name = contradicting[0]
-            raise ValueError(f"--{name} {asked[name]} contradicts the accelerate config's mixed_precision: {launched}.")
+        for name, asked in (("bf16", bf16), ("fp16", fp16)):
+            if name in explicit and asked != (launched == name):
+                raise ValueError(f"--{name} {asked} contradicts the accelerate config's mixed_precision: {launched}.")
         wanted = launched
     if wanted == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         return "fp16"  # V100, T4
@@ -243,14 +242,13 @@ def compute_dtype(accelerator: Accelerator) -> torch.dtype:
 
 
 def describe(accelerator: Accelerator) -> str:
-    """`2 processes, DeepSpeed ZeRO-3, bf16, cuda`"""
-    count = f"{accelerator.num_processes} process" + ("es" if accelerator.num_processes > 1 else "")
-    precision = accelerator.mixed_precision.replace("no", "fp32")
+    """Return a line such as `2 processes, DeepSpeed ZeRO-3, bf16, cuda`."""
+    count, precision = counted(accelerator.num_processes, "process"), accelerator.mixed_precision.replace("no", "fp32")
     return f"{count}, {backend(accelerator)}, {precision}, {accelerator.device.type}"
 
 
 def backend(accelerator: Accelerator) -> str:
-    """`DeepSpeed ZeRO-3`, `DDP`, `no distribution`"""
+    """Return `DeepSpeed ZeRO-2`, `DeepSpeed ZeRO-3`, `DDP` or `no distribution`."""
     if is_deepspeed(accelerator):
         return f"DeepSpeed ZeRO-{zero_stage(accelerator)}"
     return "DDP" if accelerator.num_processes > 1 else "no distribution"
@@ -323,6 +321,7 @@ def discard_gradients(accelerator: Accelerator, optimizer: torch.optim.Optimizer
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
+    """Return the batch with its tensors on the device; the host does not wait."""
     return {
         key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for key, value in batch.items()
     }

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import safetensors.torch
 import torch
@@ -63,18 +62,6 @@ def agreement(accelerator: Accelerator, what: str) -> Iterator[None]:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-class Saved(NamedTuple):
-    """What a finished save tells the person who watches."""
-
-    path: Path
-    bytes: int
-    seconds: float
-
-    def __str__(self) -> str:
-        rate = self.bytes / self.seconds / 1e9
-        return f"{self.path} is written: {self.bytes / 1e9:,.3f} GB in {self.seconds:.1f} s ({rate:.2f} GB/s)."
-
-
 def save_checkpoint(
     state: ShardedState,
     output_dir: Path,
@@ -82,8 +69,8 @@ def save_checkpoint(
     description: dict,
     write_weights: Callable[[Path], None] | None = None,
     check_owner: Callable[[], None] | None = None,
-) -> Saved:
-    """Write `output_dir/checkpoint-<step>`. All ranks must call it.
+) -> str:
+    """Write `output_dir/checkpoint-<step>`, and return a sentence about it. All ranks must call it.
 
     Everything is written under another name, flushed to disk, listed in `manifest.json` and renamed last, so that a
     kill at any instant leaves either the whole checkpoint or none.
@@ -126,7 +113,8 @@ def save_checkpoint(
         if accelerator.is_main_process:  # after all ranks have agreed, so nobody writes there any more
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return Saved(final, sum(digest["bytes"] for digest in files.values()), time.perf_counter() - started)
+    size, seconds = sum(digest["bytes"] for digest in files.values()) / 1e9, time.perf_counter() - started
+    return f"{final} is written: {size:,.3f} GB in {seconds:.1f} s ({size / seconds:.2f} GB/s)."
 
 
 def _write_pieces(state: ShardedState, directory: Path) -> dict[str, dict]:

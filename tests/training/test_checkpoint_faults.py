@@ -261,7 +261,8 @@ def test_one_that_appears_in_mid_run_stays_and_the_save_fails(accelerator, save,
         f"{there} could not be written: {there} is there, which this program did not write. Move it away."
     )
     assert contents(there) == before and not hidden(tmp_path)
-    verify(accelerator, save(tmp_path, 3).path)
+    save(tmp_path, 3)
+    verify(accelerator, tmp_path / "checkpoint-3")
 
 
 def test_a_run_whose_folder_was_taken_by_another_machine_saves_nothing_more(save, tmp_path):
