@@ -36,12 +36,13 @@ from mini_llava.saving import Saving
 from mini_llava.tools.plan import MemoryAdvice
 from mini_llava.training import backend, checkpoint
 from mini_llava.training.lockstep import Lockstep
-from mini_llava.training.meter import Meter, loss_parts
 from mini_llava.training.optimizer import learning_rates, set_learning_rates
 from mini_llava.training.order import choose_order
 from mini_llava.training.schedule import learning_rate_factor, warmup_steps
+from mini_llava.training.sharded_state import ShardedState
 from mini_llava.watch import first_batch, trackers
 from mini_llava.watch.flops import FlopCounter, peak_flops
+from mini_llava.watch.meter import Meter, loss_parts
 from mini_llava.watch.norms import norms_are_due, step_norms
 from mini_llava.watch.report import Report
 
@@ -87,12 +88,12 @@ def train(arguments: flags.Arguments, advice: MemoryAdvice | None = None) -> Non
     torch.manual_seed((training.seed << 16) + rank)  # from here on each rank has dropout masks of its own
 
     # --- Resume, and what is seen and tried before step 1 ------------------------------------------------------------
-    saving = Saving(arguments, accelerator, model, optimizer, plan, source, data, order)
+    saving = Saving(arguments, ShardedState(accelerator, model, optimizer), source, data, order)
     report.log(saving.shared_note)
     resumed = saving.resume(report.log)
     if rank == 0:
         preemption.forget_earlier()
-    notes = backend.memory_note(accelerator, model), saving.disk_note()
+    notes = preflight.ddp_memory_note(accelerator, model), saving.disk_note()
     report.begin(accelerator, data, order, table, notes, resumed)
     first_batch.show(accelerator, data.samples, order.dealt_batches(), sampler.step + 1)
     if training.longest_batch_first and sampler.step < total_steps:  # if memory does not suffice, it shows here

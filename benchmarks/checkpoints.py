@@ -21,6 +21,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mini_llava.training import backend, checkpoint
+from mini_llava.training.sharded_state import ShardedState
 
 WIDTH = 1024
 
@@ -42,7 +43,7 @@ def main() -> None:
     backend.optimizer_step(accelerator, optimizer, 1.0)
 
     def ours(folder: Path) -> None:
-        checkpoint.save_checkpoint(accelerator, model, optimizer, folder, 1, {}, None)
+        checkpoint.save_checkpoint(ShardedState(accelerator, model, optimizer), folder, 1, {})
 
     def deepspeeds(folder: Path) -> None:
         model.save_checkpoint(str(folder), tag="1", exclude_frozen_parameters=True)

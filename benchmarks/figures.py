@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.random_setup import CLIP_L_336, LANGUAGE_MODELS, VOCABULARY, draw_conversation  # noqa: E402
+from mini_llava.arguments import ModelArguments  # noqa: E402
 from mini_llava.data.sampler import GlobalBatchSampler, computed_tokens, deal  # noqa: E402
 from mini_llava.guards.longest import Shape  # noqa: E402
 from mini_llava.model.llava import LlavaModel  # noqa: E402
@@ -133,7 +134,7 @@ def memory_of_7b(gpus: int, recomputed: float) -> Estimate:
         tower = VisionTower(CLIPVisionModel(CLIPVisionConfig(patch_size=14, **CLIP_L_336)))
         projector = build_projector("mlp2x_gelu", CLIP_L_336["hidden_size"], config.hidden_size)
         model = LlavaModel(tower, projector, LlamaForCausalLM(config)).to(layout.compute_dtype)
-    apply_plan(model, freeze_plan(False, False, False, False))
+    apply_plan(model, freeze_plan(ModelArguments()))
     model.language_model.config._attn_implementation = "varlen"
     if recomputed:
         model.gradient_checkpointing_enable(recomputed)

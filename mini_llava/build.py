@@ -6,32 +6,26 @@ follows it.
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .arguments import Arguments
 from .formats.read import Source, load_llava
-from .model.attention import choose_attention
 from .model.llava import LlavaModel
-from .model.trained import apply_plan, freeze_plan, trainable_table, trained_in_full
+from .model.trained import apply_plan, freeze_plan, numel, trained_in_full
 from .options import lora
+from .options.attention import choose_attention
 from .options.image_tokens import add_token_rows
 from .options.kernels import choose_fused_kernels, use_fused_kernels
-from .training.backend import is_offloaded, master_dtype, parameter_dtypes, quantisation
+from .options.quantisation import quantisation
+from .training.backend import is_offloaded, master_dtype, parameter_dtypes
 from .training.optimizer import build_adamw, parameter_groups
 
 
 def plan_of(arguments: Arguments, source: Source) -> dict[str, str]:
     """Return the freeze plan of a run: part -> "full", "frozen" or "LoRA r=..."."""
-    model_flags, training = arguments.model, arguments.training
-    return freeze_plan(
-        model_flags.tune_mm_mlp_adapter,
-        model_flags.freeze_mm_mlp_adapter,
-        model_flags.freeze_backbone,
-        model_flags.unfreeze_mm_vision_tower,
-        training.lora_r if training.lora_enable else None,
-        model_flags.mm_use_im_start_end,
-        image_newline=source.tiling is not None and source.tiling.has_newline,
-    )
+    lora_r = arguments.training.lora_r if arguments.training.lora_enable else None
+    return freeze_plan(arguments.model, lora_r, source.tiling is not None and source.tiling.has_newline)
 
 
 def build_model(
@@ -96,3 +90,19 @@ def build_optimizer(
     betas, on_gpu = (training.adam_beta1, training.adam_beta2), accelerator.device.type == "cuda"
     optimizer = build_adamw(groups, betas, training.adam_epsilon, fused=on_gpu and not is_offloaded(accelerator))
     return optimizer, trainable_table(model, groups, plan)
+
+
+def trainable_table(model: nn.Module, groups: list[dict], plan: dict[str, str]) -> str:
+    """Return a table: the parts of the model, how each is trained, its peak learning rates and weight decays."""
+    rows = [("part", "parameters", "trained", "how", "peak learning rate", "weight decay")]
+    for part, module in model.named_children():
+        parameters = list(module.named_parameters(prefix=part))
+        total = sum(numel(parameter) for _, parameter in parameters)
+        names = {name for name, parameter in parameters if parameter.requires_grad}
+        trained = sum(numel(parameter) for name, parameter in parameters if name in names)
+        mine = [group for group in groups if names & set(group["parameter_names"])]
+        rates = " / ".join(sorted({f"{group['peak_lr']:g}" for group in mine})) or "-"
+        decays = " / ".join(sorted({f"{group['weight_decay']:g}" for group in mine})) or "-"
+        rows.append((part, f"{total:,}", f"{trained:,}", plan[part], rates, decays))
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)

@@ -4,13 +4,12 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
-from accelerate import Accelerator
-from torch import nn
-
 from .arguments import Arguments
+from .build import plan_of
 from .formats import write
 from .formats.read import Source
 from .guards import output_folder
+from .guards.checkpoints import complete_checkpoints, find_checkpoint, refuse_another_run, remove_oldest
 from .guards.identity import differences, resume_notes, run_identity
 from .guards.ownership import check_still_owned
 from .model.trained import trained_in_full
@@ -18,40 +17,27 @@ from .options import lora
 from .read_data import Data
 from .training import backend, checkpoint
 from .training.order import Order
+from .training.sharded_state import ShardedState
 
 
 class Saving:
-    """
+    """Writes training states and the result of a run, and resumes it.
+
     Attributes:
         saved_step: the step of the newest state on disk; before any, that at which the run began.
     """
 
-    def __init__(
-        self,
-        arguments: Arguments,
-        accelerator: Accelerator,
-        model: nn.Module,
-        optimizer,
-        plan: dict[str, str],
-        source: Source,
-        data: Data,
-        order: Order,
-    ):
-        """
-        Args:
-            model, optimizer: prepared.
-            plan: what is trained, see `freeze_plan`.
-        """
-        self.arguments, self.flags, self.accelerator = arguments, arguments.training, accelerator
-        self.model, self.optimizer, self.data = model, optimizer, data
+    def __init__(self, arguments: Arguments, state: ShardedState, source: Source, data: Data, order: Order):
+        self.arguments, self.flags, self.state = arguments, arguments.training, state
+        accelerator, model = state.accelerator, state.model
         self.sampler, self.total_steps = order.sampler, order.total_steps
-        self.output_dir, self.trained = Path(self.flags.output_dir), trained_in_full(plan)
-        trains_more = bool(self.trained - {"projector", "new_tokens", "image_newline"})
+        self.output_dir, trained = Path(self.flags.output_dir), trained_in_full(plan_of(arguments, source))
+        trains_more = bool(trained - {"projector", "new_tokens", "image_newline"})
         self.kind = "adapters" if self.flags.lora_enable else "whole model" if trains_more else "projector"
         self.shared_note = output_folder.check_shared(accelerator, self.output_dir)
         self.identity = run_identity(accelerator, model, arguments, data, order)
         # A tower that is not quite the one of its name: trained, now or in the model that the run started from.
-        tower_differs = "vision_tower" in self.trained or "vision_tower" in source.stored
+        tower_differs = "vision_tower" in trained or "vision_tower" in source.stored
         self.bare = accelerator.unwrap_model(model)
         self.description = write.Description(
             projector_type=arguments.model.mm_projector_type,
@@ -69,21 +55,20 @@ class Saving:
         self.saved_step = self.sampler.step
 
     def resume(self, say: Callable[[str], None]) -> Path | None:
-        """Go on from the state that `--resume_from_checkpoint` names, and return it; None for a new run.
+        """Load the state that `--resume_from_checkpoint` names, and return its directory; None for a new run.
 
         Raises:
             CheckpointError: it is torn, or this run is not the one that wrote it.
         """
         wanted, ignored = self.flags.resume_from_checkpoint, self.flags.resume_ignore or []
-        found = checkpoint.find_checkpoint(self.accelerator, self.output_dir, wanted, say)
+
+        def check(manifest: dict) -> None:
+            differing = differences(manifest["identity"], self.identity, ignored)
+            refuse_another_run(*differing, self.state.shapes(), manifest["parameters"])
+
+        found = find_checkpoint(self.state.accelerator, self.output_dir, wanted, say)
         if found:
-            manifest = checkpoint.load_checkpoint(
-                self.accelerator,
-                self.model,
-                self.optimizer,
-                found,
-                lambda manifest: differences(manifest["identity"], self.identity, ignored),
-            )
+            manifest = checkpoint.load_checkpoint(self.state, found, check)
             self.sampler.load_state_dict(manifest["sampler"], order_may_differ=bool(ignored))
             self.saved_step = self.sampler.step
             for note in resume_notes(manifest, self.identity):
@@ -95,7 +80,7 @@ class Saving:
         every, step = self.flags.save_steps, self.sampler.step
         saves = self.total_steps // every - step // every if self.flags.save_strategy == "steps" else 0
         kept = (self.output_dir, saves, self.flags.save_total_limit, self.kind == "whole model")
-        itemsize = backend.compute_dtype(self.accelerator).itemsize
+        itemsize = backend.compute_dtype(self.state.accelerator).itemsize
         return output_folder.disk_needs(self.bare, itemsize, *kept).warning(self.output_dir)
 
     def is_due(self, step: int) -> bool:
@@ -103,18 +88,17 @@ class Saving:
         return self.flags.save_strategy == "steps" and step % self.flags.save_steps == 0
 
     def save(self, removes_old: bool = True) -> str:
-        """Write a training state with loadable weights beside it, and return a sentence about it: a failure is a
-        warning, because a full disk must not cost the work that is still in memory. All ranks must call it.
+        """Write a training state with loadable weights, and return a sentence about it. All ranks must call it.
 
-        removes_old: older states make way as `--save_total_limit` says.
+        A failure is a warning, because a full disk must not cost the work that is still in memory.
+
+        removes_old: the oldest states are removed as `--save_total_limit` says.
         """
         step = self.sampler.step
         save_trained = lora.save_lora if self.kind == "adapters" else write.save_projector_only
         try:
-            saved = checkpoint.save_checkpoint(
-                self.accelerator,
-                self.model,
-                self.optimizer,
+            sentence = checkpoint.save_checkpoint(
+                self.state,
                 self.output_dir,
                 step,
                 {
@@ -123,18 +107,18 @@ class Saving:
                     "arguments": self.arguments.as_dict(),
                     "identity": self.identity,
                 },
-                self.flags.save_total_limit if removes_old else None,
                 write_weights=functools.partial(save_trained, model=self.bare, described=self.description),
                 check_owner=check_still_owned,
             )
         except checkpoint.CheckpointError as error:
-            present = checkpoint.complete_checkpoints(self.output_dir)
+            present = complete_checkpoints(self.output_dir)
             return (
                 f"Warning: {error} The run goes on, and the next save is the next try; a crash before it loses the "
                 f"work since {present[-1].name if present else 'the beginning'}."
             )
-        self.saved_step = step
-        return "\n".join([str(saved), *saved.warnings])
+        self.saved_step, keep = step, self.flags.save_total_limit
+        removes_old = removes_old and self.state.accelerator.is_main_process
+        return "\n".join([sentence, *(remove_oldest(self.output_dir, step, keep) if removes_old else [])])
 
     def write_result(self) -> str:
         """Write what the run was for, in the layout that `--export_format` asks for, and return a line about it."""

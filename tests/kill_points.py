@@ -74,9 +74,9 @@ class _Watch:
     def begin(self) -> None:
         import safetensors.torch
 
-        from mini_llava.training import checkpoint
+        from mini_llava.saving import Saving
 
-        fsync, write, save = os.fsync, safetensors.torch.serialize_file, checkpoint.save_checkpoint
+        fsync, write, save = os.fsync, safetensors.torch.serialize_file, Saving.save
 
         def watched_fsync(descriptor):
             self.sees("fsync", f"/proc/self/fd/{descriptor}")
@@ -93,7 +93,7 @@ class _Watch:
             self.moment = "run"
             return result
 
-        os.fsync, safetensors.torch.serialize_file, checkpoint.save_checkpoint = (
+        os.fsync, safetensors.torch.serialize_file, Saving.save = (
             watched_fsync,
             watched_write,
             watched_save,

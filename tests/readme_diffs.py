@@ -11,13 +11,14 @@ from tests.launching import ROOT
 
 
 def patched(name: str, added: str, folder: Path) -> ModuleType:
-    """The module `mini_llava/model/NAME.py` with the diff that adds something of this name, of ten lines at most."""
+    """The module `mini_llava/NAME.py` with the diff that adds something of this name, of ten lines at most."""
     [diff] = re.findall(rf"^```diff\n([^`]*{added}[^`]*)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
     assert len(diff.splitlines()) <= 10
-    (folder / "mini_llava" / "model").mkdir(parents=True)
-    file = shutil.copy(ROOT / "mini_llava" / "model" / f"{name}.py", folder / "mini_llava" / "model")
+    file = folder / "mini_llava" / f"{name}.py"
+    file.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "mini_llava" / f"{name}.py", file)
     subprocess.run(["git", "apply", "--verbose", "-"], input=diff, text=True, cwd=folder, check=True)
-    specification = importlib.util.spec_from_file_location(f"mini_llava.model.patched_{name}", file)
+    specification = importlib.util.spec_from_file_location(f"mini_llava.{file.parent.name}.patched_{file.stem}", file)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module

@@ -11,7 +11,8 @@ import yaml
 from mini_llava import arguments as flags
 from mini_llava.command_line import field_texts
 from mini_llava.elsewhere import ELSEWHERE
-from mini_llava.training.backend import build_accelerator, choose_precision
+from mini_llava.guards.early import check_tracker
+from mini_llava.training.backend import choose_precision
 from mini_llava.training.order import choose_batch
 from tests.forked_runs import ROOT, start
 
@@ -401,9 +402,9 @@ def test_a_contradiction_with_accelerates_config_names_both(launched, bf16, fp16
 
 
 @pytest.mark.parametrize("tracker", ["wandbb", "clearml"], ids=["unknown", "not installed"])
-def test_a_tracker_that_cannot_report_is_refused(tracker, tmp_path):
+def test_a_tracker_that_cannot_report_is_refused(tracker):
     with pytest.raises(ValueError, match=f"--report_to {tracker}: not installed or unknown. Installed: .*tensorboard"):
-        build_accelerator("no", 1.0, tracker, tmp_path)
+        check_tracker(tracker)
 
 
 # --- faults that the run finds ---------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ NEW = "olmo2"
 
 @pytest.fixture(scope="module")
 def attention(tmp_path_factory):
-    """`mini_llava/model/attention.py` with the diff that README shows."""
-    return patched("attention", NEW, tmp_path_factory.mktemp("patched"))
+    """`mini_llava/options/attention.py` with the diff that README shows."""
+    return patched("options/attention", NEW, tmp_path_factory.mktemp("patched"))
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ NEW = "mlcd_vision_model"
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory) -> dict:
     """The towers known when the diff is applied."""
-    return patched("vision_tower", NEW, tmp_path_factory.mktemp("patched")).KINDS
+    return patched("model/vision_tower", NEW, tmp_path_factory.mktemp("patched")).KINDS
 
 
 @pytest.fixture(scope="module")

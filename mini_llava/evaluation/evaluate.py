@@ -29,9 +29,9 @@ from ..guards.never_fatal import never_fatal
 from ..guards.preemption import start_worker
 from ..training.backend import gather_from_ranks, sum_over_ranks, to_device, zero_stage
 from ..training.lockstep import Lockstep
-from ..training.meter import loss_parts
 from ..watch import trackers
 from ..watch.json_lines import append_json_line, append_lines, read_lines
+from ..watch.meter import loss_parts
 from ..watch.progress import questions_bar
 from ..watch.skipped import fault_table
 from ..words import counted

@@ -28,12 +28,14 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..data.images import load_image_processor, normalisation_table, of_size
+from ..guards.projector_file import check_projector_file
 from ..hub import find_file, foreign_code_refused, read_json
-from ..model.attention import CAPPED
 from ..model.llava import LlavaModel
 from ..model.projector import build_projector, list_some, load_projector
-from ..model.vision_tower import VisionTower, empty_model, has_layers, leading_tokens, resize, tokens_per_image
+from ..model.vision_tower import VisionTower, empty_model, has_layers, leading_tokens, tokens_per_image
+from ..options.attention import CAPPED
 from ..options.fastvlm import FASTVITHD
+from ..options.image_size import resize
 from ..options.tiles import NEWLINE_KEY, ImageNewline, Tiling, choose_tiling
 from .layouts import (
     FAMILIES,
@@ -324,6 +326,7 @@ def load_llava(
     projector, newline = source.load_projector(), source.load_newline()
     if pretrained_projector:
         others = ("embed_tokens.weight",) * has_token_rows + (NEWLINE_KEY,) * (newline is not None)
+        check_projector_file(projector, pretrained_projector, others)
         load_projector(projector, pretrained_projector, others)
         if newline is not None:
             newline.load_beside_projector(pretrained_projector)

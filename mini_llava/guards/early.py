@@ -8,15 +8,17 @@ import os
 from pathlib import Path
 
 import torch
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 
 from ..arguments import Arguments
 from ..data.records import check_data_files
-from ..model.attention import check_flash_attention
 from ..model.projector import find_projector
+from ..options.attention import check_flash_attention
 from ..options.kernels import check_liger_kernel
 from ..options.lora import find_adapter
-from ..training.backend import check_bitsandbytes, check_tracker
-from ..training.checkpoint import check_resume
+from ..options.quantisation import check_bitsandbytes
+from .checkpoints import check_resume
 from .output_folder import check_nothing_is_replaced, check_place
 
 
@@ -79,4 +81,16 @@ def check_launch(environment) -> None:
             f"The launcher was asked for several processes or machines and has started one process alone ({here}). "
             "Several on CPUs: torchrun --nproc_per_node 2 train.py ..., or a config of DeepSpeed; else leave "
             "--num_processes out. If one is meant, and MASTER_ADDR is your own: unset it."
+        )
+
+
+def check_tracker(report_to: str) -> None:
+    """Raise ValueError if a tracker is not installed or unknown."""
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    if report_to not in ("none", "all", *installed):
+        # accelerate leaves out a tracker whose package is missing, and logs that at level DEBUG only.
+        known = ", ".join(sorted({"none", *LoggerType.list()} - {*installed}))
+        raise ValueError(
+            f"--report_to {report_to}: not installed or unknown. "
+            f"Installed: {', '.join(installed)}; also known: {known}."
         )

@@ -13,7 +13,7 @@ from ..data.records import RecordStore
 from ..data.sampler import GlobalBatchSampler
 from ..training.backend import gather_from_ranks, sum_over_ranks
 from ..training.lockstep import DataFault
-from ..training.meter import Meter
+from ..watch.meter import Meter
 from ..watch.skipped import log_skipped
 from .never_fatal import never_fatal
 

@@ -19,20 +19,14 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
 
-from ..files import STAGING
+from ..files import STAGING, flush_file
 from ..formats.layouts import MODEL_FILES
 from ..model.trained import numel
-from ..training.backend import KINDS, gather_from_ranks
-from ..training.checkpoint import (
-    CheckpointError,
-    agreement,
-    complete_checkpoints,
-    foreign_checkpoints,
-    is_ours,
-    remove_oldest,
-    try_a_save,
-)
+from ..training.backend import gather_from_ranks
+from ..training.checkpoint import CheckpointError, agreement, is_ours, rename_into_place
+from ..training.sharded_state import KINDS
 from ..words import counted
+from .checkpoints import complete_checkpoints, foreign_checkpoints, remove_oldest
 from .ownership import check_still_owned
 
 SEEN_BY_ALL = ".seen-by-all-"
@@ -128,11 +122,36 @@ def check_shared(accelerator: Accelerator, output_dir: Path) -> str | None:
             if not (output_dir / name).exists():
                 raise CheckpointError(f"{socket.gethostname()} does not see what rank 0 wrote there on {host}.")
         with agreement(accelerator, f"{output_dir} (--output_dir) cannot hold what this run will save; choose another"):
-            note = try_a_save(output_dir, f"{name}-{accelerator.process_index}")
+            note = _try_a_save(output_dir, f"{name}-{accelerator.process_index}")
     finally:
         if accelerator.is_main_process:
             (output_dir / name).unlink(missing_ok=True)
     return next(filter(None, gather_from_ranks(accelerator, note)), None)
+
+
+def _try_a_save(output_dir: Path, name: str) -> str | None:
+    """Do with a small directory what a save does with a large one; return a sentence if it cannot be flushed.
+
+    Raises:
+        OSError: it cannot be written, or not renamed. Nothing is left behind.
+    """
+    temporary, final = output_dir / f"{name}.incomplete", output_dir / name
+    try:
+        temporary.mkdir()
+        (temporary / "file").write_bytes(bytes(2**16))
+        no_flush = flush_file(temporary / "file")
+        no_flush = flush_file(temporary) or no_flush
+        rename_into_place(temporary, final)
+    finally:
+        for path in (temporary, final):
+            shutil.rmtree(path, ignore_errors=True)
+    if no_flush is None:
+        return None
+    return (
+        f"Warning: {output_dir} is on a file system that does not flush files and directories when it is told to "
+        f"({no_flush}). The run goes on without: a training state is whole after a crash of the run, but perhaps not "
+        "after one of the machine."
+    )
 
 
 class DiskNeeds(NamedTuple):

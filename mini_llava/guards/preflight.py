@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -349,3 +351,19 @@ def check_steps(
     else:
         rises = f"; the learning rate rises in the first {warmup:,}" if warmup else ""
         yield Finding("steps", f"{counted(total, 'step')}{rises}.{few}", ODD if few else FINE)
+
+
+def ddp_memory_note(accelerator: Accelerator, model: nn.Module) -> str | None:  # pragma: no cover, needs a GPU
+    """Return a sentence about what DDP, the bare `accelerate launch` on several GPUs, costs on each; None elsewhere."""
+    if accelerator.distributed_type != DistributedType.MULTI_GPU:
+        return None
+    parameters = list(model.parameters())
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    frozen = sum(
+        parameter.numel() * parameter.element_size() for parameter in parameters if not parameter.requires_grad
+    )
+    # fp32 weights, gradients, DDP's copy of them in its buckets, and two moments.
+    return (
+        f"DDP keeps all weights, gradients and moments on every GPU, {(20 * trained + frozen) / 2**30:.1f} GiB each "
+        "before activations; --config_file accelerate_configs/zero3.yaml divides them among the GPUs."
+    )

@@ -1,8 +1,8 @@
 """The model: encode the images, project them, place them among the word embeddings, sum the token losses.
 
-Replaces `LlavaMetaForCausalLM.prepare_inputs_labels_for_multimodal` and `LlavaLlamaForCausalLM.forward` (181 lines of
-splitting and stacking there). The placeholders were given their full length when the text was tokenized, so placing the
-features is one `index_copy`. Any causal language model of transformers fits.
+Replaces `LlavaMetaForCausalLM.prepare_inputs_labels_for_multimodal` and `LlavaLlamaForCausalLM.forward`, which split
+and stack every sample. Here tokenization gives placeholders their full length, so placing the features is one
+`index_copy`. Any causal language model of transformers fits.
 """
 
 import functools
@@ -16,12 +16,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..data.tokenization import IGNORE_INDEX
 from .vision_tower import VisionTower
 
-# Logits are turned to fp32 this many at a time, so that a vocabulary of 150,000 does not need gigabytes at once.
+# Logits are cast to fp32 this many at a time: with a vocabulary of 150,000 all of them would take gigabytes.
 LOGITS_IN_FP32_AT_ONCE = 64 * 2**20
 
 
 class LlavaModel(nn.Module):
-    """Vision tower, projector and language model; `forward` takes what `collate` gives."""
+    """Vision tower, projector and language model; `forward` takes what `collate` returns."""
 
     def __init__(
         self,
@@ -39,8 +39,8 @@ class LlavaModel(nn.Module):
         super().__init__()
         self.vision_tower, self.projector, self.language_model = vision_tower, projector, language_model
         self.image_newline, self.tiling = image_newline, tiling
-        self.base: str | None = None  # what it was read from: a projector or an adapter names it
-        # Set by image_tokens.py, and used in LLaVA's older models alone.
+        self.base: str | None = None  # what it was read from, for files of a projector or of adapters
+        # Set by options/image_tokens.py, for LLaVA's older models.
         self.use_im_start_end = self.use_im_patch_token = False
         self.added_tokens, self.first_image_token = 0, None
         self.new_tokens: nn.Embedding | None = None
@@ -48,10 +48,9 @@ class LlavaModel(nn.Module):
     def train(self, mode: bool = True) -> "LlavaModel":
         """Set the mode of all parts but bitsandbytes' quantised layers, which stay in training mode; return the model.
 
-        On CPUs with AVX512-BF16 a 4-bit layer packs its weights anew at its first forward in eval mode, and `train()`
-        does not undo it: from then on no gradient passes the layer, and the weights' scales are rounded to bf16. On any
-        CPU an 8-bit layer in eval mode rounds its inputs to 8 bits too, which would evaluate another model than the
-        one in training. Neither has anything to switch off: dropout is in the adapters around them.
+        On CPUs with AVX512-BF16 a 4-bit layer repacks its weights at its first forward in eval mode, and `train()` does
+        not undo it: from then on no gradient passes the layer. On any CPU an 8-bit layer in eval mode also rounds its
+        inputs to 8 bits. Neither layer has dropout to switch off.
         """
         super().train(mode)
         for module in self.modules():
@@ -66,15 +65,15 @@ class LlavaModel(nn.Module):
         image_positions: torch.Tensor,
         feature_rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Word embeddings [B, L, width] with the projected image features at `image_positions`.
+        """Return word embeddings [B, L, width] with the projected image features at `image_positions`.
 
-        The features of all images or tiles, and a newline behind them if the model has one, are a table, and
-        `feature_rows` says which of its rows goes to each position; None: they come in order.
+        The features of all images or tiles, followed by a newline if the model has one, are a table whose rows
+        `feature_rows` assigns to the positions; None: in order.
 
-        A micro-batch without images brings one blank image and no position: tower and projector run all the same, so
-        that every rank makes the same collective calls, and the projector's gradient is zero rather than absent (AdamW
-        then still decays its moments, as in the original). Features are not scaled where Gemma scales its words: they
-        stand beside scaled words, as in transformers' own LLaVA, PaliGemma and Gemma 3.
+        A micro-batch without images has one blank image and no position: tower and projector run nevertheless, so that
+        every rank makes the same collective calls, and the projector's gradient is zero rather than absent (AdamW still
+        decays its moments, as in LLaVA). Features are not scaled where Gemma scales its word embeddings, as in
+        transformers' own LLaVA, PaliGemma and Gemma 3.
         """
         features = self.vision_tower(pixel_values)
         features = self.projector(features.to(_dtype(self.projector, features)))
@@ -83,15 +82,15 @@ class LlavaModel(nn.Module):
         if self.new_tokens is not None:
             number = input_ids - self.first_image_token  # 0 and 1 are <im_start> and <im_end>
             own = self.new_tokens(number.clamp(min=0, max=1)).to(embeddings.dtype)
-            own = own * getattr(word_embeddings, "embed_scale", 1)  # Gemma's multiply what they look up
+            own = own * getattr(word_embeddings, "embed_scale", 1)  # Gemma scales its embeddings
             embeddings = torch.where(((number == 0) | (number == 1))[..., None], own, embeddings)
         if torch.is_autocast_enabled(embeddings.device.type):
-            # Embedding fp32 masters gives fp32, and all layers would carry it on at twice the memory.
+            # fp32 masters give fp32 embeddings, and every layer's activations would take twice the memory.
             embeddings = embeddings.to(torch.get_autocast_dtype(embeddings.device.type))
         features = features.flatten(0, 1)
         if self.image_newline is not None:
             features = self.image_newline(features)
-        if feature_rows is not None:  # index_select's backward would add up the newlines' gradients in half precision
+        if feature_rows is not None:  # index_select's backward would sum the newlines' gradients in half precision
             features = F.embedding(feature_rows, features)
         features = features[: image_positions.numel()].to(embeddings.dtype)
         return embeddings.flatten(0, 1).index_copy(0, image_positions, features).view_as(embeddings)
@@ -110,11 +109,11 @@ class LlavaModel(nn.Module):
         feature_rows: torch.Tensor | None = None,
         reduction: str = "sum",
     ) -> torch.Tensor:
-        """Sum of the losses of all trained tokens, fp32 scalar. Shapes as `collate` describes them.
+        """Return the sum of the losses of all trained tokens, fp32 scalar; shapes of the inputs are in `collate`.
 
-        With reduction "none" the loss of each target instead, fp32 [B, K], 0 where none is trained.
+        With reduction "none" return the loss of each target, fp32 [B, K], 0 where none is trained.
         """
-        packing = {}  # a padded row needs no positions, which families without (MPT, BLOOM) would not take
+        packing = {}  # a padded row needs no positions, which some families (MPT, BLOOM) do not accept
         if cu_seqlens is not None:
             packing = {
                 "position_ids": position_ids,
@@ -126,10 +125,9 @@ class LlavaModel(nn.Module):
         logits = self.language_model(
             inputs_embeds=self.embed(input_ids, pixel_values, image_positions, feature_rows),
             attention_mask=attention_mask,
-            # With a cache transformers takes a packed row for one long sequence, and samples see each other.
+            # With a cache transformers treats a packed row as one long sequence, and samples attend to each other.
             use_cache=False,
-            # Only the columns with something to predict, through the model's own head (a bare lm_head would lose the
-            # scaling that some families put behind it).
+            # Only positions with a target, through the model's own head (some families scale the logits of lm_head).
             logits_to_keep=logit_positions,
             **packing,
         ).logits
@@ -137,12 +135,11 @@ class LlavaModel(nn.Module):
         return losses if reduction == "none" else losses.sum()
 
     def gradient_checkpointing_enable(self, share: float = 1.0) -> None:
-        """Recomputes layers of the language model in backward instead of keeping their activations.
+        """Recompute layers of the language model in backward instead of keeping their activations.
 
-        Args:
-            share: of the layers, spread evenly over the model: 0.5 is every other one.
+        share: of the layers, spread evenly over the model: 0.5 is every other one.
         """
-        model = self.language_model  # transformers 5.23 gave the method another name and warns of the old one
+        model = self.language_model  # transformers 5.23 renamed the method and warns of the old name
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
         layers = [module for module in self.language_model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -151,7 +148,7 @@ class LlavaModel(nn.Module):
 
 
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross entropy in fp32, 0 where the target is IGNORE_INDEX: [B, K, V], [B, K] -> [B, K]."""
+    """Return the cross entropy in fp32, 0 where the target is IGNORE_INDEX: [B, K, V], [B, K] -> [B, K]."""
     shape, logits, targets = targets.shape, logits.flatten(0, 1), targets.flatten()
     rows = max(1, LOGITS_IN_FP32_AT_ONCE // logits.shape[-1])
     if len(logits) <= rows:

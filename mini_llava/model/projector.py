@@ -1,8 +1,9 @@
 """The projector between vision tower and language model: built, gathered, saved and loaded.
 
 Replaces LLaVA's `multimodal_projector/builder.py` and the projector parts of `train.py` and `llava_arch.py`. The file
-is LLaVA's own `mm_projector.bin`, so that weights travel both ways; no pickle in it is run and it is never half-loaded.
-This module stands alone: it needs torch and safetensors, and DeepSpeed only where parameters are partitioned.
+is LLaVA's own `mm_projector.bin`, so that weights can be exchanged both ways; no pickle in it is run and it is never
+half-loaded. This file needs torch and safetensors, nothing else of the project, and DeepSpeed only where parameters are
+partitioned.
 """
 
 import errno
@@ -21,7 +22,7 @@ PROJECTOR_FILE = "mm_projector.bin"
 
 
 def build_projector(kind: str, vision_width: int, text_width: int) -> nn.Module:
-    """The projector that LLaVA's `--mm_projector_type` names: features [..., vision_width] to [..., text_width].
+    """Return the projector that LLaVA's `--mm_projector_type` names: features [..., vision_width] to [..., text_width].
 
     `linear` is one layer; `mlpNx_gelu` is N linear layers with a GELU before each but the first; `identity` passes the
     features on. The submodules are numbered as LLaVA's are, so that its weight files fit.
@@ -50,12 +51,11 @@ def build_projector(kind: str, vision_width: int, text_width: int) -> nn.Module:
 
 
 def whole(parameter: torch.Tensor, modified: bool = False):
-    """A block inside which a parameter that ZeRO-3 has divided is whole; all ranks must enter it.
+    """Return a context in which a parameter that ZeRO-3 has partitioned is gathered; all ranks must enter it.
 
-    Args:
-        modified: what rank 0 has written to it when the block ends is kept, on all ranks.
+    modified: what rank 0 writes to it inside is kept, on all ranks.
     """
-    # DeepSpeed marks what it has partitioned with ds_id. The import stands here because it need not be installed.
+    # DeepSpeed marks what it has partitioned with ds_id. It is imported here because it need not be installed.
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     import deepspeed
@@ -73,9 +73,9 @@ def gathered_state_dict(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, whole tensor on the CPU) one after the other, on the main process only.
 
-    Under ZeRO-3 a rank holds a slice of each parameter, and putting one together takes all ranks: every rank must run
-    this generator to its end, although only the main process receives anything. One parameter at a time is whole, so
-    that a model larger than a GPU can be saved; `dict(...)`, called on every rank, collects a small one.
+    Under ZeRO-3 a rank holds a slice of each parameter, and gathering is a collective: every rank must run this
+    generator to its end, although only the main process receives anything. One parameter is gathered at a time, so that
+    a model larger than a GPU can be saved; `dict(...)`, called on every rank, collects a small one.
 
     Args:
         named_parameters: names with parameters or buffers, in the same order on every rank.
@@ -104,7 +104,7 @@ def save_projector(
 
     Args:
         path: the file, or a directory that gets `mm_projector.bin`.
-        beside: what else was trained with it and belongs into the file, by its name there.
+        beside: further parameters for the file, by their names there.
     """
     named = [(f"model.mm_projector.{name}", tensor) for name, tensor in projector.state_dict(keep_vars=True).items()]
     weights = dict(gathered_state_dict([*named, *(beside or {}).items()], dtype))
@@ -114,9 +114,9 @@ def save_projector(
     path = path / PROJECTOR_FILE if path.is_dir() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
-    content = io.BytesIO()  # writing to the file itself torch would make a RuntimeError of a full disk
+    content = io.BytesIO()  # writing to the file itself, torch turns a full disk into a RuntimeError
     torch.save(weights, content)
-    with open(unfinished, "wb") as file:  # what files.py does, once more: this module stands alone
+    with open(unfinished, "wb") as file:  # as files.py does, of which this file must not depend
         file.write(content.getbuffer())
         file.flush()
         try:
@@ -128,7 +128,7 @@ def save_projector(
 
 
 def find_projector(path: str | Path) -> Path:
-    """The file of a projector, itself or the directory that holds it. Raises FileNotFoundError: there is none."""
+    """Return the file of a projector, given itself or its directory. Raises FileNotFoundError."""
     path = Path(path)
     if path.is_dir():
         path = path / PROJECTOR_FILE
@@ -148,53 +148,26 @@ def load_projector(projector: nn.Module, path: str | Path, beside: tuple[str, ..
     before the model is handed to DeepSpeed, which leaves only slices to write to.
 
     Args:
-        beside: endings of names that may stand in the file too and are left to the caller; others are an error.
+        beside: endings of names that may be in the file too and are left to the caller; others are an error.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no table of tensors, or its names or shapes are not the projector's. Nothing is changed.
+        ValueError: the file is not a table of tensors, or its names or shapes are not the projector's.
         RuntimeError: the projector is partitioned already.
     """
     if any(hasattr(parameter, "ds_id") for parameter in projector.parameters()):
         raise RuntimeError("load_projector must be called before the projector is partitioned by DeepSpeed ZeRO-3.")
     path = find_projector(path)
-    found: dict[str, torch.Tensor] = {}
-    foreign = []
-    for key, tensor in read_tensors(path).items():
-        prefix, mark, name = key.rpartition("mm_projector.")
-        if beside and key.endswith(beside):
-            continue
-        if not mark or (prefix and not prefix.endswith(".")):
-            foreign.append(key)
-        elif name in found:
-            raise ValueError(f"{path} holds two tensors for the projector's {name!r}; the second is {key!r}.")
-        else:
-            found[name] = tensor
-    if foreign:
-        raise ValueError(f"{path} holds more than a projector: {list_some(foreign)}. {_what_they_are(foreign)}")
-
-    expected = projector.state_dict()
-    fitting = f"The file holds a projector of type {_kind_of(found)}: check --mm_projector_type."
-    if missing := [name for name in expected if name not in found]:
-        raise ValueError(f"{path} lacks {list_some(missing)}, which this projector has. {fitting}")
-    if extra := [name for name in found if name not in expected]:
-        raise ValueError(f"{path} also holds {list_some(extra)}, which this projector does not have. {fitting}")
-    for name, parameter in expected.items():
-        if found[name].shape != parameter.shape:
-            raise ValueError(
-                f"{path}: {name} is {list(found[name].shape)}, but this model needs {list(parameter.shape)}. "
-                f"{_fitting_widths(found, expected)}"
-            )
-        if not found[name].is_floating_point():
-            raise ValueError(
-                f"{path}: {name} has dtype {found[name].dtype}, which is no floating-point weight. Save the projector "
-                f"without quantisation."
-            )
-    projector.load_state_dict(found, strict=True)
+    stored = {key: tensor for key, tensor in read_tensors(path).items() if not key.endswith(beside)}
+    stored = {key.rpartition("mm_projector.")[2]: tensor for key, tensor in stored.items()}
+    found, needed = ({name: list(tensor.shape) for name, tensor in t.items()} for t in (stored, projector.state_dict()))
+    if found != needed:
+        raise ValueError(f"{path} holds {found}, but this projector has {needed}.")
+    projector.load_state_dict(stored)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a .bin or .safetensors file by name; in a .bin, a pickle, anything but tensors is refused unrun."""
+    """Return the tensors of a .bin or .safetensors file; a .bin, a pickle, with anything else is refused unrun."""
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -218,49 +191,5 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def list_some(names: list[str]) -> str:
+    """Return four names and how many more there are."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-def _what_they_are(foreign: list[str]) -> str:
-    if any("embed_tokens" in key or "embed_in" in key for key in foreign):
-        return (
-            "LLaVA adds the token embeddings when stage 1 ran with --mm_use_im_start_end; without the new tokens the "
-            "projector would not do what it was trained for. Use --mm_use_im_start_end True, or another projector."
-        )
-    if any("image_newline" in key for key in foreign):
-        return (
-            "It was trained on images in tiles: use --image_aspect_ratio anyres --mm_patch_merge_type spatial_unpad, "
-            "or another projector."
-        )
-    if any("vision_resampler" in key for key in foreign):
-        return "The resampler in it is a part that LLaVA-1.5 models do not have; its projector was trained behind it."
-    return "A projector's names contain 'mm_projector.'; this may be the file of a whole model or of something else."
-
-
-def _kind_of(weights: dict[str, torch.Tensor]) -> str:
-    """The value of --mm_projector_type whose parameter names these are, as far as it can be told."""
-    names = set(weights)
-    if not names:
-        return "identity (no weights)"
-    if names == {"weight", "bias"}:
-        return "linear"
-    for depth in range(1, len(names) // 2 + 1):
-        if names == {f"{2 * layer}.{part}" for layer in range(depth) for part in ("weight", "bias")}:
-            return f"mlp{depth}x_gelu"
-    return f"unknown here (with {list_some(sorted(names))})"
-
-
-def _fitting_widths(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> str:
-    """Which flag to look at: the first weight of a projector is [text_width, vision_width]."""
-    first = next(iter(name for name in expected if name.endswith("weight")))
-    if found[first].dim() != 2:
-        return "Its first weight is not a matrix: a quantised projector cannot be loaded."
-    (text, vision), (text_here, vision_here) = found[first].shape, expected[first].shape
-    hints = []
-    if vision != vision_here:
-        hints.append(f"It belongs to a tower with {vision} features, this one has {vision_here}: check --vision_tower.")
-    if text != text_here:
-        hints.append(
-            f"It belongs to a language model of width {text}, this one has {text_here}: check --model_name_or_path."
-        )
-    return " ".join(hints) or "It comes from a projector of another shape: check --mm_projector_type."

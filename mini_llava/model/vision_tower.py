@@ -1,9 +1,9 @@
 """The vision encoder behind one small interface: pixel values in, patch features out.
 
-Replaces `llava/model/multimodal_encoder/`, where every tower is a class of its own and its forward runs under `no_grad`
-in any case, so that unfreezing it trains nothing. Here a tower is a line of data about a model of transformers, and
-gradients flow if and only if some parameter of it is trained. What a tower uses of its weights is not listed anywhere:
-a copy without memory is run, and autograd says which parameters its features depend on.
+Replaces `llava/model/multimodal_encoder/`, where every tower is a class of its own whose forward always runs under
+`no_grad`, so that unfreezing it trains nothing. Here a tower is a line of data about a model of transformers, and
+gradients flow if and only if one of its parameters is trained. Which parameters the features depend on is asked of
+autograd, on a copy on the meta device.
 """
 
 import copy
@@ -14,7 +14,6 @@ from torch import nn
 from transformers import MODEL_MAPPING, PreTrainedConfig
 
 from ..data.images import normalise
-from .projector import whole
 
 SELECT_FEATURES = ("patch", "cls_patch")
 
@@ -23,8 +22,8 @@ class Kind(NamedTuple):
     """What a tower's configuration does not say.
 
     Attributes:
-        class_token: whether a class token stands in front of the patches; registers, if any, follow it.
-        level: what published files have in front of the names of its weights.
+        class_token: whether a class token comes before the patches, with registers, if any, between them.
+        level: prefix of the names of its weights in published files.
         renamed: (part of a name in transformers 5, the same in published files).
     """
 
@@ -50,18 +49,18 @@ KINDS = {
 
 
 class VisionTower(nn.Module):
-    """A vision model of transformers, cut at one of its layers.
+    """A vision model of transformers, whose features are the hidden states of one of its layers.
 
-    It is always in evaluation mode, trained or not: where there is a BatchNorm (FastViTHD), its statistics stay those
-    of the pretraining, because features must not depend on how a global batch is cut.
+    It is always in evaluation mode, trained or not: a BatchNorm (FastViTHD) keeps the statistics of the pretraining,
+    because features must not depend on how a global batch is split.
 
     Attributes:
         model: transformers' model.
         tokens_per_image, hidden_size: shape of the features of one image.
         image_size: side of the square picture it takes, pixels.
-        leading_tokens: what stands in front of the patches in its hidden states.
-        is_resized: whether its pictures have another size than its name, or the one it was read from, stands for.
-        pixel_table: float32 [3, 256], what its image processor makes of bytes; None if it is given floats only.
+        leading_tokens: number of hidden states before those of the patches.
+        is_resized: whether its pictures have another size than those of the tower it was read from.
+        pixel_table: float32 [3, 256], byte -> normalised value; None if it only gets floats.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class VisionTower(nn.Module):
     ):
         """
         Args:
-            select_layer: index into the hidden states (0 = embeddings, -1 = after the last layer), LLaVA-1.5 takes -2.
+            select_layer: index into the hidden states (0 = embeddings, -1 = after the last layer); LLaVA-1.5: -2.
             select_feature: `patch` drops class token and registers, `cls_patch` keeps them.
             image_size: None takes the configuration's.
         """
@@ -80,7 +79,7 @@ class VisionTower(nn.Module):
         self.image_size, self.hidden_size = image_size or model.config.image_size, model.config.hidden_size
         self.leading_tokens = leading_tokens(model.config)
         self.tokens_per_image = tokens_per_image(model.config, select_feature, self.image_size)
-        # No buffer: DeepSpeed and `.to(dtype)` would round it, and DDP would broadcast it before each forward.
+        # Not a buffer: DeepSpeed and `.to(dtype)` would round it, and DDP would broadcast it before each forward.
         self.pixel_table: torch.Tensor | None = None
         self.is_resized = False
 
@@ -90,7 +89,7 @@ class VisionTower(nn.Module):
         return self
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[images, 3, image_size, image_size] -> [images, tokens_per_image, hidden_size], in the tower's dtype.
+        """Return features in the tower's dtype: [n, 3, image_size, image_size] -> [n, tokens_per_image, hidden_size].
 
         Bytes (uint8) are normalised by `pixel_table`; floats are taken as they are.
         """
@@ -103,9 +102,9 @@ class VisionTower(nn.Module):
         return features if self.select_feature == "cls_patch" else features[:, self.leading_tokens :]
 
     def unused_parameters(self) -> set[str]:
-        """Names of the parameters that the features do not depend on: no gradient ever reaches them.
+        """Return the names of the parameters that the features do not depend on, so that no gradient reaches them.
 
-        Layers behind the selected one, the norm at the end, a pooling head, the token of masked patches.
+        These are layers after the selected one, the final norm, a pooling head, the token of masked patches.
         """
         copy = empty_model(self.model.config)
         blank = torch.empty(1, 3, self.image_size, self.image_size, device="meta")
@@ -117,16 +116,16 @@ class VisionTower(nn.Module):
 
 
 def _hidden_state(model: nn.Module, pixel_values: torch.Tensor, select_layer: int) -> torch.Tensor:
-    """[images, tokens, width], leading tokens included."""
+    """Return [images, tokens, width], leading tokens included."""
     if has_layers(model.config):
         return model(pixel_values, output_hidden_states=True).hidden_states[select_layer]
     return model(pixel_values, do_pooling=False).last_hidden_state.flatten(2).transpose(1, 2)  # [images, width, h, w]
 
 
 def _without_head(model: nn.Module) -> nn.Module:
-    """SigLIP's pooling head keeps its weights and is not run: nothing uses its result, and under ZeRO-3 it would fail.
+    """Return the model with SigLIP's pooling head, which nothing uses, switched off; its weights stay.
 
-    It hands the weight of a submodule to a function, without calling the submodule that DeepSpeed gathers it for.
+    Under ZeRO-3 it would fail: it uses a submodule's weight without calling the submodule, so that it is not gathered.
     """
     for module in model.modules():
         if hasattr(module, "use_head"):
@@ -134,36 +133,8 @@ def _without_head(model: nn.Module) -> nn.Module:
     return model
 
 
-def resize(model: nn.Module, image_size: int) -> None:
-    """Makes a tower for square pictures of another size: its position embeddings are interpolated once and for all.
-
-    transformers' own function does it, as in each forward with `interpolate_pos_encoding`, but always in fp32. A tower
-    without position embeddings stays as it is.
-    """
-    if not has_layers(model.config) or model.config.image_size == image_size:
-        return
-    name, old = next((n, module) for n, module in model.named_modules() if hasattr(module, "interpolate_pos_encoding"))
-    resized = copy.deepcopy(model.config)
-    resized.image_size = image_size
-    with torch.device("meta" if next(model.parameters()).is_meta else "cpu"):
-        # The new one with places and buffers for the new number of patches.
-        in_fp32, new = type(old)(model.config), type(old)(resized)
-    model.config = resized
-    for path, parameter in old.named_parameters():
-        if "position_embedding" in path:
-            with whole(parameter), torch.no_grad():  # which ZeRO-3 may have divided
-                in_fp32.get_parameter(path).copy_(parameter)
-                like = new.get_parameter(path)
-                tokens = torch.empty(1, *like.shape[-2:], device=like.device)  # counted only
-                values = in_fp32.interpolate_pos_encoding(tokens, image_size, image_size).view_as(like)
-                parameter = nn.Parameter(values.to(parameter))
-        owner, _, last = path.rpartition(".")
-        setattr(new.get_submodule(owner), last, parameter)
-    model.set_submodule(name, new)
-
-
 def empty_model(config: PreTrainedConfig) -> nn.Module:
-    """The model without memory for its weights: its shapes, and what it computes from what. Its `config` is its own."""
+    """Return the model on the meta device, without memory for its weights; its `config` is a copy."""
     with torch.device("meta"):
         # Its class and not AutoModel, which would partition it under ZeRO-3.
         return _without_head(MODEL_MAPPING[type(config)](copy.deepcopy(config)))
@@ -173,17 +144,17 @@ def empty_model(config: PreTrainedConfig) -> nn.Module:
 
 
 def has_layers(config: PreTrainedConfig) -> bool:
-    """Whether there are hidden states to select from; a convolutional tower of timm has its output only."""
+    """Return whether there are hidden states to select from; a convolutional tower of timm only has its output."""
     return hasattr(config, "num_hidden_layers")
 
 
 def takes_any_size(config: PreTrainedConfig) -> bool:
-    """Whether the picture need not have the configuration's size: DINOv2 fits its position embeddings to it."""
+    """Return whether pictures may have any size: DINOv2 interpolates its position embeddings itself."""
     return config.model_type in ("dinov2", "dinov2_with_registers", "timm_wrapper")
 
 
 def leading_tokens(config: PreTrainedConfig) -> int:
-    """Class token and registers."""
+    """Return the number of class tokens and registers."""
     return KINDS[config.model_type].class_token + getattr(config, "num_register_tokens", 0)
 
 
@@ -204,11 +175,7 @@ def check_select_layer(config: PreTrainedConfig, select_layer: int) -> None:
 
 
 def tokens_per_image(config: PreTrainedConfig, select_feature: str, image_size: int | None = None) -> int:
-    """Features of one image under a vision tower's configuration, known before any weight is read.
-
-    Args:
-        image_size: side of the picture in pixels; None takes the configuration's.
-    """
+    """Return the number of features of an image with a side of `image_size` pixels; None: the configuration's."""
     if select_feature not in SELECT_FEATURES:
         raise ValueError(f"--mm_vision_select_feature {select_feature}: unknown; known: {', '.join(SELECT_FEATURES)}.")
     if select_feature == "cls_patch" and not KINDS[config.model_type].class_token:
@@ -225,7 +192,7 @@ def tokens_per_image(config: PreTrainedConfig, select_feature: str, image_size: 
 
 
 def published_name(config: PreTrainedConfig, name: str) -> str:
-    """The name that a weight has in published files, which transformers 4 and 5 read alike."""
+    """Return the name of a weight in published files, which transformers 4 and 5 both read."""
     kind = KINDS[config.model_type]
     for here, there in kind.renamed:
         name = name.replace(here, there)

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from .. import arguments as flags
 from .. import demo
 from ..arguments import Arguments, TrainingArguments
-from ..build import plan_of
+from ..build import plan_of, trainable_table
 from ..command_line import add_flags
 from ..data.lengths import Lengths, measure_some
 from ..data.samples import Samples
@@ -32,10 +32,10 @@ from ..guards.early import check_files
 from ..guards.longest import Longest, kept_of_a_position, longest_micro_batch
 from ..guards.output_folder import disk_needs
 from ..inputs import open_samples
-from ..model.attention import CAPPED, choose_attention
 from ..model.llava import LlavaModel
-from ..model.trained import apply_plan, trainable_table, trained_in_full
+from ..model.trained import apply_plan, trained_in_full
 from ..options import lora
+from ..options.attention import CAPPED, choose_attention
 from ..options.image_tokens import add_token_rows
 from ..options.kernels import FUSABLE, choose_fused_kernels
 from ..read_data import Data

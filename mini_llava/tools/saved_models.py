@@ -20,7 +20,7 @@ from ..model.llava import LlavaModel
 from ..model.projector import PROJECTOR_FILE
 from ..options.image_tokens import add_image_tokens, add_token_rows, missing_rows
 from ..options.lora import ADAPTER_CONFIG, base_of, load_lora, merge_lora
-from ..training.checkpoint import read_manifest, read_trained
+from ..training.checkpoint import CheckpointError, PieceReader, read_manifest
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 WHOLE, LORA, PROJECTOR, STATE = "whole model", "LoRA directory", "projector", "training state"
@@ -68,7 +68,7 @@ class SavedModel:
             rows = self.directory if self.kind == PROJECTOR and marks[0] else None
             add_token_rows(model, self.tokenizer, self.added_tokens, marks, rows)
         if self.kind == STATE:
-            read_trained(Path(self.directory), model)
+            _read_trained(Path(self.directory), model)
         return model.to(dtype).requires_grad_(False).eval()
 
     def stored_dtype(self) -> torch.dtype:
@@ -203,3 +203,21 @@ def _tower_was_trained(directory: str, kind: str, config: dict) -> bool:
     if kind == STATE:
         return any(name.startswith("vision_tower.") for name in read_manifest(Path(directory))["parameters"])
     return kind == LORA and bool(config.get("unfreeze_mm_vision_tower"))
+
+
+@torch.no_grad()
+def _read_trained(directory: Path, model: LlavaModel) -> None:
+    """Fill the trained parameters of the base of a run with a checkpoint's masters. Raises CheckpointError.
+
+    Sizes of the files are compared, checksums are not.
+    """
+    manifest = read_manifest(directory)
+    reader, parameters = PieceReader(directory, manifest), dict(model.named_parameters())
+    for name, shape in manifest["parameters"].items():
+        mine = list(parameters[name].shape) if name in parameters else "not there"
+        if mine != shape:
+            raise CheckpointError(f"{directory} has trained {name} {shape}, which in its base is {mine}: another base.")
+    for name, shape in manifest["parameters"].items():
+        master = torch.empty(parameters[name].numel(), dtype=torch.float32)
+        reader.copy_into(master, name)
+        parameters[name].copy_(master.view(shape))

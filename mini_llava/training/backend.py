@@ -1,7 +1,8 @@
 """Every quirk of accelerate and DeepSpeed that the trainer has to know, each with its reason.
 
-The loop in `train.py` uses `backward_and_step` and does not know which backend runs. Accumulation is 1 for accelerate
-and for DeepSpeed: the loop says itself which micro-batch is the last, so that a step may have any number of them.
+The loop in `train.py` calls `micro_step`, `backward` and `optimizer_step` whichever backend runs. accelerate and
+DeepSpeed are configured for an accumulation of 1: the loop says which micro-batch is the last, so that a step may have
+any number of them.
 """
 
 import contextlib
@@ -10,67 +11,51 @@ import importlib.util
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import nn
-from transformers import BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..arguments import Arguments
 from ..model.llava import LlavaModel
+from ..words import counted
 
-# DeepSpeed calls collectives by names that torch is renaming; nobody who trains can act on that.
+# DeepSpeed calls collectives by names that torch is renaming; a user cannot act on that.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
-# Micro-batches differ in length. In segments of fixed size their tensors leave holes, until the allocator gives
-# everything back to the driver and begins again, in the middle of a step, or finds no room at all. It looks once, at
-# the first question to a GPU, and be it whether that knows bf16: hence here and not in `build_accelerator`.
+# Micro-batches differ in length, which fragments segments of fixed size until the allocator returns all memory to the
+# driver in the middle of a step, or fails. The variable is read once, at the first CUDA call, even one that only asks
+# whether bf16 is supported: hence it is set here and not in `build_accelerator`.
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def launched_rank() -> tuple[int, int]:
-    """(rank, number of processes), as the launcher says it, before any process group exists."""
+    """Return rank and number of processes from the launcher's variables, before any process group exists."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def choose_precision(bf16: bool, fp16: bool, explicit: set[str]) -> str:
-    """`bf16`, `fp16` or `no`: accelerate's config where it sets one, else the flags; a contradiction is an error.
+    """Return `bf16`, `fp16` or `no`: that of accelerate's config, else that of the flags.
 
-    A bare `accelerate launch` exports `no` as well, so `no` counts as not set.
+    A bare `accelerate launch` exports `no` as well, so `no` counts as not set. Raises ValueError for a contradiction.
     """
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     wanted = "bf16" if bf16 else "fp16" if fp16 else "no"
     if launched not in ("no", "bf16", "fp16"):
         raise ValueError(f"mixed_precision: {launched} of the accelerate config is unknown; known: no, bf16, fp16.")
     if launched != "no":
-        asked = {"bf16": bf16, "fp16": fp16}
-        contradicting = [name for name in asked if name in explicit and asked[name] != (launched == name)]
-        if contradicting:
-            name = contradicting[0]
-            raise ValueError(f"--{name} {asked[name]} contradicts the accelerate config's mixed_precision: {launched}.")
+        for name, asked in (("bf16", bf16), ("fp16", fp16)):
+            if name in explicit and asked != (launched == name):
+                raise ValueError(f"--{name} {asked} contradicts the accelerate config's mixed_precision: {launched}.")
         wanted = launched
     if wanted == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         return "fp16"  # V100, T4
     return wanted
-
-
-def check_tracker(report_to: str) -> None:
-    """Raises ValueError if it is not one that can report here."""
-    installed = [str(tracker) for tracker in get_available_trackers()]
-    if report_to not in ("none", "all", *installed):
-        # accelerate leaves out a tracker whose package is missing, and says so at level DEBUG only.
-        known = ", ".join(sorted({"none", *LoggerType.list()} - {*installed}))
-        raise ValueError(
-            f"--report_to {report_to}: not installed or unknown. "
-            f"Installed: {', '.join(installed)}; also known: {known}."
-        )
 
 
 def start(arguments: Arguments) -> Accelerator:
@@ -88,20 +73,19 @@ def start(arguments: Arguments) -> Accelerator:
 
 
 def build_accelerator(precision: str, max_grad_norm: float, report_to: str, output_dir: Path) -> Accelerator:
-    """The Accelerator for what the launcher started: one process, DDP, DeepSpeed ZeRO-2 or ZeRO-3, on GPU or CPU."""
-    check_tracker(report_to)
+    """Return the Accelerator for what was launched: one process, DDP, DeepSpeed ZeRO-2 or ZeRO-3, on GPU or CPU."""
     handlers, plugin = [], None
     launched = "WORLD_SIZE" in os.environ
     if launched:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        # Only in launched runs: without a launcher accelerate would look for a process group that is not there.
+        # Without a launcher accelerate would wait for a process group that does not exist.
         handlers.append(InitProcessGroupKwargs(backend=backend))
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         plugin = DeepSpeedPlugin()
         complete_deepspeed_config(plugin.deepspeed_config, precision, max_grad_norm)
     accelerator = Accelerator(
-        # Several processes on CPUs: without being told, accelerate makes a process group and then never synchronises
-        # gradients. Told so under DeepSpeed, it leaves DeepSpeed out.
+        # Several processes on CPUs: without `cpu` accelerate makes a process group and never synchronises gradients.
+        # Under DeepSpeed, with `cpu` it leaves DeepSpeed out.
         cpu=plugin is None and launched_rank()[1] > 1 and not torch.cuda.is_available(),
         mixed_precision=precision,
         gradient_accumulation_steps=1,
@@ -117,7 +101,7 @@ def build_accelerator(precision: str, max_grad_norm: float, report_to: str, outp
 
 
 def _check_it_is_what_was_launched(accelerator: Accelerator, wants_deepspeed: bool) -> None:
-    """Raises ValueError where accelerate made something else of the launch, which it does without a word."""
+    """Raise ValueError where accelerate silently made something else of the launch."""
     if wants_deepspeed and not is_deepspeed(accelerator):
         raise ValueError(
             "The accelerate config asks for DeepSpeed, but accelerate leaves it out when it is told to use the CPU: "
@@ -129,7 +113,7 @@ def _check_it_is_what_was_launched(accelerator: Accelerator, wants_deepspeed: bo
 
 
 def complete_deepspeed_config(config: dict, precision: str, max_grad_norm: float) -> None:
-    """Fills what the loop decides, in place. Raises ValueError where the file says something else."""
+    """Set what the loop decides, in place. Raises ValueError where the file contradicts it."""
     for key in ("optimizer", "scheduler"):
         if key in config:
             # LLaVA's zero3_offload.json has both, and silently replaces parameter groups and cosine by them.
@@ -140,11 +124,11 @@ def complete_deepspeed_config(config: dict, precision: str, max_grad_norm: float
             f"gradient_clipping {clipping} of the DeepSpeed config contradicts --max_grad_norm {max_grad_norm}: "
             "remove it there."
         )
-    config["gradient_clipping"] = float(max_grad_norm)  # left out or "auto" it would be 1.0
-    config["train_micro_batch_size_per_gpu"] = 1  # of no effect: batches are never made by DeepSpeed
+    config["gradient_clipping"] = float(max_grad_norm)  # absent or "auto" it would be 1.0
+    config["train_micro_batch_size_per_gpu"] = 1  # required, but unused: DeepSpeed never makes a batch here
     config["gradient_accumulation_steps"] = 1
     config["zero_allow_untested_optimizer"] = True
-    # Micro-batches add up in fp32: the default is the model's dtype, and bf16 sums drop what is 256 times smaller.
+    # Gradients accumulate in fp32: the default is the model's dtype, and bf16 sums lose what is 256 times smaller.
     config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
     complete_zero(config["zero_optimization"], memory)
@@ -153,20 +137,20 @@ def complete_deepspeed_config(config: dict, precision: str, max_grad_norm: float
 
 
 def complete_zero(zero: dict, gpu_memory: float | None) -> None:
-    """Fills what a `zero_optimization` leaves open, in place. Raises ValueError for a stage that is not supported.
+    """Fill what a `zero_optimization` leaves open, in place. Raises ValueError for a stage that is not supported.
 
-    gpu_memory: of one GPU, bytes; None on CPUs.
+    gpu_memory: bytes of one GPU; None on CPUs.
     """
     if zero["stage"] not in (2, 3):
         raise ValueError(f"zero_stage: {zero['stage']} of the accelerate config is not supported; known: 2, 3.")
-    # Half-precision parameters may stay gathered until they are used again in a seventh of the GPU: what was gathered
-    # in forward then need not be gathered again in backward.
+    # Gathered half-precision parameters may take a seventh of the GPU: those of forward that are still there need not
+    # be gathered again in backward.
     keep_whole = 1_000_000_000 if gpu_memory is None else int(gpu_memory) // 7 // 2
     # "auto" would be derived from the hidden size of a `model.config` that LlavaModel does not have.
     for key, value in (
         ("reduce_bucket_size", 500_000_000),
         ("stage3_prefetch_bucket_size", 400_000_000),
-        # Smaller parameters are never partitioned: all of CLIP-L's, whose hundreds of gathers cost more than 0.6 GB.
+        # Smaller parameters stay whole: all of CLIP-L's, 0.6 GB that would cost hundreds of gathers.
         ("stage3_param_persistence_threshold", 5_000_000),
         ("stage3_max_live_parameters", keep_whole),
         ("stage3_max_reuse_distance", keep_whole),
@@ -179,11 +163,11 @@ def complete_zero(zero: dict, gpu_memory: float | None) -> None:
 def prepare(
     accelerator: Accelerator, model: LlavaModel, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """`accelerator.prepare`, with layers as the unit in which ZeRO-3 gathers weights and reduces gradients.
+    """Return both as `accelerator.prepare` does, with layers as the unit that ZeRO-3 gathers and reduces.
 
-    By default the unit is a single linear layer, and its hooks cost more of the host's time than a tower's layer takes
-    on the GPU. DeepSpeed reduces the gradients of such a unit once the gradient of the unit's input is known, so the
-    input must have one: it has, if anything in front of the language model is trained.
+    By default the unit is a single linear layer, whose hooks take the host longer than the GPU takes for a tower's
+    layer. DeepSpeed reduces the gradients of such a unit once the gradient of its input is known, so the input must
+    have one: it does if anything in front of the language model is trained.
     """
     if zero_stage(accelerator) == 3:
         from deepspeed.utils import set_z3_leaf_module
@@ -201,19 +185,47 @@ def prepare(
     return model, optimizer
 
 
+def inner_optimizer(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer that steps, inside accelerate's and DeepSpeed's."""
+    return optimizer.optimizer.optimizer if is_deepspeed(accelerator) else optimizer.optimizer
+
+
+def create_moments(accelerator: Accelerator, optimizer: torch.optim.Optimizer, step: int = 0) -> None:
+    """Give AdamW its moments, zeros where there are none yet, as after `step` steps.
+
+    By itself it would allocate them at the end of the first step, in the holes between activations, where they stay and
+    fragment the free memory: LoRA of a 13B model then found no 88 MB among 23 GB.
+    """
+    inner = inner_optimizer(accelerator, optimizer)
+    if is_deepspeed(accelerator):
+        flat = "fp32_partitioned_groups_flat" if zero_stage(accelerator) == 3 else "single_partition_of_fp32_groups"
+        masters = getattr(optimizer.optimizer, flat)
+    else:
+        masters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    on_cpu = type(inner).__name__ == "DeepSpeedCPUAdam"
+    for master in masters:
+        # torch's fused AdamW wants the count beside the parameter, the plain one on the CPU, DeepSpeed's a number.
+        device = master.device if inner.defaults.get("fused") else "cpu"
+        state = inner.state[master]
+        state["step"] = step if on_cpu else torch.tensor(float(step), dtype=torch.float32, device=device)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if moment not in state:
+                state[moment] = torch.zeros_like(master.data)
+
+
 def is_deepspeed(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
 def zero_stage(accelerator: Accelerator) -> int:
-    """0 without DeepSpeed."""
+    """Return 2 or 3, or 0 without DeepSpeed."""
     return accelerator.deepspeed_plugin.zero_stage if is_deepspeed(accelerator) else 0
 
 
 def parameter_dtypes(accelerator: Accelerator, trained: set[str]) -> dict[str, torch.dtype]:
-    """The dtype to load each part of the model in.
+    """Return the dtype to load each part of the model in.
 
-    Trained parameters always have fp32 masters: DeepSpeed keeps them in its optimizer beside half-precision working
+    Trained parameters always have fp32 masters: DeepSpeed keeps them in its optimizer besides half-precision working
     weights; otherwise the parameters themselves are the masters, and autocast computes in half precision.
     """
     compute, master = compute_dtype(accelerator), master_dtype(accelerator)
@@ -221,7 +233,7 @@ def parameter_dtypes(accelerator: Accelerator, trained: set[str]) -> dict[str, t
 
 
 def master_dtype(accelerator: Accelerator) -> torch.dtype:
-    """The dtype that trained parameters have in the model: DeepSpeed has their fp32 masters elsewhere."""
+    """Return the dtype that trained parameters have in the model: DeepSpeed has their fp32 masters elsewhere."""
     return compute_dtype(accelerator) if is_deepspeed(accelerator) else torch.float32
 
 
@@ -229,74 +241,28 @@ def compute_dtype(accelerator: Accelerator) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[accelerator.mixed_precision]
 
 
-def check_bitsandbytes(bits: int) -> None:
-    """Raises ValueError if weights are to be quantised and the package is not installed."""
-    if bits != 16 and importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(f"--bits {bits} needs the package bitsandbytes: pip install bitsandbytes.")
-
-
-def quantisation(accelerator: Accelerator, bits: int, double_quant: bool, quant_type: str) -> dict:
-    """What transformers' `from_pretrained` needs to read the language model in 4 or 8 bits; nothing for 16.
-
-    Raises:
-        ValueError: bitsandbytes is not installed.
-    """
-    if bits == 16:
-        return {}
-    check_bitsandbytes(bits)
-    if bits == 8:
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quant_type,
-        bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_compute_dtype=compute_dtype(accelerator),
-        # ZeRO-3 divides the parameters of one dtype, so the packed bytes pass for numbers of the computation's.
-        bnb_4bit_quant_storage=compute_dtype(accelerator) if zero_stage(accelerator) == 3 else torch.uint8,
-    )
-    return {"quantization_config": config}
-
-
 def describe(accelerator: Accelerator) -> str:
-    """`2 processes, DeepSpeed ZeRO-3, bf16, cuda`"""
-    count = f"{accelerator.num_processes} process" + ("es" if accelerator.num_processes > 1 else "")
-    precision = accelerator.mixed_precision.replace("no", "fp32")
+    """Return a line such as `2 processes, DeepSpeed ZeRO-3, bf16, cuda`."""
+    count, precision = counted(accelerator.num_processes, "process"), accelerator.mixed_precision.replace("no", "fp32")
     return f"{count}, {backend(accelerator)}, {precision}, {accelerator.device.type}"
 
 
 def backend(accelerator: Accelerator) -> str:
-    """`DeepSpeed ZeRO-3`, `DDP`, `no distribution`"""
+    """Return `DeepSpeed ZeRO-2`, `DeepSpeed ZeRO-3`, `DDP` or `no distribution`."""
     if is_deepspeed(accelerator):
         return f"DeepSpeed ZeRO-{zero_stage(accelerator)}"
     return "DDP" if accelerator.num_processes > 1 else "no distribution"
 
 
-def memory_note(accelerator: Accelerator, model: nn.Module) -> str | None:  # pragma: no cover, needs a GPU
-    """What a bare `accelerate launch` on several GPUs, which is DDP, costs on each of them; None elsewhere."""
-    if accelerator.distributed_type != DistributedType.MULTI_GPU:
-        return None
-    parameters = list(model.parameters())
-    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    frozen = sum(
-        parameter.numel() * parameter.element_size() for parameter in parameters if not parameter.requires_grad
-    )
-    # fp32 weights, gradients, DDP's copy of them in its buckets, and two moments.
-    return (
-        f"DDP keeps all weights, gradients and moments on every GPU, {(20 * trained + frozen) / 2**30:.1f} GiB each "
-        "before activations; --config_file accelerate_configs/zero3.yaml divides them among the GPUs."
-    )
-
-
 def is_offloaded(accelerator: Accelerator) -> bool:
-    """Whether DeepSpeed keeps the optimizer in CPU memory; accelerate then replaces AdamW by DeepSpeed's for CPUs."""
+    """Return whether the optimizer is in CPU memory; accelerate then replaces AdamW by DeepSpeed's for CPUs."""
     return is_deepspeed(accelerator) and accelerator.deepspeed_plugin.offload_optimizer_device not in (None, "none")
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
-    packages = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "tokenizers", "pillow")
+    """Return the versions of the packages that decide the numbers."""
     found = {}
-    for name in packages:
+    for name in ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "tokenizers", "pillow"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
@@ -306,8 +272,7 @@ def versions() -> dict[str, str]:
 def micro_step(accelerator: Accelerator, model: nn.Module, is_last: bool) -> Iterator[None]:
     """Run forward and backward of one micro-batch inside; the ranks' gradients are averaged with the last of a step.
 
-    DeepSpeed is told through accelerate's flag (its own no_sync is refused by ZeRO-2 and ZeRO-3); DDP has to know
-    already in forward.
+    DeepSpeed learns it from accelerate's flag (ZeRO-2 and ZeRO-3 refuse its own no_sync); DDP must know in forward.
     """
     accelerator.gradient_state._set_sync_gradients(is_last)
     unsynchronised = not is_last and not is_deepspeed(accelerator) and hasattr(model, "no_sync")
@@ -316,11 +281,10 @@ def micro_step(accelerator: Accelerator, model: nn.Module, is_last: bool) -> Ite
 
 
 def backward(accelerator: Accelerator, loss: torch.Tensor) -> None:
-    """Add the gradient of a loss, a scalar, to those of the micro-batches before. Under DeepSpeed the last one of a
-    step also clips and steps.
+    """Add the gradient of a loss, a scalar, to those before; under DeepSpeed the last one of a step clips and steps.
 
-    A loss that is not finite makes the whole gradient so, on all ranks: by itself an infinite loss may have a finite
-    one, where the target's logit is -inf and softmax has no fault.
+    A loss that is not finite makes the whole gradient NaN: by itself an infinite loss may have a finite gradient, where
+    the target's logit is -inf.
     """
     accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
 
@@ -331,32 +295,33 @@ def optimizer_step(
     """Clip the gradient and step, unless it is not finite.
 
     Returns:
-        The global gradient norm before clipping (without a meaning if not finite under DeepSpeed), on the device where
-        the backend leaves it there; and whether it was finite, the same on all ranks. The host waits for the device.
+        The global gradient norm before clipping, on the device if the backend leaves it there (under DeepSpeed
+        meaningless if not finite); and whether it was finite, the same on all ranks. The host waits for the device.
     """
-    if is_deepspeed(accelerator):  # it has clipped and stepped inside the last backward, or silently left the step out
+    if is_deepspeed(accelerator):  # it has clipped and stepped in the last backward, or silently skipped the step
         return accelerator.deepspeed_engine_wrapped.engine.get_global_grad_norm(), not optimizer.step_was_skipped
     accelerator.unscale_gradients(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm if max_grad_norm > 0 else float("inf"))
     finite = bool(norm.isfinite())
-    if finite or accelerator.scaler is not None:  # the scaler leaves the step out by itself, and lowers the scale
+    if finite or accelerator.scaler is not None:  # the scaler skips the step itself, and lowers the scale
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm, finite
 
 
 def discard_gradients(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
-    """Forgets what backward has added up since the last step, so that the next step is as if it had not run."""
+    """Set the accumulated gradients to zero, so that the next step is as if no backward had run before it."""
     inner = optimizer.optimizer  # accelerate's own zero_grad does nothing between two steps, nor under DeepSpeed
     inner.zero_grad(set_to_none=True)  # ZeRO-3 then overwrites with the next micro-batch instead of adding
-    if zero_stage(accelerator) == 2:  # as DeepSpeed does where it leaves a step out
+    if zero_stage(accelerator) == 2:  # as DeepSpeed does where it skips a step
         inner.micro_step_id = -1
         for sums in (inner.averaged_gradients, inner.all_grad_tensors):
             sums.update(dict.fromkeys(sums))
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
+    """Return the batch with its tensors on the device; the host does not wait."""
     return {
         key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for key, value in batch.items()
     }
@@ -365,16 +330,16 @@ def to_device(batch: dict, device: torch.device) -> dict:
 def end_training(accelerator: Accelerator, model: nn.Module) -> None:
     """End the process group; a model that was wrapped for DDP cannot be trained any further."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        # They would keep the process group until the model goes, and drop it while holding Python's lock, for which one
-        # of gloo's threads may wait to let go of its last collective: a deadlock (pytorch issue 56297). The process
-        # group's own Python object lets go of the lock first.
+        # They would keep the process group until the model is freed, and free it while holding the GIL, for which one
+        # of gloo's threads may wait: a deadlock (pytorch issue 56297). The Python object of the process group releases
+        # the GIL first.
         del model.logger, model.reducer
-    accelerator.trackers = []  # they have been ended where their failures are warnings
+    accelerator.trackers = []  # `watch/trackers.py` has ended them, with failures as warnings
     accelerator.end_training()
 
 
 def sum_over_ranks(accelerator: Accelerator, value: torch.Tensor | float | list) -> torch.Tensor:
-    """Numbers or a tensor summed over all ranks in fp64, left on the device: one collective, and no wait for it."""
+    """Return numbers or a tensor summed over all ranks, fp64, on the device: one all-reduce; the host does not wait."""
     if torch.is_tensor(value):
         tensor = value.detach().to(accelerator.device, torch.float64, copy=True)
     else:  # from pinned memory, because a copy from any other makes the host wait for the device
@@ -386,155 +351,9 @@ def sum_over_ranks(accelerator: Accelerator, value: torch.Tensor | float | list)
 
 
 def gather_from_ranks(accelerator: Accelerator, mine: object) -> list:
-    """An object of every rank, by rank, on every rank. A collective: all ranks must call it."""
+    """Return the objects of all ranks, in order, on every rank. A collective: all ranks must call it."""
     if accelerator.num_processes == 1:
         return [mine]
     gathered = [None] * accelerator.num_processes
     torch.distributed.all_gather_object(gathered, mine)
     return gathered
-
-
-# --- the trained state, as this rank holds it -------------------------------------------------------------------------
-
-KINDS = ("master", "exp_avg", "exp_avg_sq")
-
-
-@dataclass
-class Piece:
-    """A flat range of one parameter: views of its master and moments that this rank holds."""
-
-    name: str
-    start: int
-    tensors: dict[str, torch.Tensor]  # kind -> flat view
-
-    @property
-    def numel(self) -> int:
-        return self.tensors["master"].numel()
-
-
-def held_pieces(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Piece]:
-    """The pieces of the trained parameters on this rank; without DeepSpeed, all of every parameter.
-
-    The moments must exist: take a step or call `create_moments` before.
-    """
-    named = [(name, p) for name, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad]
-    if not is_deepspeed(accelerator):
-        for name, parameter in named:
-            state = optimizer.state[parameter]
-            yield Piece(name, 0, {"master": parameter.data.view(-1)} | {k: state[k].view(-1) for k in KINDS[1:]})
-        return
-    zero = optimizer.optimizer
-    if zero_stage(accelerator) == 3:
-        rank = accelerator.process_index
-        for name, parameter in named:
-            views = {kind: _zero3_view(zero, parameter, kind) for kind in KINDS}
-            start = rank * views["master"].numel()  # the last partitions are padded, or nothing but padding
-            real = max(0, min(views["master"].numel(), parameter.ds_numel - start))
-            yield Piece(name, start, {kind: view[:real] for kind, view in views.items()})
-        return
-    names = {id(parameter): name for name, parameter in named}
-    for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
-        for parameter in group:
-            if (mapping := parameter._hp_mapping) is None:  # all of it lies on other ranks
-                continue
-            # Not `safe_get_full_optimizer_state`: DeepSpeed 0.19 links the moments of the first parameter group only.
-            address = mapping.hp_fragment_address
-            moments = {k: zero.optimizer.state[flat][k].narrow(0, address.start, address.numel) for k in KINDS[1:]}
-            start = mapping.lp_fragment_address.start
-            yield Piece(names[id(parameter)], start, {"master": mapping.hp_fragment} | moments)
-
-
-def own_range(accelerator: Accelerator, piece: Piece) -> tuple[int, int]:
-    """Begin and end of the part of a held piece that is this rank's to write: an equal share if all ranks hold it."""
-    if is_deepspeed(accelerator):
-        return 0, piece.numel
-    share = -(-piece.numel // accelerator.num_processes)
-    rank = accelerator.process_index
-    return min(rank * share, piece.numel), min((rank + 1) * share, piece.numel)
-
-
-def _zero3_view(zero, parameter: nn.Parameter, kind: str) -> torch.Tensor:
-    # The public `safe_get_local_*` return copies when the optimizer is offloaded; a view can be written to as well.
-    key = None if kind == "master" else kind
-    return zero._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=key)[0]
-
-
-def create_moments(accelerator: Accelerator, optimizer: torch.optim.Optimizer, step: int = 0) -> None:
-    """Gives AdamW its moments, zeros where there are none yet, as after `step` steps.
-
-    By itself it would make them at the end of the first step, one here and one there in the holes that activations have
-    left, where they stay and cut what is free into pieces: LoRA of a 13B model found no 88 MB among 23 GB so.
-    """
-    inner, parameters = masters(accelerator, optimizer)
-    on_cpu = type(inner).__name__ == "DeepSpeedCPUAdam"
-    for parameter in parameters:
-        # torch's fused AdamW wants the count beside the parameter, the plain one on the CPU, DeepSpeed's a number.
-        device = parameter.device if inner.defaults.get("fused") else "cpu"
-        state = inner.state[parameter]
-        state["step"] = step if on_cpu else torch.tensor(float(step), dtype=torch.float32, device=device)
-        for moment in ("exp_avg", "exp_avg_sq"):
-            if moment not in state:
-                state[moment] = torch.zeros_like(parameter.data)
-
-
-def masters(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, list]:
-    """The innermost optimizer, and the fp32 tensors that this rank steps."""
-    if not is_deepspeed(accelerator):
-        return optimizer.optimizer, [p for group in optimizer.param_groups for p in group["params"]]
-    zero = optimizer.optimizer
-    flat = "fp32_partitioned_groups_flat" if zero_stage(accelerator) == 3 else "single_partition_of_fp32_groups"
-    return zero.optimizer, getattr(zero, flat)
-
-
-def steps_taken(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> int:
-    """AdamW's own count, which lags behind the optimizer steps where fp16 skipped some."""
-    inner = optimizer.optimizer.optimizer if is_deepspeed(accelerator) else optimizer.optimizer
-    return max((int(state["step"]) for state in inner.state.values()), default=0)
-
-
-def trained_shapes(accelerator: Accelerator, model: nn.Module) -> dict[str, list[int]]:
-    """Name and full shape of every trained parameter."""
-    named = accelerator.unwrap_model(model).named_parameters()
-    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in named if p.requires_grad}
-
-
-def refresh_working_weights(
-    accelerator: Accelerator, model: nn.Module, optimizer, read_master: Callable[[torch.Tensor, str], None]
-) -> None:
-    """Copy the masters to the weights that the model computes with, which under ZeRO are a second copy.
-
-    read_master: fills a flat fp32 tensor with the whole master of the parameter of this name.
-    """
-    if not is_deepspeed(accelerator):
-        return
-    if zero_stage(accelerator) != 3:
-        optimizer.optimizer.update_lp_params()
-        return
-    import deepspeed
-
-    for name, parameter in accelerator.unwrap_model(model).named_parameters():
-        if parameter.requires_grad:
-            # Through the gathering context, because small parameters are also kept whole on every rank.
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                if accelerator.is_main_process:
-                    master = torch.empty(parameter.numel(), dtype=torch.float32)
-                    read_master(master, name)
-                    parameter.data.copy_(master.view_as(parameter))
-
-
-def loss_scaler_state(accelerator: Accelerator, optimizer) -> dict:
-    """Return the loss scale of fp16 and its counters, as JSON values; empty in other precisions."""
-    if is_deepspeed(accelerator):
-        scaler = optimizer.optimizer.loss_scaler
-        return {k: v for k, v in vars(scaler).items() if isinstance(v, int | float | bool)}
-    return accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
-
-
-def restore_loss_scaler(accelerator: Accelerator, optimizer, state: dict) -> None:
-    """Give the loss scaler a state that `loss_scaler_state` has returned."""
-    if not state:
-        return
-    if is_deepspeed(accelerator):
-        vars(optimizer.optimizer.loss_scaler).update(state)
-    elif accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(state)

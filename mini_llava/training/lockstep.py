@@ -1,9 +1,9 @@
-"""What all ranks agree on while a step runs: its trained tokens, and whether the run ends after it, and why.
+"""What all ranks agree on in each step: its trained tokens, and whether and why the run ends after it.
 
-A rank that has no data cannot leave the others alone in a collective: the run would die with all that it has learned
-since the last checkpoint. So each rank waits for the data of the step after the one that it is about to take, and what
-went wrong there (a bad record, a worker that was killed or hangs) is known, by the all-reduce that a step begins with
-anyway, to all of them: they take one more step together, save, and end. LLaVA has nothing of the kind.
+A rank without data must not leave the others waiting in a collective: the run would lose what it has learned since the
+last checkpoint. So each rank fetches the data of the next step before it takes this one. The all-reduce that every step
+begins with also tells all ranks what failed there (a bad record, a killed or hanging worker): they take one more step
+together, save, and end. LLaVA has nothing of the kind.
 """
 
 from collections import deque
@@ -16,29 +16,29 @@ from ..data.loader import RankStep
 from ..words import counted
 from .backend import gather_from_ranks, sum_over_ranks
 
-STEPS_LOOKED_AT = 10  # whose skipped samples count against `--max_skipped_share`
+STEPS_LOOKED_AT = 10  # over which `--max_skipped_share` is averaged
 
 
 class DataFault(OSError):
-    """Why the data ends a run, in one sentence."""
+    """The data cannot be trained on any further; the sentence says why."""
 
 
 class Lockstep:
     """
     Attributes:
-        trained_tokens: of the global batch that was yielded last, fp64 on the device.
-        samples: in that global batch; without any there is no step to take.
+        trained_tokens: of the current global batch, fp64 on the device.
+        samples: in that global batch; with none there is no step to take.
         stopping: whether the run ends here; the same on all ranks.
-        interrupted: whether it does because a person pressed Ctrl-C.
+        interrupted: whether it ends because a person pressed Ctrl-C.
         fault: why this rank cannot go on.
-        ahead: this rank's data of the step after the one that was yielded last.
+        ahead: this rank's data of the next step.
     """
 
     def __init__(self, accelerator: Accelerator, preemption, max_skipped: float):
         """
         Args:
-            preemption: knows whether this rank was `asked` to stop, and whether it was `interrupted` by Ctrl-C.
-            max_skipped: samples a step, on average over `STEPS_LOOKED_AT` steps; when more are skipped the run ends.
+            preemption: has `asked`, whether this rank shall stop, and `interrupted`, whether by Ctrl-C.
+            max_skipped: samples per step, averaged over `STEPS_LOOKED_AT` steps; if more are skipped the run ends.
         """
         self.accelerator, self.preemption, self.max_skipped = accelerator, preemption, max_skipped * STEPS_LOOKED_AT
         self.trained_tokens = torch.zeros((), dtype=torch.float64, device=accelerator.device)
@@ -50,13 +50,13 @@ class Lockstep:
         self.ahead: RankStep | None = None
 
     def steps(self, loader: Iterator[RankStep]) -> Iterator[RankStep]:
-        """Yield this rank's steps. `read` says afterwards whether the run ends after the step.
+        """Yield this rank's steps; `read` then says whether the run ends after the step.
 
-        loader: yields them; may raise what makes a step impossible, and end early when the run was asked to stop.
+        loader: yields them; may raise what makes a step impossible, and end early if the run was asked to stop.
         """
         self._look_ahead(loader)
         self._begin_to_agree(0)
-        self.read()  # the one time that the host waits for it
+        self.read()  # only here the host waits for the all-reduce
         while self.ahead is not None and not self.stopping:
             work, self.samples = self.ahead, self._samples_ahead
             self._look_ahead(loader)
@@ -66,7 +66,7 @@ class Lockstep:
     def _look_ahead(self, loader: Iterator[RankStep]) -> None:
         try:
             self.ahead = next(loader, None)
-        except Exception as error:  # a bug in a loader's worker, too, shall not cost what was trained
+        except Exception as error:  # even a bug in a worker must not cost what was trained
             self.ahead, self.fault = None, error
 
     def _begin_to_agree(self, trained_tokens: int) -> None:
@@ -80,7 +80,7 @@ class Lockstep:
             self._copied.record()
 
     def read(self) -> bool:
-        """Return whether the run ends after this step, once the device has come past its beginning."""
+        """Return whether the run ends after this step; waits until the device has begun the step."""
         if self._copied is not None:
             self._copied.synchronize()
         self._samples_ahead, skipped, *reasons = map(int, self._sums.tolist())
@@ -99,7 +99,7 @@ class Lockstep:
         return self._decide(*sum_over_ranks(self.accelerator, self._reasons_to_stop()).tolist())
 
     def stop(self, fault: Exception | None) -> bool:
-        """Return whether the run ends here, because of a fault that all ranks have found themselves; None goes on."""
+        """Return whether the run ends here because of a fault that all ranks have found; with None it goes on."""
         if fault is not None:
             self.fault, self.stopping, self.ahead = fault, True, None
         return self.stopping
@@ -119,7 +119,7 @@ class Lockstep:
         )
 
     def raise_fault(self) -> None:
-        """Raise on every rank what ended the run on one of them, if anything did. All ranks must call it."""
+        """Raise on every rank what has failed on any, if anything has. All ranks must call it."""
         faults = gather_from_ranks(self.accelerator, None if self.fault is None else str(self.fault))
         if self.fault is not None:
             raise self.fault

@@ -1,9 +1,7 @@
 """AdamW over named parameter groups: each part of the model with its own rate, norms and biases without weight decay.
 
-Replaces `LLaVATrainer.create_optimizer`. Groups are found by name afterwards, never by position, because DeepSpeed
-drops empty groups without a word and the later ones move up.
-
-This file needs torch and nothing else of the project.
+Replaces `LLaVATrainer.create_optimizer`. Groups are looked up by name, never by position, because DeepSpeed silently
+drops empty groups. This file needs torch and nothing else of the project.
 """
 
 import torch
@@ -16,11 +14,11 @@ def parameter_groups(
     weight_decay: float,
     rates: dict[str, float | None] | None = None,
 ) -> list[dict]:
-    """Groups of the trained parameters of `model`, two for each part: with and without weight decay.
+    """Return the trained parameters of `model` in groups, two for each part: with and without weight decay.
 
     Args:
-        learning_rate: peak rate of every part that `rates` does not give another.
-        rates: peak rate by part, a part being a direct child of the model: `{"projector": 2e-5}`; None: absent.
+        learning_rate: peak rate of the parts that are not in `rates`.
+        rates: peak rate by part, a direct child of the model: `{"projector": 2e-5}`; None counts as absent.
 
     Returns:
         Dictionaries for a torch optimizer with the extra keys `name`, `peak_lr` and `parameter_names`; no empty group.
@@ -51,7 +49,7 @@ def parameter_groups(
 
 
 def no_decay_names(model: nn.Module) -> set[str]:
-    """Names of the biases and of all parameters of normalisation layers (LayerNorm, RMSNorm and their kin).
+    """Return the names of the biases and of all parameters of normalisation layers (LayerNorm, RMSNorm, ...).
 
     Decided by module type and not by number of dimensions: under ZeRO-3 every parameter looks one-dimensional.
     """
@@ -64,17 +62,16 @@ def no_decay_names(model: nn.Module) -> set[str]:
 
 
 def build_adamw(groups: list[dict], betas: tuple[float, float], epsilon: float, fused: bool) -> torch.optim.AdamW:
-    """torch's AdamW. `fused` (one kernel for all parameters) needs every parameter on a GPU."""
+    """Return torch's AdamW. `fused` (one kernel for all parameters) needs every parameter on a GPU."""
     return torch.optim.AdamW(groups, lr=groups[0]["lr"], betas=betas, eps=epsilon, fused=fused)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Sets each group's rate to its peak times `factor`; call it before the last backward of a step, because DeepSpeed
-    steps inside it."""
+    """Set each group's rate to its peak times `factor`: before the last backward, in which DeepSpeed steps."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """The rate that each part of the model has now, by its name in the log; both groups of a part have the same."""
+    """Return the rate of each part of the model by its name in the log; both groups of a part have the same."""
     return {f"learning_rate/{group['name'].removesuffix('_no_decay')}": group["lr"] for group in optimizer.param_groups}

@@ -1,9 +1,7 @@
 """The learning-rate schedule as a pure function of the step; the values are those of transformers' schedulers.
 
-A function has no state to save or to lose: a resumed run asks for the factor of its step. It also cannot be replaced
-behind one's back, as LLaVA's cosine is when its `zero3_offload.json` brings a scheduler of DeepSpeed's.
-
-This file needs nothing else of the project.
+A function has no state to save: a resumed run asks for the factor of its step. Nor can it be replaced silently, as
+LLaVA's cosine is by the scheduler in its `zero3_offload.json`. This file needs nothing else of the project.
 """
 
 import math
@@ -12,12 +10,12 @@ SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 
 
 def warmup_steps(warmup_ratio: float, total_steps: int) -> int:
-    """As transformers counts them: rounded up."""
+    """Return the number of warmup steps, rounded up as transformers does."""
     return math.ceil(warmup_ratio * total_steps)
 
 
 def learning_rate_factor(kind: str, step: int, total_steps: int, warmup: int) -> float:
-    """Factor on the peak learning rate at optimizer step `step`, counted from 0 (so with warmup the first one is 0)."""
+    """Return the factor on the peak learning rate at `step`, counted from 0 (so with warmup the first one is 0)."""
     if kind == "constant":
         return 1.0
     if step < warmup:

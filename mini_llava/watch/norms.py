@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..training.backend import KINDS, held_pieces, is_deepspeed, is_offloaded, own_range, sum_over_ranks
+from ..training.backend import is_offloaded, sum_over_ranks
+from ..training.sharded_state import KINDS, ShardedState
 
 POINTS = 500  # of a whole run: reading all moments takes longer than AdamW's own step
 NUMBERS_AT_ONCE = 2**22  # two temporary tensors of 16 MiB
@@ -31,14 +32,13 @@ def step_norms(accelerator: Accelerator, model: nn.Module, optimizer: torch.opti
     if is_offloaded(accelerator):
         return {}
     groups = {name: group for group in optimizer.param_groups for name in group["parameter_names"]}
-    inner = optimizer.optimizer.optimizer if is_deepspeed(accelerator) else optimizer.optimizer
-    steps = int(next(iter(inner.state.values()))["step"])  # equal for all parameters: each has a gradient in every step
+    state = ShardedState(accelerator, model, optimizer)
+    steps = state.steps_taken()  # of every parameter: all have a gradient in every step
     nothing = torch.zeros((), device=accelerator.device)
-    norms = [(nothing, nothing)]  # small parameters may all be on other ranks
-    for piece in held_pieces(accelerator, model, optimizer):
-        start, stop = own_range(accelerator, piece)
-        for first in range(start, stop, NUMBERS_AT_ONCE):
-            part = slice(first, min(first + NUMBERS_AT_ONCE, stop))
+    norms = [(nothing, nothing)]  # small parameters may lie on other ranks, all of them
+    for piece in state.pieces():
+        for first in range(piece.own.start, piece.own.stop, NUMBERS_AT_ONCE):
+            part = slice(first, min(first + NUMBERS_AT_ONCE, piece.own.stop))
             master, *moments = (piece.tensors[kind][part] for kind in KINDS)
             norms.append((_last_change(master, *moments, steps, groups[piece.name]), master.norm()))
     squares = [torch.stack(column).double().square().sum() for column in zip(*norms, strict=True)]

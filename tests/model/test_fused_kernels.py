@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from mini_llava.model.attention import choose_attention
 from mini_llava.model.llava import token_losses
+from mini_llava.options.attention import choose_attention
 from mini_llava.options.kernels import (
     FUSABLE,
     choose_fused_kernels,

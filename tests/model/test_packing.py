@@ -9,10 +9,10 @@ from transformers.utils import is_flash_attn_2_available
 from mini_llava.data.collator import collate
 from mini_llava.data.images import Picture
 from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Sample
-from mini_llava.model.attention import CAPPED, PACKABLE, choose_attention
 from mini_llava.model.llava import LlavaModel
 from mini_llava.model.projector import build_projector
 from mini_llava.model.vision_tower import VisionTower
+from mini_llava.options.attention import CAPPED, PACKABLE, choose_attention
 
 VOCABULARY = 100
 IMAGE_SIZE = 28

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from mini_llava.guards.projector_file import check_projector_file
 from mini_llava.model import projector as projector_module
 from mini_llava.model.projector import build_projector, gathered_state_dict, load_projector, save_projector
 
@@ -111,15 +112,23 @@ def test_names_count_from_after_mm_projector(tmp_path):
 
 
 def refused(tmp_path, content, projector) -> str:
-    """The message with which `projector` refuses a file with this content; the projector must not have changed."""
+    """The message with which a file with this content is refused for `projector`."""
     path = tmp_path / "mm_projector.bin"
     torch.save(content, path)
-    before = {name: tensor.clone() for name, tensor in projector.state_dict().items()}
     with pytest.raises(ValueError) as caught:
-        load_projector(projector, path)
-    assert all(torch.equal(before[name], tensor) for name, tensor in projector.state_dict().items())
+        check_projector_file(projector, path)
     assert str(path) in str(caught.value)
     return str(caught.value)
+
+
+@pytest.mark.parametrize("kind, vision_width", [("mlp2x_gelu", 10), ("mlp3x_gelu", 6), ("linear", 6)])
+def test_another_projector_is_loaded_not_even_in_part(kind, vision_width, tmp_path):
+    projector = build_projector("mlp2x_gelu", 6, 8)
+    before = {name: tensor.clone() for name, tensor in projector.state_dict().items()}
+    save_projector(build_projector(kind, vision_width, 8), tmp_path)
+    with pytest.raises(ValueError, match=r"mm_projector\.bin holds .*, but this projector has "):
+        load_projector(projector, tmp_path)
+    assert all(torch.equal(before[name], tensor) for name, tensor in projector.state_dict().items())
 
 
 def named(projector) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from tests.parity.golden import LLAVA, golden_model, llava_name, load_json
 @pytest.mark.parametrize("case", load_json("optimizer_groups.json"), ids=lambda case: case["name"])
 def test_every_parameter_has_llavas_rate_and_decay(case, golden_projector, agree):
     model, given = golden_model(golden_projector), case["arguments"]
-    apply_plan(model, freeze_plan(given["tune_mm_mlp_adapter"], False, False, False))
+    apply_plan(model, freeze_plan(flags.ModelArguments(tune_mm_mlp_adapter=given["tune_mm_mlp_adapter"])))
     rates = {"projector": given.get("mm_projector_lr")}
     groups = parameter_groups(model, given["learning_rate"], given["weight_decay"], rates)
     training = flags.TrainingArguments()

@@ -21,14 +21,10 @@ from torch import nn
 
 from mini_llava import arguments as flags
 from mini_llava.guards import ownership
+from mini_llava.guards.checkpoints import complete_checkpoints, find_checkpoint, remove_oldest, verify
 from mini_llava.guards.output_folder import writing_the_result
-from mini_llava.training.checkpoint import (
-    CheckpointError,
-    complete_checkpoints,
-    find_checkpoint,
-    save_checkpoint,
-    verify,
-)
+from mini_llava.training.checkpoint import CheckpointError, save_checkpoint
+from mini_llava.training.sharded_state import ShardedState
 from tests.end_to_end import runs
 from tests.launching import small_disk, train_in_turn
 
@@ -64,9 +60,8 @@ def save(accelerator):
     model, optimizer = accelerator.prepare(model, optimizer)
     model(torch.ones(1, 300)).sum().backward()
     optimizer.step()
-    return lambda folder, step, keep=None: save_checkpoint(
-        accelerator, model, optimizer, folder, step, {}, keep, check_owner=ownership.check_still_owned
-    )
+    state = ShardedState(accelerator, model, optimizer)
+    return lambda folder, step: save_checkpoint(state, folder, step, {}, check_owner=ownership.check_still_owned)
 
 
 def hidden(folder: Path) -> list[str]:
@@ -163,12 +158,13 @@ def test_two_zero3_processes_go_on_when_one_of_them_or_both_cannot_write(trained
 def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning_and_no_failed_save(accelerator, save, tmp_path):
     save(tmp_path, 1)
     (tmp_path / ".checkpoint-1.removed").write_text("in the way")
-    state = save(tmp_path, 2, keep=1)
-    [warning] = state.warnings
+    save(tmp_path, 2)
+    [warning] = remove_oldest(tmp_path, 2, keep=1)
     assert "checkpoint-1 could not be removed" in warning
     assert complete_checkpoints(tmp_path) == [tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"]
     (tmp_path / ".checkpoint-1.removed").unlink()
-    assert save(tmp_path, 3, keep=1).warnings == []
+    save(tmp_path, 3)
+    assert remove_oldest(tmp_path, 3, keep=1) == []
     assert complete_checkpoints(tmp_path) == [tmp_path / "checkpoint-3"] and not hidden(tmp_path)
 
 
@@ -265,7 +261,8 @@ def test_one_that_appears_in_mid_run_stays_and_the_save_fails(accelerator, save,
         f"{there} could not be written: {there} is there, which this program did not write. Move it away."
     )
     assert contents(there) == before and not hidden(tmp_path)
-    verify(accelerator, save(tmp_path, 3).path)
+    save(tmp_path, 3)
+    verify(accelerator, tmp_path / "checkpoint-3")
 
 
 def test_a_run_whose_folder_was_taken_by_another_machine_saves_nothing_more(save, tmp_path):
@@ -291,7 +288,8 @@ def test_the_removal_of_old_checkpoints_spares_those_of_others(save, tmp_path):
     there = of_llava(tmp_path, 1)
     (there / "manifest.json").write_text('{"kind": "photographs"}')
     for step in (2, 3, 4):
-        save(tmp_path, step, keep=1)
+        save(tmp_path, step)
+        remove_oldest(tmp_path, step, keep=1)
     assert complete_checkpoints(tmp_path) == [there, tmp_path / "checkpoint-4"]
     assert (there / "model.safetensors").read_text() == "of LLaVA, 1"
 

@@ -14,10 +14,10 @@ from accelerate import Accelerator
 from mini_llava.data.collator import sample_of_targets
 from mini_llava.data.loader import RankMicroBatch, RankStep, loss_group
 from mini_llava.data.tokenization import IGNORE_INDEX
-from mini_llava.training.meter import Meter, loss_parts
 from mini_llava.watch import progress as meters
 from mini_llava.watch.flops import FlopCounter
 from mini_llava.watch.json_lines import append_json_line
+from mini_llava.watch.meter import Meter, loss_parts
 from mini_llava.watch.progress import ProgressLine, questions_bar
 from tests.training.tiny_llava import micro_batch, tiny_llava
 

@@ -9,18 +9,18 @@ from accelerate import Accelerator
 
 from ..data.loader import RankMicroBatch, RankStep, loss_group
 from ..data.tokenization import IGNORE_INDEX
-from .backend import sum_over_ranks
+from ..training.backend import sum_over_ranks
 
 
 def loss_parts(sources: Sequence[str], has_image: Sequence[bool]) -> dict[str, list[int]]:
-    """What the loss is logged for besides the whole: each source if there are several, each modality if there are both.
+    """Return what the loss is also logged for: each source if there are several, each modality if there are both.
 
     Args:
         sources: the names of the data files.
         has_image: which samples have images.
 
     Returns:
-        Name in the log to the groups of targets that belong to it.
+        Name in the log -> the groups of targets that belong to it.
     """
     numbers, parts = range(len(sources)), {}
     if len(sources) > 1:
@@ -34,8 +34,8 @@ def loss_parts(sources: Sequence[str], has_image: Sequence[bool]) -> dict[str, l
 class Meter:
     """Loss, tokens, samples, arithmetic and memory of finished steps against a clock that can be paused.
 
-    The clock stands still while the run evaluates or saves, so that the throughput shown is the training's own. Sums
-    stay on the device; only `read` waits for it.
+    The clock stands still while the run evaluates or saves, so that the throughput is that of training alone. Sums stay
+    on the device; only `read` waits for it.
     """
 
     def __init__(self, accelerator: Accelerator, flops, parts: dict[str, list[int]] | None = None):
@@ -61,7 +61,7 @@ class Meter:
         self.started = time.perf_counter()
 
     def waiting_for(self, loader: Iterable[RankStep]) -> Iterator[RankStep]:
-        """The loader's steps; the time until each of them is there counts as waiting for data."""
+        """Yield the loader's steps; the time until each of them is there counts as waiting for data."""
         steps = iter(loader)
         while True:
             asked = time.perf_counter()
@@ -79,7 +79,7 @@ class Meter:
             self.group_losses.index_add_(0, groups, token_losses.detach().flatten().double())
 
     def add_step(self, work: RankStep) -> None:
-        """A step of this rank is done."""
+        """Add a finished step of this rank."""
         self.steps += 1
         self.samples += work.samples
         self.tokens += work.tokens
@@ -91,7 +91,7 @@ class Meter:
                 self.group_tokens += trained.bincount(minlength=len(self.group_tokens))
 
     def read(self) -> dict[str, float]:
-        """Mean loss, rates of all ranks, and how well the device was used, since the last read.
+        """Return mean loss, rates of all ranks, and how well the device was used, since the last read.
 
         A collective: all ranks must call it. `tokens_per_second` counts real tokens, `computed_tokens_per_second`
         padding too; `padding` is its share. On GPUs whose peak is known `mfu` is the share of it that went into
@@ -103,7 +103,7 @@ class Meter:
         on_gpu = self.accelerator.device.type == "cuda"
         memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
         sums = [self.tokens, self.computed_tokens, self.samples, self.flops]
-        # One collective for sums and maxima: each rank writes the latter into a place of its own.
+        # One all-reduce for sums and maxima: the latter have one place for each rank.
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         places = [value if place == rank else 0.0 for value in (self.waited, memory) for place in range(ranks)]
         mine = [*sums, *places, *self.group_tokens.tolist()]
