@@ -41,7 +41,7 @@ from mini_llava.data.images import load_image, normalisation_table, normalise, p
 from mini_llava.data.loader import RankSteps, rank_step_loader  # noqa: E402
 from mini_llava.data.records import RecordStore  # noqa: E402
 from mini_llava.data.samples import Samples  # noqa: E402
-from mini_llava.data.templates import get_template, render  # noqa: E402
+from mini_llava.data.templates import get_template  # noqa: E402
 from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX  # noqa: E402
 from mini_llava.formats.tokenizers import load_tokenizer  # noqa: E402
 from mini_llava.training.backend import versions  # noqa: E402
@@ -88,7 +88,7 @@ class Straightforward(Dataset):
     def text(self, record: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids with one placeholder for the image, and labels from the lengths of the rounds and of their questions."""
         turns = [turn["value"] for turn in record["conversations"]]
-        whole = "".join(piece for piece, _ in render(TEMPLATE, turns[0::2], turns[1::2]))
+        whole = "".join(piece for piece, _ in TEMPLATE.render(turns[0::2], turns[1::2]))
         ids = torch.tensor(self.ids(whole))
         labels, position = ids.clone(), 0
         for a_round in whole.split(TEMPLATE.answer_end)[:-1]:

@@ -40,11 +40,11 @@ from mini_llava.data.lengths import measure  # noqa: E402
 from mini_llava.data.records import RecordStore  # noqa: E402
 from mini_llava.data.sampler import GlobalBatchSampler, computed_tokens  # noqa: E402
 from mini_llava.data.samples import Samples  # noqa: E402
-from mini_llava.data.templates import get_template  # noqa: E402
 from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX  # noqa: E402
 from mini_llava.formats.read import Source, open_source  # noqa: E402
 from mini_llava.formats.tokenizers import load_tokenizer  # noqa: E402
 from mini_llava.model.vision_tower import tokens_per_image  # noqa: E402
+from mini_llava.options.chat_template import find_template  # noqa: E402
 from mini_llava.training import backend  # noqa: E402
 from mini_llava.training.schedule import warmup_steps  # noqa: E402
 from mini_llava.watch.flops import peak_flops  # noqa: E402
@@ -82,7 +82,7 @@ def train(arguments: flags.Arguments) -> None:
     tokenizer = load_tokenizer(source.name)
     samples = Samples(
         RecordStore(data_flags.data_path, data_flags.image_folder),
-        get_template(model_flags.version, tokenizer),
+        find_template(model_flags.version, tokenizer),
         tokenizer,
         data_flags.model_max_length,
         tokens_per_image(source.vision_config, source.select_feature),

@@ -11,11 +11,12 @@ from transformers import PreTrainedTokenizerBase
 from .arguments import Arguments, ModelArguments
 from .data.records import RecordStore
 from .data.samples import Samples
-from .data.templates import Template, get_template
+from .data.templates import Template
 from .data.unread import allowed
 from .formats.read import Source
 from .formats.tokenizers import load_tokenizer
 from .model.vision_tower import tokens_per_image
+from .options.chat_template import find_template
 from .options.image_tokens import add_image_tokens, missing_rows
 
 
@@ -70,4 +71,4 @@ def held_out_template(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) 
 def choose_template(model_flags: ModelArguments, version: str, tokenizer: PreTrainedTokenizerBase) -> Template:
     """Return a template with LLaVA's image marks if flags ask for them; the tokenizer then gets them too."""
     marks = (model_flags.mm_use_im_start_end, model_flags.mm_use_im_patch_token)
-    return add_image_tokens(tokenizer, get_template(version, tokenizer), *marks)
+    return add_image_tokens(tokenizer, find_template(version, tokenizer), *marks)

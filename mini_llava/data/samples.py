@@ -117,7 +117,7 @@ class Samples(Dataset):
         for part in (repr(self.template), texts_to_ids, numbers, repr(sorted(self.left_unread))):
             digest.update(part.encode("utf-8") + b"\0")
         files = [Path(__file__).with_name(f"{name}.py") for name in MEASURED_WITH]
-        files += [inspect.getsourcefile(type(self.tiling))] if self.tiling else []
+        files += [inspect.getsourcefile(type(part)) for part in (self.template, self.tiling) if part]
         for file in files:
             digest.update(Path(file).read_bytes())
         return digest.hexdigest()

@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from .templates import IMAGE_MARK, BadRecord, Template, get_template, render
+from .templates import IMAGE_MARK, BadRecord, Template, get_template
 from .unread import unread
 
 IGNORE_INDEX = -100
@@ -85,7 +85,7 @@ def tokenize(
         image_tokens = [tokens_per_image] * len(images)
     else:
         image_tokens = [tokens_per_image(folder, name) for name in images]
-    input_ids, trained = _encode(render(template, questions, answers), tokenizer, image_tokens)
+    input_ids, trained = _encode(template.render(questions, answers), tokenizer, image_tokens)
 
     if len(input_ids) > max_length:
         length, first_trained = len(input_ids), int(np.argmax(trained))
@@ -115,7 +115,7 @@ def tokenize_prompt(
     With one token for each image `expand_images` gives them theirs, once the images are known. Raises BadRecord.
     """
     questions, answers, images = read_conversation(record, template, left_unread)
-    pieces = render(template, questions, answers[: len(questions) - 1], generation_prompt=True)
+    pieces = template.render(questions, answers[: len(questions) - 1], generation_prompt=True)
     return _encode(pieces, tokenizer, [tokens_per_image] * len(images))[0]
 
 

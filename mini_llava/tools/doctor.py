@@ -24,7 +24,7 @@ from ..data.images import MODES, SCALED, BadImage, image_path, load_image, pad_t
 from ..data.records import RecordStore, check_data_files
 from ..data.sampler import GlobalBatchSampler, computed_tokens, deal
 from ..data.samples import Samples
-from ..data.templates import BadRecord, get_template
+from ..data.templates import BadRecord
 from ..data.tokenization import IGNORE_INDEX, Sample
 from ..data.unread import allowed
 from ..formats.read import read_language_config
@@ -32,6 +32,7 @@ from ..formats.tokenizers import load_tokenizer
 from ..formats.towers import load_vision_config, tower_image_size
 from ..guards import preflight
 from ..model.vision_tower import tokens_per_image
+from ..options.chat_template import find_template
 from ..options.image_tokens import missing_rows
 from ..options.tiles import MERGE_TYPES, Tiling, choose_tiling
 from ..processes import map_ranges
@@ -374,7 +375,7 @@ def examine(given: argparse.Namespace) -> int:
     check_data_files(given.data_path, given.image_folder, given.exclude)
     image_tokens, tiling = (given.tokens_per_image, None) if given.tokens_per_image else _tokens_of_tower(given)
     tokenizer = load_tokenizer(given.model_name_or_path, given.trust_remote_code)
-    template = get_template(given.version, tokenizer)
+    template = find_template(given.version, tokenizer)
     findings = list(preflight.check_template(template, tokenizer))
     language_config = read_language_config(given.model_name_or_path, given.trust_remote_code)
     if language_config is not None:

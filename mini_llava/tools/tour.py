@@ -22,7 +22,6 @@ from ..data.collator import collate
 from ..data.images import image_path, load_image, normalise, open_picture
 from ..data.loader import RankSteps
 from ..data.records import RecordStore
-from ..data.templates import render
 from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, read_conversation, tokenize
 from ..formats.read import open_source
 from ..guards.early import check_files
@@ -67,9 +66,13 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
     step(1, RecordStore.__getitem__, "a record of the data file, as LLaVA writes it")
     print(f"  {store.describe(index)}\n  {json.dumps(record, ensure_ascii=False)}")
 
-    step(2, render, f"the text that the template {template.name} makes of it, in pieces that are trained (>) or not")
+    step(
+        2,
+        type(template).render,
+        f"the text that the template {template.name} makes of it, in pieces that are trained (>) or not",
+    )
     questions, answers, _ = read_conversation(record, template, samples.left_unread)
-    for text, trained in render(template, questions, answers):
+    for text, trained in template.render(questions, answers):
         print(f"  {'>' if trained else ' '} {text!r}")
 
     step(3, tokenize, "ids, with a place for each token of an image, and labels, -100 where nothing is trained")

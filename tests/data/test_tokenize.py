@@ -14,7 +14,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, LlavaProcessor
 
 from mini_llava.data.images import load_image_processor
-from mini_llava.data.templates import TEMPLATES, BadRecord, get_template, render
+from mini_llava.data.templates import TEMPLATES, BadRecord, get_template
 from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, MAX_IMAGES, tokenize, tokenize_prompt
 from mini_llava.formats.tokenizers import image_token_tokenizer, load_tokenizer
 
@@ -450,4 +450,4 @@ def rendered_text(turns, record, template):
             ("<image>\n" + turn.replace("<image>", "").strip()).strip() if "<image>" in turn else turn for turn in turns
         ]
     questions = [turn.replace("<image>", template.image_mark) for turn in turns[0::2]]
-    return "".join(piece for piece, _ in render(template, questions, turns[1::2]))
+    return "".join(piece for piece, _ in template.render(questions, turns[1::2]))

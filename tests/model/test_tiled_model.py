@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, LlavaNextForCondit
 from mini_llava.arguments import DataArguments, ModelArguments
 from mini_llava.data.collator import collate, join_pictures
 from mini_llava.data.images import load_image_processor, normalisation_table, open_picture
-from mini_llava.data.templates import get_template, render
+from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, tokenize
 from mini_llava.formats import write
 from mini_llava.formats.read import load_llava, open_source
@@ -63,7 +63,7 @@ def textual() -> dict:
 
 
 def prompt(question: str) -> str:
-    return "".join(piece for piece, _ in render(textual()["template"], [question], [], generation_prompt=True))
+    return "".join(piece for piece, _ in textual()["template"].render([question], [], generation_prompt=True))
 
 
 def batch_of(model: LlavaModel, records: list[dict], packed: bool) -> dict:
