@@ -12,9 +12,9 @@ from .arguments import Arguments, ModelArguments
 from .data.records import RecordStore
 from .data.samples import Samples
 from .data.templates import Template
-from .data.unread import allowed
 from .formats.read import Source
 from .formats.tokenizers import load_tokenizer
+from .guards.records import RecordCheck
 from .model.vision_tower import tokens_per_image
 from .options.chat_template import find_template
 from .options.image_tokens import add_image_tokens, missing_rows
@@ -36,7 +36,7 @@ def open_samples(arguments: Arguments, source: Source, cache_folder: str | os.Pa
     template = choose_template(model_flags, model_flags.version, tokenizer)
     rows = missing_rows(tokenizer, source.language_config) if model_flags.resize_token_embeddings else 0
     image_tokens = tokens_per_image(source.vision_config, source.select_feature, image_size)
-    image_processor, left_unread = source.image_processor(), allowed(data_flags.leave_unread or [])
+    image_processor, check = source.image_processor(), RecordCheck(data_flags.leave_unread or [])
     # After all that may be refused at once: a large file takes long to read.
     store = RecordStore(data_flags.data_path, data_flags.image_folder, data_flags.exclude, cache_folder)
     return Samples(
@@ -49,7 +49,7 @@ def open_samples(arguments: Arguments, source: Source, cache_folder: str | os.Pa
         data_flags.image_aspect_ratio,
         image_size,
         tiling,
-        left_unread,
+        check,
         new_tokens=max(len(tokenizer) - known_tokens, rows),
     )
 

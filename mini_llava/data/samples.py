@@ -4,9 +4,10 @@ Replaces LLaVA's `LazySupervisedDataset`. Everything that a run does to a record
 evaluation, measuring and the tools ask the same object.
 """
 
+import functools
 import hashlib
 import inspect
-from collections.abc import Collection
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from .templates import Template
 from .tokenization import IMAGE_TOKEN_INDEX, Sample, shorten, tokenize, tokenize_prompt
 
 # The modules that decide how long a sample is.
-MEASURED_WITH = ("templates", "tokenization", "unread", "records", "images", "samples", "lengths")
+MEASURED_WITH = ("templates", "tokenization", "records", "images", "samples", "lengths")
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Samples(Dataset):
         image_processor: of the vision tower, and `image_size` its size; None where no image is opened.
         image_aspect_ratio: "pad", "square", or "anyres" with a tiling.
         tiling: what splits images into tiles (`options.tiles.Tiling`); None: they stay whole.
-        left_unread: see `read_conversation`.
+        check: raises BadRecord for other records that shall not be trained on (`guards.records.RecordCheck`).
         new_tokens: how many tokens at the end of the tokenizer get new rows in the language model.
     """
 
@@ -47,7 +48,7 @@ class Samples(Dataset):
     image_aspect_ratio: str = "pad"
     image_size: int | None = None
     tiling: object | None = None
-    left_unread: Collection[str] = ()
+    check: Callable[[dict], None] | None = None
     new_tokens: int = 0
 
     def __len__(self) -> int:
@@ -63,24 +64,26 @@ class Samples(Dataset):
             raise BadImage(f"one of its images has another size than a moment ago: {names}.")
         return replace(sample, pictures=pictures)
 
+    def record(self, index: int) -> dict:
+        """Return a record that `check` lets pass. Raises BadRecord and DataFileError."""
+        record = self.store[index]
+        if self.check is not None:
+            self.check(record)
+        return record
+
     def tokenize(self, index: int, max_length: int | None = None) -> Sample:
         """Return the sample without opening a picture; of images in tiles the headers are read.
 
         max_length: instead of the dataset's. Raises BadRecord, DataFileError, and BadImage where headers are read.
         """
-        return tokenize(
-            self.store[index],
-            self.template,
-            self.tokenizer,
-            self.tiling.tokens if self.tiling else self.tokens_per_image,
-            max_length or self.max_length,
-            self.store.image_folder(index),
-            self.left_unread,
-        )
+        image_tokens = self.tokens_per_image
+        if self.tiling is not None:
+            image_tokens = functools.partial(self.tiling.tokens, self.store.image_folder(index))
+        return tokenize(self.record(index), self.template, self.tokenizer, image_tokens, max_length or self.max_length)
 
     def prompt(self, index: int) -> np.ndarray:
         """Return the ids up to the answer of the last question, int32 [L], one for each image. Raises BadRecord."""
-        return tokenize_prompt(self.store[index], self.template, self.tokenizer, left_unread=self.left_unread)
+        return tokenize_prompt(self.record(index), self.template, self.tokenizer)
 
     def open_picture(self, folder: str, name: str) -> Picture:
         """Return an image file as the vision tower gets it. Raises BadImage."""
@@ -112,12 +115,11 @@ class Samples(Dataset):
     def measurement_key(self) -> str:
         """Return a digest of all that decides a sample's length except records and images, the code included."""
         digest = hashlib.blake2b(digest_size=16)
-        numbers = f"{self.tiling or self.tokens_per_image} {self.max_length}"
-        texts_to_ids = self.tokenizer.backend_tokenizer.to_str()
-        for part in (repr(self.template), texts_to_ids, numbers, repr(sorted(self.left_unread))):
-            digest.update(part.encode("utf-8") + b"\0")
+        parts = (self.template, self.tiling, self.check, self.tokens_per_image, self.max_length)
+        for text in (self.tokenizer.backend_tokenizer.to_str(), *map(repr, parts)):
+            digest.update(text.encode("utf-8") + b"\0")
         files = [Path(__file__).with_name(f"{name}.py") for name in MEASURED_WITH]
-        files += [inspect.getsourcefile(type(part)) for part in (self.template, self.tiling) if part]
+        files += [inspect.getsourcefile(type(part)) for part in (self.template, self.tiling, self.check) if part]
         for file in files:
             digest.update(Path(file).read_bytes())
         return digest.hexdigest()

@@ -7,25 +7,18 @@ trained piece.
 """
 
 import reprlib
-import shlex
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 
 import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from .templates import IMAGE_MARK, BadRecord, Template, get_template
-from .unread import unread
+from .templates import IMAGE_MARK, BadRecord, Template
 
 IGNORE_INDEX = -100
 IMAGE_TOKEN_INDEX = -200
-# Far beyond what a model can read. A record is tokenized whole before it is cut, and one of a million image marks would
-# first become half a billion ids.
-MAX_IMAGES = 1024
-MAX_CHARACTERS = 4_000_000
 
 
 def shorten(value: object) -> str:
@@ -60,10 +53,8 @@ def tokenize(
     record: dict,
     template: Template,
     tokenizer: PreTrainedTokenizerBase,
-    tokens_per_image: int | Callable[[str | None, str], int],
+    tokens_per_image: int | Callable[[str], int],
     max_length: int,
-    folder: str | None = None,
-    left_unread: Collection[str] = (),
 ) -> Sample:
     """Tokenize one record, cut to `max_length` positions (an image counts all its tokens and is never cut in two).
 
@@ -71,20 +62,18 @@ def tokenize(
     of it whether or not the tokenizer makes it a token of its own. A last question without an answer stays, untrained.
 
     Args:
-        tokens_per_image: a number, or what gives it for a folder and an image name, and raises what it likes.
-        folder: of the record's images.
-        left_unread: see `read_conversation`.
+        tokens_per_image: a number, or what gives it for an image name, and raises what it likes.
 
     Raises BadRecord for anything that is not a conversation, for image marks that do not match the images, and if no
     trained token is left.
     """
-    questions, answers, images = read_conversation(record, template, left_unread)
+    questions, answers, images = read_conversation(record, template)
     if not answers:
         raise BadRecord("no question has an answer, so there is nothing to train on.")
     if isinstance(tokens_per_image, int):
         image_tokens = [tokens_per_image] * len(images)
     else:
-        image_tokens = [tokens_per_image(folder, name) for name in images]
+        image_tokens = [tokens_per_image(name) for name in images]
     input_ids, trained = _encode(template.render(questions, answers), tokenizer, image_tokens)
 
     if len(input_ids) > max_length:
@@ -104,7 +93,6 @@ def tokenize_prompt(
     template: Template,
     tokenizer: PreTrainedTokenizerBase,
     tokens_per_image: int = 1,
-    left_unread: Collection[str] = (),
 ) -> np.ndarray:
     """The ids, int32 [L], up to the place where the model is to answer the last question of a record.
 
@@ -114,7 +102,7 @@ def tokenize_prompt(
     beginning of the answer (a ChatML role ends with a newline; an answer that begins with one may share a token).
     With one token for each image `expand_images` gives them theirs, once the images are known. Raises BadRecord.
     """
-    questions, answers, images = read_conversation(record, template, left_unread)
+    questions, answers, images = read_conversation(record, template)
     pieces = template.render(questions, answers[: len(questions) - 1], generation_prompt=True)
     return _encode(pieces, tokenizer, [tokens_per_image] * len(images))[0]
 
@@ -126,21 +114,15 @@ def expand_images(input_ids: np.ndarray, image_tokens: Sequence[int]) -> np.ndar
     return np.repeat(input_ids, copies)
 
 
-def read_conversation(
-    record: dict, template: Template, left_unread: Collection[str] = ()
-) -> tuple[list[str], list[str], list[str]]:
+def read_conversation(record: dict, template: Template) -> tuple[list[str], list[str], list[str]]:
     """Check a record and return its questions, its answers (maybe one fewer) and its image names.
 
     As in LLaVA a conversation that begins with the assistant loses that turn. Image marks are counted and written the
     template's way: for one image given as a string the mark moves to the front of its turn; a list leaves the marks in
-    place. What looks like media or a prompt and is read by nobody makes a bad record, unless it is in `left_unread`,
-    which `unread.allowed` makes.
+    place.
     """
     turns = _turns(record)
     images, in_place = _images(record)
-    if found := dict(islice(unread(record, [text for role, text in turns if role == "human"], left_unread), 20)):
-        raise BadRecord(_of_unread(found))
-
     if template.captions_only and [role for role, _ in turns] != ["human", "gpt"]:
         raise BadRecord(
             f"the template {template.name} wants one human turn with the image and one gpt turn with its caption, "
@@ -150,8 +132,6 @@ def read_conversation(
         turns = turns[1:]
     if not turns:
         raise BadRecord("it has no human turn.")
-    if (characters := sum(len(text) for _, text in turns)) > MAX_CHARACTERS:
-        raise BadRecord(f"its turns have {characters} characters; more than {MAX_CHARACTERS} are refused.")
     for index, (role, text) in enumerate(turns):
         if role != ("human", "gpt")[index % 2]:
             raise BadRecord(f"two turns of {role!r} follow each other; human and gpt must alternate.")
@@ -160,8 +140,6 @@ def read_conversation(
 
     questions, answers = [text for _, text in turns[0::2]], [text for _, text in turns[1::2]]
     marks = sum(text.count(IMAGE_MARK) for text in questions)
-    if marks > MAX_IMAGES:
-        raise BadRecord(f"it has {marks} {IMAGE_MARK} marks; more than {MAX_IMAGES} are refused.")
     if marks != len(images):
         raise BadRecord(
             f"it has {marks:,} {IMAGE_MARK} mark{'s' * (marks != 1)} for {len(images):,} "
@@ -190,11 +168,6 @@ def _turns(record: dict) -> list[tuple[str, str]]:
             raise BadRecord(f"turn {number} is not an object with a 'from' and a text 'value'.")
         if turn.get("from") not in ("human", "gpt"):
             raise BadRecord(f"turn {number} is from {shorten(turn.get('from'))}; known roles are 'human' and 'gpt'.")
-        try:
-            turn["value"].encode("utf-8")
-        except UnicodeEncodeError as error:  # JSON can escape what no text file can hold
-            half = error.object[error.start]
-            raise BadRecord(f"turn {number} holds {half!r}, half of a pair of characters.") from None
         turns.append((turn["from"], turn["value"]))
     return turns
 
@@ -213,36 +186,8 @@ def _images(record: dict) -> tuple[list[str], bool]:
     )
 
 
-def _of_unread(found: dict[str, str]) -> str:
-    """A sentence about the first of what `unread` found, and the flag that lets all of it pass."""
-    flag = " ".join(["--leave_unread", *(shlex.quote(name[:200]) for name in found)])
-    name, kind = next(iter(found.items()))
-    shown = shorten(name)
-    if kind == "mark":
-        return (
-            f"a question has the mark {shown}, which is not read: an image's place is marked by {IMAGE_MARK}, other "
-            f"media are not known. Write {IMAGE_MARK} for an image, or leave it in the text by {flag}."
-        )
-    if kind == "prompt":
-        return (
-            f"its key {shown} looks like a prompt and is not read: the template has a system prompt of its own. Put it "
-            f"into the first question, or train without it by {flag}."
-        )
-    return (
-        f"its key {shown} looks like media and is not read: images are read from the record's 'image' alone, other "
-        f"media not at all. Put the name of an image under 'image', or train without it by {flag}."
-    )
-
-
 def _image_first(text: str) -> str:
     return (IMAGE_MARK + "\n" + text.replace(IMAGE_MARK, "").strip()).strip()
-
-
-def check_record(record: dict, left_unread: Collection[str] = ()) -> None:
-    """Raises BadRecord if the record cannot be trained on with any template, whatever its images and its length."""
-    _, answers, _ = read_conversation(record, get_template("v1"), left_unread)
-    if not answers:
-        raise BadRecord("no question has an answer, so there is nothing to train on.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

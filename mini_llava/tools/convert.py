@@ -17,7 +17,7 @@ import tarfile
 import warnings
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +25,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..data.images import FORMATS, BadImage, image_path
-from ..data.templates import IMAGE_MARK, BadRecord
-from ..data.tokenization import check_record, shorten
-from ..data.unread import allowed, kind_of_name
+from ..data.templates import IMAGE_MARK, BadRecord, get_template
+from ..data.tokenization import read_conversation, shorten
 from ..files import atomic_write
+from ..guards.records import RecordCheck, kind_of_name
 from ..watch.json_lines import read_lines
 from ..watch.skipped import count_reasons
 from ..words import counted
@@ -472,7 +472,7 @@ def make_record(
     asked: Columns,
     image_root: str | None,
     drop_system: bool,
-    left_unread: Collection[str] = (),
+    check: RecordCheck,
 ) -> tuple[dict, dict[str, bytes]]:
     """The record of an entry, and its images by their names in the image folder. Raises BadEntry or BadRecord.
 
@@ -494,8 +494,16 @@ def make_record(
         record["image"] = names[0] if len(names) == 1 and not in_place else names
     record["conversations"] = turns
     not_taken = {name: value for name, value in entry.items() if name not in columns.all and kind_of_name(name)}
-    check_record(not_taken | record, left_unread)  # it names what looks like media or a prompt
+    check_record(not_taken | record, check)  # it names what looks like media or a prompt
     return record, dict(zip(names, images, strict=True))
+
+
+def check_record(record: dict, check: RecordCheck) -> None:
+    """Raise BadRecord if the record cannot be trained on with any template, whatever its images and its length."""
+    check(record)
+    _, answers, _ = read_conversation(record, get_template("v1"))
+    if not answers:
+        raise BadRecord("no question has an answer, so there is nothing to train on.")
 
 
 def convert_file(number: int, path: Path, given: argparse.Namespace, asked: Columns) -> None:
@@ -512,7 +520,7 @@ def convert_file(number: int, path: Path, given: argparse.Namespace, asked: Colu
                 if isinstance(entry, BadEntry):
                     raise entry
                 called = f"{path.name} {name}"
-                how = (asked, given.image_root, given.drop_system, allowed(given.leave_unread))
+                how = (asked, given.image_root, given.drop_system, RecordCheck(given.leave_unread))
                 record, images = make_record(entry, called, place, *how)
             except (BadEntry, BadRecord) as error:
                 entry = {"file": str(path), "entry": name, "reason": str(error)}

@@ -26,11 +26,11 @@ from ..data.sampler import GlobalBatchSampler, computed_tokens, deal
 from ..data.samples import Samples
 from ..data.templates import BadRecord
 from ..data.tokenization import IGNORE_INDEX, Sample
-from ..data.unread import allowed
 from ..formats.read import read_language_config
 from ..formats.tokenizers import load_tokenizer
 from ..formats.towers import load_vision_config, tower_image_size
 from ..guards import preflight
+from ..guards.records import RecordCheck
 from ..model.vision_tower import tokens_per_image
 from ..options.chat_template import find_template
 from ..options.image_tokens import missing_rows
@@ -382,12 +382,9 @@ def examine(given: argparse.Namespace) -> int:
         rows = language_config.get_text_config().vocab_size
         new_tokens = missing_rows(tokenizer, language_config) if given.resize_token_embeddings else 0
         findings += preflight.check_token_rows(tokenizer, rows, new_tokens)
-    store, left_unread = (
-        RecordStore(given.data_path, given.image_folder, given.exclude),
-        allowed(given.leave_unread or []),
-    )
+    store = RecordStore(given.data_path, given.image_folder, given.exclude)
     textual = (template, tokenizer, given.model_max_length, image_tokens)
-    samples = Samples(store, *textual, tiling=tiling, left_unread=left_unread)
+    samples = Samples(store, *textual, tiling=tiling, check=RecordCheck(given.leave_unread or []))
     print(f"{counted(len(store), 'record')}, measured with the template {template.name} (--version).\n")
     examine_part = functools.partial(examine_records, samples)
     found = Findings.join(list(map_ranges(examine_part, len(store), given.num_workers, "records")))

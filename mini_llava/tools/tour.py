@@ -71,7 +71,7 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
         type(template).render,
         f"the text that the template {template.name} makes of it, in pieces that are trained (>) or not",
     )
-    questions, answers, _ = read_conversation(record, template, samples.left_unread)
+    questions, answers, _ = read_conversation(samples.record(index), template)
     for text, trained in template.render(questions, answers):
         print(f"  {'>' if trained else ' '} {text!r}")
 

@@ -21,6 +21,7 @@ from mini_llava.data.samples import Samples
 from mini_llava.data.templates import TEMPLATES, BadRecord
 from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from mini_llava.formats.tokenizers import load_tokenizer
+from mini_llava.guards.records import RecordCheck
 from mini_llava.tools.doctor import examine_records
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
@@ -145,7 +146,7 @@ def test_ten_thousand_mutated_records_are_trained_on_or_named(version, tokenizer
             assert ((sample.labels == sample.input_ids) | (sample.labels == IGNORE_INDEX)).all()
             return sample
 
-    samples = Checked(store, TEMPLATES[version], tokenizer, MAX_LENGTH, TOKENS_PER_IMAGE)
+    samples = Checked(store, TEMPLATES[version], tokenizer, MAX_LENGTH, TOKENS_PER_IMAGE, check=RecordCheck())
     lengths = measure(samples, 1, None)
     assert len(lengths.length) >= RECORDS
     accepted = len(lengths.length) - len(lengths.bad)

@@ -16,6 +16,7 @@ from mini_llava.data.samples import Samples
 from mini_llava.data.templates import BadRecord, get_template
 from mini_llava.data.tokenization import Sample, tokenize
 from mini_llava.formats.tokenizers import load_tokenizer
+from mini_llava.guards.records import RecordCheck
 from mini_llava.options.tiles import choose_tiling
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
@@ -188,7 +189,7 @@ def test_the_key_follows_everything_that_decides_a_length():
     v1, plain = get_template("v1"), get_template("plain")
     samples = Samples(None, v1, tokenizer, 384, 16)
     others = [{"template": plain}, {"tokenizer": other}, {"tokens_per_image": 17}, {"max_length": 385}]
-    others += [{"left_unread": {"video"}}, {"tiling": choose_tiling(56, 16)}]
+    others += [{"check": RecordCheck(["video"])}, {"tiling": choose_tiling(56, 16)}]
     keys = {dataclasses.replace(samples, **other).measurement_key() for other in [{}, *others]}
     assert len(keys) == 7
     again = dataclasses.replace(

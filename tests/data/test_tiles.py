@@ -189,10 +189,10 @@ def of_fixture(name: str) -> int:
 
 
 def test_each_image_of_a_record_has_its_own_number_of_tokens_in_its_own_place(textual):
-    to_sample = partial(tokenize, tokens_per_image=TILING.tokens, max_length=500, **textual)
+    to_sample = partial(tokenize, tokens_per_image=partial(TILING.tokens, IMAGES), max_length=500, **textual)
     names = [TALL, SMALL, "wide_rgb.png"]
     assert len({of_fixture(name) for name in names}) == 3
-    sample = to_sample(record(names, "First <image> then <image><image> what?"), folder=IMAGES)
+    sample = to_sample(record(names, "First <image> then <image><image> what?"))
     one_each = tokenize(
         record(names, "First <image> then <image><image> what?"), tokens_per_image=1, max_length=500, **textual
     )
@@ -210,7 +210,7 @@ def test_a_cut_keeps_whole_images_only(textual):
     turns = [("human", "What?"), ("gpt", "Red."), ("human", "<image><image> And this?"), ("gpt", "Blue. " * 3)]
     turns += [("human", "And <image>?"), ("gpt", "It is blue.")]
     long = {"image": names, "conversations": [{"from": role, "value": text} for role, text in turns]}
-    to_sample = partial(tokenize, tokens_per_image=TILING.tokens, folder=IMAGES, **textual)
+    to_sample = partial(tokenize, tokens_per_image=partial(TILING.tokens, IMAGES), **textual)
     whole = to_sample(long, max_length=1000)
     first_trained = int(np.argmax(whole.labels != IGNORE_INDEX))
     kept = set()
@@ -229,7 +229,7 @@ def test_a_cut_keeps_whole_images_only(textual):
 def test_a_prompt_is_the_beginning_of_its_sample(textual):
     asked = record([SMALL, TALL], "<image> or <image>?")
     ids = expand_images(tokenize_prompt(asked, **textual), [of_fixture(SMALL), of_fixture(TALL)])
-    sample = tokenize(asked, tokens_per_image=TILING.tokens, max_length=500, folder=IMAGES, **textual)
+    sample = tokenize(asked, tokens_per_image=partial(TILING.tokens, IMAGES), max_length=500, **textual)
     assert ids.tolist() == sample.input_ids[: len(ids)].tolist()
 
 

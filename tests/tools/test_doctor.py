@@ -23,6 +23,7 @@ from mini_llava.data.samples import Samples
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import Sample
 from mini_llava.formats.tokenizers import load_tokenizer
+from mini_llava.guards.records import RecordCheck
 from mini_llava.tools import doctor
 
 ROOT = Path(__file__).parents[2]
@@ -109,7 +110,9 @@ def samples(data):
     store = RecordStore([str(data / "a.json"), str(data / "b.jsonl")], [str(data / "images")] * 2)
     processor = load_image_processor(FIXTURES / "clip")
     of_images = (TOKENS_PER_IMAGE, processor, "pad", processor.crop_size["height"])
-    return Samples(store, get_template("v1"), load_tokenizer(FIXTURES / "llm"), MAX_LENGTH, *of_images)
+    return Samples(
+        store, get_template("v1"), load_tokenizer(FIXTURES / "llm"), MAX_LENGTH, *of_images, check=RecordCheck()
+    )
 
 
 @pytest.fixture(scope="module")
