@@ -37,13 +37,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import random_setup  # noqa: E402
 
 from mini_llava.data.collator import collate  # noqa: E402
-from mini_llava.data.images import load_image, normalisation_table, normalise, pixel_values  # noqa: E402
+from mini_llava.data.images import ImageReader, normalisation_table, normalise, pixel_values  # noqa: E402
 from mini_llava.data.loader import RankSteps, rank_step_loader  # noqa: E402
 from mini_llava.data.records import RecordStore  # noqa: E402
 from mini_llava.data.samples import Samples  # noqa: E402
 from mini_llava.data.templates import get_template  # noqa: E402
 from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX  # noqa: E402
 from mini_llava.formats.tokenizers import load_tokenizer  # noqa: E402
+from mini_llava.image_files import load_image  # noqa: E402
 from mini_llava.training.backend import versions  # noqa: E402
 
 SIZE, IMAGE_TOKENS, MAX_LENGTH, BATCH = 336, 576, 2048, 16
@@ -119,7 +120,7 @@ class Ours:
     def __init__(self, directory: Path):
         store = RecordStore([str(directory / "stage2.json")], [str(directory / "images")])
         textual = (TEMPLATE, load_tokenizer(directory / "language_model"), MAX_LENGTH)
-        self.samples = Samples(store, *textual, IMAGE_TOKENS, PROCESSOR, "pad", SIZE)
+        self.samples = Samples(store, *textual, ImageReader(IMAGE_TOKENS, PROCESSOR, "pad", SIZE))
         self.steps = RankSteps(self.samples, packed=True)
 
     def batches(self, order: list[list[int]], workers: int) -> Iterable:

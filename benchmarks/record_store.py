@@ -30,6 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import random_setup  # noqa: E402
 from data_loading import BATCH, IMAGE_TOKENS, MAX_LENGTH, PROCESSOR, SIZE, TEMPLATE, make_setup, table, where  # noqa: E402
 
+from mini_llava.data.images import ImageReader  # noqa: E402
 from mini_llava.data.lengths import measure  # noqa: E402
 from mini_llava.data.loader import RankSteps, rank_step_loader  # noqa: E402
 from mini_llava.data.records import RecordStore  # noqa: E402
@@ -123,7 +124,7 @@ def main(words: list[str] | None = None) -> None:
     rows.append(("the store, pickled", f"{len(pickle.dumps(store)) / 2**20:.1f} MiB"))
 
     tokenizer = load_tokenizer(directory / "language_model")
-    samples = Samples(store, TEMPLATE, tokenizer, MAX_LENGTH, IMAGE_TOKENS, PROCESSOR, "pad", SIZE)
+    samples = Samples(store, TEMPLATE, tokenizer, MAX_LENGTH, ImageReader(IMAGE_TOKENS, PROCESSOR, "pad", SIZE))
     if arguments.lengths:
         processes = len(os.sched_getaffinity(0))
         length_pass = functools.partial(measure, samples, processes, cache)

@@ -15,10 +15,11 @@ from transformers.image_processing_utils import BaseImageProcessor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
-from mini_llava.data import loader, samples
+from mini_llava.data import loader
 from mini_llava.data.collator import MicroBatch
-from mini_llava.data.images import Picture, load_image, pad_to_square
+from mini_llava.data.images import ImageReader, Picture, pad_to_square
 from mini_llava.data.tokenization import IGNORE_INDEX
+from mini_llava.image_files import load_image
 from mini_llava.model import attention
 from mini_llava.options import kernels
 from mini_llava.training import backend
@@ -40,14 +41,12 @@ def all_logits() -> None:
 
 def floats_from_the_loader() -> None:
     """Images are normalised in the loader's processes and travel as fp32, four times the bytes."""
-    samples.open_picture = float_picture
+    ImageReader.open = float_picture
 
 
-def float_picture(
-    folder: str, name: str, processor: BaseImageProcessor, aspect_ratio: str, size: int, features: int, tiling: None
-) -> Picture:
+def float_picture(reader: ImageReader, folder: str, name: str) -> Picture:
     """Return `float_pixels` as the trainer takes them; not in tiles."""
-    return Picture(float_pixels(folder, name, processor, aspect_ratio)[None], features)
+    return Picture(float_pixels(folder, name, reader.processor, reader.aspect_ratio)[None], reader.features)
 
 
 def float_pixels(folder: str, name: str, processor: BaseImageProcessor, aspect_ratio: str) -> torch.Tensor:

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
+from ..image_files import BadImage
 from ..processes import map_ranges
 from ..words import counted
-from .images import BadImage
 from .records import DataFileError, write_arrays
 from .samples import Samples
 from .templates import BadRecord

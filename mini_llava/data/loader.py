@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ..image_files import BadImage
 from ..words import counted
 from .collator import MicroBatch, collate, sample_of_targets
-from .images import BadImage
 from .records import DataFileError
 from .samples import Samples
 from .templates import BadRecord
@@ -107,7 +107,7 @@ class RankSteps(Dataset):
                 groups.append(loss_group(self.samples.store.source(index), bool(sample.images)))
                 step.records.append(index)
                 step.tokens += len(sample.input_ids)
-            batch = collate(samples, self.samples.image_size, self.packed)
+            batch = collate(samples, self.samples.image_reader.size, self.packed)
             step.micro_batches.append(batch)
             step.trained_tokens.append(int((batch["targets"] != IGNORE_INDEX).sum()))
             step.loss_groups.append(torch.tensor(groups or [0])[sample_of_targets(batch)])

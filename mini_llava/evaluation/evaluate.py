@@ -22,7 +22,7 @@ from transformers import GenerationConfig
 
 from ..arguments import Arguments
 from ..data.collator import sample_of_targets
-from ..data.images import BadImage, Picture
+from ..data.images import Picture
 from ..data.loader import RankStep, RankSteps, loss_group, rank_step_loader
 from ..data.sampler import deal
 from ..data.samples import Samples
@@ -30,6 +30,7 @@ from ..data.templates import IMAGE_MARK, BadRecord, written_answer
 from ..data.tokenization import IGNORE_INDEX
 from ..guards.never_fatal import never_fatal
 from ..guards.preemption import start_worker
+from ..image_files import BadImage
 from ..training.backend import gather_from_ranks, sum_over_ranks, to_device, zero_stage
 from ..training.lockstep import Lockstep
 from ..training.meter import loss_parts
@@ -357,7 +358,7 @@ class HeldOut:
 
     def _picture(self, index: int, name: str) -> Picture:
         try:
-            return self.samples.open_picture(self.store.image_folder(index), name)
+            return self.samples.image_reader.open(self.store.image_folder(index), name)
         except BadImage as error:
             raise BadImage(f"--eval_data_path: {self.store.describe(index)}: {error}") from None
 

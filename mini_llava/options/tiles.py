@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ..data.images import NEWLINE, BadImage, Picture, image_size
+from ..data.images import NEWLINE, Picture
+from ..image_files import BadImage, image_size
 from ..model.projector import PROJECTOR_FILE, read_tensors
 
 MERGE_TYPES = ("flat", "spatial", "spatial_unpad")

@@ -24,11 +24,11 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from ..data.images import FORMATS, BadImage, image_path
 from ..data.templates import IMAGE_MARK, BadRecord, get_template
 from ..data.tokenization import read_conversation, shorten
 from ..files import atomic_write
 from ..guards.records import RecordCheck, kind_of_name
+from ..image_files import FORMATS, BadImage, image_path
 from ..watch.json_lines import read_lines
 from ..watch.skipped import count_reasons
 from ..words import counted

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..arguments import KNOWN_VALUES, PRESETS, check_model_place, read_config
-from ..data.images import MODES, SCALED, BadImage, image_path, load_image, pad_to_square
+from ..data.images import ImageReader, pad_to_square
 from ..data.records import RecordStore, check_data_files
 from ..data.sampler import GlobalBatchSampler, computed_tokens, deal
 from ..data.samples import Samples
@@ -31,6 +31,7 @@ from ..formats.tokenizers import load_tokenizer
 from ..formats.towers import load_vision_config, tower_image_size
 from ..guards import preflight
 from ..guards.records import RecordCheck
+from ..image_files import MODES, SCALED, BadImage, image_path, load_image
 from ..model.vision_tower import tokens_per_image
 from ..options.chat_template import find_template
 from ..options.image_tokens import missing_rows
@@ -383,8 +384,8 @@ def examine(given: argparse.Namespace) -> int:
         new_tokens = missing_rows(tokenizer, language_config) if given.resize_token_embeddings else 0
         findings += preflight.check_token_rows(tokenizer, rows, new_tokens)
     store = RecordStore(given.data_path, given.image_folder, given.exclude)
-    textual = (template, tokenizer, given.model_max_length, image_tokens)
-    samples = Samples(store, *textual, tiling=tiling, check=RecordCheck(given.leave_unread or []))
+    image_reader, check = ImageReader(image_tokens, tiling=tiling), RecordCheck(given.leave_unread or [])
+    samples = Samples(store, template, tokenizer, given.model_max_length, image_reader, check)
     print(f"{counted(len(store), 'record')}, measured with the template {template.name} (--version).\n")
     examine_part = functools.partial(examine_records, samples)
     found = Findings.join(list(map_ranges(examine_part, len(store), given.num_workers, "records")))

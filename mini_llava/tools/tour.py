@@ -19,12 +19,13 @@ from .. import arguments as flags
 from .. import demo
 from ..build import build_model
 from ..data.collator import collate
-from ..data.images import image_path, load_image, normalise, open_picture
+from ..data.images import ImageReader, normalise
 from ..data.loader import RankSteps
 from ..data.records import RecordStore
 from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, read_conversation, tokenize
 from ..formats.read import open_source
 from ..guards.early import check_files
+from ..image_files import image_path, load_image
 from ..inputs import open_samples
 from ..model.llava import LlavaModel, token_losses
 from ..model.projector import build_projector
@@ -86,10 +87,10 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
     )
 
     for name in sample.images[:1]:
-        step(4, open_picture, f"its image, {data_flags.image_aspect_ratio}, resized and kept as bytes")
+        step(4, ImageReader.open, f"its image, {data_flags.image_aspect_ratio}, resized and kept as bytes")
         image = load_image(folder, name)
         print(f"  {name}: {Path(image_path(folder, name)).stat().st_size:,} bytes, {image.width}x{image.height} pixels")
-        show("pixels", samples.open_picture(folder, name).pixels)
+        show("pixels", samples.image_reader.open(folder, name).pixels)
 
     # --- A micro-batch -----------------------------------------------------------------------------------------------
     how = "behind each other, told apart by cu_seqlens" if data_flags.packing else "padded to the longest"

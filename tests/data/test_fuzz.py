@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mini_llava.data.images import BadImage, load_image
+from mini_llava.data.images import ImageReader
 from mini_llava.data.lengths import measure
 from mini_llava.data.records import RecordStore
 from mini_llava.data.samples import Samples
@@ -22,6 +22,7 @@ from mini_llava.data.templates import TEMPLATES, BadRecord
 from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from mini_llava.formats.tokenizers import load_tokenizer
 from mini_llava.guards.records import RecordCheck
+from mini_llava.image_files import BadImage, load_image
 from mini_llava.tools.doctor import examine_records
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
@@ -146,7 +147,7 @@ def test_ten_thousand_mutated_records_are_trained_on_or_named(version, tokenizer
             assert ((sample.labels == sample.input_ids) | (sample.labels == IGNORE_INDEX)).all()
             return sample
 
-    samples = Checked(store, TEMPLATES[version], tokenizer, MAX_LENGTH, TOKENS_PER_IMAGE, check=RecordCheck())
+    samples = Checked(store, TEMPLATES[version], tokenizer, MAX_LENGTH, ImageReader(TOKENS_PER_IMAGE), RecordCheck())
     lengths = measure(samples, 1, None)
     assert len(lengths.length) >= RECORDS
     accepted = len(lengths.length) - len(lengths.bad)

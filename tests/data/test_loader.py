@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from mini_llava.data.images import BadImage, Picture
+from mini_llava.data.images import ImageReader, Picture
 from mini_llava.data.loader import RankSteps, rank_step_loader
 from mini_llava.data.records import DataFileError, RecordStore
 from mini_llava.data.samples import Samples
 from mini_llava.data.templates import BadRecord
 from mini_llava.data.tokenization import Sample
+from mini_llava.image_files import BadImage
 from mini_llava.watch.skipped import log_skipped, refuse_or_report
 
 SIZE = 8
@@ -29,11 +30,18 @@ def store(tmp_path) -> RecordStore:
     return RecordStore([str(tmp_path / "data.json")], [str(tmp_path)])
 
 
+class Ones(ImageReader):
+    def open(self, folder: str, name: str) -> Picture:
+        if name == "6.png":
+            raise BadImage(f"the image {name!r} cannot be read.")
+        return Picture(torch.ones(1, 3, SIZE, SIZE, dtype=torch.uint8), features=0)
+
+
 class Numbers(Samples):
     """As many tokens as the number in the id, plus two; all trained."""
 
     def __init__(self, store: RecordStore):
-        super().__init__(store, None, None, 100, tokens_per_image=0, image_size=SIZE)
+        super().__init__(store, None, None, 100, Ones(features=0, size=SIZE))
 
     def tokenize(self, index: int, max_length: int | None = None) -> Sample:
         record = self.store[index]
@@ -41,11 +49,6 @@ class Numbers(Samples):
             raise BadRecord("it has no answer.")
         ids = np.arange(2 + int(record["id"][1:]), dtype=np.int32)
         return Sample(ids, ids, [record["image"]] if "image" in record else [])
-
-    def open_picture(self, folder: str, name: str) -> Picture:
-        if name == "6.png":
-            raise BadImage(f"the image {name!r} cannot be read.")
-        return Picture(torch.ones(1, 3, SIZE, SIZE, dtype=torch.uint8), features=0)
 
 
 def steps(store, dealt, num_workers=0, on_bad_sample="error", packed=True):

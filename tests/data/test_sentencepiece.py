@@ -11,10 +11,10 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, LlavaProcessor
 
-from mini_llava.data.images import load_image_processor
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, tokenize_prompt
 from mini_llava.formats.tokenizers import image_token_tokenizer, load_tokenizer
+from mini_llava.formats.towers import load_image_processor
 from tests.slow_llama import BLANK, FIXTURES, Piece, SlowLlama, configure, like_llama_2, read_model
 
 WORDS = ["The", "ball", "is", "red", "return", "x", "café", "猫", "🦙", "12", "▁", "\t", "\n", "\0", "</s>", "<unk>"]

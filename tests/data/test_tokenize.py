@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, LlavaProcessor
 
-from mini_llava.data.images import load_image_processor
 from mini_llava.data.templates import TEMPLATES, BadRecord, get_template
 from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, tokenize, tokenize_prompt
 from mini_llava.formats.tokenizers import image_token_tokenizer, load_tokenizer
+from mini_llava.formats.towers import load_image_processor
 from mini_llava.guards.records import MAX_IMAGES, RecordCheck
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"

@@ -24,11 +24,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from mini_llava.data.images import load_image_processor
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, tokenize_prompt
 from mini_llava.formats.tokenizers import load_tokenizer
-from mini_llava.formats.towers import load_vision_tower
+from mini_llava.formats.towers import load_image_processor, load_vision_tower
 from mini_llava.formats.weights import SHARD_BYTES
 from mini_llava.formats.write import (
     Description,

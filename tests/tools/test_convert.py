@@ -10,9 +10,9 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from mini_llava.data.images import load_image
 from mini_llava.data.records import RecordStore
 from mini_llava.guards.records import RecordCheck
+from mini_llava.image_files import load_image
 from mini_llava.tools import convert
 from tests.end_to_end import runs
 
