@@ -36,6 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import random_setup  # noqa: E402
 
+from mini_llava.arguments import DataArguments  # noqa: E402
 from mini_llava.data.collator import collate  # noqa: E402
 from mini_llava.data.images import ImageReader, normalisation_table, normalise, pixel_values  # noqa: E402
 from mini_llava.data.loader import RankSteps, rank_step_loader  # noqa: E402
@@ -124,7 +125,8 @@ class Ours:
         self.steps = RankSteps(self.samples, packed=True)
 
     def batches(self, order: list[list[int]], workers: int) -> Iterable:
-        return rank_step_loader(self.steps, [[batch] for batch in order], workers, pin_memory=False)
+        flags = DataArguments(dataloader_num_workers=workers)
+        return rank_step_loader(self.steps, [[batch] for batch in order], flags, pin_memory=False)
 
 
 def check_that_both_give_the_same(straightforward: Straightforward, ours: Ours, indices: Iterable[int]) -> None:

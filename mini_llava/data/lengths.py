@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
+from ..data_file import DataFileError
 from ..image_files import BadImage
 from ..processes import map_ranges
 from ..words import counted
-from .records import DataFileError, write_arrays
+from .records import write_arrays
 from .samples import Samples
 from .templates import BadRecord
 from .tokenization import IGNORE_INDEX

@@ -264,10 +264,9 @@ class HeldOut:
         loader = rank_step_loader(
             RankSteps(self.samples, self.data_flags.packing, on_bad_sample="skip"),
             ([[self.questions[place].index for place in places] for places in step] for step in mine),
-            self.data_flags.dataloader_num_workers,
+            self.data_flags,
             pin_memory=device.type == "cuda",
             worker_init_fn=start_worker,
-            patience=self.data_flags.dataloader_timeout,
             stop_waiting=lambda: self.lockstep.preemption.asked,
         )
         sums = torch.zeros(2, len(lengths), dtype=torch.float64, device=device)

@@ -162,7 +162,8 @@ def test_ten_thousand_mutated_records_are_trained_on_or_named(version, tokenizer
 
 def test_mutated_files_are_read_or_refused_with_file_and_place(tmp_path, monkeypatch):
     draw = random.Random(SEED + 1)
-    monkeypatch.setattr("mini_llava.data.records.CHUNK_BYTES", 4096)  # so that windows end inside elements
+    for module in ("data.records", "data_file"):
+        monkeypatch.setattr(f"mini_llava.{module}.CHUNK_BYTES", 4096)  # so that windows end inside elements
     array = json.dumps(SEEDS, indent=1).encode()
     lines = b"\n".join(json.dumps(record).encode() for record in SEEDS)
     deep = b"[" + b'{"a":' * 5000 + b"}" * 5000 + b"]"

@@ -12,10 +12,11 @@ import pytest
 
 from mini_llava.data.images import ImageReader
 from mini_llava.data.lengths import measure
-from mini_llava.data.records import DataFileError, RecordStore
+from mini_llava.data.records import RecordStore
 from mini_llava.data.samples import Samples
 from mini_llava.data.templates import BadRecord, get_template
 from mini_llava.data.tokenization import Sample, tokenize
+from mini_llava.data_file import DataFileError
 from mini_llava.formats.tokenizers import load_tokenizer
 from mini_llava.guards.records import RecordCheck
 from mini_llava.options.tiles import choose_tiling

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from mini_llava.arguments import DataArguments
 from mini_llava.data.images import ImageReader, Picture
 from mini_llava.data.loader import RankSteps, rank_step_loader
-from mini_llava.data.records import DataFileError, RecordStore
+from mini_llava.data.records import RecordStore
 from mini_llava.data.samples import Samples
 from mini_llava.data.templates import BadRecord
 from mini_llava.data.tokenization import Sample
+from mini_llava.data_file import DataFileError
 from mini_llava.image_files import BadImage
 from mini_llava.watch.skipped import log_skipped, refuse_or_report
 
@@ -53,7 +55,7 @@ class Numbers(Samples):
 
 def steps(store, dealt, num_workers=0, on_bad_sample="error", packed=True):
     dataset = RankSteps(Numbers(store), packed, on_bad_sample)
-    return rank_step_loader(dataset, dealt, num_workers, pin_memory=False)
+    return rank_step_loader(dataset, dealt, DataArguments(dataloader_num_workers=num_workers), pin_memory=False)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
