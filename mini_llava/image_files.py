@@ -52,11 +52,11 @@ MAX_SIDE_RATIO = 200  # a thinner strip than 1:200 fills gigabytes when its shor
 
 
 class BadImage(ValueError):
-    """One sentence about why an image cannot be used; whoever knows it adds the record."""
+    """An image cannot be used, in one sentence that does not name the record."""
 
 
 def image_path(folder: str | os.PathLike, name: str) -> str:
-    """The path of an image that exists inside `folder`.
+    """Return the path of an image that exists inside `folder`.
 
     Raises BadImage if there is no such file, if the name is absolute, or if it leads out of the folder by `..` or a
     symbolic link: names come with the data, which need not come from whoever runs the training.
@@ -95,7 +95,7 @@ def load_image(folder: str | os.PathLike, name: str) -> Image.Image:
 
 
 def image_size(folder: str | os.PathLike, name: str) -> tuple[int, int]:
-    """Width and height that `load_image` will give, from the file's header. Raises BadImage."""
+    """Return the width and height that `load_image` will give, from the file's header. Raises BadImage."""
     path = image_path(folder, name)
     with _opened(path) as file:
         white_value(file)  # refuses what load_image will refuse
@@ -141,7 +141,7 @@ def as_rgb(image: Image.Image, white: int) -> Image.Image:
 
 
 def _has_notes_behind_pixels(path: str) -> bool:
-    """Whether a PNG has EXIF data or texts after its pixels, as its list of chunks says."""
+    """Return whether a PNG has EXIF data or texts after its pixels, as its list of chunks says."""
     pixels_seen = False
     with open(path, "rb") as file:
         file.seek(8)
@@ -156,7 +156,7 @@ def _has_notes_behind_pixels(path: str) -> bool:
 
 @contextmanager
 def _opened(path: str) -> Iterator[Image.Image]:
-    """A file opened by Pillow; whatever goes wrong in the block becomes a BadImage."""
+    """Yield a file opened by Pillow; any exception in the block becomes a BadImage."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on odd EXIF data and palettes

@@ -18,7 +18,7 @@ from ..image_files import BadImage, load_image
 
 ASPECT_RATIOS = ("pad", "square")  # of one picture as a whole; tiles are made in options/tiles.py
 SMOOTH_FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
-FURTHEST_TAP = 3  # pixels of the result that a value looks beyond itself: those of Lanczos, the others fewer
+FURTHEST_TAP = 3  # radius of the widest filter, Lanczos, in pixels of the result
 NEWLINE = -1  # in the order of a picture's features: the learned embedding that ends a row of them
 
 
@@ -39,7 +39,7 @@ class Picture:
 
     @property
     def tokens(self) -> int:
-        """How many placeholders it takes."""
+        """Return how many placeholders it takes."""
         return self.features if self.order is None else len(self.order)
 
 
@@ -83,7 +83,7 @@ class ImageReader:
 
 
 def pixel_values(image: Image.Image, processor: BaseImageProcessor, aspect_ratio: str) -> torch.Tensor:
-    """Pixel values of one RGB image, uint8 [3, H, W]: resized and cropped, for `normalise` to make floats of.
+    """Return the pixels of an RGB image, resized and cropped, uint8 [3, H, W], for `normalise` to make floats of.
 
     `square`: the processor's own resize and centre crop, which cuts off what does not fit. `pad`: the image is first
     centred on a square of the processor's mean colour, so that all of it is seen. Raises ValueError for another value.
@@ -105,17 +105,17 @@ def pixel_values(image: Image.Image, processor: BaseImageProcessor, aspect_ratio
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """The image centred on a square of one colour. Raises BadImage if that would be too large."""
+    """Return the image centred on a square of one colour. Raises BadImage if that would be too large."""
     return _centred(image, (_side_of_square(image),) * 2, colour)
 
 
 def resize_padded(
     image: Image.Image, size: tuple[int, int], colour: tuple[int, int, int], resample: int
 ) -> Image.Image:
-    """What `pad_to_square(...).resize(size, resample)` gives, to the last bit, for less work.
+    """Return what `pad_to_square(...).resize(size, resample)` does, bit for bit, in less time.
 
-    Pillow resizes the width first and then the height, and what is of one colour comes out of both as it is. So what is
-    above and below a wide image is added between the two, and what shows padding alone in the end is not computed.
+    Pillow resizes the width first and then the height, and neither changes an area of one colour. So the padding above
+    and below a wide image is added between the two, and rows or columns of padding alone are not computed.
     """
     side = _side_of_square(image)
     axis = 1 if image.width > image.height else 0  # along which there is padding
@@ -150,10 +150,10 @@ def _centred(image: Image.Image, size: tuple[int, int], colour: tuple[int, int, 
 
 
 def resize_and_crop(image: Image.Image, shape: tuple[int, int] | None, processor: BaseImageProcessor) -> np.ndarray:
-    """What the processor does to an RGB image before it makes floats of it, [3, H, W]. `shape`: see `resized_shape`.
+    """Return an RGB image as the processor resizes and crops it, [3, H, W]. `shape`: see `resized_shape`.
 
     transformers turns the image into an array, back, and into an array again, which takes nearly as long as resizing;
-    with a shape the same is asked of Pillow directly.
+    with a shape Pillow does the same directly.
     """
     if shape is None:
         return processor(images=image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
@@ -167,7 +167,7 @@ def resize_and_crop(image: Image.Image, shape: tuple[int, int] | None, processor
 
 
 def resized_shape(size: tuple[int, int], processor: BaseImageProcessor) -> tuple[int, int] | None:
-    """Width and height to which the processor resizes an image; None if it does so, or crops, in a way of its own."""
+    """Return (width, height) to which a processor resizes; None for one that resizes or crops in its own way."""
     # That of saved LLaVA models pads before it resizes, if told to, and differs in nothing else.
     usual = LlavaImageProcessorPil if isinstance(processor, LlavaImageProcessorPil) else PilBackend
     steps = ("preprocess", "process_image", "_preprocess", "resize", "center_crop")
@@ -182,9 +182,9 @@ def resized_shape(size: tuple[int, int], processor: BaseImageProcessor) -> tuple
 
 
 def normalisation_table(processor: BaseImageProcessor) -> torch.Tensor:
-    """What the processor makes of each of the 256 values of a byte in each channel, float32 [3, 256].
+    """Return the processor's float of each byte in each channel, float32 [3, 256].
 
-    Made by the processor itself, so that `normalise` gives its floats to the last bit.
+    Computed by the processor itself, so that `normalise` gives its floats bit for bit.
     """
     ramp = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8)[None, :, None], (1, 1, 3)))
     as_it_is = dict(do_resize=False, do_center_crop=False, do_pad=False)
@@ -193,7 +193,7 @@ def normalisation_table(processor: BaseImageProcessor) -> torch.Tensor:
 
 
 def normalise(pixels: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """uint8 [..., 3, H, W] and `normalisation_table`'s [3, 256], on one device -> the table's dtype, same shape."""
+    """Return pixels, uint8 [..., 3, H, W], as floats of `normalisation_table`, [3, 256], on the same device."""
     channel = torch.arange(3, dtype=torch.int32, device=pixels.device)[:, None, None]
     places = pixels.int() + 256 * channel
     return table.flatten().index_select(0, places.flatten()).view(pixels.shape)

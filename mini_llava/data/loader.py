@@ -1,7 +1,7 @@
-"""What one rank has to compute in one optimizer step: read, tokenize, open the images, collate.
+"""The micro-batches of one rank in one optimizer step: read, tokenized, images opened, collated.
 
-A global step is one item of a torch `DataLoader` without a sampler of its own: the main process deals the global batch
-and sends each worker the record indices of this rank. Accelerate never sees the loader, so it cannot shard it again.
+A step is one item of a torch `DataLoader`: the main process deals the global batch and sends a worker the record
+indices of this rank. Accelerate never sees the loader, so it cannot shard it again.
 """
 
 import signal
@@ -25,13 +25,13 @@ from .tokenization import IGNORE_INDEX, Sample
 
 @dataclass
 class RankMicroBatch:
-    """One micro-batch of this rank, as the loop takes it.
+    """One micro-batch of this rank.
 
     Attributes:
         batch: tensors for the model.
-        trained_tokens: of it.
+        trained_tokens: targets that are not IGNORE_INDEX.
         loss_groups: int64 [B, K], see `loss_group`.
-        is_last: of its step.
+        is_last: whether it is the last of its step.
     """
 
     batch: MicroBatch
@@ -42,16 +42,16 @@ class RankMicroBatch:
 
 @dataclass
 class RankStep:
-    """The micro-batches of one optimizer step on one rank, and what is in them."""
+    """The micro-batches of one optimizer step on one rank, and counts of what is in them."""
 
     micro_batches: list[MicroBatch]
     trained_tokens: list[int]  # of each micro-batch
     loss_groups: list[torch.Tensor] = field(default_factory=list)  # int64 [B, K] of each, see `loss_group`
-    tokens: int = 0  # real ones, image tokens included
+    tokens: int = 0  # without padding, image tokens included
     samples: int = 0
     records: list[int] = field(default_factory=list)
     skipped: list[tuple[int, str]] = field(default_factory=list)  # record and reason, with `--on_bad_sample skip`
-    fault: BadRecord | BadImage | DataFileError | None = None  # what ends the run, mostly with `--on_bad_sample error`
+    fault: BadRecord | BadImage | DataFileError | None = None  # ends the run
 
     def __iter__(self) -> Iterator[RankMicroBatch]:
         last = len(self.micro_batches) - 1
@@ -60,7 +60,7 @@ class RankStep:
             yield RankMicroBatch(batch, trained_tokens, loss_groups, number == last)
 
     def pin_memory(self) -> "RankStep":
-        """Called by the loader, which looks into dictionaries and lists but not into other objects."""
+        """Pin all tensors. Called by the loader, which looks into dictionaries and lists but not into other objects."""
         self.micro_batches = [
             {key: value.pin_memory() if torch.is_tensor(value) else value for key, value in batch.items()}
             for batch in self.micro_batches
@@ -70,7 +70,7 @@ class RankStep:
 
 
 def loss_group(source: int, has_image: bool) -> int:
-    """The group of targets whose losses are added up for the log: by data file and by modality."""
+    """Return the group of targets whose losses are summed for the log: by data file and by modality."""
     return 2 * source + has_image
 
 

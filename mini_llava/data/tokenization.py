@@ -22,7 +22,7 @@ IMAGE_TOKEN_INDEX = -200
 
 
 def shorten(value: object) -> str:
-    """A value from a record as messages show it: on one line, printable and short, whatever it is."""
+    """Return a value from a record as messages show it: on one line, printable and short."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 200
     return short.repr(value)
@@ -56,7 +56,7 @@ def tokenize(
     tokens_per_image: int | Callable[[str], int],
     max_length: int,
 ) -> Sample:
-    """Tokenize one record, cut to `max_length` positions (an image counts all its tokens and is never cut in two).
+    """Tokenize one record, truncated to `max_length` positions (an image counts all its tokens and is never split).
 
     A token is trained if it overlaps a trained piece of text, so that the blank in front of an answer counts as part
     of it whether or not the tokenizer makes it a token of its own. A last question without an answer stays, untrained.
@@ -94,7 +94,7 @@ def tokenize_prompt(
     tokenizer: PreTrainedTokenizerBase,
     tokens_per_image: int = 1,
 ) -> np.ndarray:
-    """The ids, int32 [L], up to the place where the model is to answer the last question of a record.
+    """Return the ids, int32 [L], up to the place where the model is to answer the last question of a record.
 
     Earlier rounds keep their answers; an answer to the last question is left out. The prompt is rendered and tokenized
     as in training and ends with the assistant's role, without the blank that may follow: these are the first L ids of
@@ -108,7 +108,7 @@ def tokenize_prompt(
 
 
 def expand_images(input_ids: np.ndarray, image_tokens: Sequence[int]) -> np.ndarray:
-    """Ids with one IMAGE_TOKEN_INDEX for each image, int32 [n], to ids with as many as each image takes."""
+    """Repeat the one IMAGE_TOKEN_INDEX of each image in ids, int32 [n], as often as the image has tokens."""
     copies = np.ones(len(input_ids), np.int64)
     copies[input_ids == IMAGE_TOKEN_INDEX] = image_tokens
     return np.repeat(input_ids, copies)
@@ -173,7 +173,7 @@ def _turns(record: dict) -> list[tuple[str, str]]:
 
 
 def _images(record: dict) -> tuple[list[str], bool]:
-    """The image names of a record, and whether their marks stay in place."""
+    """Return the image names of a record, and whether their marks stay in place."""
     if "image" not in record:
         return [], True
     image = record["image"]
@@ -198,7 +198,7 @@ def _image_first(text: str) -> str:
 def _encode(
     pieces: list[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase, image_tokens: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids, int32 [L], and trained, bool [L], of rendered pieces; `image_tokens` says how many each image takes.
+    """Return ids, int32 [L], and trained, bool [L], of rendered pieces; `image_tokens`: how many each image takes.
 
     As in LLaVA the text between two images is tokenized by itself: a Llama tokenizer puts its blank in front of each
     such text, and BOS stands once, at the very beginning: a chat template that writes it leaves none to add.
@@ -211,7 +211,7 @@ def _encode(
         text += piece
     if prefix and text.startswith(tokenizer.bos_token):
         prefix = []
-    # Tokens after the last trained piece meet a span that begins beyond the text.
+    # For tokens after the last trained piece: a span beyond the text.
     trained_spans.append((len(text) + 1, len(text) + 1))
     trained_starts, trained_ends = np.array(trained_spans).T
 
@@ -233,7 +233,7 @@ def _encode(
 
 
 def _cut(input_ids: np.ndarray, image_tokens: list[int], max_length: int) -> tuple[int, int]:
-    """The largest length of at most `max_length` that does not end inside an image, and how many images it holds."""
+    """Return the largest length up to `max_length` that does not end inside an image, and how many images it holds."""
     kept = int(np.count_nonzero(input_ids[:max_length] == IMAGE_TOKEN_INDEX))
     ends = np.cumsum([0, *image_tokens])
     whole_images = int(np.searchsorted(ends, kept, side="right")) - 1
@@ -242,7 +242,7 @@ def _cut(input_ids: np.ndarray, image_tokens: list[int], max_length: int) -> tup
 
 @lru_cache(maxsize=4)
 def _encoder(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) -> tuple[Tokenizer, list[int]]:
-    """A copy of the tokenizer's backend that keeps exact offsets, and the ids put before every text: BOS or none.
+    """Return a copy of the tokenizer's backend with exact offsets, and the ids put before every text: BOS or none.
 
     Byte-level post-processors may trim blanks off the offsets, and a call with truncation or padding leaves both
     switched on in the shared backend: hence a copy. `vocabulary_size` renews it after tokens have been added.
