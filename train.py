@@ -108,10 +108,9 @@ def train(arguments: flags.Arguments, advice: MemoryAdvice | None = None) -> Non
     loader = rank_step_loader(
         data.steps,
         ([of_ranks[rank] for of_ranks in dealt] for dealt in order.dealt_batches()),
-        arguments.data.dataloader_num_workers,
+        arguments.data,
         pin_memory=accelerator.device.type == "cuda",
         worker_init_fn=start_worker,
-        patience=arguments.data.dataloader_timeout,
         stop_waiting=lambda: preemption.asked,
     )
     warmup = warmup_steps(training.warmup_ratio, total_steps)

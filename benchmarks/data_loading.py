@@ -36,14 +36,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import random_setup  # noqa: E402
 
+from mini_llava.arguments import DataArguments  # noqa: E402
 from mini_llava.data.collator import collate  # noqa: E402
-from mini_llava.data.images import load_image, normalisation_table, normalise, pixel_values  # noqa: E402
+from mini_llava.data.images import ImageReader, normalisation_table, normalise, pixel_values  # noqa: E402
 from mini_llava.data.loader import RankSteps, rank_step_loader  # noqa: E402
 from mini_llava.data.records import RecordStore  # noqa: E402
 from mini_llava.data.samples import Samples  # noqa: E402
-from mini_llava.data.templates import get_template, render  # noqa: E402
+from mini_llava.data.templates import get_template  # noqa: E402
 from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX  # noqa: E402
 from mini_llava.formats.tokenizers import load_tokenizer  # noqa: E402
+from mini_llava.image_files import load_image  # noqa: E402
 from mini_llava.training.backend import versions  # noqa: E402
 
 SIZE, IMAGE_TOKENS, MAX_LENGTH, BATCH = 336, 576, 2048, 16
@@ -88,7 +90,7 @@ class Straightforward(Dataset):
     def text(self, record: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids with one placeholder for the image, and labels from the lengths of the rounds and of their questions."""
         turns = [turn["value"] for turn in record["conversations"]]
-        whole = "".join(piece for piece, _ in render(TEMPLATE, turns[0::2], turns[1::2]))
+        whole = "".join(piece for piece, _ in TEMPLATE.render(turns[0::2], turns[1::2]))
         ids = torch.tensor(self.ids(whole))
         labels, position = ids.clone(), 0
         for a_round in whole.split(TEMPLATE.answer_end)[:-1]:
@@ -119,11 +121,12 @@ class Ours:
     def __init__(self, directory: Path):
         store = RecordStore([str(directory / "stage2.json")], [str(directory / "images")])
         textual = (TEMPLATE, load_tokenizer(directory / "language_model"), MAX_LENGTH)
-        self.samples = Samples(store, *textual, IMAGE_TOKENS, PROCESSOR, "pad", SIZE)
+        self.samples = Samples(store, *textual, ImageReader(IMAGE_TOKENS, PROCESSOR, "pad", SIZE))
         self.steps = RankSteps(self.samples, packed=True)
 
     def batches(self, order: list[list[int]], workers: int) -> Iterable:
-        return rank_step_loader(self.steps, [[batch] for batch in order], workers, pin_memory=False)
+        flags = DataArguments(dataloader_num_workers=workers)
+        return rank_step_loader(self.steps, [[batch] for batch in order], flags, pin_memory=False)
 
 
 def check_that_both_give_the_same(straightforward: Straightforward, ours: Ours, indices: Iterable[int]) -> None:

@@ -30,6 +30,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import random_setup  # noqa: E402
 from data_loading import BATCH, IMAGE_TOKENS, MAX_LENGTH, PROCESSOR, SIZE, TEMPLATE, make_setup, table, where  # noqa: E402
 
+from mini_llava.arguments import DataArguments  # noqa: E402
+from mini_llava.data.images import ImageReader  # noqa: E402
 from mini_llava.data.lengths import measure  # noqa: E402
 from mini_llava.data.loader import RankSteps, rank_step_loader  # noqa: E402
 from mini_llava.data.records import RecordStore  # noqa: E402
@@ -83,7 +85,8 @@ def memory_of_workers(steps: RankSteps, workers: int, batches_each: int) -> list
     """Each worker's memory once it has prepared so many micro-batches from all over the file."""
     generator = torch.Generator().manual_seed(0)
     order = torch.randint(len(steps.samples), (workers * (batches_each + 2), BATCH), generator=generator).tolist()
-    loader = iter(rank_step_loader(steps, [[batch] for batch in order], workers, pin_memory=False))
+    flags = DataArguments(dataloader_num_workers=workers)
+    loader = iter(rank_step_loader(steps, [[batch] for batch in order], flags, pin_memory=False))
     for _ in range(workers * batches_each):
         next(loader)
     found = [memory(child.pid) for child in multiprocessing.active_children()]
@@ -123,7 +126,7 @@ def main(words: list[str] | None = None) -> None:
     rows.append(("the store, pickled", f"{len(pickle.dumps(store)) / 2**20:.1f} MiB"))
 
     tokenizer = load_tokenizer(directory / "language_model")
-    samples = Samples(store, TEMPLATE, tokenizer, MAX_LENGTH, IMAGE_TOKENS, PROCESSOR, "pad", SIZE)
+    samples = Samples(store, TEMPLATE, tokenizer, MAX_LENGTH, ImageReader(IMAGE_TOKENS, PROCESSOR, "pad", SIZE))
     if arguments.lengths:
         processes = len(os.sched_getaffinity(0))
         length_pass = functools.partial(measure, samples, processes, cache)

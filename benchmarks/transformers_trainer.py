@@ -35,16 +35,17 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.throughput import arguments_of_the_run  # noqa: E402
 from benchmarks.without import float_pixels  # noqa: E402
 from mini_llava import arguments as flags  # noqa: E402
-from mini_llava.data.images import load_image_processor  # noqa: E402
+from mini_llava.data.images import ImageReader  # noqa: E402
 from mini_llava.data.lengths import measure  # noqa: E402
 from mini_llava.data.records import RecordStore  # noqa: E402
 from mini_llava.data.sampler import GlobalBatchSampler, computed_tokens  # noqa: E402
 from mini_llava.data.samples import Samples  # noqa: E402
-from mini_llava.data.templates import get_template  # noqa: E402
 from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX  # noqa: E402
 from mini_llava.formats.read import Source, open_source  # noqa: E402
 from mini_llava.formats.tokenizers import load_tokenizer  # noqa: E402
+from mini_llava.formats.towers import load_image_processor  # noqa: E402
 from mini_llava.model.vision_tower import tokens_per_image  # noqa: E402
+from mini_llava.options.chat_template import find_template  # noqa: E402
 from mini_llava.training import backend  # noqa: E402
 from mini_llava.training.order import choose_batch  # noqa: E402
 from mini_llava.training.schedule import warmup_steps  # noqa: E402
@@ -84,12 +85,14 @@ def train(arguments: flags.Arguments) -> None:
     tokenizer = load_tokenizer(source.name)
     samples = Samples(
         RecordStore(data_flags.data_path, data_flags.image_folder),
-        get_template(model_flags.version, tokenizer),
+        find_template(model_flags.version, tokenizer),
         tokenizer,
         data_flags.model_max_length,
-        tokens_per_image(source.vision_config, source.select_feature),
-        load_image_processor(model_flags.vision_tower),
-        data_flags.image_aspect_ratio,
+        ImageReader(
+            tokens_per_image(source.vision_config, source.select_feature),
+            load_image_processor(model_flags.vision_tower),
+            data_flags.image_aspect_ratio,
+        ),
     )
     lengths = measure(samples, max(1, data_flags.dataloader_num_workers), output_dir / "cache")
     size, micro_batches, _ = choose_batch(arguments, world_size)
@@ -292,7 +295,7 @@ class Records(Dataset):
     def __getitem__(self, index: int) -> dict:
         sample = self.samples.tokenize(index)
         ids, labels = (torch.from_numpy(values).long() for values in (sample.input_ids, sample.labels))
-        how = (self.samples.image_processor, self.samples.image_aspect_ratio)
+        how = (self.samples.image_reader.processor, self.samples.image_reader.aspect_ratio)
         pixels = [float_pixels(self.samples.store.image_folder(index), name, *how) for name in sample.images]
         return {
             "input_ids": ids.where(ids != IMAGE_TOKEN_INDEX, self.image_token_id),

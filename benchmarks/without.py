@@ -16,8 +16,9 @@ from transformers.image_processing_utils import BaseImageProcessor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.steps import on_model
-from mini_llava.data.images import load_image, pad_to_square
+from mini_llava.data.images import pad_to_square
 from mini_llava.data.tokenization import IGNORE_INDEX
+from mini_llava.image_files import load_image
 from mini_llava.model.llava import LlavaModel
 
 

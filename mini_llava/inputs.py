@@ -9,13 +9,15 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerBase
 
 from .arguments import Arguments, ModelArguments
+from .data.images import ImageReader
 from .data.records import RecordStore
 from .data.samples import Samples
-from .data.templates import Template, get_template
-from .data.unread import allowed
+from .data.templates import Template
 from .formats.read import Source
 from .formats.tokenizers import load_tokenizer
+from .guards.records import RecordCheck
 from .model.vision_tower import tokens_per_image
+from .options.chat_template import find_template
 from .options.image_tokens import add_image_tokens, missing_rows
 
 
@@ -34,23 +36,17 @@ def open_samples(arguments: Arguments, source: Source, cache_folder: str | os.Pa
     known_tokens, image_size = len(tokenizer), source.image_size()
     template = choose_template(model_flags, model_flags.version, tokenizer)
     rows = missing_rows(tokenizer, source.language_config) if model_flags.resize_token_embeddings else 0
-    image_tokens = tokens_per_image(source.vision_config, source.select_feature, image_size)
-    image_processor, left_unread = source.image_processor(), allowed(data_flags.leave_unread or [])
-    # After all that may be refused at once: a large file takes long to read.
-    store = RecordStore(data_flags.data_path, data_flags.image_folder, data_flags.exclude, cache_folder)
-    return Samples(
-        store,
-        template,
-        tokenizer,
-        data_flags.model_max_length,
-        image_tokens,
-        image_processor,
+    image_reader = ImageReader(
+        tokens_per_image(source.vision_config, source.select_feature, image_size),
+        source.image_processor(),
         data_flags.image_aspect_ratio,
         image_size,
         tiling,
-        left_unread,
-        new_tokens=max(len(tokenizer) - known_tokens, rows),
     )
+    # After all that may be refused at once: a large file takes long to read.
+    store = RecordStore(data_flags.data_path, data_flags.image_folder, data_flags.exclude, cache_folder)
+    check, new_tokens = RecordCheck(data_flags.leave_unread or []), max(len(tokenizer) - known_tokens, rows)
+    return Samples(store, template, tokenizer, data_flags.model_max_length, image_reader, check, new_tokens)
 
 
 def open_held_out(arguments: Arguments, samples: Samples) -> Samples | None:
@@ -70,4 +66,4 @@ def held_out_template(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) 
 def choose_template(model_flags: ModelArguments, version: str, tokenizer: PreTrainedTokenizerBase) -> Template:
     """Return a template with LLaVA's image marks if flags ask for them; the tokenizer then gets them too."""
     marks = (model_flags.mm_use_im_start_end, model_flags.mm_use_im_patch_token)
-    return add_image_tokens(tokenizer, get_template(version, tokenizer), *marks)
+    return add_image_tokens(tokenizer, find_template(version, tokenizer), *marks)

@@ -47,7 +47,7 @@ class Saving:
             model_max_length=arguments.data.model_max_length,
             template=data.samples.template,
             tokenizer=data.samples.tokenizer,
-            image_processor=data.samples.image_processor,
+            image_processor=data.samples.image_reader.processor,
             export_format=self.flags.export_format,
             include_vision_tower=self.flags.save_vision_tower or tower_differs,
             dtype=backend.compute_dtype(accelerator),

@@ -12,10 +12,9 @@ import torch
 
 import train
 from mini_llava import arguments as flags
-from mini_llava.data.images import load_image_processor
 from mini_llava.formats.read import load_llava, open_source
 from mini_llava.formats.tokenizers import load_tokenizer
-from mini_llava.formats.towers import load_vision_config
+from mini_llava.formats.towers import load_image_processor, load_vision_config
 from mini_llava.tools import doctor
 from tests.end_to_end.runs import FIXTURES, flags_of
 from tests.launching import ROOT

@@ -18,7 +18,7 @@ import torch
 from transformers.utils import logging
 
 from mini_llava.data.collator import join_pictures
-from mini_llava.data.images import Picture, open_picture
+from mini_llava.data.images import Picture
 from mini_llava.data.templates import written_answer
 from mini_llava.data.tokenization import tokenize_prompt
 from mini_llava.evaluation.generate import expand_prompt, generate
@@ -44,7 +44,7 @@ def exchange(questions: Sequence[dict], seed: int) -> list[str]:
 def open_pictures(conversation: Conversation, folder: Path, images: Sequence[str]) -> dict[str, Picture]:
     """All pictures as the tower takes them, uint8: 192 KiB each at 256 pixels."""
     with ThreadPoolExecutor() as pool:
-        read = pool.map(lambda image: open_picture(folder, image, *conversation.opened_with), images)
+        read = pool.map(lambda image: conversation.image_reader.open(folder, image), images)
         return dict(zip(images, read, strict=True))
 
 

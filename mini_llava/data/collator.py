@@ -75,7 +75,7 @@ def collate(samples: Sequence[Sample], image_size: int, packed: bool) -> MicroBa
 
 
 def sample_of_targets(batch: MicroBatch) -> torch.Tensor:
-    """int64 [B, K]: to which sample of a micro-batch each of its targets belongs."""
+    """Return to which sample of a micro-batch each of its targets belongs, int64 [B, K]."""
     if batch["cu_seqlens"] is None:
         rows, columns = batch["targets"].shape
         return torch.arange(rows)[:, None].expand(rows, columns)
@@ -83,7 +83,7 @@ def sample_of_targets(batch: MicroBatch) -> torch.Tensor:
 
 
 def join_pictures(pictures: Sequence[Picture], image_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return `pixel_values` and `feature_rows` as `collate` describes them; a newline's row is that behind the last."""
+    """Return `pixel_values` and `feature_rows` as `collate` describes them; a newline is the row after the last."""
     if not pictures:
         return torch.zeros(1, 3, image_size, image_size), None
     pixel_values = torch.cat([picture.pixels for picture in pictures])

@@ -1,4 +1,4 @@
-"""The exact length of each record, in tokens: each is really tokenized once, in parallel, and the result is cached.
+"""The exact length of each record, in tokens: all are tokenized once, in parallel, and the result is cached.
 
 Replaces LLaVA's lengths, which count words.
 """
@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
+from ..data_file import DataFileError
+from ..image_files import BadImage
 from ..processes import map_ranges
 from ..words import counted
-from .images import BadImage
-from .records import DataFileError, write_arrays
+from .records import write_arrays
 from .samples import Samples
 from .templates import BadRecord
 from .tokenization import IGNORE_INDEX
@@ -28,10 +29,11 @@ from .tokenization import IGNORE_INDEX
 class Lengths:
     """What is known about each record before training.
 
-    length: int32 [n], tokens after truncation, an image counting all its positions; 0 for a bad record.
-    trained: int32 [n], trained tokens; 0 for a bad record.
-    pictures: int32 [n], what the vision tower is given: images, or all their tiles.
-    bad: index -> one sentence, for the records that cannot be trained on.
+    Attributes:
+        length: int32 [n], tokens after truncation, an image counting all its positions; 0 for a bad record.
+        trained: int32 [n], trained tokens; 0 for a bad record.
+        pictures: int32 [n], images, or all their tiles.
+        bad: index -> one sentence, for the records that cannot be trained on.
     """
 
     length: np.ndarray
@@ -79,9 +81,9 @@ def measure(samples: Samples, num_workers: int, cache_folder: str | os.PathLike 
 
 
 def measure_some(samples: Samples, cache_folder: str | os.PathLike, most: int) -> tuple[Lengths, int]:
-    """For a plan: what `measure` has cached, or what `most` of the records say about all; and how many were measured.
+    """Return lengths estimated from `most` records, unless `measure` has cached them, and how many were measured.
 
-    A record that was not measured stands with the length of one that was; images are not looked for.
+    A record that was not measured gets the length of one that was; images are not looked for.
     """
     if scan := _Scan.read(_cache_file(samples, cache_folder), len(samples)):
         return scan.lengths(samples), len(samples)
@@ -113,16 +115,16 @@ _MEASURED = ("length", "trained", "pictures")
 
 @dataclass
 class _Scan:
-    """The part of a measurement that depends on records and code alone, and so may be cached."""
+    """The part of a measurement that depends on records and code alone, which is cached."""
 
     length: np.ndarray
     trained: np.ndarray
     pictures: np.ndarray
     faults: dict[int, str]
     missing: dict[int, list[str]]
-    """Images that were not there. Put them in place and the next run finds them."""
+    """Images that were not there; the next run looks for them again."""
     unopened: dict[int, str]
-    """Records whose lengths are unknown, because the size of an image cannot be read. They too are tried again."""
+    """Records whose lengths are unknown, because the size of an image cannot be read; tried again too."""
 
     def lengths(self, samples: Samples) -> Lengths:
         bad = dict(self.faults)
@@ -145,7 +147,7 @@ class _Scan:
 
     @classmethod
     def read(cls, file: Path, count: int) -> "_Scan | None":
-        """The cached scan, or None if there is none or the file is damaged."""
+        """Return the cached scan, or None if there is none or the file is damaged."""
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 faults, missing, unopened = json.loads(arrays["texts"].tobytes())

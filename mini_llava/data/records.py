@@ -9,142 +9,27 @@ import json
 import os
 import re
 import warnings
-import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from ..data_file import CHUNK_BYTES, DataFile
 from ..files import atomic_write
 from ..words import counted
 from .templates import BadRecord
 from .tokenization import shorten
 
-CHUNK_BYTES = 16 * 2**20
 INDEX_CACHED_FROM = 32 * 2**20  # bytes; a smaller file is indexed in less than a second
 _WHITESPACE = b" \t\r\n"
 _BLANKS = re.compile(r"[ \t\r\n]*")
 
 
-class DataFileError(OSError):
-    """One sentence about a data file that cannot be read any more; it ends the run, whatever `--on_bad_sample` says."""
-
-
-class DataFile:
-    """The bytes of a file, read by position, as long as its content stays what it was.
-
-    A memory map would be as fast, but kills the process by a signal when the file is cut short while it is mapped.
-    Reading by position needs no offset of its own, so forked workers share the descriptor. A pickled copy opens the
-    file again. Raises DataFileError where the file has changed, for then no record is sure to be where it was. One that
-    has another time but the same content (`touch`, a backup put back) has not: it is read once more as a whole, which
-    takes one or two seconds for each GB, in every process that reads it.
-    """
-
-    def __init__(self, path: str, stamp: tuple[int, int] | None = None, digest: str | None = None):
-        """stamp, digest: size and time of change, and content, that it must have; None takes those that it has."""
-        self.path = path
-        self._descriptor = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._descriptor)
-        self._stamp = stamp or self._stamp_now()
-        self.size = self._stamp[0]
-        self._digest = digest
-        if self._stamp_now() != self._stamp:
-            self._accept_another_time()
-
-    def read(self, start: int, end: int) -> bytes:
-        """The bytes from `start` up to `end`, which may lie beyond the end of the file."""
-        wanted = min(end, self.size) - start
-        while True:
-            content = self._read_unchecked(start, wanted)
-            if self._stamp_now() == self._stamp:
-                break
-            self._accept_another_time()
-        if len(content) < wanted:
-            raise self._changed()
-        return content
-
-    def chunks(self, start: int, end: int | None = None) -> Iterator[bytes]:
-        """All bytes from `start` to `end`, or of the rest of the file, a chunk at a time."""
-        end = self.size if end is None else end
-        for position in range(start, end, CHUNK_BYTES):
-            yield self.read(position, min(position + CHUNK_BYTES, end))
-
-    def digest(self) -> str:
-        """A digest of the content, which is read for it the first time only."""
-        if self._digest is None:
-            self._digest = _digest_of(self.chunks(0))
-        elif self._stamp_now() != self._stamp:
-            self._accept_another_time()
-        return self._digest
-
-    def identity(self) -> str:
-        """Another one whenever the file is; without reading it, for nobody can set the time of its last change."""
-        status = os.fstat(self._descriptor)
-        return f"{os.path.realpath(self.path)} {self._stamp} {status.st_ino} {status.st_ctime_ns}"
-
-    def known_digest(self, digest: str) -> None:
-        """Takes the digest that a cache has of this very file, so that it need not be read."""
-        self._digest = digest
-
-    def _accept_another_time(self) -> None:
-        """Takes the file's new time of change if size and content are the old ones; DataFileError if not."""
-        stamp = self._stamp_now()  # before the content is read: what changes meanwhile has another one yet
-        if stamp[0] != self.size or self._digest is None:
-            raise self._changed()
-        starts = range(0, self.size, CHUNK_BYTES)
-        if _digest_of(self._read_unchecked(start, CHUNK_BYTES) for start in starts) != self._digest:
-            raise self._changed()
-        self._stamp = stamp
-
-    def _read_unchecked(self, start: int, wanted: int) -> bytes:
-        """So many bytes, or those up to the end of the file, whatever has become of it."""
-        content = b""
-        try:
-            while len(content) < wanted:  # the system may give less than is asked for, 2 GiB at most
-                more = os.pread(self._descriptor, wanted - len(content), start + len(content))
-                if not more:
-                    break
-                content = content + more if content else more
-        except OSError as error:
-            raise self._unreadable(error) from error
-        return content
-
-    def _stamp_now(self) -> tuple[int, int]:
-        try:
-            status = os.fstat(self._descriptor)
-        except OSError as error:
-            raise self._unreadable(error) from error
-        return status.st_size, status.st_mtime_ns
-
-    def _unreadable(self, error: OSError) -> DataFileError:
-        return DataFileError(f"The data file {self.path} cannot be read any more: {error.strerror}.")
-
-    def _changed(self) -> DataFileError:
-        size = self._stamp_now()[0]
-        found = (
-            f"it had {counted(self.size, 'byte')} and has {size:,}" if size != self.size else "it has been written to"
-        )
-        return DataFileError(
-            f"The data file {self.path} has changed while it was read: {found}. Its records may no longer be where "
-            f"they were. Start again with a file that stays as it is; to replace one, write another and rename it."
-        )
-
-    def __reduce__(self):
-        return DataFile, (self.path, self._stamp, self._digest)
-
-
-def _digest_of(chunks: Iterable[bytes]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for chunk in chunks:
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
 def check_data_files(
     data_path: list[str] | None, image_folder: list[str] | None, exclude: list[str] | None = None, flag_prefix: str = ""
 ) -> None:
-    """Raises FileNotFoundError, NotADirectoryError or ValueError as `RecordStore` does, without reading anything."""
+    """Raise FileNotFoundError, NotADirectoryError or ValueError as `RecordStore` does, without reading a file."""
     image_folder = list(image_folder or [])
     data_flag, folder_flag = f"--{flag_prefix}data_path", f"--{flag_prefix}image_folder"
     if not data_path:
@@ -170,13 +55,15 @@ def check_data_files(
 class RecordStore:
     """The records of several JSON files, in the order of the files, without a Python object per record.
 
-    data_path: files holding one JSON array (`[` is the first byte) or one JSON object per line (`{`).
-    image_folder: one folder for each file, matched by position, or none at all for text-only data.
-    exclude: files that the doctor or `log_skipped` wrote; the records they list are not in the store.
-    cache_folder: where the index of a large file is kept for the next time; None = nowhere.
-    flag_prefix: `eval_` for held-out records, whose flags errors then name.
-    Raises FileNotFoundError, NotADirectoryError or ValueError: a sentence that names the file or folder, and for broken
-    JSON the byte and line.
+    Args:
+        data_path: files holding one JSON array (`[` is the first byte) or one JSON object per line (`{`).
+        image_folder: one folder for each file, matched by position, or none at all for text-only data.
+        exclude: files that the doctor or `log_skipped` wrote; the records they list are not in the store.
+        cache_folder: where the index of a large file is cached; None: nowhere.
+        flag_prefix: `eval_` for held-out records: errors name the flags.
+
+    Raises FileNotFoundError, NotADirectoryError or ValueError, which names the file or folder, and for broken JSON the
+    byte and line.
     """
 
     def __init__(
@@ -208,7 +95,7 @@ class RecordStore:
         return len(self._spans) - len(self._kept_before)
 
     def __getitem__(self, index: int) -> dict:
-        """The record at `index`. Raises BadRecord if its bytes are not a JSON object; DataFileError, see there."""
+        """Return a record. Raises BadRecord if it is not a JSON object, DataFileError if the file has changed."""
         try:
             record = json.loads(self._content(index).decode("utf-8"))
         except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8, and nesting without end
@@ -223,48 +110,48 @@ class RecordStore:
         return self._files[self.source(index)].read(start, end)
 
     def position(self, index: int) -> int:
-        """The record's number among the records of all files, counted from 0, excluded ones included."""
+        """Return the record's number among the records of all files, from 0, excluded ones included."""
         if not 0 <= index < len(self):
             raise IndexError(f"Record {index} of {len(self)}.")
         return index + int(np.searchsorted(self._kept_before, index, side="right"))
 
     def source(self, index: int) -> int:
-        """Which of the data files holds the record."""
+        """Return the number of the data file that holds the record, from 0."""
         return int(np.searchsorted(self._first, self.position(index), side="right")) - 1
 
     def source_sizes(self) -> list[int]:
-        """How many records each data file has, excluded ones not counted."""
+        """Return how many records each data file has, excluded ones not counted."""
         excluded = self._kept_before + np.arange(len(self._kept_before))
         return (np.diff(self._first) - np.histogram(excluded, self._first)[0]).tolist()
 
     def source_names(self) -> list[str]:
-        """A short name of each data file: what is before its suffix, and its number where two files share that."""
+        """Return a short name of each data file: its stem, and its number where two files have the same stem."""
         stems = [Path(path).stem for path in self.data_path]
         return [stem if stems.count(stem) == 1 else f"{stem}.{n}" for n, stem in enumerate(stems, start=1)]
 
     def image_folder(self, index: int) -> str | None:
-        """The folder that the record's image names are relative to."""
+        """Return the folder that the record's image names are relative to; None without `image_folder`."""
         return self._image_folder[self.source(index)] if self._image_folder else None
 
     def image_names(self, index: int) -> list[str]:
-        """The record's images as it names them. Raises BadRecord if the record cannot be read."""
+        """Return the image names of a record. Raises BadRecord if the record cannot be read."""
         names = self[index].get("image") or []
         return [names] if isinstance(names, str) else list(names)
 
     def sample(self, among: np.ndarray, most: int) -> list[int]:
-        """Up to `most` records, the same ones whenever the files are the same; of other exclusions nearly so.
+        """Return up to `most` random records: the same ones for the same files, nearly the same for other exclusions.
 
-        among: bool [records], those that may be taken.
+        among: bool [records], those to choose from.
         """
         kept = np.delete(np.arange(len(self._spans)), self._kept_before + np.arange(len(self._kept_before)))
         seed = int(hashlib.blake2b(" ".join(self.digests()).encode(), digest_size=4).hexdigest(), 16)
-        # Not default_rng, whose numbers may be others in another version of numpy.
+        # Not default_rng, whose stream may differ between versions of numpy.
         place = np.random.RandomState(seed).permutation(len(self._spans))[kept]
         candidates = np.flatnonzero(among)
         return candidates[np.argsort(place[candidates])[:most]].tolist()
 
     def describe(self, index: int) -> str:
-        """Where a record is, for messages: file, position in the file counted from 0, and its id if it has one."""
+        """Return where a record is, for messages: file, position in the file from 0, and its id if it has one."""
         source = self.source(index)
         try:
             record_id = self[index].get("id")
@@ -277,11 +164,11 @@ class RecordStore:
         return f"{self.data_path[source]}, record {self.position(index) - int(self._first[source])}{suffix}"
 
     def record_digest(self, index: int) -> str:
-        """A digest of the record's bytes, by which `exclude` knows that a file speaks of this data."""
+        """Return a digest of the record's bytes, by which `exclude` tells whether a list belongs to this data."""
         return hashlib.blake2b(self._content(index), digest_size=8).hexdigest()
 
     def _listed(self, path: str) -> list[int]:
-        """The indices that an exclude file lists. Called before any record is left out, so that they are positions."""
+        """Return the positions that an exclude file lists. Called before any record is excluded."""
         listed = []
         with open(path, encoding="utf-8", errors="replace", newline="\n") as lines:
             for number, line in enumerate(lines, start=1):
@@ -305,19 +192,19 @@ class RecordStore:
         return listed
 
     def digests(self) -> list[str]:
-        """A digest of the content of each file, in order."""
+        """Return a digest of the content of each file, in order."""
         return [file.digest() for file in self._files]
 
     def digest(self) -> str:
-        """A digest of the content of all files, in order, and of what is excluded; names and dates do not count."""
+        """Return a digest of the content of all files, in order, and of what is excluded, not of names and dates."""
         parts = " ".join(self.digests()).encode() + self._kept_before.tobytes()
         return hashlib.blake2b(parts, digest_size=16).hexdigest()
 
 
 def _index(file: DataFile, cache_folder: str | os.PathLike | None) -> np.ndarray:
-    """The spans of a file: of a large one, out of the cache if this very file was indexed before.
+    """Return the spans of a file, of a large one from the cache if the unchanged file was indexed before.
 
-    Its digest is known from here on, so that a file which is only touched can be told from one that has changed.
+    The file then has a digest, by which one that is only touched is distinguished from one that has changed.
     """
     if cache_folder is None or file.size < INDEX_CACHED_FROM:
         file.digest()
@@ -327,7 +214,7 @@ def _index(file: DataFile, cache_folder: str | os.PathLike | None) -> np.ndarray
     try:
         with np.load(cache, allow_pickle=False) as arrays:
             spans, digest = arrays["spans"], str(arrays["digest"])
-        file.known_digest(digest)
+        file.set_digest(digest)
         return spans
     except Exception:  # there is none, or it is damaged, which raises zipfile, zlib, KeyError, ValueError or OSError
         digest, spans = file.digest(), _spans(file)
@@ -340,13 +227,13 @@ def _index(file: DataFile, cache_folder: str | os.PathLike | None) -> np.ndarray
 
 
 def write_arrays(file: Path, **arrays: np.ndarray) -> None:
-    """Write an npz file, whole or not at all. Raises OSError."""
+    """Write an npz file atomically. Raises OSError."""
     with atomic_write(file) as content:  # processes of several machines may be here at once
         np.savez_compressed(content, **arrays)
 
 
 def _spans(file: DataFile) -> np.ndarray:
-    """The first and the last-plus-one byte of each record of a file, int64 [n, 2]."""
+    """Return where each record of a file begins and ends, bytes, int64 [n, 2]."""
     if file.size == 0:
         raise ValueError(f"The data file {file.path} is empty.")
     start = _skip_blanks(file, 3 if file.read(0, 3) == b"\xef\xbb\xbf" else 0)
@@ -365,7 +252,7 @@ def _spans(file: DataFile) -> np.ndarray:
 
 
 def _skip_blanks(file: DataFile, position: int) -> int:
-    """The first byte from `position` on that is no white space, or the end of the file."""
+    """Return the position of the first byte from `position` on that is no white space, or the end of the file."""
     for chunk in file.chunks(position):
         rest = chunk.lstrip(_WHITESPACE)
         position += len(chunk) - len(rest)
@@ -375,12 +262,12 @@ def _skip_blanks(file: DataFile, position: int) -> int:
 
 
 def _array_spans(file: DataFile, position: int) -> Iterator[tuple[int, int]]:
-    """The elements of the JSON array whose bracket is before `position`.
+    """Yield where each element of the JSON array begins and ends whose bracket is before `position`.
 
-    The text is read as latin-1, in which characters are bytes, so that the decoder's positions are file offsets. Never
-    more than a chunk, or twice the longest record, is in memory.
+    The text is decoded as latin-1, one character per byte, so that the decoder's positions are file offsets. At most a
+    chunk, or twice the longest record, is in memory.
     """
-    # Numbers stay texts: Python refuses to convert very long ones, which is a matter of one record.
+    # Numbers stay texts: Python refuses to convert very long ones, which is an error of one record, not of the file.
     decode = json.JSONDecoder(parse_int=str, parse_float=str).raw_decode
     offset, window, here = position, "", 0
     expected = "an element or the closing bracket"
@@ -405,7 +292,7 @@ def _array_spans(file: DataFile, position: int) -> Iterator[tuple[int, int]]:
                 continue
             try:
                 _, end = decode(window, here)
-                # A number has no end of its own: what follows beyond the window may belong to it.
+                # A number at the end of the window may go on beyond it.
                 if at_end or end < len(window) - 2:
                     yield offset + here, offset + end
                     expected, here = "a comma or the closing bracket", end
@@ -413,7 +300,7 @@ def _array_spans(file: DataFile, position: int) -> Iterator[tuple[int, int]]:
             except RecursionError:
                 raise broken("an element is nested too deeply", offset + here) from None
             except json.JSONDecodeError as error:
-                # Near the end of the window, or in a string that it cuts, the element may just be incomplete.
+                # Near the end of the window, or in a string that goes beyond it, the element may be incomplete.
                 incomplete = error.pos > len(window) - 16 or error.msg.startswith("Unterminated string")
                 if at_end or not incomplete:
                     raise broken(error.msg.removesuffix(" at"), offset + error.pos) from None
@@ -429,7 +316,7 @@ def _array_spans(file: DataFile, position: int) -> Iterator[tuple[int, int]]:
 
 
 def _line_spans(file: DataFile, offset: int) -> Iterator[tuple[int, int]]:
-    """The lines that are not blank. Whether a line is JSON shows when it is read, so that it is one bad record."""
+    """Yield where each line begins and ends that is not blank; one that is not JSON is a bad record once it is read."""
     window, here, is_first = b"", 0, True
     while True:
         end = window.find(b"\n", here)

@@ -3,8 +3,8 @@
 Replaces LLaVA's `LengthGroupedSampler` (`llava/train/llava_trainer.py`). Its grouping rules are kept: a global batch
 holds either image samples or text samples, sorted by length, and what is left over of both comes last. Its dependence
 on the global random state is not: here the order is a function of (seed, epoch), the same on every rank.
-How a global batch is cut into micro-batches is a second, separate question (`deal`). The loss is normalised over the
-whole global batch, so the cut changes speed and memory only.
+How a global batch is split into micro-batches is decided separately (`deal`). The loss is normalised over the whole
+global batch, so the split changes speed and memory only.
 
 This file needs torch and nothing else of the project.
 """
@@ -21,10 +21,10 @@ Permutation = Callable[[int], list[int]]
 def llava_order(
     lengths: Sequence[int], has_image: Sequence[bool], slots: int, global_batch_size: int, permutation: Permutation
 ) -> list[int]:
-    """The order of one epoch under LLaVA's `--group_by_modality_length`, as sample indices.
+    """Return the order of one epoch under LLaVA's `--group_by_modality_length`, as sample indices.
 
-    Cut into pieces of `global_batch_size`, it gives the epoch's global batches; each piece cut into `slots` equal parts
-    gives LLaVA's micro-batches (part k is micro-step k // ranks on rank k % ranks).
+    Split into pieces of `global_batch_size`, it gives the epoch's global batches; each piece split into `slots` equal
+    parts gives LLaVA's micro-batches (part k is micro-step k // ranks on rank k % ranks).
 
     Args:
         lengths: tokens of each sample; only their order matters. Must be positive.
@@ -53,7 +53,7 @@ def llava_order(
 def _length_grouped(
     indices: Sequence[int], lengths: Sequence[int], slots: int, global_batch_size: int, permutation: Permutation
 ) -> list[list[int]]:
-    """Global batches of random samples, each sorted by length (longest first) and balanced over the slots."""
+    """Return global batches of random samples, each sorted by length (longest first) and balanced over the slots."""
     shuffled = [indices[i] for i in permutation(len(indices))]
     batches = []
     for start in range(0, len(shuffled), global_batch_size):
@@ -63,10 +63,10 @@ def _length_grouped(
 
 
 def even_chunks(batch: Sequence[int], lengths: Sequence[int], slots: int) -> list[list[int]]:
-    """LLaVA's `split_to_even_chunks`: equal counts, sums of lengths about equal; strided if the counts cannot be equal.
+    """Split a batch like LLaVA's `split_to_even_chunks`: equal counts, about equal sums of lengths, or strided.
 
     It balances work between ranks but puts long and short samples into one micro-batch, which costs padding. It is used
-    for the order itself and with `--loss_normalization micro_batch`; see `deal` for what is used otherwise.
+    for the order itself and with `--loss_normalization micro_batch`; otherwise see `deal`.
     """
     if len(batch) % slots:
         return [list(batch[slot::slots]) for slot in range(slots)]
@@ -82,16 +82,16 @@ def even_chunks(batch: Sequence[int], lengths: Sequence[int], slots: int) -> lis
 
 
 def samples_an_epoch(size: int, weight: float) -> int:
-    """How many samples a source of this size gives to an epoch: weight x size, rounded."""
+    """Return how many samples of a source of this size an epoch has: weight x size, rounded."""
     return round(weight * size)
 
 
 def epoch_samples(source_sizes: Sequence[int], weights: Sequence[float], seed: int, epoch: int) -> list[int]:
-    """The samples of an epoch in ascending order, source by source, each as often as the epoch has it.
+    """Return the samples of an epoch in ascending order, source by source, each as often as the epoch has it.
 
     A source of n samples gives round(weight x n) of them: every sample floor(weight) times, and a random share once
-    more. The share is taken from one shuffled order of the source, where the epoch before left off, so that each sample
-    had its turn before one has it again: with weight 0.5 two epochs are one pass.
+    more. The share continues in one shuffled order of the source where the epoch before ended, so that every sample is
+    taken once before any is taken again: with weight 0.5 two epochs are one pass.
     """
     samples, first = [], 0
     for source, (size, weight) in enumerate(zip(source_sizes, weights, strict=True)):
@@ -114,9 +114,9 @@ def _concatenate(lists: Sequence[Sequence[int]]) -> list[int]:
 class GlobalBatchSampler:
     """Global batches as a function of (seed, epoch), and a cursor over them that is saved with a checkpoint.
 
-    The cursor `step` counts global batches that are done, `empty_steps` those of them without a sample that could be
-    trained on, for which no optimizer step was taken. The training loop moves both; loading ahead (`batches`) does not,
-    so a checkpoint never skips samples that were prefetched but not trained on.
+    The cursor `step` counts global batches that are done, `empty_steps` those of them without a usable sample, for
+    which no optimizer step was taken. The training loop moves both; prefetching (`batches`) does not, so a checkpoint
+    never skips samples that were prefetched but not trained on.
     """
 
     def __init__(
@@ -136,8 +136,8 @@ class GlobalBatchSampler:
             lengths, has_image: one entry a sample, see `llava_order`.
             slots: ranks times accumulation steps; it orders the samples inside a global batch and changes no batch.
             recorded: global batches of a recorded run, replayed in a cycle instead of an order of our own.
-            source_sizes, weights: how many samples each source has, one source behind the other, and how often an epoch
-                has them, see `epoch_samples`. Without weights, or if all are 1, an epoch is every sample once.
+            source_sizes, weights: how many samples each source has, in order, and how often an epoch has them, see
+                `epoch_samples`. Without weights, or if all are 1, an epoch is every sample once.
         """
         self.lengths, self.has_image = [int(length) for length in lengths], [bool(flag) for flag in has_image]
         self.global_batch_size, self.slots, self.seed = global_batch_size, slots, seed
@@ -152,8 +152,7 @@ class GlobalBatchSampler:
             if samples_an_epoch(size, weight) < 1:
                 raise ValueError(
                     f"Source {number} has {size} sample{'s' * (size != 1)}, of which the weight {weight} takes none: "
-                    f"raise it, or leave "
-                    f"the source out."
+                    f"raise it, or leave the source out."
                 )
         self.step = self.empty_steps = 0
         order = repr((self.lengths, self.has_image, recorded)).encode()
@@ -169,11 +168,11 @@ class GlobalBatchSampler:
 
     @property
     def steps_taken(self) -> int:
-        """Optimizer steps: where the run is in its learning rate schedule."""
+        """Return the optimizer steps taken, which are the learning rate schedule's."""
         return self.step - self.empty_steps
 
     def global_batches(self, epoch: int) -> list[list[int]]:
-        """All global batches of an epoch; the last one may be smaller, no sample comes twice unless weights ask."""
+        """Return all global batches of an epoch; the last may be smaller, no sample is repeated unless by weights."""
         if self.recorded:
             return self.recorded
         if self._cached_epoch is None or self._cached_epoch[0] != epoch:
@@ -191,13 +190,13 @@ class GlobalBatchSampler:
         return self._cached_epoch[1]
 
     def batches(self, total_steps: int):
-        """Yields the global batches of the steps from the cursor to `total_steps`, across ends of epochs."""
+        """Yield the global batches of the steps from the cursor to `total_steps`, across ends of epochs."""
         for step in range(self.step, total_steps):
             epoch, position = divmod(step, self.steps_per_epoch)
             yield self.global_batches(epoch)[position]
 
     def describe_mixture(self, names: Sequence[str]) -> str | None:
-        """How many samples of each source an epoch has, if not each of them once. `names`: of the sources."""
+        """Return how many samples of each source an epoch has; None without weights. `names`: of the sources."""
         if self.weights is None:
             return None
         sources = zip(names, self.source_sizes, self.weights, strict=True)
@@ -205,7 +204,7 @@ class GlobalBatchSampler:
         return f"Records of an epoch: {', '.join(parts)}."
 
     def state_dict(self) -> dict[str, int | bool | str | list]:
-        """The cursor, and what the order is a function of (but for slots, which change no global batch)."""
+        """Return the cursor, and what the order is a function of (except slots, which change no global batch)."""
         return {
             "step": self.step,
             "empty_steps": self.empty_steps,
@@ -217,7 +216,7 @@ class GlobalBatchSampler:
         } | ({"weights": self.weights, "sources": self.source_sizes} if self.weights else {})
 
     def load_state_dict(self, state: dict[str, int | bool | str | list], order_may_differ: bool = False) -> None:
-        """Moves the cursor; refuses a state whose order would be another one, unless that is allowed."""
+        """Set the cursor. Raises ValueError for a state of another order, unless `order_may_differ`."""
         mine = self.state_dict()
         differing = [
             f"{key} {state.get(key)} there, {mine.get(key)} here"
@@ -237,7 +236,7 @@ def deal(
     layout: str,
     max_tokens: int | None = None,
 ) -> list[list[list[int]]]:
-    """Deals a global batch: `[micro-batch][rank] -> sample indices`, as many for every rank; some may be empty.
+    """Deal a global batch: `[micro-batch][rank] -> sample indices`, as many for every rank; some may be empty.
 
     Args:
         layout: `packed`: about equal token counts, largest sample first into the emptiest slot, for batches without
@@ -273,7 +272,7 @@ def _deal_into(batch: Sequence[int], lengths: Sequence[int], slots: int, layout:
 
 
 def computed_tokens(slot: Sequence[int], lengths: Sequence[int], layout: str) -> int:
-    """Positions that a micro-batch of these samples computes, padding included."""
+    """Return how many positions a micro-batch of these samples has, padding included."""
     if not slot:
         return 0
     return sum(lengths[i] for i in slot) if layout == "packed" else len(slot) * max(lengths[i] for i in slot)

@@ -7,29 +7,22 @@ trained piece.
 """
 
 import reprlib
-import shlex
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 
 import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from .templates import IMAGE_MARK, BadRecord, Template, get_template, render
-from .unread import unread
+from .templates import IMAGE_MARK, BadRecord, Template
 
 IGNORE_INDEX = -100
 IMAGE_TOKEN_INDEX = -200
-# Far beyond what a model can read. A record is tokenized whole before it is cut, and one of a million image marks would
-# first become half a billion ids.
-MAX_IMAGES = 1024
-MAX_CHARACTERS = 4_000_000
 
 
 def shorten(value: object) -> str:
-    """A value from a record as messages show it: on one line, printable and short, whatever it is."""
+    """Return a value from a record as messages show it: on one line, printable and short."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 200
     return short.repr(value)
@@ -60,32 +53,28 @@ def tokenize(
     record: dict,
     template: Template,
     tokenizer: PreTrainedTokenizerBase,
-    tokens_per_image: int | Callable[[str | None, str], int],
+    tokens_per_image: int | Callable[[str], int],
     max_length: int,
-    folder: str | None = None,
-    left_unread: Collection[str] = (),
 ) -> Sample:
-    """Tokenize one record, cut to `max_length` positions (an image counts all its tokens and is never cut in two).
+    """Tokenize one record, truncated to `max_length` positions (an image counts all its tokens and is never split).
 
     A token is trained if it overlaps a trained piece of text, so that the blank in front of an answer counts as part
     of it whether or not the tokenizer makes it a token of its own. A last question without an answer stays, untrained.
 
     Args:
-        tokens_per_image: a number, or what gives it for a folder and an image name, and raises what it likes.
-        folder: of the record's images.
-        left_unread: see `read_conversation`.
+        tokens_per_image: a number, or what gives it for an image name, and raises what it likes.
 
     Raises BadRecord for anything that is not a conversation, for image marks that do not match the images, and if no
     trained token is left.
     """
-    questions, answers, images = read_conversation(record, template, left_unread)
+    questions, answers, images = read_conversation(record, template)
     if not answers:
         raise BadRecord("no question has an answer, so there is nothing to train on.")
     if isinstance(tokens_per_image, int):
         image_tokens = [tokens_per_image] * len(images)
     else:
-        image_tokens = [tokens_per_image(folder, name) for name in images]
-    input_ids, trained = _encode(render(template, questions, answers), tokenizer, image_tokens)
+        image_tokens = [tokens_per_image(name) for name in images]
+    input_ids, trained = _encode(template.render(questions, answers), tokenizer, image_tokens)
 
     if len(input_ids) > max_length:
         length, first_trained = len(input_ids), int(np.argmax(trained))
@@ -104,9 +93,8 @@ def tokenize_prompt(
     template: Template,
     tokenizer: PreTrainedTokenizerBase,
     tokens_per_image: int = 1,
-    left_unread: Collection[str] = (),
 ) -> np.ndarray:
-    """The ids, int32 [L], up to the place where the model is to answer the last question of a record.
+    """Return the ids, int32 [L], up to the place where the model is to answer the last question of a record.
 
     Earlier rounds keep their answers; an answer to the last question is left out. The prompt is rendered and tokenized
     as in training and ends with the assistant's role, without the blank that may follow: these are the first L ids of
@@ -114,33 +102,27 @@ def tokenize_prompt(
     beginning of the answer (a ChatML role ends with a newline; an answer that begins with one may share a token).
     With one token for each image `expand_images` gives them theirs, once the images are known. Raises BadRecord.
     """
-    questions, answers, images = read_conversation(record, template, left_unread)
-    pieces = render(template, questions, answers[: len(questions) - 1], generation_prompt=True)
+    questions, answers, images = read_conversation(record, template)
+    pieces = template.render(questions, answers[: len(questions) - 1], generation_prompt=True)
     return _encode(pieces, tokenizer, [tokens_per_image] * len(images))[0]
 
 
 def expand_images(input_ids: np.ndarray, image_tokens: Sequence[int]) -> np.ndarray:
-    """Ids with one IMAGE_TOKEN_INDEX for each image, int32 [n], to ids with as many as each image takes."""
+    """Repeat the one IMAGE_TOKEN_INDEX of each image in ids, int32 [n], as often as the image has tokens."""
     copies = np.ones(len(input_ids), np.int64)
     copies[input_ids == IMAGE_TOKEN_INDEX] = image_tokens
     return np.repeat(input_ids, copies)
 
 
-def read_conversation(
-    record: dict, template: Template, left_unread: Collection[str] = ()
-) -> tuple[list[str], list[str], list[str]]:
+def read_conversation(record: dict, template: Template) -> tuple[list[str], list[str], list[str]]:
     """Check a record and return its questions, its answers (maybe one fewer) and its image names.
 
     As in LLaVA a conversation that begins with the assistant loses that turn. Image marks are counted and written the
     template's way: for one image given as a string the mark moves to the front of its turn; a list leaves the marks in
-    place. What looks like media or a prompt and is read by nobody makes a bad record, unless it is in `left_unread`,
-    which `unread.allowed` makes.
+    place.
     """
     turns = _turns(record)
     images, in_place = _images(record)
-    if found := dict(islice(unread(record, [text for role, text in turns if role == "human"], left_unread), 20)):
-        raise BadRecord(_of_unread(found))
-
     if template.captions_only and [role for role, _ in turns] != ["human", "gpt"]:
         raise BadRecord(
             f"the template {template.name} wants one human turn with the image and one gpt turn with its caption, "
@@ -150,8 +132,6 @@ def read_conversation(
         turns = turns[1:]
     if not turns:
         raise BadRecord("it has no human turn.")
-    if (characters := sum(len(text) for _, text in turns)) > MAX_CHARACTERS:
-        raise BadRecord(f"its turns have {characters} characters; more than {MAX_CHARACTERS} are refused.")
     for index, (role, text) in enumerate(turns):
         if role != ("human", "gpt")[index % 2]:
             raise BadRecord(f"two turns of {role!r} follow each other; human and gpt must alternate.")
@@ -160,8 +140,6 @@ def read_conversation(
 
     questions, answers = [text for _, text in turns[0::2]], [text for _, text in turns[1::2]]
     marks = sum(text.count(IMAGE_MARK) for text in questions)
-    if marks > MAX_IMAGES:
-        raise BadRecord(f"it has {marks} {IMAGE_MARK} marks; more than {MAX_IMAGES} are refused.")
     if marks != len(images):
         raise BadRecord(
             f"it has {marks:,} {IMAGE_MARK} mark{'s' * (marks != 1)} for {len(images):,} "
@@ -190,17 +168,12 @@ def _turns(record: dict) -> list[tuple[str, str]]:
             raise BadRecord(f"turn {number} is not an object with a 'from' and a text 'value'.")
         if turn.get("from") not in ("human", "gpt"):
             raise BadRecord(f"turn {number} is from {shorten(turn.get('from'))}; known roles are 'human' and 'gpt'.")
-        try:
-            turn["value"].encode("utf-8")
-        except UnicodeEncodeError as error:  # JSON can escape what no text file can hold
-            half = error.object[error.start]
-            raise BadRecord(f"turn {number} holds {half!r}, half of a pair of characters.") from None
         turns.append((turn["from"], turn["value"]))
     return turns
 
 
 def _images(record: dict) -> tuple[list[str], bool]:
-    """The image names of a record, and whether their marks stay in place."""
+    """Return the image names of a record, and whether their marks stay in place."""
     if "image" not in record:
         return [], True
     image = record["image"]
@@ -213,36 +186,8 @@ def _images(record: dict) -> tuple[list[str], bool]:
     )
 
 
-def _of_unread(found: dict[str, str]) -> str:
-    """A sentence about the first of what `unread` found, and the flag that lets all of it pass."""
-    flag = " ".join(["--leave_unread", *(shlex.quote(name[:200]) for name in found)])
-    name, kind = next(iter(found.items()))
-    shown = shorten(name)
-    if kind == "mark":
-        return (
-            f"a question has the mark {shown}, which is not read: an image's place is marked by {IMAGE_MARK}, other "
-            f"media are not known. Write {IMAGE_MARK} for an image, or leave it in the text by {flag}."
-        )
-    if kind == "prompt":
-        return (
-            f"its key {shown} looks like a prompt and is not read: the template has a system prompt of its own. Put it "
-            f"into the first question, or train without it by {flag}."
-        )
-    return (
-        f"its key {shown} looks like media and is not read: images are read from the record's 'image' alone, other "
-        f"media not at all. Put the name of an image under 'image', or train without it by {flag}."
-    )
-
-
 def _image_first(text: str) -> str:
     return (IMAGE_MARK + "\n" + text.replace(IMAGE_MARK, "").strip()).strip()
-
-
-def check_record(record: dict, left_unread: Collection[str] = ()) -> None:
-    """Raises BadRecord if the record cannot be trained on with any template, whatever its images and its length."""
-    _, answers, _ = read_conversation(record, get_template("v1"), left_unread)
-    if not answers:
-        raise BadRecord("no question has an answer, so there is nothing to train on.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,7 +198,7 @@ def check_record(record: dict, left_unread: Collection[str] = ()) -> None:
 def _encode(
     pieces: list[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase, image_tokens: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids, int32 [L], and trained, bool [L], of rendered pieces; `image_tokens` says how many each image takes.
+    """Return ids, int32 [L], and trained, bool [L], of rendered pieces; `image_tokens`: how many each image takes.
 
     As in LLaVA the text between two images is tokenized by itself: a Llama tokenizer puts its blank in front of each
     such text, and BOS stands once, at the very beginning: a chat template that writes it leaves none to add.
@@ -266,7 +211,7 @@ def _encode(
         text += piece
     if prefix and text.startswith(tokenizer.bos_token):
         prefix = []
-    # Tokens after the last trained piece meet a span that begins beyond the text.
+    # For tokens after the last trained piece: a span beyond the text.
     trained_spans.append((len(text) + 1, len(text) + 1))
     trained_starts, trained_ends = np.array(trained_spans).T
 
@@ -288,7 +233,7 @@ def _encode(
 
 
 def _cut(input_ids: np.ndarray, image_tokens: list[int], max_length: int) -> tuple[int, int]:
-    """The largest length of at most `max_length` that does not end inside an image, and how many images it holds."""
+    """Return the largest length up to `max_length` that does not end inside an image, and how many images it holds."""
     kept = int(np.count_nonzero(input_ids[:max_length] == IMAGE_TOKEN_INDEX))
     ends = np.cumsum([0, *image_tokens])
     whole_images = int(np.searchsorted(ends, kept, side="right")) - 1
@@ -297,7 +242,7 @@ def _cut(input_ids: np.ndarray, image_tokens: list[int], max_length: int) -> tup
 
 @lru_cache(maxsize=4)
 def _encoder(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) -> tuple[Tokenizer, list[int]]:
-    """A copy of the tokenizer's backend that keeps exact offsets, and the ids put before every text: BOS or none.
+    """Return a copy of the tokenizer's backend with exact offsets, and the ids put before every text: BOS or none.
 
     Byte-level post-processors may trim blanks off the offsets, and a call with truncation or padding leaves both
     switched on in the shared backend: hence a copy. `vocabulary_size` renews it after tokens have been added.

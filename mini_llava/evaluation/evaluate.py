@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 
 from ..arguments import Arguments
 from ..data.collator import sample_of_targets
-from ..data.images import BadImage, Picture
+from ..data.images import Picture
 from ..data.loader import RankStep, RankSteps, loss_group, rank_step_loader
 from ..data.sampler import deal
 from ..data.samples import Samples
@@ -27,6 +27,7 @@ from ..data.templates import IMAGE_MARK, BadRecord, written_answer
 from ..data.tokenization import IGNORE_INDEX
 from ..guards.never_fatal import never_fatal
 from ..guards.preemption import start_worker
+from ..image_files import BadImage
 from ..training.backend import gather_from_ranks, sum_over_ranks, to_device, zero_stage
 from ..training.lockstep import Lockstep
 from ..watch import trackers
@@ -256,10 +257,9 @@ class Evaluation:
         loader = rank_step_loader(
             RankSteps(self.samples, self.data_flags.packing, on_bad_sample="skip"),
             ([[self.questions[place].index for place in places] for places in step] for step in mine),
-            self.data_flags.dataloader_num_workers,
+            self.data_flags,
             pin_memory=device.type == "cuda",
             worker_init_fn=start_worker,
-            patience=self.data_flags.dataloader_timeout,
             stop_waiting=lambda: self.lockstep.preemption.asked,
         )
         sums = torch.zeros(2, len(lengths), dtype=torch.float64, device=device)
@@ -341,7 +341,7 @@ class Evaluation:
 
     def _picture(self, index: int, name: str) -> Picture:
         try:
-            return self.samples.open_picture(self.store.image_folder(index), name)
+            return self.samples.image_reader.open(self.store.image_folder(index), name)
         except BadImage as error:
             raise BadImage(f"--eval_data_path: {self.store.describe(index)}: {error}") from None
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import ImageOps
 
-from ..data.images import load_image
+from ..image_files import load_image
 from ..watch.page import PICTURE, draw
 
 MOST_PICTURES = 2  # of one question

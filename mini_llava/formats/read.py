@@ -27,7 +27,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..data.images import load_image_processor, normalisation_table, of_size
+from ..data.images import normalisation_table
 from ..guards.projector_file import check_projector_file
 from ..hub import find_file, foreign_code_refused, read_json
 from ..model.llava import LlavaModel
@@ -50,8 +50,10 @@ from .layouts import (
 from .towers import (
     as_in_memory,
     check_same_tower,
+    load_image_processor,
     load_vision_config,
     load_vision_tower,
+    of_size,
     tower_image_processor,
     tower_image_size,
     tower_inside,

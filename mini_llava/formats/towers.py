@@ -3,14 +3,16 @@
 A tower may be a model of its own, or a part of a contrastive, LLaVA or FastVLM model.
 """
 
+import os
+import re
 from collections.abc import Iterable
 
 import torch
+import transformers
 from transformers import MODEL_MAPPING, AutoConfig, CLIPImageProcessorPil, PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from ..data.images import load_image_processor, output_size
 from ..hub import find_file, foreign_code_refused, read_json
 from ..model.vision_tower import KINDS, VisionTower, has_layers, published_name, takes_any_size
 from ..options.fastvlm import FASTVITHD, apple_name, check_timm, complete_timm, fastvithd_config
@@ -160,3 +162,38 @@ def as_in_memory(
 
     names = {plain(name): name for name in expected}
     return {names.get(plain(name), name): stored for name, stored in found.items()}
+
+
+def load_image_processor(path: str | os.PathLike) -> BaseImageProcessor:
+    """Return the image processor of a vision tower, folder or hub name, in its PIL version.
+
+    Chosen by the class name in the settings, CLIP's old feature extractor included: AutoImageProcessor would take the
+    torchvision version where it is installed, whose pixels differ slightly, and in some versions demands it. Code from
+    the folder is never run. Raises ValueError if there is no PIL version.
+    """
+    settings, _ = BaseImageProcessor.get_image_processor_dict(path)
+    name = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "none"
+    family = re.sub(r"(ImageProcessor(Fast|Pil)?|FeatureExtractor)$", "", name)
+    processor_class = getattr(transformers, f"{family}ImageProcessorPil", None)
+    if processor_class is None:
+        raise ValueError(
+            f"The image processor of {path} is {name!r}, of which transformers {transformers.__version__} has no PIL "
+            f"version; CLIP's and SigLIP's have one."
+        )
+    return processor_class.from_pretrained(path)
+
+
+def of_size(processor: BaseImageProcessor, size: int) -> BaseImageProcessor:
+    """Return the same processor for square pictures of another size, pixels."""
+    settings = processor.to_dict()
+    settings.pop("image_processor_type", None)
+    for name in ("size", "crop_size"):
+        if settings.get(name):
+            settings[name] = {key: size for key, value in dict(settings[name]).items() if value is not None}
+    return type(processor)(**settings)
+
+
+def output_size(processor: BaseImageProcessor) -> int:
+    """Return the side of the square pictures that the processor makes, pixels."""
+    size = processor.crop_size if getattr(processor, "do_center_crop", None) else processor.size
+    return dict(size)["height"]

@@ -25,12 +25,13 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from ..data.templates import IMAGE_MARK, Template, chat_template
+from ..data.templates import IMAGE_MARK, Template
 from ..files import staged
 from ..hub import find_file
 from ..model.llava import LlavaModel
 from ..model.projector import PROJECTOR_FILE, is_main_process, save_projector
 from ..model.vision_tower import published_name
+from ..options.chat_template import chat_template
 from ..options.tiles import NEWLINE_KEY, Tiling
 from .layouts import MODEL_FILES
 from .tokenizers import SENTENCEPIECE_FILE, image_token_tokenizer, slow_llama_config

@@ -20,11 +20,11 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from ..arguments import ROUNDING, Arguments, compared_as, decides, flag_fields
-from ..data.images import BadImage, image_path
 from ..data.records import RecordStore
 from ..data.templates import CHAT_TEMPLATE
 from ..data.tokenization import shorten
 from ..evaluation.evaluate import Question
+from ..image_files import BadImage, image_path
 from ..read_data import Data
 from ..training.backend import backend, gather_from_ranks, is_offloaded, versions, zero_stage
 from ..training.order import Order
@@ -77,7 +77,7 @@ def run_identity(accelerator: Accelerator, model: nn.Module, arguments: Argument
         "model": {
             "frozen": frozen_fingerprints(accelerator, llava),
             "tokenizer": _digest(texts_to_ids.encode()),
-            "image processor": _settings(data.samples.image_processor.to_dict()),
+            "image processor": _settings(data.samples.image_reader.processor.to_dict()),
             "language model": _settings(llava.language_model.config),
             "vision tower": _settings(llava.vision_tower.model.config),
         },

@@ -20,12 +20,13 @@ from ..arguments import Arguments, ModelArguments, TrainingArguments
 from ..build import plan_of
 from ..data.lengths import Lengths
 from ..data.samples import Samples
-from ..data.templates import CHAT_TEMPLATE, TEMPLATES, ChatTemplate, Template
+from ..data.templates import CHAT_TEMPLATE, TEMPLATES, Template
 from ..formats.layouts import FAMILIES
 from ..formats.read import Source, empty_language_model, same_layer
 from ..hub import read_json
 from ..inputs import held_out_template
 from ..model.projector import PROJECTOR_FILE, list_some
+from ..options.chat_template import ChatTemplate
 from ..options.image_tokens import token_ids_end
 from ..options.lora import linear_layers
 from ..training.order import Order

@@ -17,7 +17,8 @@ from PIL import Image
 from torch import nn
 from transformers.image_processing_utils import select_best_resolution
 
-from ..data.images import NEWLINE, BadImage, Picture, image_size
+from ..data.images import NEWLINE, Picture
+from ..image_files import BadImage, image_size
 from ..model.projector import find_projector, read_tensors
 
 MERGE_TYPES = ("flat", "spatial", "spatial_unpad")

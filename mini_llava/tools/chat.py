@@ -16,11 +16,12 @@ import torch
 from transformers import GenerationConfig, TextStreamer
 from transformers.utils import logging
 
-from ..data.images import BadImage, open_picture
+from ..data.images import ImageReader
 from ..data.templates import IMAGE_MARK, BadRecord, written_answer
 from ..data.tokenization import tokenize_prompt
 from ..evaluation.generate import expand_prompt, generate
 from ..formats.write import generation_settings
+from ..image_files import BadImage
 from ..training.checkpoint import CheckpointError
 from .saved_models import DTYPES, SavedModel, open_saved
 
@@ -36,8 +37,8 @@ class Conversation:
         self.model, self.device = saved.load(dtype).to(device), device
         self.longest = saved.source.language_config.max_position_embeddings
         tower, processor = self.model.vision_tower, saved.source.image_processor()
-        size = (tower.image_size, tower.tokens_per_image)
-        self.opened_with = (processor, saved.image_aspect_ratio(), *size, self.model.tiling)
+        of_tower = (tower.image_size, self.model.tiling)
+        self.image_reader = ImageReader(tower.tokens_per_image, processor, saved.image_aspect_ratio(), *of_tower)
         config = self.model.language_model.generation_config
         ends = generation_settings(config, self.tokenizer, self.template.stop).get("eos_token_id")
         generation = {**generation, "eos_token_id": ends, "pad_token_id": self.tokenizer.pad_token_id or 0}
@@ -53,7 +54,7 @@ class Conversation:
     def add_image(self, file: str) -> None:
         """Add an image file to the next question. Raises BadImage."""
         path = Path(os.path.realpath(os.path.expanduser(file)))
-        self.pending.append(open_picture(path.parent, path.name, *self.opened_with))
+        self.pending.append(self.image_reader.open(path.parent, path.name))
 
     @torch.inference_mode()
     def ask(self, question: str, stream: bool = False) -> str:

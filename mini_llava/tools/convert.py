@@ -25,11 +25,11 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from ..data.images import FORMATS, BadImage, image_path
-from ..data.templates import IMAGE_MARK, BadRecord
-from ..data.tokenization import check_record, shorten
-from ..data.unread import allowed, kind_of_name
+from ..data.templates import IMAGE_MARK, BadRecord, get_template
+from ..data.tokenization import read_conversation, shorten
 from ..files import atomic_write
+from ..guards.records import RecordCheck, kind_of_name
+from ..image_files import FORMATS, BadImage, image_path
 from ..watch.json_lines import read_lines
 from ..watch.skipped import count_reasons
 from ..words import counted
@@ -478,8 +478,16 @@ def make_record(entry: dict, name: str, place: str, given: argparse.Namespace) -
         record["image"] = names[0] if len(names) == 1 and not in_place else names
     record["conversations"] = turns
     not_taken = {name: value for name, value in entry.items() if name not in columns.all and kind_of_name(name)}
-    check_record(not_taken | record, allowed(given.leave_unread))  # refuses what looks like media or a prompt
+    check_record(not_taken | record, RecordCheck(given.leave_unread))  # it names what looks like media or a prompt
     return record, dict(zip(names, images, strict=True))
+
+
+def check_record(record: dict, check: RecordCheck) -> None:
+    """Raise BadRecord if the record cannot be trained on with any template, whatever its images and its length."""
+    check(record)
+    _, answers, _ = read_conversation(record, get_template("v1"))
+    if not answers:
+        raise BadRecord("no question has an answer, so there is nothing to train on.")
 
 
 def convert_file(number: int, path: Path, given: argparse.Namespace) -> None:

@@ -20,18 +20,20 @@ import numpy as np
 from PIL import Image
 
 from ..arguments import PRESETS, check_model_place, choices, read_config
-from ..data.images import MODES, SCALED, BadImage, image_path, load_image, pad_to_square
+from ..data.images import ImageReader, pad_to_square
 from ..data.records import RecordStore, check_data_files
 from ..data.sampler import GlobalBatchSampler, computed_tokens, deal
 from ..data.samples import Samples
-from ..data.templates import BadRecord, get_template
+from ..data.templates import BadRecord
 from ..data.tokenization import IGNORE_INDEX, Sample
-from ..data.unread import allowed
 from ..formats.read import read_language_config
 from ..formats.tokenizers import load_tokenizer
 from ..formats.towers import load_vision_config, tower_image_size
 from ..guards import preflight
+from ..guards.records import RecordCheck
+from ..image_files import MODES, SCALED, BadImage, image_path, load_image
 from ..model.vision_tower import tokens_per_image
+from ..options.chat_template import find_template
 from ..options.image_tokens import missing_rows
 from ..options.tiles import MERGE_TYPES, Tiling, choose_tiling
 from ..processes import map_ranges
@@ -351,19 +353,16 @@ def examine(given: argparse.Namespace) -> int:
     check_data_files(given.data_path, given.image_folder, given.exclude)
     image_tokens, tiling = (given.tokens_per_image, None) if given.tokens_per_image else _tokens_of_tower(given)
     tokenizer = load_tokenizer(given.model_name_or_path, given.trust_remote_code)
-    template = get_template(given.version, tokenizer)
+    template = find_template(given.version, tokenizer)
     findings = list(preflight.check_template(template, tokenizer))
     language_config = read_language_config(given.model_name_or_path, given.trust_remote_code)
     if language_config is not None:
         rows = language_config.get_text_config().vocab_size
         new_tokens = missing_rows(tokenizer, language_config) if given.resize_token_embeddings else 0
         findings += preflight.check_token_rows(tokenizer, rows, new_tokens)
-    store, left_unread = (
-        RecordStore(given.data_path, given.image_folder, given.exclude),
-        allowed(given.leave_unread or []),
-    )
-    textual = (template, tokenizer, given.model_max_length, image_tokens)
-    samples = Samples(store, *textual, tiling=tiling, left_unread=left_unread)
+    store = RecordStore(given.data_path, given.image_folder, given.exclude)
+    image_reader, check = ImageReader(image_tokens, tiling=tiling), RecordCheck(given.leave_unread or [])
+    samples = Samples(store, template, tokenizer, given.model_max_length, image_reader, check)
     print(f"{counted(len(store), 'record')}, measured with the template {template.name} (--version).\n")
     examine_part = functools.partial(examine_records, samples)
     found = Findings.join(list(map_ranges(examine_part, len(store), given.num_workers, "records")))

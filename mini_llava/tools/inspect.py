@@ -13,12 +13,12 @@ from collections.abc import Sequence
 
 from .. import arguments as flags
 from .. import demo
-from ..data.images import BadImage
 from ..data.samples import Samples
 from ..data.templates import BadRecord
 from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from ..formats.read import open_source
 from ..guards.early import check_files
+from ..image_files import BadImage
 from ..inputs import open_samples
 from ..watch.spans import IMAGE, TRAINED, spans
 from ..words import counted

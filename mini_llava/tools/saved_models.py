@@ -11,13 +11,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import ModelArguments, check_model_place
-from ..data.templates import Template, get_template
+from ..data.templates import Template
 from ..formats.layouts import IMAGE_TOKEN_FLAGS, WEIGHT_FILES, layout_of, tiles_in
 from ..formats.read import Source, load_llava, open_source
 from ..formats.tokenizers import load_tokenizer
 from ..hub import find_file, read_json
 from ..model.llava import LlavaModel
 from ..model.projector import PROJECTOR_FILE
+from ..options.chat_template import find_template
 from ..options.image_tokens import add_image_tokens, add_token_rows, missing_rows
 from ..options.lora import ADAPTER_CONFIG, base_of, load_lora, merge_lora
 from ..training.checkpoint import CheckpointError, PieceReader, read_manifest
@@ -150,7 +151,7 @@ def open_saved(
     has_tokenizer = find_file(directory, "tokenizer_config.json") is not None
     tokenizer = load_tokenizer(directory if has_tokenizer else source.name)
     known, version = len(tokenizer), version or config.get("conversation_version")
-    template = get_template(version or "v1", tokenizer)
+    template = find_template(version or "v1", tokenizer)
     template = add_image_tokens(tokenizer, template, *(bool(config.get(key)) for key in IMAGE_TOKEN_FLAGS))
     added = len(tokenizer) - known
     if not own:

@@ -19,13 +19,13 @@ from .. import arguments as flags
 from .. import demo
 from ..build import build_model
 from ..data.collator import collate
-from ..data.images import image_path, load_image, normalise, open_picture
+from ..data.images import ImageReader, normalise
 from ..data.loader import RankSteps
 from ..data.records import RecordStore
-from ..data.templates import render
 from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, read_conversation, tokenize
 from ..formats.read import open_source
 from ..guards.early import check_files
+from ..image_files import image_path, load_image
 from ..inputs import open_samples
 from ..model.llava import LlavaModel, token_losses
 from ..model.projector import build_projector
@@ -69,9 +69,13 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
     step(1, RecordStore.__getitem__, "a record of the data file, as LLaVA writes it")
     print(f"  {store.describe(index)}\n  {json.dumps(record, ensure_ascii=False)}")
 
-    step(2, render, f"the text that the template {template.name} makes of it, in pieces that are trained (>) or not")
-    questions, answers, _ = read_conversation(record, template, samples.left_unread)
-    for text, trained in render(template, questions, answers):
+    step(
+        2,
+        type(template).render,
+        f"the text that the template {template.name} makes of it, in pieces that are trained (>) or not",
+    )
+    questions, answers, _ = read_conversation(samples.record(index), template)
+    for text, trained in template.render(questions, answers):
         print(f"  {'>' if trained else ' '} {text!r}")
 
     step(3, tokenize, "ids, with a place for each token of an image, and labels, -100 where nothing is trained")
@@ -85,10 +89,10 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
     )
 
     for name in sample.images[:1]:
-        step(4, open_picture, f"its image, {data_flags.image_aspect_ratio}, resized and kept as bytes")
+        step(4, ImageReader.open, f"its image, {data_flags.image_aspect_ratio}, resized and kept as bytes")
         image = load_image(folder, name)
         print(f"  {name}: {Path(image_path(folder, name)).stat().st_size:,} bytes, {image.width}x{image.height} pixels")
-        show("pixels", samples.open_picture(folder, name).pixels)
+        show("pixels", samples.image_reader.open(folder, name).pixels)
 
     # --- A micro-batch -----------------------------------------------------------------------------------------------
     layout = "concatenated, delimited by cu_seqlens" if data_flags.packing else "padded to the longest"

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import numpy as np
 from accelerate import Accelerator
 
-from ..data.images import BadImage
 from ..data.samples import Samples
 from ..data.templates import BadRecord
 from ..data.tokenization import IGNORE_INDEX
 from ..guards.never_fatal import never_fatal
+from ..image_files import BadImage
 from ..words import counted
 from .page import draw
 from .spans import IMAGE, MASKED, TRAINED, spans

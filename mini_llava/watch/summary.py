@@ -9,11 +9,11 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..data.images import BadImage, image_path
 from ..data.records import RecordStore
 from ..data.templates import BadRecord
 from ..files import atomic_write
 from ..guards.never_fatal import never_fatal
+from ..image_files import BadImage, image_path
 from ..words import counted
 from .curves import draw_curves
 from .json_lines import read_lines

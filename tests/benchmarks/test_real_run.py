@@ -88,7 +88,7 @@ def test_every_record_is_one_that_the_trainer_takes(made):
     folder, records = made
     tokenizer = load_tokenizer(LANGUAGE_MODEL)
     for name, of_file in records.items():
-        template = get_template("plain" if name == "stage1" else "v1", tokenizer)
+        template = get_template("plain" if name == "stage1" else "v1")
         for record in of_file:
             picture = Image.open(folder / "images" / record["image"])
             assert picture.mode == "RGB" and picture.width == picture.height <= prepare_data.SIDE

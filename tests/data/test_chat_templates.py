@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from mini_llava.data.templates import CHAT_TEMPLATE, BadRecord, chat_template, get_template, render, written_answer
+from mini_llava.data.templates import CHAT_TEMPLATE, BadRecord, get_template, written_answer
 from mini_llava.data.tokenization import IGNORE_INDEX, tokenize, tokenize_prompt
 from mini_llava.formats.tokenizers import load_tokenizer
+from mini_llava.options.chat_template import chat_template, find_template
 from mini_llava.tools.chat import Printer
 from tests.families import FAMILIES, write_tokenizer
 
@@ -67,7 +68,7 @@ def same_words(found, expected, turns) -> bool:
 @pytest.mark.parametrize("name", WITH_CHAT_TEMPLATE)
 def test_the_trained_tokens_are_the_answers_and_their_end_marks(name, turns, tokenizers):
     tokenizer = tokenizers[name]
-    sample = tokenize(record(turns), get_template(CHAT_TEMPLATE, tokenizer), tokenizer, 4, 10_000)
+    sample = tokenize(record(turns), find_template(CHAT_TEMPLATE, tokenizer), tokenizer, 4, 10_000)
     answers = [turn.strip() if name in TRIMMED else turn for turn in turns[1::2]]
     expected = [WRITTEN[name].format(answer) for answer in answers]
     if name == "qwen_3" and len(turns) % 2 == 0:  # it puts an empty thought before the last answer
@@ -89,7 +90,7 @@ def test_the_same_holds_for_the_named_template_of_each_family(name, turns, token
 def test_the_ids_are_those_of_transformers_for_the_same_conversation(name, turns, tokenizers):
     tokenizer = tokenizers[name]
     messages = [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
-    template, about = get_template(CHAT_TEMPLATE, tokenizer), dict(return_dict=False, date_string="26 Jul 2024")
+    template, about = find_template(CHAT_TEMPLATE, tokenizer), dict(return_dict=False, date_string="26 Jul 2024")
     whole = tokenize(record(turns), template, tokenizer, 4, 10_000).input_ids
     assert whole.tolist() == tokenizer.apply_chat_template(messages, **about)
     asked = messages[: len(messages) - (len(messages) + 1) % 2]
@@ -133,7 +134,7 @@ def test_whatever_turns_say_the_text_is_the_templates_and_the_answers_are_known(
     tokenizer = tokenizers[name]
     messages = [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
     try:
-        pieces = render(get_template(CHAT_TEMPLATE, tokenizer), turns[0::2], turns[1::2])
+        pieces = find_template(CHAT_TEMPLATE, tokenizer).render(turns[0::2], turns[1::2])
     except BadRecord:
         assert name == "qwen_3" and any("</think>" in turn or turn.startswith("\n") for turn in turns[1::2])
         return
@@ -145,21 +146,21 @@ def test_whatever_turns_say_the_text_is_the_templates_and_the_answers_are_known(
 
 
 def test_a_template_that_asks_for_the_date_is_told_the_same_one_every_day(tokenizers):
-    text = render(get_template(CHAT_TEMPLATE, tokenizers["llama_3_2"]), ["Hi"], ["Yes"])[0][0]
+    text = find_template(CHAT_TEMPLATE, tokenizers["llama_3_2"]).render(["Hi"], ["Yes"])[0][0]
     assert "Today Date: 26 Jul 2024\n" in text
 
 
 def test_an_answer_with_thoughts_which_qwen_3_takes_out_is_a_bad_record(tokenizers):
     turns = ["Why?", "<think>\nLet me see.\n</think>\n\nBecause.", "Sure?", "Yes."]
     with pytest.raises(BadRecord, match=r"^the tokenizer's chat template changes turn 2, and not only the blanks"):
-        tokenize(record(turns), get_template(CHAT_TEMPLATE, tokenizers["qwen_3"]), tokenizers["qwen_3"], 4, 10_000)
+        tokenize(record(turns), find_template(CHAT_TEMPLATE, tokenizers["qwen_3"]), tokenizers["qwen_3"], 4, 10_000)
 
 
 def test_a_tokenizer_without_a_chat_template_is_an_error_that_lists_the_named_ones(tokenizers):
     with pytest.raises(
         ValueError, match=r"--version chat_template: the tokenizer .*vicuna has no chat template\. .* v1,"
     ):
-        get_template(CHAT_TEMPLATE, tokenizers["vicuna"])
+        find_template(CHAT_TEMPLATE, tokenizers["vicuna"])
 
 
 LOOP = "{% for message in messages %}BODY{% endfor %}{% if add_generation_prompt %}PROMPT{% endif %}"
@@ -190,7 +191,7 @@ def test_a_template_whose_answers_cannot_be_found_is_refused_before_training(nam
     jinja, sentence = REFUSED[name]
     tokenizer = with_template(tokenizers["qwen_2"], jinja)
     with pytest.raises(ValueError, match=f"--version chat_template: .* cannot be trained with: .*{sentence}"):
-        get_template(CHAT_TEMPLATE, tokenizer)
+        find_template(CHAT_TEMPLATE, tokenizer)
 
 
 def test_what_a_template_does_to_longer_conversations_alone_makes_those_bad_records(tokenizers):
@@ -199,10 +200,10 @@ def test_what_a_template_does_to_longer_conversations_alone_makes_those_bad_reco
     ends_differ = LOOP.replace("BODY", TURN.replace("<|im_end|>", mark))
     for jinja, sentence in ((one_round, "leaves out or repeats"), (ends_differ, "does not end all answers alike")):
         tokenizer = with_template(tokenizers["qwen_2"], jinja.replace("PROMPT", "<|im_start|>assistant\n"))
-        template = get_template(CHAT_TEMPLATE, tokenizer)
-        render(template, ["Q1"], ["A1"])
+        template = find_template(CHAT_TEMPLATE, tokenizer)
+        template.render(["Q1"], ["A1"])
         with pytest.raises(BadRecord, match=sentence):
-            render(template, ["Q1", "Q2"], ["A1", "A2"])
+            template.render(["Q1", "Q2"], ["A1", "A2"])
 
 
 def test_a_templates_own_marks_say_what_is_trained(tokenizers):
@@ -213,39 +214,39 @@ def test_a_templates_own_marks_say_what_is_trained(tokenizers):
         "{% else %}{{ message.content }}<|im_end|>\n{% endif %}"
     )
     jinja = LOOP.replace("BODY", body).replace("PROMPT", "<|im_start|>assistant\n<think>\n\n</think>\n")
-    template = get_template(CHAT_TEMPLATE, with_template(tokenizers["qwen_2"], jinja))
-    trained = [text for text, is_trained in render(template, ["Q1", "Q2"], ["A1", "A2"]) if is_trained]
+    template = find_template(CHAT_TEMPLATE, with_template(tokenizers["qwen_2"], jinja))
+    trained = [text for text, is_trained in template.render(["Q1", "Q2"], ["A1", "A2"]) if is_trained]
     assert trained == ["A1<|im_end|>\n", "A2<|im_end|>\n"] and template.stop == ("<|im_end|>",)
 
     marked = "{% generation %}{{ message.content + '<|im_end|>\n' }}{% endgeneration %}"
     unmarked = "{{ message.content + '<|im_end|>\n' }}"
     some = body.replace(marked, "{% if loop.index0 < 2 %}" + marked + "{% else %}" + unmarked + "{% endif %}")
-    template = get_template(CHAT_TEMPLATE, with_template(tokenizers["qwen_2"], jinja.replace(body, some)))
-    assert [text for text, is_trained in render(template, ["Q1"], ["A1"]) if is_trained] == ["A1<|im_end|>\n"]
+    template = find_template(CHAT_TEMPLATE, with_template(tokenizers["qwen_2"], jinja.replace(body, some)))
+    assert [text for text, is_trained in template.render(["Q1"], ["A1"]) if is_trained] == ["A1<|im_end|>\n"]
     with pytest.raises(BadRecord, match=r"marks answers by {% generation %}, but not all of them"):
-        render(template, ["Q1", "Q2"], ["A1", "A2"])
+        template.render(["Q1", "Q2"], ["A1", "A2"])
 
 
 @pytest.mark.parametrize("name", WITH_CHAT_TEMPLATE)
 def test_the_exported_template_writes_the_same_text_also_for_messages_with_pictures(name, tokenizers):
     tokenizer = tokenizers[name]
-    template, about = get_template(CHAT_TEMPLATE, tokenizer), dict(tokenize=False, date_string="26 Jul 2024")
+    template, about = find_template(CHAT_TEMPLATE, tokenizer), dict(tokenize=False, date_string="26 Jul 2024")
     exported = with_template(tokenizer, chat_template(template))
     words = [{"role": "user", "content": "<image>\nWhat is it?"}, {"role": "assistant", "content": "A cat."}]
     parts = [
         {"role": "user", "content": [{"type": "text", "text": "What is it?"}, {"type": "image"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
     ]
-    expected = "".join(text for text, _ in render(template, ["<image>\nWhat is it?"], ["A cat."]))
+    expected = "".join(text for text, _ in template.render(["<image>\nWhat is it?"], ["A cat."]))
     for messages in (words, parts):
         assert exported.apply_chat_template(messages, **about) == expected
-    again = get_template(CHAT_TEMPLATE, exported)
+    again = find_template(CHAT_TEMPLATE, exported)
     assert chat_template(again) == exported.chat_template, "it grows once, and not with every export"
-    assert "".join(text for text, _ in render(again, ["<image>\nWhat is it?"], ["A cat."])) == expected
+    assert "".join(text for text, _ in again.render(["<image>\nWhat is it?"], ["A cat."])) == expected
 
 
 def test_what_a_model_writes_before_its_answer_is_none_of_it(tokenizers):
-    template = get_template(CHAT_TEMPLATE, tokenizers["qwen_3"])
+    template = find_template(CHAT_TEMPLATE, tokenizers["qwen_3"])
     assert written_answer(template, "<think>\n\n</think>\n\nA cat.<|im_end|>\n<|im_start|>") == "A cat."
     assert written_answer(get_template("v1"), " A cat.</s>USER") == "A cat."
 
@@ -253,7 +254,7 @@ def test_what_a_model_writes_before_its_answer_is_none_of_it(tokenizers):
 @pytest.mark.parametrize("name, version", [("qwen_3", CHAT_TEMPLATE), ("vicuna", "v1"), ("gemma_2", CHAT_TEMPLATE)])
 def test_the_chat_prints_the_answer_alone_while_it_is_written(name, version, tokenizers, capsys):
     tokenizer, answer = tokenizers[name], "A cat, and a dog. \n\nSure."
-    template = get_template(version, tokenizer)
+    template = find_template(version, tokenizer)
     printer = Printer(SimpleNamespace(template=template, tokenizer=tokenizer))
     written = template.answer_lead + answer + template.stop[0]
     printer.put(torch.tensor([[1, 2, 3]]))  # the prompt, which is not shown

@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mini_llava.data.images import BadImage, load_image
+from mini_llava.data.images import ImageReader
 from mini_llava.data.lengths import measure
 from mini_llava.data.records import RecordStore
 from mini_llava.data.samples import Samples
 from mini_llava.data.templates import TEMPLATES, BadRecord
 from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from mini_llava.formats.tokenizers import load_tokenizer
+from mini_llava.guards.records import RecordCheck
+from mini_llava.image_files import BadImage, load_image
 from mini_llava.tools.doctor import examine_records
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
@@ -145,7 +147,7 @@ def test_ten_thousand_mutated_records_are_trained_on_or_named(version, tokenizer
             assert ((sample.labels == sample.input_ids) | (sample.labels == IGNORE_INDEX)).all()
             return sample
 
-    samples = Checked(store, TEMPLATES[version], tokenizer, MAX_LENGTH, TOKENS_PER_IMAGE)
+    samples = Checked(store, TEMPLATES[version], tokenizer, MAX_LENGTH, ImageReader(TOKENS_PER_IMAGE), RecordCheck())
     lengths = measure(samples, 1, None)
     assert len(lengths.length) >= RECORDS
     accepted = len(lengths.length) - len(lengths.bad)
@@ -160,7 +162,8 @@ def test_ten_thousand_mutated_records_are_trained_on_or_named(version, tokenizer
 
 def test_mutated_files_are_read_or_refused_with_file_and_place(tmp_path, monkeypatch):
     draw = random.Random(SEED + 1)
-    monkeypatch.setattr("mini_llava.data.records.CHUNK_BYTES", 4096)  # so that windows end inside elements
+    for module in ("data.records", "data_file"):
+        monkeypatch.setattr(f"mini_llava.{module}.CHUNK_BYTES", 4096)  # so that windows end inside elements
     array = json.dumps(SEEDS, indent=1).encode()
     lines = b"\n".join(json.dumps(record).encode() for record in SEEDS)
     deep = b"[" + b'{"a":' * 5000 + b"}" * 5000 + b"]"

@@ -20,23 +20,9 @@ from transformers import (
     SiglipImageProcessorPil,
 )
 
-from mini_llava.data.images import (
-    CONVERTED,
-    MODES,
-    SCALED,
-    BadImage,
-    as_rgb,
-    image_size,
-    load_image,
-    load_image_processor,
-    normalisation_table,
-    normalise,
-    pad_to_square,
-    pixel_values,
-    resize_padded,
-    white_value,
-)
-from mini_llava.formats.towers import load_vision_tower
+from mini_llava.data.images import normalisation_table, normalise, pad_to_square, pixel_values, resize_padded
+from mini_llava.formats.towers import load_image_processor, load_vision_tower
+from mini_llava.image_files import CONVERTED, MODES, SCALED, BadImage, as_rgb, image_size, load_image, white_value
 
 FIXTURES = Path(__file__).parent.parent / "parity" / "fixtures"
 

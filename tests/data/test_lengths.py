@@ -10,12 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mini_llava.data.images import ImageReader
 from mini_llava.data.lengths import measure
-from mini_llava.data.records import DataFileError, RecordStore
+from mini_llava.data.records import RecordStore
 from mini_llava.data.samples import Samples
 from mini_llava.data.templates import BadRecord, get_template
 from mini_llava.data.tokenization import Sample, tokenize
+from mini_llava.data_file import DataFileError
 from mini_llava.formats.tokenizers import load_tokenizer
+from mini_llava.guards.records import RecordCheck
 from mini_llava.options.tiles import choose_tiling
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
@@ -30,7 +33,7 @@ class Words(Samples):
     """Stands for a tokenizer: a token for each word, ten for an image; every call leaves a line in a file."""
 
     def __init__(self, store, log, key="key"):
-        super().__init__(store, None, None, 100, tokens_per_image=10)
+        super().__init__(store, None, None, 100, ImageReader(10))
         self.log, self.key = log, key
 
     def measurement_key(self):
@@ -186,13 +189,13 @@ def test_the_key_follows_everything_that_decides_a_length():
     tokenizer = load_tokenizer(FIXTURES / "tokenizer_llama")
     other = load_tokenizer(FIXTURES / "tokenizer_qwen")
     v1, plain = get_template("v1"), get_template("plain")
-    samples = Samples(None, v1, tokenizer, 384, 16)
-    others = [{"template": plain}, {"tokenizer": other}, {"tokens_per_image": 17}, {"max_length": 385}]
-    others += [{"left_unread": {"video"}}, {"tiling": choose_tiling(56, 16)}]
+    samples = Samples(None, v1, tokenizer, 384, ImageReader(16))
+    others = [{"template": plain}, {"tokenizer": other}, {"image_reader": ImageReader(17)}, {"max_length": 385}]
+    others += [{"check": RecordCheck(["video"])}, {"image_reader": ImageReader(16, tiling=choose_tiling(56, 16))}]
     keys = {dataclasses.replace(samples, **other).measurement_key() for other in [{}, *others]}
     assert len(keys) == 7
     again = dataclasses.replace(
-        samples, tokenizer=load_tokenizer(FIXTURES / "tokenizer_llama"), image_aspect_ratio="square"
+        samples, tokenizer=load_tokenizer(FIXTURES / "tokenizer_llama"), image_reader=ImageReader(16, None, "square")
     )
     assert again.measurement_key() in keys
 
@@ -200,7 +203,7 @@ def test_the_key_follows_everything_that_decides_a_length():
 def test_real_records_are_measured_as_they_are_tokenized(tmp_path):
     store = RecordStore([str(FIXTURES / "data" / "records.json")], [str(FIXTURES / "data" / "images")])
     tokenizer, template = load_tokenizer(FIXTURES / "tokenizer_llama"), get_template("v1")
-    lengths = measure(Samples(store, template, tokenizer, 384, 16), 2, tmp_path)
+    lengths = measure(Samples(store, template, tokenizer, 384, ImageReader(16)), 2, tmp_path)
     for index in range(len(store)):
         try:
             sample = tokenize(store[index], template, tokenizer, 16, 384)

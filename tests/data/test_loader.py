@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from mini_llava.data.images import BadImage, Picture
+from mini_llava.arguments import DataArguments
+from mini_llava.data.images import ImageReader, Picture
 from mini_llava.data.loader import RankSteps, rank_step_loader
-from mini_llava.data.records import DataFileError, RecordStore
+from mini_llava.data.records import RecordStore
 from mini_llava.data.samples import Samples
 from mini_llava.data.templates import BadRecord
 from mini_llava.data.tokenization import Sample
+from mini_llava.data_file import DataFileError
+from mini_llava.image_files import BadImage
 from mini_llava.watch.skipped import log_skipped, refuse_or_report
 
 SIZE = 8
@@ -29,11 +32,18 @@ def store(tmp_path) -> RecordStore:
     return RecordStore([str(tmp_path / "data.json")], [str(tmp_path)])
 
 
+class Ones(ImageReader):
+    def open(self, folder: str, name: str) -> Picture:
+        if name == "6.png":
+            raise BadImage(f"the image {name!r} cannot be read.")
+        return Picture(torch.ones(1, 3, SIZE, SIZE, dtype=torch.uint8), features=0)
+
+
 class Numbers(Samples):
     """As many tokens as the number in the id, plus two; all trained."""
 
     def __init__(self, store: RecordStore):
-        super().__init__(store, None, None, 100, tokens_per_image=0, image_size=SIZE)
+        super().__init__(store, None, None, 100, Ones(features=0, size=SIZE))
 
     def tokenize(self, index: int, max_length: int | None = None) -> Sample:
         record = self.store[index]
@@ -42,15 +52,10 @@ class Numbers(Samples):
         ids = np.arange(2 + int(record["id"][1:]), dtype=np.int32)
         return Sample(ids, ids, [record["image"]] if "image" in record else [])
 
-    def open_picture(self, folder: str, name: str) -> Picture:
-        if name == "6.png":
-            raise BadImage(f"the image {name!r} cannot be read.")
-        return Picture(torch.ones(1, 3, SIZE, SIZE, dtype=torch.uint8), features=0)
-
 
 def steps(store, dealt, num_workers=0, on_bad_sample="error", packed=True):
     dataset = RankSteps(Numbers(store), packed, on_bad_sample)
-    return rank_step_loader(dataset, dealt, num_workers, pin_memory=False)
+    return rank_step_loader(dataset, dealt, DataArguments(dataloader_num_workers=num_workers), pin_memory=False)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mini_llava import data_file
 from mini_llava.data import records
-from mini_llava.data.records import DataFileError, RecordStore
+from mini_llava.data.records import RecordStore
 from mini_llava.data.templates import BadRecord
+from mini_llava.data_file import DataFileError
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 
@@ -42,6 +44,7 @@ def lines(values):
 )
 def test_any_array_is_read_back_with_any_size_of_chunk(values, ascii_only, indent, chunk, tmp_path, monkeypatch):
     monkeypatch.setattr(records, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(data_file, "CHUNK_BYTES", chunk)
     try:
         text = json.dumps(values, ensure_ascii=ascii_only, indent=indent)
         path = write(tmp_path / "a.json", text)
@@ -131,6 +134,7 @@ def test_a_broken_line_is_one_bad_record(tmp_path):
 )
 def test_a_broken_array_is_an_error_with_byte_and_line(text, message, chunk, tmp_path, monkeypatch):
     monkeypatch.setattr(records, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(data_file, "CHUNK_BYTES", chunk)
     path = write(tmp_path / "a.json", text)
     with pytest.raises(ValueError) as error:
         RecordStore([path])

@@ -11,10 +11,10 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, LlavaProcessor
 
-from mini_llava.data.images import load_image_processor
-from mini_llava.data.templates import get_template, render
+from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, tokenize_prompt
 from mini_llava.formats.tokenizers import image_token_tokenizer, load_tokenizer
+from mini_llava.formats.towers import load_image_processor
 from tests.slow_llama import BLANK, FIXTURES, Piece, SlowLlama, configure, like_llama_2, read_model
 
 WORDS = ["The", "ball", "is", "red", "return", "x", "café", "猫", "🦙", "12", "▁", "\t", "\n", "\0", "</s>", "<unk>"]
@@ -75,7 +75,7 @@ def test_prompts_and_the_exported_processor_give_them_too(legacy, llama_2, tmp_p
     for question in questions:
         turns = [{"from": "human", "value": question}]
         record = {"conversations": turns, "image": ["a.png"] * question.count("<image>")}
-        text = "".join(piece for piece, _ in render(template, [question], [], generation_prompt=True))
+        text = "".join(piece for piece, _ in template.render([question], [], generation_prompt=True))
         expected = slow.prompt(text, IMAGE_TOKEN_INDEX)
         different += tokenize_prompt(record, template, tokenizer).tolist() != expected
         # As a whole text, too, so that images come first and last.

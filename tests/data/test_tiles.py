@@ -13,7 +13,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
 from mini_llava.data.collator import join_pictures
-from mini_llava.data.images import FORMATS, NEWLINE, image_size, load_image, normalisation_table, normalise
+from mini_llava.data.images import NEWLINE, ImageReader, normalisation_table, normalise
 from mini_llava.data.lengths import measure
 from mini_llava.data.loader import RankSteps
 from mini_llava.data.records import RecordStore
@@ -21,6 +21,7 @@ from mini_llava.data.samples import Samples
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, expand_images, tokenize, tokenize_prompt
 from mini_llava.formats.tokenizers import load_tokenizer
+from mini_llava.image_files import FORMATS, image_size, load_image
 from mini_llava.options.tiles import choose_tiling
 from tests.launching import ROOT
 
@@ -180,8 +181,8 @@ def textual():
 
 
 def tiled(store: RecordStore, textual: dict) -> Samples:
-    how = dict(image_processor=clip_processor(), image_aspect_ratio="anyres", image_size=TILE, tiling=TILING)
-    return Samples(store, max_length=500, tokens_per_image=GRID**2, **how, **textual)
+    image_reader = ImageReader(GRID**2, clip_processor(), "anyres", TILE, TILING)
+    return Samples(store, max_length=500, image_reader=image_reader, **textual)
 
 
 def of_fixture(name: str) -> int:
@@ -189,10 +190,10 @@ def of_fixture(name: str) -> int:
 
 
 def test_each_image_of_a_record_has_its_own_number_of_tokens_in_its_own_place(textual):
-    to_sample = partial(tokenize, tokens_per_image=TILING.tokens, max_length=500, **textual)
+    to_sample = partial(tokenize, tokens_per_image=partial(TILING.tokens, IMAGES), max_length=500, **textual)
     names = [TALL, SMALL, "wide_rgb.png"]
     assert len({of_fixture(name) for name in names}) == 3
-    sample = to_sample(record(names, "First <image> then <image><image> what?"), folder=IMAGES)
+    sample = to_sample(record(names, "First <image> then <image><image> what?"))
     one_each = tokenize(
         record(names, "First <image> then <image><image> what?"), tokens_per_image=1, max_length=500, **textual
     )
@@ -210,7 +211,7 @@ def test_a_cut_keeps_whole_images_only(textual):
     turns = [("human", "What?"), ("gpt", "Red."), ("human", "<image><image> And this?"), ("gpt", "Blue. " * 3)]
     turns += [("human", "And <image>?"), ("gpt", "It is blue.")]
     long = {"image": names, "conversations": [{"from": role, "value": text} for role, text in turns]}
-    to_sample = partial(tokenize, tokens_per_image=TILING.tokens, folder=IMAGES, **textual)
+    to_sample = partial(tokenize, tokens_per_image=partial(TILING.tokens, IMAGES), **textual)
     whole = to_sample(long, max_length=1000)
     first_trained = int(np.argmax(whole.labels != IGNORE_INDEX))
     kept = set()
@@ -229,7 +230,7 @@ def test_a_cut_keeps_whole_images_only(textual):
 def test_a_prompt_is_the_beginning_of_its_sample(textual):
     asked = record([SMALL, TALL], "<image> or <image>?")
     ids = expand_images(tokenize_prompt(asked, **textual), [of_fixture(SMALL), of_fixture(TALL)])
-    sample = tokenize(asked, tokens_per_image=TILING.tokens, max_length=500, folder=IMAGES, **textual)
+    sample = tokenize(asked, tokens_per_image=partial(TILING.tokens, IMAGES), max_length=500, **textual)
     assert ids.tolist() == sample.input_ids[: len(ids)].tolist()
 
 
@@ -246,7 +247,10 @@ def test_lengths_are_measured_without_opening_an_image_and_images_put_in_place_l
     (tmp_path / "data.json").write_text(json.dumps(records))
     store = RecordStore([str(tmp_path / "data.json")], [str(images)])
     samples = tiled(store, textual)
-    assert samples.measurement_key() != replace(samples, tiling=UNEVEN).measurement_key()
+    assert (
+        samples.measurement_key()
+        != replace(samples, image_reader=replace(samples.image_reader, tiling=UNEVEN)).measurement_key()
+    )
 
     lengths = measure(samples, 1, cache)
     assert lengths.length[:3].tolist() == [len(samples.tokenize(index).input_ids) for index in range(3)]
@@ -271,7 +275,8 @@ def test_an_image_that_is_replaced_while_it_is_read_is_a_bad_sample(textual, tmp
     (tmp_path / "data.json").write_text(json.dumps([record([SMALL], "<image>What?")]))
     store = RecordStore([str(tmp_path / "data.json")], [str(IMAGES)])
     samples = tiled(store, textual)
-    monkeypatch.setattr(samples, "open_picture", lambda folder, name: Samples.open_picture(samples, folder, TALL))
+    tall = samples.image_reader.open(IMAGES, TALL)
+    monkeypatch.setattr(ImageReader, "open", lambda self, folder, name: tall)
     [(index, sentence)] = RankSteps(samples, True, "skip")[[[0]]].skipped
     assert index == 0 and "has another size than a moment ago" in sentence
 

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, LlavaProcessor
 
-from mini_llava.data.images import load_image_processor
-from mini_llava.data.templates import TEMPLATES, BadRecord, get_template, render
-from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, MAX_IMAGES, tokenize, tokenize_prompt
+from mini_llava.data.templates import TEMPLATES, BadRecord, get_template
+from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, tokenize, tokenize_prompt
 from mini_llava.formats.tokenizers import image_token_tokenizer, load_tokenizer
+from mini_llava.formats.towers import load_image_processor
+from mini_llava.guards.records import MAX_IMAGES, RecordCheck
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 RECORDS = json.loads((FIXTURES / "data" / "records.json").read_text(encoding="utf-8"))
@@ -265,6 +266,7 @@ def test_a_huge_record_is_refused_before_ids_are_made_of_it(name, llama):
     tracemalloc.start()
     try:
         with pytest.raises(BadRecord, match=r"more than .* are refused|it has 1 <image> mark for 1,000,000 images"):
+            RecordCheck()(HUGE[name])
             tokenize(HUGE[name], V1, llama, 576, 2048)
         assert tracemalloc.get_traced_memory()[1] < 32e6
     finally:
@@ -273,6 +275,7 @@ def test_a_huge_record_is_refused_before_ids_are_made_of_it(name, llama):
 
 def test_as_many_images_as_are_allowed_are_cut_like_any_others(llama):
     record = conversation("<image>" * MAX_IMAGES + "What?", "Many.", image=["a.png"] * MAX_IMAGES)
+    RecordCheck()(record)
     with pytest.raises(BadRecord, match="nothing to train on is left"):
         tokenize(record, V1, llama, 576, 2048)
 
@@ -450,4 +453,4 @@ def rendered_text(turns, record, template):
             ("<image>\n" + turn.replace("<image>", "").strip()).strip() if "<image>" in turn else turn for turn in turns
         ]
     questions = [turn.replace("<image>", template.image_mark) for turn in turns[0::2]]
-    return "".join(piece for piece, _ in render(template, questions, turns[1::2]))
+    return "".join(piece for piece, _ in template.render(questions, turns[1::2]))

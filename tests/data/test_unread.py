@@ -7,9 +7,9 @@ import time
 import pytest
 
 from mini_llava.data.templates import BadRecord, get_template
-from mini_llava.data.tokenization import tokenize, tokenize_prompt
-from mini_llava.data.unread import allowed, unread
+from mini_llava.data.tokenization import tokenize
 from mini_llava.formats.tokenizers import load_tokenizer
+from mini_llava.guards.records import RecordCheck
 from mini_llava.tools import tour
 from tests.end_to_end import runs
 
@@ -19,6 +19,12 @@ V1 = get_template("v1")
 @pytest.fixture(scope="module")
 def llama():
     return load_tokenizer(runs.FIXTURES / "tokenizer_llama")
+
+
+def ids(record, tokenizer, left_unread=()):
+    """The ids of a record that the check lets pass."""
+    RecordCheck(left_unread)(record)
+    return tokenize(record, V1, tokenizer, 4, 1000).input_ids.tolist()
 
 
 def conversation(question="What?", **keys):
@@ -62,18 +68,18 @@ def test_media_under_another_key_are_named(name, llama):
     [key] = MEDIA[name].keys() - {"id", "image", "conversations"}
     sentence = re.escape(f"its key '{key}' looks like media and is not read: ") + f".* by --leave_unread {key}\\.$"
     with pytest.raises(BadRecord, match=sentence):
-        tokenize(MEDIA[name], V1, llama, 4, 1000)
+        ids(MEDIA[name], llama)
 
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_prompts_under_another_key_are_named(name, llama):
     with pytest.raises(BadRecord, match=f"its key '{name}' looks like a prompt and is not read: "):
-        tokenize(PROMPTS[name], V1, llama, 4, 1000)
+        ids(PROMPTS[name], llama)
 
 
 def test_an_image_in_a_turn_is_named(llama):
     with pytest.raises(BadRecord, match=r"its key 'image' looks like media .* from the record's 'image' alone"):
-        tokenize(IN_A_TURN, V1, llama, 4, 1000)
+        ids(IN_A_TURN, llama)
 
 
 NOT_MEDIA = {
@@ -96,8 +102,7 @@ NOT_MEDIA = {
 def test_sizes_sources_and_empty_values_change_nothing(name, llama):
     record = NOT_MEDIA[name]
     read = {key: record[key] for key in record.keys() & {"image", "conversations"}}
-    found, expected = (tokenize(each, V1, llama, 4, 1000) for each in (record, read))
-    assert found.input_ids.tolist() == expected.input_ids.tolist()
+    assert ids(record, llama) == ids(read, llama)
 
 
 MARKS = {
@@ -126,11 +131,9 @@ MARKS = {
 def test_another_models_mark_in_a_question_is_named_and_let_pass_by_name(mark, question, llama):
     for record in (conversation(question), with_image(f"<image>\n{question}")):
         with pytest.raises(BadRecord, match=re.escape(f"has the mark {mark!r}, which is not read: ")):
-            tokenize(record, V1, llama, 4, 1000)
-        with pytest.raises(BadRecord, match=re.escape(mark)):
-            tokenize_prompt(record, V1, llama)
+            ids(record, llama)
     others = [other for other in MARKS if other in question] + ["<|vision_end|>", "<video>"]
-    assert len(tokenize(conversation(question), V1, llama, 4, 1000, left_unread=allowed(others)).input_ids)
+    assert ids(conversation(question), llama, others)
 
 
 ABOUT_HTML = [
@@ -148,22 +151,21 @@ ABOUT_HTML = [
 
 @pytest.mark.parametrize("question", ABOUT_HTML)
 def test_a_question_about_html_is_a_text(question, llama):
-    assert len(tokenize(conversation(question), V1, llama, 4, 1000).input_ids)
+    assert ids(conversation(question), llama)
 
 
 def test_an_answer_may_hold_any_mark_but_ours(llama):
     record = conversation("Write HTML.")
     record["conversations"][1]["value"] = "<video>\n<|image_pad|> <image_1> [IMG]"
-    assert len(tokenize(record, V1, llama, 4, 1000).input_ids)
+    assert ids(record, llama)
 
 
 def test_what_is_left_unread_is_as_if_it_were_not_there(llama):
-    named = allowed(["images", "system", "image_1"])
+    named = ["images", "system", "image_1"]
     for keys in ({"images": ["a.png"], "system": "Be short."}, {"image_7": "a.png"}):
-        found = tokenize(conversation(**keys), V1, llama, 4, 1000, left_unread=named)
-        assert found.input_ids.tolist() == tokenize(conversation(), V1, llama, 4, 1000).input_ids.tolist()
+        assert ids(conversation(**keys), llama, named) == ids(conversation(), llama)
     with pytest.raises(BadRecord, match=r"its key 'video' .* by --leave_unread video '<video>'\.$"):
-        tokenize(conversation("<video>\nWhat?", images=["a.png"], video="v"), V1, llama, 4, 1000, left_unread=named)
+        ids(conversation("<video>\nWhat?", images=["a.png"], video="v"), llama, named)
 
 
 HOSTILE = {
@@ -181,11 +183,11 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_record_takes_no_time(name, llama):
+def test_a_hostile_record_takes_no_time(name):
     """Linear in its length: a second or two of megabytes, of which what is quadratic would take hours."""
     record = HOSTILE[name]
     start = time.process_time()
-    for _ in unread(record, [record["conversations"][0]["value"]], allowed(["<video>"])):
+    for _ in RecordCheck(["<video>"]).unread(record):
         pass
     assert time.process_time() - start < 20
 

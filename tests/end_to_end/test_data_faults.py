@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mini_llava.data.images import BadImage
 from mini_llava.data.loader import LoaderError, RankSteps
-from mini_llava.data.records import DataFileError
+from mini_llava.data_file import DataFileError
+from mini_llava.image_files import BadImage
 from mini_llava.training.checkpoint import read_manifest
 from mini_llava.training.lockstep import DataFault
 from tests.end_to_end import runs

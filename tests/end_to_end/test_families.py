@@ -14,10 +14,11 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from mini_llava import build
-from mini_llava.data.templates import CHAT_TEMPLATE, get_template, render
+from mini_llava.data.templates import CHAT_TEMPLATE
 from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, tokenize_prompt
 from mini_llava.formats.tokenizers import load_tokenizer
 from mini_llava.hub import read_json
+from mini_llava.options.chat_template import find_template
 from mini_llava.tools import export
 from mini_llava.tools.saved_models import open_saved
 from tests.end_to_end import runs
@@ -172,7 +173,7 @@ def assert_processor_gives_the_training_prompt(whole: Path, case: Case, parts: P
     tokenizer, processor = load_tokenizer(parts / case.family), AutoProcessor.from_pretrained(whole)
     turns = ["<image>\nWhat is it?", "A cat.", "Sure?", ""]
     said = [{"from": ("human", "gpt")[number % 2], "value": turn} for number, turn in enumerate(turns)]
-    record, template = {"image": "a.png", "conversations": said}, get_template(case.version, tokenizer)
+    record, template = {"image": "a.png", "conversations": said}, find_template(case.version, tokenizer)
     ids = tokenize_prompt(record, template, tokenizer, open_saved(str(whole)).load().vision_tower.tokens_per_image)
     ids[ids == IMAGE_TOKEN_INDEX] = processor.image_token_id
     picture = {"type": "image", "image": Image.open(PICTURE).convert("RGB")}
@@ -195,14 +196,14 @@ def test_llavas_layout_keeps_the_chat_template_and_held_out_questions_are_asked_
     assert "4 held-out questions after training: " in capsys.readouterr().out
 
     assert (tmp_path / "run" / "tokenizer.model").exists()
-    saved, template = open_saved(str(tmp_path / "run")), get_template(CHAT_TEMPLATE, load_tokenizer(base))
+    saved, template = open_saved(str(tmp_path / "run")), find_template(CHAT_TEMPLATE, load_tokenizer(base))
     assert saved.version == CHAT_TEMPLATE and saved.template == template
     export.main([str(tmp_path / "run"), str(tmp_path / "transformers")])
     again = open_saved(str(tmp_path / "transformers"))
     for questions, answers in ((["Hi"], []), (["Hi", "And?"], ["Yes."])):
-        expected = render(template, questions, answers, generation_prompt=True)
-        assert render(saved.template, questions, answers, True) == expected
-        assert render(again.template, questions, answers, True) == expected
+        expected = template.render(questions, answers, generation_prompt=True)
+        assert saved.template.render(questions, answers, True) == expected
+        assert again.template.render(questions, answers, True) == expected
 
 
 @pytest.mark.slow

@@ -9,10 +9,12 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from mini_llava import build
 from mini_llava.data.collator import collate
-from mini_llava.data.images import load_image, load_image_processor, normalise, open_picture
+from mini_llava.data.images import ImageReader, normalise
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, Sample, tokenize, tokenize_prompt
 from mini_llava.formats.tokenizers import load_tokenizer
+from mini_llava.formats.towers import load_image_processor
+from mini_llava.image_files import load_image
 from tests.end_to_end import runs
 
 # Both compute in fp32 with the same kernels; logits are of size 1 to 10.
@@ -59,8 +61,8 @@ def textual() -> dict:
 def trainer_inputs(ids: np.ndarray, record: dict) -> dict:
     """The micro-batch that training would make of these ids."""
     names = images_of(record)
-    how = (load_image_processor(str(runs.FIXTURES / "clip")), "pad", IMAGE_SIZE, IMAGE_TOKENS, None)
-    pictures = [open_picture(IMAGE_FOLDER, name, *how) for name in names]
+    reader = ImageReader(IMAGE_TOKENS, load_image_processor(str(runs.FIXTURES / "clip")), "pad", IMAGE_SIZE)
+    pictures = [reader.open(IMAGE_FOLDER, name) for name in names]
     sample = Sample(ids, np.where(ids == IMAGE_TOKEN_INDEX, -100, ids), names, pictures)
     return collate([sample], IMAGE_SIZE, packed=False)
 

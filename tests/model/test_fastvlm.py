@@ -16,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2Config, Qwen2ForCausalLM
 
 from mini_llava.arguments import ModelArguments
-from mini_llava.data.images import normalisation_table, normalise, output_size, pixel_values
+from mini_llava.data.images import normalisation_table, normalise, pixel_values
 from mini_llava.formats import write
 from mini_llava.formats.read import load_llava, open_source
 from mini_llava.formats.tokenizers import load_tokenizer
-from mini_llava.formats.towers import load_vision_config, load_vision_tower, tower_image_processor
+from mini_llava.formats.towers import load_vision_config, load_vision_tower, output_size, tower_image_processor
 from mini_llava.model.llava import LlavaModel
 from mini_llava.model.vision_tower import empty_model, tokens_per_image
 from mini_llava.options.fastvlm import apple_name, check_timm

@@ -24,11 +24,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from mini_llava.data.images import load_image_processor
-from mini_llava.data.templates import chat_template, get_template, render
+from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, tokenize_prompt
 from mini_llava.formats.tokenizers import load_tokenizer
-from mini_llava.formats.towers import load_vision_tower
+from mini_llava.formats.towers import load_image_processor, load_vision_tower
 from mini_llava.formats.weights import SHARD_BYTES
 from mini_llava.formats.write import (
     Description,
@@ -40,6 +39,7 @@ from mini_llava.formats.write import (
 )
 from mini_llava.model.llava import LlavaModel
 from mini_llava.model.projector import build_projector, load_projector
+from mini_llava.options.chat_template import chat_template
 from mini_llava.options.image_tokens import add_image_tokens
 from tests import forked_runs
 from tests.slow_llama import SlowLlama, configure, like_llama_2
@@ -323,7 +323,7 @@ def test_the_saved_processor_gives_the_ids_that_training_used(tmp_path, template
         images = ["x.png"] * turns[0].count("<image>")
         roles = [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(turns)]
         ids = tokenize_prompt({"image": images, "conversations": roles}, get_template(template), trained_with, 16)
-        text = "".join(piece for piece, _ in render(get_template(template), turns[0::2], turns[1::2], True))
+        text = "".join(piece for piece, _ in get_template(template).render(turns[0::2], turns[1::2], True))
         found = processor(text=text, images=[picture] * len(images))["input_ids"][0]
         assert found == np.where(ids == IMAGE_TOKEN_INDEX, image_id, ids).tolist(), turns
 
@@ -459,7 +459,7 @@ def test_llavas_loader_reads_the_ids_trained_with_from_its_layout(tmp_path, lega
                 question = first + second + third
                 turns = [{"from": "human", "value": question}]
                 record = {"conversations": turns, "image": ["a.png"] * question.count("<image>")}
-                text = "".join(piece for piece, _ in render(template, [question], [], True))
+                text = "".join(piece for piece, _ in template.render([question], [], True))
                 text = text.replace("<image>", "<im_start><image><im_end>")
                 expected = tokenize_prompt(record, template, trained_with).tolist()
                 assert slow.prompt(text, IMAGE_TOKEN_INDEX) == expected, repr(question)

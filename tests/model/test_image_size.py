@@ -5,10 +5,11 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from mini_llava.data.images import load_image_processor, of_size, output_size, pixel_values
+from mini_llava.data.images import pixel_values
 from mini_llava.data.templates import get_template
 from mini_llava.formats import write
 from mini_llava.formats.tokenizers import load_tokenizer
+from mini_llava.formats.towers import load_image_processor, of_size, output_size
 from mini_llava.tools import export
 from mini_llava.tools.saved_models import open_saved
 from tests.launching import ROOT

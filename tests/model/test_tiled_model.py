@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM, AutoProcessor, LlavaNextForCondit
 
 from mini_llava.arguments import DataArguments, ModelArguments
 from mini_llava.data.collator import collate, join_pictures
-from mini_llava.data.images import load_image_processor, normalisation_table, open_picture
-from mini_llava.data.templates import get_template, render
+from mini_llava.data.images import ImageReader, normalisation_table
+from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, tokenize
 from mini_llava.formats import write
 from mini_llava.formats.read import load_llava, open_source
 from mini_llava.formats.tokenizers import load_tokenizer
-from mini_llava.formats.towers import load_vision_tower
+from mini_llava.formats.towers import load_image_processor, load_vision_tower
 from mini_llava.model.llava import LlavaModel
 from mini_llava.model.projector import build_projector
 from mini_llava.options.tiles import ImageNewline, choose_tiling
@@ -63,16 +63,16 @@ def textual() -> dict:
 
 
 def prompt(question: str) -> str:
-    return "".join(piece for piece, _ in render(textual()["template"], [question], [], generation_prompt=True))
+    return "".join(piece for piece, _ in textual()["template"].render([question], [], generation_prompt=True))
 
 
 def batch_of(model: LlavaModel, records: list[dict], packed: bool) -> dict:
     """As training makes it."""
-    how = (load_image_processor(FIXTURES / "clip"), "anyres", TILE, GRID**2, model.tiling)
-    to_sample = partial(tokenize, tokens_per_image=model.tiling.tokens, max_length=500, folder=IMAGES, **textual())
+    reader = ImageReader(GRID**2, load_image_processor(FIXTURES / "clip"), "anyres", TILE, model.tiling)
+    to_sample = partial(tokenize, tokens_per_image=partial(reader.tokens, IMAGES), max_length=500, **textual())
     samples = [to_sample(each) for each in records]
     for sample in samples:
-        sample.pictures = [open_picture(IMAGES, name, *how) for name in sample.images]
+        sample.pictures = [reader.open(IMAGES, name) for name in sample.images]
     return collate(samples, TILE, packed)
 
 
@@ -171,7 +171,7 @@ def test_transformers_gives_the_trainers_ids_and_logits(saved, layout, asked):
     text = prompt(asked["conversations"][0]["value"])
     inputs = processor(text=text, images=images or None, return_tensors="pt")
 
-    to_ids = partial(tokenize, tokens_per_image=model.tiling.tokens, max_length=500, folder=IMAGES, **textual())
+    to_ids = partial(tokenize, tokens_per_image=partial(model.tiling.tokens, IMAGES), max_length=500, **textual())
     ids = to_ids(asked).input_ids[: inputs["input_ids"].shape[1]]
     replaced = np.where(ids == IMAGE_TOKEN_INDEX, whole.config.image_token_id, ids)
     assert inputs["input_ids"][0].tolist() == replaced.tolist()

@@ -9,18 +9,13 @@ from safetensors.torch import load_file, save_file
 
 from mini_llava.arguments import ModelArguments
 from mini_llava.data.collator import collate
-from mini_llava.data.images import (
-    Picture,
-    load_image,
-    load_image_processor,
-    normalisation_table,
-    normalise,
-    pixel_values,
-)
+from mini_llava.data.images import Picture, normalisation_table, normalise, pixel_values
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import Sample, tokenize
 from mini_llava.formats.read import load_llava, open_source
 from mini_llava.formats.tokenizers import load_tokenizer
+from mini_llava.formats.towers import load_image_processor
+from mini_llava.image_files import load_image
 from mini_llava.model.llava import LlavaModel
 
 FIXTURES = Path(__file__).parent / "fixtures"

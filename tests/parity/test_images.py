@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mini_llava.data.images import load_image, load_image_processor, normalisation_table, normalise, pixel_values
+from mini_llava.data.images import normalisation_table, normalise, pixel_values
+from mini_llava.formats.towers import load_image_processor
+from mini_llava.image_files import load_image
 
 FIXTURES = Path(__file__).parent / "fixtures"
 EXPECTED = json.loads((FIXTURES / "images.json").read_text(encoding="utf-8"))["images"]

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mini_llava.data.templates import render
 from mini_llava.tools import chat, export
 from mini_llava.tools.saved_models import LORA, PROJECTOR, STATE, WHOLE, open_saved
 from tests.end_to_end import runs
@@ -104,7 +103,7 @@ def test_two_answers_are_those_of_the_exported_model(folder, name, images, tmp_p
 
 def test_the_template_is_the_one_trained_with_and_its_marks_end_an_answer(folder, capsys):
     talk = conversation(folder / "llava")
-    pieces = render(talk.template, ["What is this?"], [], generation_prompt=True)
+    pieces = talk.template.render(["What is this?"], [], generation_prompt=True)
     assert pieces[0][0].endswith("### Human: What is this?\n") and talk.template.stop == ("###",)
     with torch.no_grad():  # a head that says nothing but "#"
         head = talk.model.language_model.lm_head.weight

@@ -10,9 +10,9 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from mini_llava.data.images import load_image
 from mini_llava.data.records import RecordStore
-from mini_llava.data.tokenization import check_record
+from mini_llava.guards.records import RecordCheck
+from mini_llava.image_files import load_image
 from mini_llava.tools import convert
 from tests.end_to_end import runs
 
@@ -71,7 +71,7 @@ def converted(output: Path, *arguments: str | Path, code: int = 0) -> list[dict]
     store = RecordStore([str(output / "records.jsonl")], [str(output / "images")])
     records = [store[index] for index in range(len(store))]
     for record in records:
-        check_record(record)
+        convert.check_record(record, RecordCheck())
         for name in images_of(record):
             load_image(output / "images", name)
     return records

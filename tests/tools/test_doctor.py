@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from mini_llava.data.collator import collate
-from mini_llava.data.images import load_image_processor
+from mini_llava.data.images import ImageReader
 from mini_llava.data.lengths import measure
 from mini_llava.data.loader import RankSteps
 from mini_llava.data.records import RecordStore
@@ -23,6 +23,8 @@ from mini_llava.data.samples import Samples
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import Sample
 from mini_llava.formats.tokenizers import load_tokenizer
+from mini_llava.formats.towers import load_image_processor
+from mini_llava.guards.records import RecordCheck
 from mini_llava.tools import doctor
 
 ROOT = Path(__file__).parents[2]
@@ -108,8 +110,8 @@ def flags(data, *more):
 def samples(data):
     store = RecordStore([str(data / "a.json"), str(data / "b.jsonl")], [str(data / "images")] * 2)
     processor = load_image_processor(FIXTURES / "clip")
-    of_images = (TOKENS_PER_IMAGE, processor, "pad", processor.crop_size["height"])
-    return Samples(store, get_template("v1"), load_tokenizer(FIXTURES / "llm"), MAX_LENGTH, *of_images)
+    image_reader = ImageReader(TOKENS_PER_IMAGE, processor, "pad", processor.crop_size["height"])
+    return Samples(store, get_template("v1"), load_tokenizer(FIXTURES / "llm"), MAX_LENGTH, image_reader, RecordCheck())
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +135,8 @@ def test_the_doctor_finds_the_faults_that_training_would_find_and_no_others(
 ):
     """Every record through the very objects that train.py uses; the reasons agree word for word."""
     lengths = measure(samples, 1, None)
-    steps = RankSteps(replace(samples, image_aspect_ratio=aspect_ratio), packed=True, on_bad_sample="skip")
+    reader = replace(samples.image_reader, aspect_ratio=aspect_ratio)
+    steps = RankSteps(replace(samples, image_reader=reader), packed=True, on_bad_sample="skip")
     trained = steps[[[index] for index in range(len(samples)) if index not in lengths.bad]]
     bad = lengths.bad | dict(trained.skipped)
     assert len(bad) == FAULTS - (aspect_ratio == "square") and len(samples) == RECORDS

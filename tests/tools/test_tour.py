@@ -56,7 +56,7 @@ def test_its_loss_and_gradient_are_those_of_a_training_step_on_the_same_records(
 def test_it_shows_adapters_images_in_tiles_and_padded_rows(printed, tmp_path):
     flags = {"image_aspect_ratio": "anyres", "image_grid_pinpoints": "[(112,56),(56,112)]"}
     text = printed(*runs.flags_of(2, tmp_path, flags | {"lora_enable": True, "packing": False}))
-    assert "4. open_picture (data/images.py): its image, anyres" in text and "padded to the longest" in text
+    assert "4. ImageReader.open (data/images.py): its image, anyres" in text and "padded to the longest" in text
     assert "attention_mask   bool [2, " in text and "feature_rows     int64 [" in text
     parts = norms(text)
     assert parts["language_model"][0] > 0 == parts["language_model"][1]  # adapters, which stage 1 does not train

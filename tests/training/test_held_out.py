@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from mini_llava import arguments as flags
-from mini_llava.data.images import Picture
+from mini_llava.data.images import ImageReader, Picture
 from mini_llava.data.records import RecordStore
 from mini_llava.data.samples import Samples
 from mini_llava.data.templates import get_template
@@ -23,8 +23,8 @@ from tests.training.tiny_llava import IMAGE_SIZE, TOKENS_PER_IMAGE, tiny_llava
 PICTURES = runs.MODEL_AND_DATA["image_folder"]
 
 
-class Blank(Samples):
-    def open_picture(self, folder: str, name: str) -> Picture:
+class Blank(ImageReader):
+    def open(self, folder: str, name: str) -> Picture:
         return Picture(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE), TOKENS_PER_IMAGE)
 
 
@@ -37,7 +37,7 @@ def make(tmp_path):
         values = runs.held_out_flags(tmp_path) | {"eval_steps": 4} | values
         arguments = flags.parse_arguments(runs.flags_of(2, tmp_path, values))
         store = RecordStore(arguments.data.eval_data_path, arguments.data.eval_image_folder)
-        samples = Blank(store, *textual, 512, TOKENS_PER_IMAGE, image_size=IMAGE_SIZE)
+        samples = Samples(store, *textual, 512, Blank(TOKENS_PER_IMAGE, size=IMAGE_SIZE))
         accelerator, model = Accelerator(cpu=True), tiny_llava()
         lockstep = Lockstep(accelerator, Preemption(), max_skipped=0)
         return Evaluation(arguments, model, samples, read_questions(samples, None, 42), 20, lockstep)

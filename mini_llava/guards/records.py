@@ -1,4 +1,4 @@
-"""Media and prompts that a record has where nobody reads them: it would be trained without them, on its text alone.
+"""Records that a run would train on otherwise than was meant, or not survive.
 
 LLaVA looks for `image` and `conversations` and passes over everything else. Here a record is refused if it has
 something under a name that data sets use for media or a system prompt, or, where it has no image, a media file or its
@@ -7,9 +7,13 @@ bytes under any other key. And if a question has a placeholder of another model'
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+import shlex
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import islice
+
+from ..data.templates import IMAGE_MARK, BadRecord
+from ..data.tokenization import shorten
 
 # Keys of LLaVA-Video, Video-LLaVA, LLaMA-Factory, ms-swift, Mantis, InternVL, SpatialBot and others, in any case. What
 # says where a picture is from or how large (image_id, image_url, width, data_source) is not among them.
@@ -46,39 +50,86 @@ TAG = re.compile(
     re.IGNORECASE,
 )
 BEGINNING = re.compile(r"(?:\s+|<image>)*")
+# Far beyond what a model can read. A record is tokenized whole before it is cut, and one of a million image marks would
+# first become half a billion ids.
+MAX_IMAGES = 1024
+MAX_CHARACTERS = 4_000_000
 
 
-def unread(record: dict, questions: Iterable[str], left_unread: Collection[str] = ()) -> Iterator[tuple[str, str]]:
-    """The keys and marks of a record that look like media or a prompt and are not read, each with what it is.
+class RecordCheck:
+    """Refuses records whose media or prompt nobody reads, and those far too large to be read."""
 
-    That is `media` or `prompt` of a key, and `mark` of a mark.
+    def __init__(self, left_unread: Iterable[str] = ()):
+        """left_unread: keys and marks of `--leave_unread`; a number stands for any: `image_1` for `image_2` too."""
+        self.left_unread = frozenset(map(_without_numbers, left_unread))
 
-    Args:
-        record: whose `image` and `conversations` are valid.
-        questions: the texts of its human turns.
-        left_unread: what `allowed` makes of the keys and marks that may stand.
-    """
-    has_image = bool(record.get("image"))
-    for name, value in record.items():
-        if name not in ("id", "image", "conversations") and value:
-            kind = _kind_of(name, value, has_image)
-            if kind and _without_numbers(name) not in left_unread:
-                yield name, kind
-    for turn in record["conversations"]:
-        for name, value in turn.items() if len(turn) > 2 else ():
-            if name not in ("from", "value") and value:
-                kind = "media" if name == "image" else _kind_of(name, value, has_image)
-                if kind and _without_numbers(name) not in left_unread:
+    def __repr__(self) -> str:
+        return f"RecordCheck({sorted(self.left_unread)})"
+
+    def __call__(self, record: dict) -> None:
+        """Raise BadRecord, also for halves of surrogate pairs. What is no conversation is left to the tokenization."""
+        turns = record.get("conversations")
+        if not isinstance(turns, list) or not all(
+            isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in turns
+        ):
+            return
+        for number, turn in enumerate(turns, start=1):
+            try:
+                turn["value"].encode("utf-8")
+            except UnicodeEncodeError as error:  # JSON can escape what no text file can hold
+                half = error.object[error.start]
+                raise BadRecord(f"turn {number} holds {half!r}, half of a pair of characters.") from None
+        if found := dict(islice(self.unread(record), 20)):
+            raise BadRecord(_of_unread(found))
+        if (characters := sum(len(turn["value"]) for turn in turns)) > MAX_CHARACTERS:
+            raise BadRecord(f"its turns have {characters} characters; more than {MAX_CHARACTERS} are refused.")
+        marks = sum(turn["value"].count(IMAGE_MARK) for turn in turns)
+        if marks > MAX_IMAGES:
+            raise BadRecord(f"it has {marks} {IMAGE_MARK} marks; more than {MAX_IMAGES} are refused.")
+
+    def unread(self, record: dict) -> Iterator[tuple[str, str]]:
+        """Yield the keys and marks of a record that are not read, each with what it is: `media`, `prompt` or `mark`.
+
+        record: whose turns are objects with a text `value`.
+        """
+        has_image = bool(record.get("image"))
+        for name, value in record.items():
+            if name not in ("id", "image", "conversations") and value:
+                kind = _kind_of(name, value, has_image)
+                if kind and _without_numbers(name) not in self.left_unread:
                     yield name, kind
-    for text in questions:
-        for mark in _marks(text):
-            if _without_numbers(mark) not in left_unread:
-                yield mark, "mark"
+        for turn in record["conversations"]:
+            for name, value in turn.items() if len(turn) > 2 else ():
+                if name not in ("from", "value") and value:
+                    kind = "media" if name == "image" else _kind_of(name, value, has_image)
+                    if kind and _without_numbers(name) not in self.left_unread:
+                        yield name, kind
+        for turn in record["conversations"]:
+            for mark in _marks(turn["value"]) if turn.get("from") == "human" else ():
+                if _without_numbers(mark) not in self.left_unread:
+                    yield mark, "mark"
 
 
-def allowed(names: Iterable[str]) -> frozenset[str]:
-    """The keys and marks of `--leave_unread`; a number in one stands for any: `image_1` for `image_2` too."""
-    return frozenset(map(_without_numbers, names))
+def _of_unread(found: dict[str, str]) -> str:
+    """Return a sentence about the first of what `unread` found, with the flag that lets all of it pass."""
+    names = (name[:200] if name[:200].isprintable() else ascii(name[:200])[1:-1] for name in found)
+    flag = " ".join(["--leave_unread", *map(shlex.quote, names)])
+    name, kind = next(iter(found.items()))
+    shown = shorten(name)
+    if kind == "mark":
+        return (
+            f"a question has the mark {shown}, which is not read: an image's place is marked by {IMAGE_MARK}, other "
+            f"media are not known. Write {IMAGE_MARK} for an image, or leave it in the text by {flag}."
+        )
+    if kind == "prompt":
+        return (
+            f"its key {shown} looks like a prompt and is not read: the template has a system prompt of its own. Put it "
+            f"into the first question, or train without it by {flag}."
+        )
+    return (
+        f"its key {shown} looks like media and is not read: images are read from the record's 'image' alone, other "
+        f"media not at all. Put the name of an image under 'image', or train without it by {flag}."
+    )
 
 
 def _without_numbers(name: str) -> str:
