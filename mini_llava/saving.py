@@ -110,15 +110,16 @@ class Saving:
                 write_weights=functools.partial(save_trained, model=self.bare, described=self.description),
                 check_owner=check_still_owned,
             )
-        except checkpoint.CheckpointError as error:
+            self.saved_step = step
+            if removes_old and self.state.accelerator.is_main_process:
+                sentence = "\n".join([sentence, *remove_oldest(self.output_dir, step, self.flags.save_total_limit)])
+            return sentence
+        except (OSError, checkpoint.CheckpointError) as error:
             present = complete_checkpoints(self.output_dir)
             return (
                 f"Warning: {error} The run goes on, and the next save is the next try; a crash before it loses the "
                 f"work since {present[-1].name if present else 'the beginning'}."
             )
-        self.saved_step, keep = step, self.flags.save_total_limit
-        removes_old = removes_old and self.state.accelerator.is_main_process
-        return "\n".join([sentence, *(remove_oldest(self.output_dir, step, keep) if removes_old else [])])
 
     def write_result(self) -> str:
         """Write what the run was for, in the layout that `--export_format` asks for, and return a line about it."""
