@@ -8,7 +8,6 @@ language model. They differ in their presets only (`mini_llava/arguments.py`).
 import gc
 import sys
 import time
-import traceback
 from pathlib import Path
 
 from mini_llava.guards.output_streams import drop_what_cannot_be_printed
@@ -31,10 +30,11 @@ from mini_llava.formats.read import open_source
 from mini_llava.guards import early, liveness, ownership, preflight
 from mini_llava.guards.longest import try_longest
 from mini_llava.guards.not_finite import why_not_taken
+from mini_llava.guards.user_errors import USER_ERRORS
 from mini_llava.read_data import read_data
 from mini_llava.saving import Saving
 from mini_llava.tools.plan import MemoryAdvice
-from mini_llava.training import backend, checkpoint
+from mini_llava.training import backend
 from mini_llava.training.lockstep import Lockstep
 from mini_llava.training.optimizer import learning_rates, set_learning_rates
 from mini_llava.training.order import choose_order
@@ -197,11 +197,7 @@ def main() -> None:
     arguments, advice = flags.parse_arguments(), MemoryAdvice()
     try:
         train(arguments, advice)
-    except (ValueError, ImportError, OSError, checkpoint.CheckpointError) as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        ours = Path(last.filename).is_relative_to(Path(__file__).resolve().parent / "mini_llava")
-        if isinstance(error, (ValueError, ImportError)) and not (ours and last.line.startswith("raise ")):
-            raise  # nobody has written a sentence about it
+    except USER_ERRORS as error:
         rank, _ = backend.launched_rank()
         if not isinstance(error, BlockingIOError):  # of another run, which owns the directory
             remove_marker(Path(arguments.training.output_dir))  # started again, it would end like this again

@@ -17,6 +17,7 @@ from pathlib import Path
 import yaml
 
 from .command_line import Parser, add_flags, convert, describe, plain, unknown_flag
+from .errors import UserError
 from .files import atomic_write
 from .words import counted
 
@@ -449,11 +450,11 @@ def resolve(stage: int | None, command_line: dict, config_file: str | None = Non
     stage = of_file if stage is None else stage
     if stage is None:
         where = f"on the command line or as `stage: 2` in {config_file}" if config_file else "(see --help)"
-        raise ValueError(f"--stage is missing: give --stage 1 or --stage 2 {where}.")
+        raise UserError(f"--stage is missing: give --stage 1 or --stage 2 {where}.")
     if stage not in PRESETS:
-        raise ValueError(f"{config_file}: stage is 1 or 2, not {stage}.")
+        raise UserError(f"{config_file}: stage is 1 or 2, not {stage}.")
     if of_file not in (None, stage):
-        raise ValueError(f"{config_file} is written for stage {of_file}, which contradicts --stage {stage}.")
+        raise UserError(f"{config_file} is written for stage {of_file}, which contradicts --stage {stage}.")
     is_demo = config_file is None and _wants_demo(command_line)
     if is_demo:
         from_file = read_config(str(STAGE_CONFIGS[stage]))
@@ -473,7 +474,7 @@ def _wants_demo(given: dict) -> bool:
     if not any(name in given for name in (*needed, "vision_tower", "image_folder", "pretrain_mm_mlp_adapter")):
         return True
     if missing := [f"--{name}" for name in needed if name not in given]:
-        raise ValueError(
+        raise UserError(
             f"{' and '.join(missing)} missing: give the language model with --vision_tower, or a LLaVA model, and the "
             "data; or none of them for the embedded demo."
         )
@@ -485,20 +486,20 @@ def read_config(path: str) -> dict:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"--config {path}: {error.strerror or error}.") from None
+        raise UserError(f"--config {path}: {error.strerror or error}.") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}.") from None
+        raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(content, dict):
-        raise ValueError(f"--config {path} must hold `flag: value` lines.")
+        raise UserError(f"--config {path} must hold `flag: value` lines.")
     kinds = {f.name: kind for f, kind in _fields()} | {"stage": int}
     values = {}
     for name, value in content.items():
         if name not in kinds:
-            raise ValueError(f"--config {path}: {unknown_flag(str(name), kinds)}")
+            raise UserError(f"--config {path}: {unknown_flag(str(name), kinds)}")
         try:
             values[name] = convert(kinds[name], value)
         except (ValueError, TypeError):
-            raise ValueError(f"--config {path}: {name}: {value!r} is not {describe(kinds[name])}.") from None
+            raise UserError(f"--config {path}: {name}: {value!r} is not {describe(kinds[name])}.") from None
     return values
 
 
@@ -526,9 +527,9 @@ def check_values(*parts) -> None:
             values = value if isinstance(value, list) else [value]
             if known and (unknown := sorted(set(values) - set(known))):
                 kind = f.metadata.get("metavar", "value").lower()
-                raise ValueError(f"--{f.name} {unknown[0]}: known {kind}s are {', '.join(map(str, known))}.")
+                raise UserError(f"--{f.name} {unknown[0]}: known {kind}s are {', '.join(map(str, known))}.")
             if f.metadata.get("positive") and value <= 0:
-                raise ValueError(f"--{f.name} must be positive, not {value}.")
+                raise UserError(f"--{f.name} must be positive, not {value}.")
 
 
 def _check_needs(arguments: Arguments) -> None:
@@ -539,9 +540,9 @@ def _check_needs(arguments: Arguments) -> None:
         if other is None or values[f.name] == f.default:
             continue
         if needed is None and values[other] is None:
-            raise ValueError(f"--{f.name} needs --{other}.")
+            raise UserError(f"--{f.name} needs --{other}.")
         if needed is not None and f.name in arguments.explicit and values[other] != needed:
-            raise ValueError(f"--{f.name} {values[f.name]} does nothing without --{other} {needed}.")
+            raise UserError(f"--{f.name} {values[f.name]} does nothing without --{other} {needed}.")
 
 
 def _check(arguments: Arguments) -> None:
@@ -550,7 +551,7 @@ def _check(arguments: Arguments) -> None:
     check_values(arguments.model, arguments.data, arguments.training)
     for name in ("model_name_or_path", "data_path", "version"):
         if not values[name]:
-            raise ValueError(f"--{name} is missing.")
+            raise UserError(f"--{name} is missing.")
     for name in ("model_name_or_path", "vision_tower"):
         check_model_place(f"--{name}", values[name])
     for check in (_check_model, _check_training, _check_data, _check_needs, _check_evaluation):
@@ -560,22 +561,22 @@ def _check(arguments: Arguments) -> None:
 def _check_model(arguments: Arguments) -> None:
     model, training = arguments.model, arguments.training
     if model.tune_mm_mlp_adapter and model.freeze_mm_mlp_adapter:
-        raise ValueError("--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter together leave nothing to train.")
+        raise UserError("--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter together leave nothing to train.")
     if model.tune_mm_mlp_adapter and model.unfreeze_mm_vision_tower:
-        raise ValueError("--tune_mm_mlp_adapter trains the projector only; --unfreeze_mm_vision_tower contradicts it.")
+        raise UserError("--tune_mm_mlp_adapter trains the projector only; --unfreeze_mm_vision_tower contradicts it.")
     if training.lora_enable and model.tune_mm_mlp_adapter:
-        raise ValueError(
+        raise UserError(
             "--tune_mm_mlp_adapter (stage 1's preset) trains the projector only; --lora_enable contradicts it: use "
             "--stage 2 or --tune_mm_mlp_adapter False."
         )
     if training.lora_enable and model.freeze_backbone:
-        raise ValueError("--freeze_backbone keeps the language model as it is; --lora_enable contradicts it.")
+        raise UserError("--freeze_backbone keeps the language model as it is; --lora_enable contradicts it.")
     if training.bits != 16 and not training.lora_enable:
-        raise ValueError(f"--bits {training.bits} freezes the quantised weights: it needs --lora_enable True.")
+        raise UserError(f"--bits {training.bits} freezes the quantised weights: it needs --lora_enable True.")
     if training.lora_weight_path and model.pretrain_mm_mlp_adapter:
-        raise ValueError("--lora_weight_path brings a projector of its own: leave --pretrain_mm_mlp_adapter out.")
+        raise UserError("--lora_weight_path brings a projector of its own: leave --pretrain_mm_mlp_adapter out.")
     if not 0 <= training.lora_dropout < 1:
-        raise ValueError(f"--lora_dropout must be at least 0 and below 1, not {training.lora_dropout}.")
+        raise UserError(f"--lora_dropout must be at least 0 and below 1, not {training.lora_dropout}.")
 
 
 def _check_training(arguments: Arguments) -> None:
@@ -583,47 +584,47 @@ def _check_training(arguments: Arguments) -> None:
     comparable = {name for name in arguments.as_dict() if compared_as(name)}
     comparable |= {"data", "images", "model", "per_device_train_batch_size"}
     if unknown := sorted(set(training.resume_ignore or []) - comparable):
-        raise ValueError(
+        raise UserError(
             f"--resume_ignore {unknown[0]}: no such thing is compared; known are {', '.join(sorted(comparable))}."
         )
     if not 0 < share <= 1:
-        raise ValueError(f"--gradient_checkpointing_share {share}: give a share of the layers above 0 and up to 1.")
+        raise UserError(f"--gradient_checkpointing_share {share}: give a share of the layers above 0 and up to 1.")
     if share < 1 and not training.gradient_checkpointing:
-        raise ValueError("--gradient_checkpointing_share says nothing with --gradient_checkpointing False.")
+        raise UserError("--gradient_checkpointing_share says nothing with --gradient_checkpointing False.")
     if training.bf16 and training.fp16:
-        raise ValueError("--bf16 and --fp16 cannot both be True.")
+        raise UserError("--bf16 and --fp16 cannot both be True.")
     if training.loss_normalization == "micro_batch" and arguments.data.packing:
-        raise ValueError("--loss_normalization micro_batch is defined for padded batches: use --packing False.")
+        raise UserError("--loss_normalization micro_batch is defined for padded batches: use --packing False.")
 
 
 def _check_data(arguments: Arguments) -> None:
     data = arguments.data
     if read := sorted({"image", "conversations", "<image>"} & set(data.leave_unread or [])):
-        raise ValueError(f"--leave_unread {read[0]}: that is what is read; give keys and marks that are not.")
+        raise UserError(f"--leave_unread {read[0]}: that is what is read; give keys and marks that are not.")
     if not 0 <= data.max_skipped_share <= 1:
-        raise ValueError(f"--max_skipped_share {data.max_skipped_share}: give a share of the samples, from 0 to 1.")
+        raise UserError(f"--max_skipped_share {data.max_skipped_share}: give a share of the samples, from 0 to 1.")
     if data.data_weights is None:
         return
     if len(data.data_weights) != len(data.data_path):
-        raise ValueError(
+        raise UserError(
             f"--data_weights lists {counted(len(data.data_weights), 'number')} and --data_path "
             f"{counted(len(data.data_path), 'file')}; they are matched by position, so give one number for each file."
         )
     if wrong := [weight for weight in data.data_weights if not 0 < weight < math.inf]:
-        raise ValueError(f"--data_weights {wrong[0]:g}: weights are above 0; a file with none is left out.")
+        raise UserError(f"--data_weights {wrong[0]:g}: weights are above 0; a file with none is left out.")
     if data.sample_order:
-        raise ValueError("--sample_order says which records come when; --data_weights contradicts it.")
+        raise UserError("--sample_order says which records come when; --data_weights contradicts it.")
 
 
 def _check_evaluation(arguments: Arguments) -> None:
     data, training = arguments.data, arguments.training
     for name, value in (("eval_samples_shown", data.eval_samples_shown), ("eval_steps", training.eval_steps)):
         if value < 0:
-            raise ValueError(f"--{name} must not be negative, found {value}.")
+            raise UserError(f"--{name} must not be negative, found {value}.")
     if training.evaluation_strategy == "steps" and training.eval_steps == 0:
-        raise ValueError("--evaluation_strategy steps needs --eval_steps.")
+        raise UserError("--evaluation_strategy steps needs --eval_steps.")
     if training.eval_steps > 0 and training.evaluation_strategy == "no":
-        raise ValueError(
+        raise UserError(
             f"--eval_steps {training.eval_steps} evaluates while the model trains, --evaluation_strategy no does "
             "not: leave one of them out."
         )
@@ -667,7 +668,7 @@ def check_model_place(what: str, value: str | None) -> None:
     path = Path(value or ".")
     if value and (value.startswith(("/", ".", "~")) or path.exists()) and not (path / "config.json").is_file():
         found = "a directory without config.json" if path.is_dir() else "not a directory"
-        raise ValueError(f"{what} {path} is {found}; give a model's directory or its name on the hub.")
+        raise UserError(f"{what} {path} is {found}; give a model's directory or its name on the hub.")
 
 
 # --- the parser ------------------------------------------------------------------------------------------------------

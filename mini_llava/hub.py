@@ -11,6 +11,8 @@ from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers.utils import cached_file
 
+from .errors import UserError
+
 
 def find_file(path: str | os.PathLike, name: str) -> str | None:
     """Return a file of a directory or of a hub repository, or None if it has none of that name.
@@ -48,9 +50,14 @@ def _why_not_on_the_hub(path: str | os.PathLike, error: OSError, reason: BaseExc
 
 
 def read_json(path: str | os.PathLike, name: str) -> dict:
-    """Return what such a file holds, or an empty dict without one. Raises OSError as `find_file` does."""
+    """Return what such a file holds, or an empty dict without one. Raises OSError as `find_file` does, or UserError."""
     file = find_file(path, name)
-    return json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+    if not file:
+        return {}
+    try:
+        return json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON ({error}). Fetch or write it again.") from error
 
 
 @contextmanager
@@ -63,14 +70,14 @@ def foreign_code_refused(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        raise UserError(
             f"The weights in {path} are damaged, or a pickle of something other than tensors, which could run code "
             f"when read. They were not loaded; take .safetensors files."
         ) from error
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
-        raise ValueError(
+        raise UserError(
             f"{path} brings Python code of its own, which was not run. Read it, and if you trust it, allow it by "
             f"--trust_remote_code."
         ) from error

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from .data.tokenization import shorten
+from .errors import UserError
 from .words import counted
 
 CONVERTED, SCALED, REFUSED = "by Pillow's convert", "scaled to 8 bits", "refused"
@@ -51,7 +52,7 @@ SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations of which width and height are excha
 MAX_SIDE_RATIO = 200  # a thinner strip than 1:200 fills gigabytes when its short side is resized to the tower's
 
 
-class BadImage(ValueError):
+class BadImage(UserError):
     """An image cannot be used, in one sentence that does not name the record."""
 
 

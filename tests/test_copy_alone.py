@@ -90,7 +90,7 @@ builtins.__import__ = watched
         (["data/sampler.py"], SAMPLER),
         # The second imports the first; they keep their folder.
         (["data/templates.py", "data/tokenization.py"], TEMPLATES),
-        (["formats/tokenizers.py", "data/templates.py", "hub.py"], TOKENIZERS),
+        (["formats/tokenizers.py", "data/templates.py", "hub.py", "errors.py"], TOKENIZERS),
         (["model/projector.py"], PROJECTOR),
         (["training/optimizer.py"], OPTIMIZER),
         (["training/schedule.py"], SCHEDULE),

@@ -14,6 +14,7 @@ from transformers import LlavaImageProcessorPil
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..errors import UserError
 from ..image_files import BadImage, load_image
 
 ASPECT_RATIOS = ("pad", "square")  # of one picture as a whole; tiles are made in options/tiles.py
@@ -67,7 +68,7 @@ class ImageReader:
             return self.tiling.open(image, self.processor.resample)
         pixels = pixel_values(image, self.processor, self.aspect_ratio)
         if pixels.shape[1:] != (self.size, self.size):
-            raise ValueError(
+            raise UserError(
                 f"The image processor gives {pixels.shape[2]}x{pixels.shape[1]} pixels, but the vision tower takes "
                 f"{self.size}x{self.size}: its directory holds a preprocessor_config.json of another tower."
             )
@@ -89,7 +90,7 @@ def pixel_values(image: Image.Image, processor: BaseImageProcessor, aspect_ratio
     centred on a square of the processor's mean colour, so that all of it is seen. Raises ValueError for another value.
     """
     if aspect_ratio not in ASPECT_RATIOS:
-        raise ValueError(f"Unknown --image_aspect_ratio {aspect_ratio!r}. Known: {', '.join(ASPECT_RATIOS)}.")
+        raise UserError(f"Unknown --image_aspect_ratio {aspect_ratio!r}. Known: {', '.join(ASPECT_RATIOS)}.")
     padded = aspect_ratio == "pad" and image.width != image.height
     shape = resized_shape((max(image.size), max(image.size)) if padded else image.size, processor)
     if padded:
@@ -97,7 +98,7 @@ def pixel_values(image: Image.Image, processor: BaseImageProcessor, aspect_ratio
         image = resize_padded(image, shape, colour, processor.resample) if shape else pad_to_square(image, colour)
     pixels = resize_and_crop(image, shape, processor)
     if pixels.dtype != np.uint8:
-        raise ValueError(
+        raise UserError(
             f"The image processor {type(processor).__name__} gives {pixels.dtype} where bytes should be: it does more "
             f"than resize, crop, rescale and normalise, which is all that can be done to images here."
         )

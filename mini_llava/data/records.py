@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..data_file import CHUNK_BYTES, DataFile
+from ..errors import UserError
 from ..files import atomic_write
 from ..words import counted
 from .templates import BadRecord
@@ -33,9 +34,9 @@ def check_data_files(
     image_folder = list(image_folder or [])
     data_flag, folder_flag = f"--{flag_prefix}data_path", f"--{flag_prefix}image_folder"
     if not data_path:
-        raise ValueError(f"No training data: give at least one file as {data_flag}.")
+        raise UserError(f"No training data: give at least one file as {data_flag}.")
     if image_folder and len(image_folder) != len(data_path):
-        raise ValueError(
+        raise UserError(
             f"{data_flag} lists {counted(len(data_path), 'file')} and {folder_flag} "
             f"{counted(len(image_folder), 'folder')}; they are matched by position, so give one folder for each file."
         )
@@ -84,12 +85,12 @@ class RecordStore:
         self._first = np.cumsum([0, *map(len, spans)])
         self._kept_before = np.zeros(0, np.int64)  # for each excluded record, how many kept ones are before it
         if not len(self):
-            raise ValueError(f"No record in {', '.join(self.data_path)}.")
+            raise UserError(f"No record in {', '.join(self.data_path)}.")
         if exclude:
             excluded = np.unique([position for path in exclude for position in self._listed(path)]).astype(np.int64)
             self._kept_before = excluded - np.arange(len(excluded))
             if not len(self):
-                raise ValueError(f"No record is left of {', '.join(self.data_path)} after --exclude.")
+                raise UserError(f"No record is left of {', '.join(self.data_path)} after --exclude.")
 
     def __len__(self) -> int:
         return len(self._spans) - len(self._kept_before)
@@ -179,12 +180,12 @@ class RecordStore:
                     if line.startswith('{"index"') and not line.endswith(("\n", "}")):  # a kill has torn it
                         warnings.warn(f"--exclude {path}: the last line is torn and left out.", stacklevel=4)
                         continue
-                    raise ValueError(
+                    raise UserError(
                         f"--exclude {path}, line {number}: expected an object with 'index' and 'digest', as the doctor "
                         f"writes them, found {shorten(line)}."
                     ) from None
                 if not 0 <= index < len(self) or self.record_digest(index) != digest:
-                    raise ValueError(
+                    raise UserError(
                         f"--exclude {path}, line {number}: record {index} of this data is another one than was listed. "
                         f"The file belongs to other data, or the data has changed: run the doctor again."
                     )
@@ -235,7 +236,7 @@ def write_arrays(file: Path, **arrays: np.ndarray) -> None:
 def _spans(file: DataFile) -> np.ndarray:
     """Return where each record of a file begins and ends, bytes, int64 [n, 2]."""
     if file.size == 0:
-        raise ValueError(f"The data file {file.path} is empty.")
+        raise UserError(f"The data file {file.path} is empty.")
     start = _skip_blanks(file, 3 if file.read(0, 3) == b"\xef\xbb\xbf" else 0)
     first = file.read(start, start + 1)
     if first == b"[":
@@ -243,7 +244,7 @@ def _spans(file: DataFile) -> np.ndarray:
     elif first == b"{":
         spans = _line_spans(file, start)
     else:
-        raise ValueError(
+        raise UserError(
             f"{file.path} begins with {first!r}; expected a JSON array of records, or JSON lines with one object per "
             f"line."
         )
@@ -275,9 +276,9 @@ def _array_spans(file: DataFile, position: int) -> Iterator[tuple[int, int]]:
         total=file.size, desc=f"indexing {os.path.basename(file.path)}", unit="B", unit_scale=True, delay=2, leave=False
     )
 
-    def broken(message: str, byte: int) -> ValueError:
+    def broken(message: str, byte: int) -> UserError:
         where = f"at byte {byte}, line {_line(file, byte)}"
-        return ValueError(f"{file.path} is not a whole JSON array: {message} {where}.")
+        return UserError(f"{file.path} is not a whole JSON array: {message} {where}.")
 
     while True:
         here = _BLANKS.match(window, here).end()
@@ -340,7 +341,7 @@ def _check_first_line(file: DataFile, start: int, line: bytes) -> None:
     try:
         json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(
+        raise UserError(
             f"{file.path} begins with an object, so it should have one whole JSON object per line, but line "
             f"{_line(file, start)} is not ({error}). Otherwise the records must be elements of one JSON array."
         ) from error

@@ -18,6 +18,10 @@ import torch
 Permutation = Callable[[int], list[int]]
 
 
+class OrderError(ValueError):
+    """The order of samples that was asked for, or recorded, does not fit these samples."""
+
+
 def llava_order(
     lengths: Sequence[int], has_image: Sequence[bool], slots: int, global_batch_size: int, permutation: Permutation
 ) -> list[int]:
@@ -147,10 +151,10 @@ class GlobalBatchSampler:
         self.source_sizes = list(source_sizes or []) if is_weighted else [len(self.lengths)]
         self.weights = [float(weight) for weight in weights] if is_weighted else None
         if is_weighted and (len(self.source_sizes) != len(weights) or sum(self.source_sizes) != len(self.lengths)):
-            raise ValueError(f"Weights {weights}, sources of {self.source_sizes} samples, {len(self.lengths)} in all.")
+            raise OrderError(f"Weights {weights}, sources of {self.source_sizes} samples, {len(self.lengths)} in all.")
         for number, (size, weight) in enumerate(zip(self.source_sizes, self.weights or [1], strict=True), start=1):
             if samples_an_epoch(size, weight) < 1:
-                raise ValueError(
+                raise OrderError(
                     f"Source {number} has {size} sample{'s' * (size != 1)}, of which the weight {weight} takes none: "
                     f"raise it, or leave the source out."
                 )
@@ -224,7 +228,7 @@ class GlobalBatchSampler:
             if key not in ("step", "empty_steps") and state.get(key) != mine.get(key)
         ]
         if differing and not order_may_differ:
-            raise ValueError(f"The checkpoint's sample order is not the one of this run: {'; '.join(differing)}.")
+            raise OrderError(f"The checkpoint's sample order is not the one of this run: {'; '.join(differing)}.")
         self.step, self.empty_steps = state["step"], state.get("empty_steps", 0)
 
 

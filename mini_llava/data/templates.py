@@ -12,6 +12,10 @@ IMAGE_MARK = "<image>"
 CHAT_TEMPLATE = "chat_template"  # the --version that takes the tokenizer's own
 
 
+class TemplateError(ValueError):
+    """A conversation template is unknown, or cannot be trained with."""
+
+
 class BadRecord(ValueError):
     """A record cannot be trained on, in one sentence that names neither file nor position."""
 
@@ -197,7 +201,7 @@ def get_template(name: str) -> Template:
     """Return the published template that LLaVA's `--version` names. Raises ValueError with the known names."""
     if name not in TEMPLATES:
         known = ", ".join([*sorted(TEMPLATES), f"{CHAT_TEMPLATE} (the tokenizer's own)"])
-        raise ValueError(f"Unknown conversation template {name!r} (--version). Known: {known}.")
+        raise TemplateError(f"Unknown conversation template {name!r} (--version). Known: {known}.")
     return TEMPLATES[name]
 
 

@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import UserError
 from ..watch.json_lines import read_lines
 
 HERE = Path(__file__).resolve().parent
@@ -240,7 +241,7 @@ def _easy_vqa():
     try:
         import easy_vqa
     except ImportError as error:
-        raise ImportError(
+        raise UserError(
             "The demo's data come from the package easy-vqa, which is not installed: run `pip install easy-vqa==1.0` "
             "(it is in requirements.txt), or train on your own data with --data_path and --image_folder."
         ) from error

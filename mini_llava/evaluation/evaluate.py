@@ -25,6 +25,7 @@ from ..data.sampler import deal
 from ..data.samples import Samples
 from ..data.templates import IMAGE_MARK, BadRecord, written_answer
 from ..data.tokenization import IGNORE_INDEX
+from ..errors import UserError
 from ..guards.never_fatal import never_fatal
 from ..guards.preemption import start_worker
 from ..image_files import BadImage
@@ -191,7 +192,7 @@ class Evaluation:
         except _Ended:
             return False
         except torch.OutOfMemoryError as error:
-            raise ValueError(
+            raise UserError(
                 f"Memory has run out while held-out questions were answered, "
                 f"{self.training.per_device_eval_batch_size} at once: lower --per_device_eval_batch_size."
             ) from error

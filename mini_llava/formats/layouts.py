@@ -5,6 +5,7 @@ LLaVA's loader decides by words in the folder's name, this program by `config.js
 
 import re
 
+from ..errors import UserError
 from ..options.tiles import MERGE_TYPES
 
 # In order of preference: the first two cannot hold code.
@@ -72,7 +73,7 @@ def layout_of(name: str, config: dict) -> str:
     model_type, architectures = config.get("model_type", ""), config.get("architectures") or []
     if "text_config" in config and "vision_config" in config:
         if model_type not in ("llava", "llava_next", "fast_vlm"):
-            raise ValueError(
+            raise UserError(
                 f"{name} is a model of type {model_type} ({', '.join(architectures)}). Of those with a vision tower "
                 f"inside only LLaVA's are known here (LlavaForConditionalGeneration, type llava, and "
                 f"LlavaNextForConditionalGeneration, type llava_next), and FastVLM's (type fast_vlm)."
@@ -87,7 +88,7 @@ def tiles_in(name: str, config: dict) -> tuple[str | None, list | str | None]:
     if aspect_ratio == "anyres" and merge_type in MERGE_TYPES:
         return merge_type, config.get("image_grid_pinpoints")
     if aspect_ratio.startswith("anyres") or merge_type != "flat":
-        raise ValueError(
+        raise UserError(
             f"{name}: its config.json has image_aspect_ratio {aspect_ratio} with mm_patch_merge_type {merge_type}; "
             f"known are anyres with {', '.join(MERGE_TYPES)}, and others with flat."
         )

@@ -28,6 +28,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..data.images import normalisation_table
+from ..errors import UserError
 from ..guards.projector_file import check_projector_file
 from ..hub import find_file, foreign_code_refused, read_json
 from ..model.llava import LlavaModel
@@ -143,11 +144,11 @@ class Source:
                 ("mm_patch_merge_type", merge_type, self.merge_type),
             ):
                 if flag in explicit and given != fixed:
-                    raise ValueError(
+                    raise UserError(
                         f"--{flag} {given} contradicts {self.name}, which was trained with {fixed}. Leave the flag out."
                     )
         elif aspect_ratio == "anyres" and not has_layers(self.vision_config):
-            raise ValueError(
+            raise UserError(
                 f"--image_aspect_ratio anyres: no layout has a place for a model with the vision tower "
                 f"{self.vision_config.architecture} and images in tiles. Use pad, at the tower's full resolution."
             )
@@ -157,7 +158,7 @@ class Source:
         tiling = source.tiling
         for flag, given in (("mm_patch_merge_type", merge_type), ("image_grid_pinpoints", pinpoints)):
             if not tiling and given not in (None, "flat"):
-                raise ValueError(f"--{flag} {given} does nothing without --image_aspect_ratio anyres.")
+                raise UserError(f"--{flag} {given} does nothing without --image_aspect_ratio anyres.")
         return source
 
     def fixed_flags(self) -> dict:
@@ -277,7 +278,7 @@ def open_source(model_flags, explicit: Iterable[str] = (), data_flags=None) -> S
     layout = layout_of(name, config)
     if layout == "language_model":
         if not model_flags.vision_tower:
-            raise ValueError(f"--vision_tower is missing: {name} is a language model and has none of its own.")
+            raise UserError(f"--vision_tower is missing: {name} is a language model and has none of its own.")
         trusted = model_flags.trust_remote_code
         language_config = read_language_config(name, trusted)
         vision_config = load_vision_config(model_flags.vision_tower, trusted)
@@ -349,7 +350,7 @@ def map_llava(source: Source) -> LlavaModel:
         ValueError: the source is a plain language model.
     """
     if source.layout == "language_model":
-        raise ValueError(f"{source.name} is a language model ({source.language_config.model_type}), no LLaVA model.")
+        raise UserError(f"{source.name} is a language model ({source.language_config.model_type}), no LLaVA model.")
     parts = empty_parts(source)
     for part, tensors in source.stored.items():
         # strict=False: of tied weights one is stored; everything else has been compared.
@@ -382,9 +383,9 @@ def _read_llava(name: str, config: dict, model_flags, explicit: set[str]) -> Sou
     if given and _is_same_or_gone(given, tower):
         tower = given
     if not tower:
-        raise ValueError(f"{name}: its config.json names no mm_vision_tower. Give it as --vision_tower.")
+        raise UserError(f"{name}: its config.json names no mm_vision_tower. Give it as --vision_tower.")
     if _is_gone(tower) and not FASTVITHD.fullmatch(tower):
-        raise ValueError(
+        raise UserError(
             f"{name}: its config.json names the vision tower {tower}, which is not there. Give its place as "
             f"--vision_tower."
         )
@@ -433,7 +434,7 @@ def _language_config(name: str, config: dict) -> PreTrainedConfig:
     try:
         return AutoConfig.for_model(family, **{key: config[key] for key in config if not OF_LLAVA.search(key)})
     except ValueError:
-        raise ValueError(
+        raise UserError(
             f"{name}: its config.json has model_type {config['model_type']!r} and architectures "
             f"{config.get('architectures')}, which name no language model that transformers knows."
         ) from None
@@ -449,9 +450,9 @@ def _read_transformers(name: str, config: dict, model_flags, explicit: set[str])
         ("vision_feature_select_strategy", whole.vision_feature_select_strategy, strategies),
     ):
         if value not in known:
-            raise ValueError(f"{name}: its config.json has {key} {value!r}; known here: {', '.join(map(str, known))}.")
+            raise UserError(f"{name}: its config.json has {key} {value!r}; known here: {', '.join(map(str, known))}.")
     if not isinstance(whole.vision_feature_layer, int):
-        raise ValueError(
+        raise UserError(
             f"{name}: its config.json has vision_feature_layer {whole.vision_feature_layer}; the features of several "
             f"layers at once are not supported."
         )
@@ -500,7 +501,7 @@ def _check_against_flags(source: Source, model_flags, explicit: set[str]) -> Non
         if flag == "mm_vision_select_layer":
             same = same_layer(given, fixed, source.vision_config)
         if flag in explicit and not same:
-            raise ValueError(
+            raise UserError(
                 f"--{flag} {given} contradicts {source.name}, whose config.json says {fixed}. Leave the flag out: a "
                 f"LLaVA model is trained on as it is."
             )
@@ -528,7 +529,7 @@ def _resize(source: Source, image_size: int | None) -> None:
         return
     stride = source.vision_config.patch_size
     if image_size % stride:
-        raise ValueError(f"--image_size {image_size} is no multiple of {stride}, the vision tower's patch size.")
+        raise UserError(f"--image_size {image_size} is no multiple of {stride}, the vision tower's patch size.")
     source.resized_to = image_size
 
 
@@ -565,12 +566,12 @@ def _check_weights(source: Source) -> None:
     """Raise ValueError, naming file, tensor and both shapes, unless each part has all of its tensors and no other."""
     newline = source.stored.get("image_newline")
     if newline and source.merge_type != "spatial_unpad":
-        raise ValueError(
+        raise UserError(
             f"{newline['weight'].file} also holds {newline['weight'].key}, but by config.json its images do not come "
             f"in tiles with a newline (image_aspect_ratio anyres, mm_patch_merge_type spatial_unpad)."
         )
     if not newline and source.merge_type == "spatial_unpad":
-        raise ValueError(f"{source.name} lacks image_newline, which spatial_unpad needs. The model is not whole.")
+        raise UserError(f"{source.name} lacks image_newline, which spatial_unpad needs. The model is not whole.")
     for part in source.stored:  # not a tower that is read from a place of its own, nor a plain language model
         module = _empty_part(source, part)
         expected = module.state_dict(keep_vars=True)
@@ -582,18 +583,18 @@ def _check_weights(source: Source) -> None:
         what = f"the {part.replace('_', ' ')} ({kind})"
         stored_twice = _tied_names(expected)
         if missing := sorted(expected.keys() - found.keys() - stored_twice):
-            raise ValueError(f"{source.name} lacks {list_some(missing)}, which {what} has. The model is not whole.")
+            raise UserError(f"{source.name} lacks {list_some(missing)}, which {what} has. The model is not whole.")
         if extra := sorted(found.keys() - expected.keys()):
             keys = [found[name].key for name in extra]
-            raise ValueError(f"{found[extra[0]].file} also holds {list_some(keys)}, which {what} does not have.")
+            raise UserError(f"{found[extra[0]].file} also holds {list_some(keys)}, which {what} does not have.")
         for name, stored in found.items():
             if stored.tensor.shape != expected[name].shape:
-                raise ValueError(
+                raise UserError(
                     f"{stored.file}: {stored.key} is {list(stored.tensor.shape)}, but by config.json {what} needs "
                     f"{list(expected[name].shape)}."
                 )
             if not stored.tensor.is_floating_point() and expected[name].is_floating_point():
-                raise ValueError(
+                raise UserError(
                     f"{stored.file}: {stored.key} has dtype {stored.tensor.dtype}, which is no floating-point weight. "
                     f"Take a model that is not quantised."
                 )
@@ -618,10 +619,10 @@ def _load_strictly(name: str, **options) -> nn.Module:
     except RuntimeError as error:
         if "size mismatch" not in str(error) and "mismatched" not in str(error):
             raise
-        raise ValueError(f"{name}: the weights do not fit its config.json. {error}") from error
+        raise UserError(f"{name}: the weights do not fit its config.json. {error}") from error
     for kind, sentence in (("missing_keys", "lacks"), ("unexpected_keys", "also holds")):
         if keys := sorted(loading[kind]):
-            raise ValueError(f"{name} {sentence} {list_some(keys)}: not the tensors of a {type(model).__name__}.")
+            raise UserError(f"{name} {sentence} {list_some(keys)}: not the tensors of a {type(model).__name__}.")
     return model
 
 

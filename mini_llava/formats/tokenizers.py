@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from ..data.templates import IMAGE_MARK
+from ..errors import UserError
 from ..hub import find_file, foreign_code_refused, read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -208,7 +209,7 @@ def _add_tokens(backend: Tokenizer, path: str | os.PathLike, config: dict, keep_
         flags = {key: token.get(key, False) for key in ("lstrip", "rstrip", "single_word", "special")}
         backend.add_tokens([AddedToken(token["content"], normalized=False, **flags)])
         if backend.token_to_id(token["content"]) != index:
-            raise ValueError(
+            raise UserError(
                 f"The tokenizer in {path} gives its added token {token['content']!r} the id {index}, but its "
                 f"vocabulary ends before that: the ids of added tokens must follow without a gap."
             )
@@ -261,13 +262,13 @@ def _read_sentencepiece(file: str) -> tuple[Tokenizer, bool]:
         from google.protobuf.message import DecodeError
         from sentencepiece.sentencepiece_model_pb2 import ModelProto
     except ImportError as error:
-        raise ValueError(f"{file} needs packages that are missing: pip install sentencepiece protobuf.") from error
+        raise UserError(f"{file} needs packages that are missing: pip install sentencepiece protobuf.") from error
     try:
         model = ModelProto.FromString(Path(file).read_bytes())
     except DecodeError:
         model = ModelProto()
     if not (model.pieces and model.HasField("trainer_spec")):  # which stands behind the pieces
-        raise ValueError(f"{file} is not a SentencePiece model, or only a part of one. Download it again.")
+        raise UserError(f"{file} is not a SentencePiece model, or only a part of one. Download it again.")
 
     kind = ModelProto.SentencePiece
     scores = {piece.piece: piece.score for piece in model.pieces if piece.type == kind.NORMAL}
@@ -275,7 +276,7 @@ def _read_sentencepiece(file: str) -> tuple[Tokenizer, bool]:
     unknown = next((piece.piece for piece in model.pieces if piece.type == kind.UNKNOWN), None)
     merges = _merges(scores)
     if reason := _why_not_exact(model, scores, merges, user_defined):
-        raise ValueError(
+        raise UserError(
             f"{file} {reason}, so that ids other than SentencePiece's would come out here. Put a tokenizer.json with "
             f"the ids that the language model was trained with beside it: where there is one, it is what is read."
         )

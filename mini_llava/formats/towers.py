@@ -13,6 +13,7 @@ from transformers import MODEL_MAPPING, AutoConfig, CLIPImageProcessorPil, PreTr
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
+from ..errors import UserError
 from ..hub import find_file, foreign_code_refused, read_json
 from ..model.vision_tower import KINDS, VisionTower, has_layers, published_name, takes_any_size
 from ..options.fastvlm import FASTVITHD, apple_name, check_timm, complete_timm, fastvithd_config
@@ -51,7 +52,7 @@ def load_vision_config(path: str, trust_remote_code: bool = False) -> PreTrained
     config = getattr(config, "vision_config", config)
     if config.model_type not in KINDS:
         naflex = " Of SigLIP 2 the models with one fixed resolution are, the NaFlex ones are not."
-        raise ValueError(
+        raise UserError(
             f"{path}: the model type of its vision tower is {config.model_type}. Known are {', '.join(KINDS)}."
             + (naflex if config.model_type == "siglip2_vision_model" else "")
         )
@@ -76,7 +77,7 @@ def load_vision_tower(
             path, config=config, dtype=dtype, output_loading_info=True
         )
     if missing := sorted(loading["missing_keys"]):
-        raise ValueError(
+        raise UserError(
             f"--vision_tower {path} lacks {missing[0]}"
             + (f" and {len(missing) - 1} more weight{'s' * (len(missing) != 2)}" if len(missing) > 1 else "")
             + f": it holds no whole {type(model).__name__}."
@@ -117,7 +118,7 @@ def tower_image_size(path: str, vision_config: PreTrainedConfig) -> int:
 def tower_inside(path: str, vision_config: PreTrainedConfig) -> dict[str, dict[str, Stored]]:
     """Return the tower's weights from a LLaVA model or from timm's files; empty if transformers reads `path` itself."""
     if FASTVITHD.fullmatch(path):
-        raise ValueError(
+        raise UserError(
             f"--vision_tower {path} is only a name: its weights are inside apple's FastVLM checkpoints. Give the "
             f"folder or hub name of one, or of a FastVLM model in transformers' layout."
         )
@@ -142,7 +143,7 @@ def check_same_tower(name: str, vision_config: PreTrainedConfig, tower: str) -> 
     for key in SHAPE_OF_A_TOWER:
         theirs, ours = getattr(other, key, None), getattr(vision_config, key, None)
         if ours != theirs:
-            raise ValueError(
+            raise UserError(
                 f"--vision_tower {tower} contradicts {name}: its {key} is {theirs}, that of the tower inside the model "
                 f"is {ours}. Leave the flag out."
             )
@@ -176,7 +177,7 @@ def load_image_processor(path: str | os.PathLike) -> BaseImageProcessor:
     family = re.sub(r"(ImageProcessor(Fast|Pil)?|FeatureExtractor)$", "", name)
     processor_class = getattr(transformers, f"{family}ImageProcessorPil", None)
     if processor_class is None:
-        raise ValueError(
+        raise UserError(
             f"The image processor of {path} is {name!r}, of which transformers {transformers.__version__} has no PIL "
             f"version; CLIP's and SigLIP's have one."
         )

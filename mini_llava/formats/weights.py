@@ -16,6 +16,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..errors import UserError
 from ..files import staged
 from ..hub import find_file
 from ..model.projector import PROJECTOR_FILE, gathered_state_dict, is_main_process, list_some
@@ -52,7 +53,7 @@ def open_weights(name: str, config: dict) -> dict[str, Stored]:
             raise FileNotFoundError(f"{first} names {shard}, which is not beside it: the model is not whole.")
         stored |= _map_file(Path(file))
     if absent := sorted(weight_map.keys() - stored.keys()):
-        raise ValueError(f"{first} names {list_some(absent)}, in {weight_map[absent[0]]}, but that is not in the file.")
+        raise UserError(f"{first} names {list_some(absent)}, in {weight_map[absent[0]]}, but that is not in the file.")
     return stored
 
 
@@ -67,14 +68,14 @@ def _map_file(file: Path) -> dict[str, Stored]:
                 is_zip = opened.read(4) == b"PK\x03\x04"  # files of before torch 1.6 are not, and cannot be mapped
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        raise UserError(
             f"{file} is damaged, or holds something other than tensors, which could run code when read. It was not "
             f"loaded; take the model's safetensors files."
         ) from error
     except (SafetensorError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} is not a whole file of weights ({error}). Fetch or write it again.") from error
+        raise UserError(f"{file} is not a whole file of weights ({error}). Fetch or write it again.") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{file} does not hold a table of tensors by name.")
+        raise UserError(f"{file} does not hold a table of tensors by name.")
     return {key: Stored(tensor, file, key) for key, tensor in tensors.items()}
 
 
@@ -86,11 +87,11 @@ def assign_parts(weights: dict[str, Stored], names: tuple, source: str) -> dict[
             continue
         rule = next((rule for rule in names if key.startswith(rule[0])), None)
         if rule is None:
-            raise ValueError(f"{stored.file} holds {key}, which is no part of a LLaVA model that {source} would be.")
+            raise UserError(f"{stored.file} holds {key}, which is no part of a LLaVA model that {source} would be.")
         there, part, here = rule
         name = here + key.removeprefix(there)
         if name in parts[part]:
-            raise ValueError(f"{source} holds the {part}'s {name} twice, as {parts[part][name].key} and as {key}.")
+            raise UserError(f"{source} holds the {part}'s {name} twice, as {parts[part][name].key} and as {key}.")
         parts[part][name] = stored
     return {part: tensors for part, tensors in parts.items() if tensors or part not in OPTIONAL_PARTS}
 

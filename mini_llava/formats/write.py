@@ -26,6 +26,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from ..data.templates import IMAGE_MARK, Template
+from ..errors import UserError
 from ..files import staged
 from ..hub import find_file
 from ..model.llava import LlavaModel
@@ -106,16 +107,16 @@ def check_may_be_written(
     if model_flags is not None:
         base = model_flags.model_name_or_path
         if Path(base).is_dir() and Path(base).resolve() == Path(directory).resolve():
-            raise ValueError(
+            raise UserError(
                 f"The result would be written over {base}, which it is made from. Choose another directory."
             )
         if export_format == "llava" and vision_config is not None and vision_config.model_type == "timm_wrapper":
-            raise ValueError(
+            raise UserError(
                 "--export_format llava: apple's code has FastVLM's tower under names of its own. Leave the flag out: "
                 "transformers' FastVlmForConditionalGeneration is what is written then."
             )
         if export_format == "llava" and not model_flags.vision_tower:
-            raise ValueError(
+            raise UserError(
                 f"--export_format llava: that layout names the vision tower, and {base} does not say which it is. Give "
                 f"it as --vision_tower; it is compared with the one inside."
             )
@@ -123,7 +124,7 @@ def check_may_be_written(
     if config.is_file():
         model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type", "unknown")
         if not model_type.startswith(("llava", "fast_vlm")):
-            raise ValueError(
+            raise UserError(
                 f"{directory} holds a model of type {model_type}, which saving would overwrite. Choose another "
                 f"--output_dir."
             )
@@ -186,7 +187,7 @@ def save_transformers(
     """
     tower, dtype, template = model.vision_tower, described.dtype, described.template
     if reason := why_not_transformers(described.projector_type, model):
-        raise ValueError(f"{reason} Save it in LLaVA's layout.")
+        raise UserError(f"{reason} Save it in LLaVA's layout.")
     directory = Path(directory)
     tokenizer = copy.deepcopy(image_token_tokenizer(described.tokenizer))
     tokenizer.chat_template = chat_template(template) if template else None

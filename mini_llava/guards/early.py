@@ -13,6 +13,7 @@ from accelerate.utils import LoggerType
 
 from ..arguments import Arguments
 from ..data.records import check_data_files
+from ..errors import UserError
 from ..model.projector import find_projector
 from ..options.attention import check_flash_attention
 from ..options.kernels import check_liger_kernel
@@ -77,7 +78,7 @@ def check_launch(environment) -> None:
     if by_accelerate and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment and not of_mpi:
         here = "it does so with use_cpu: true, and where no config names a kind of distribution"
         here += "" if torch.cuda.is_available() else "; there is no GPU here"
-        raise ValueError(
+        raise UserError(
             f"The launcher was asked for several processes or machines and has started one process alone ({here}). "
             "Several on CPUs: torchrun --nproc_per_node 2 train.py ..., or a config of DeepSpeed; else leave "
             "--num_processes out. If one is meant, and MASTER_ADDR is your own: unset it."
@@ -90,7 +91,7 @@ def check_tracker(report_to: str) -> None:
     if report_to not in ("none", "all", *installed):
         # accelerate leaves out a tracker whose package is missing, and logs that at level DEBUG only.
         known = ", ".join(sorted({"none", *LoggerType.list()} - {*installed}))
-        raise ValueError(
+        raise UserError(
             f"--report_to {report_to}: not installed or unknown. "
             f"Installed: {', '.join(installed)}; also known: {known}."
         )

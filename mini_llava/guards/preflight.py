@@ -21,6 +21,7 @@ from ..build import plan_of
 from ..data.lengths import Lengths
 from ..data.samples import Samples
 from ..data.templates import CHAT_TEMPLATE, TEMPLATES, Template
+from ..errors import UserError
 from ..formats.layouts import FAMILIES
 from ..formats.read import Source, empty_language_model, same_layer
 from ..hub import read_json
@@ -89,7 +90,7 @@ def report(findings: Iterable[Finding], allowed: Iterable[str] | None = None) ->
     """Return a line for each finding. Raises ValueError with those that end the run."""
     findings = list(findings)
     if refused := refusals(findings, allowed or ()):
-        raise ValueError("\n".join(refused))
+        raise UserError("\n".join(refused))
     return [found.line() for found in findings]
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..errors import UserError
 from ..model.projector import find_projector, list_some, read_tensors
 
 
@@ -20,26 +21,26 @@ def check_projector_file(projector: nn.Module, path: str | Path, beside: tuple[s
         if not mark or (prefix and not prefix.endswith(".")):
             foreign.append(key)
         elif name in found:
-            raise ValueError(f"{path} holds two tensors for the projector's {name!r}; the second is {key!r}.")
+            raise UserError(f"{path} holds two tensors for the projector's {name!r}; the second is {key!r}.")
         else:
             found[name] = tensor
     if foreign:
-        raise ValueError(f"{path} holds more than a projector: {list_some(foreign)}. {_what_they_are(foreign)}")
+        raise UserError(f"{path} holds more than a projector: {list_some(foreign)}. {_what_they_are(foreign)}")
 
     expected = projector.state_dict()
     fitting = f"The file holds a projector of type {_kind_of(found)}: check --mm_projector_type."
     if missing := [name for name in expected if name not in found]:
-        raise ValueError(f"{path} lacks {list_some(missing)}, which this projector has. {fitting}")
+        raise UserError(f"{path} lacks {list_some(missing)}, which this projector has. {fitting}")
     if extra := [name for name in found if name not in expected]:
-        raise ValueError(f"{path} also holds {list_some(extra)}, which this projector does not have. {fitting}")
+        raise UserError(f"{path} also holds {list_some(extra)}, which this projector does not have. {fitting}")
     for name, parameter in expected.items():
         if found[name].shape != parameter.shape:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {name} is {list(found[name].shape)}, but this model needs {list(parameter.shape)}. "
                 f"{_fitting_widths(found, expected)}"
             )
         if not found[name].is_floating_point():
-            raise ValueError(
+            raise UserError(
                 f"{path}: {name} has dtype {found[name].dtype}, which is no floating-point weight. Save the projector "
                 f"without quantisation."
             )

@@ -11,6 +11,8 @@ import warnings
 
 import torch
 
+from ..errors import UserError
+
 
 def varlen_attention(  # pragma: no cover, needs a GPU
     module: torch.nn.Module,
@@ -34,7 +36,7 @@ def varlen_attention(  # pragma: no cover, needs a GPU
     if bounds is None:
         raise RuntimeError("The varlen attention runs on packed batches only; generate with sdpa instead.")
     if options.get("dropout"):
-        raise ValueError("The varlen attention has no dropout: set attention_dropout to 0 or use sdpa.")
+        raise UserError("The varlen attention has no dropout: set attention_dropout to 0 or use sdpa.")
     # Rotary embeddings may have left queries and keys in fp32; the kernels take half precision only.
     tensors = [tensor.to(value.dtype).squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
     longest, window = options["max_length_q"], options.get("sliding_window")

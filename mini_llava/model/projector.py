@@ -21,6 +21,10 @@ from torch import nn
 PROJECTOR_FILE = "mm_projector.bin"
 
 
+class ProjectorError(ValueError):
+    """A type of projector is unknown, or a file of weights is damaged or is of another projector."""
+
+
 def build_projector(kind: str, vision_width: int, text_width: int) -> nn.Module:
     """Return the projector that LLaVA's `--mm_projector_type` names: features [..., vision_width] to [..., text_width].
 
@@ -34,7 +38,7 @@ def build_projector(kind: str, vision_width: int, text_width: int) -> nn.Module:
         return nn.Linear(vision_width, text_width)
     if kind == "identity":
         if vision_width != text_width:
-            raise ValueError(
+            raise ProjectorError(
                 f"--mm_projector_type identity needs a vision tower as wide as the language model, but the tower gives "
                 f"{vision_width} features and the language model takes {text_width}; use mlp2x_gelu or linear."
             )
@@ -44,7 +48,7 @@ def build_projector(kind: str, vision_width: int, text_width: int) -> nn.Module:
         for _ in range(int(match[1]) - 1):
             layers += [nn.GELU(), nn.Linear(text_width, text_width)]
         return nn.Sequential(*layers)
-    raise ValueError(
+    raise ProjectorError(
         f"--mm_projector_type {kind!r} is unknown. Known are linear, identity and mlpNx_gelu with N linear layers "
         f"(mlp2x_gelu is LLaVA-1.5's)."
     )
@@ -162,7 +166,7 @@ def load_projector(projector: nn.Module, path: str | Path, beside: tuple[str, ..
     stored = {key.rpartition("mm_projector.")[2]: tensor for key, tensor in stored.items()}
     found, needed = ({name: list(tensor.shape) for name, tensor in t.items()} for t in (stored, projector.state_dict()))
     if found != needed:
-        raise ValueError(f"{path} holds {found}, but this projector has {needed}.")
+        raise ProjectorError(f"{path} holds {found}, but this projector has {needed}.")
     projector.load_state_dict(stored)
 
 
@@ -175,18 +179,20 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file ({error}). Fetch or write it again.") from error
+            raise ProjectorError(
+                f"{path} is not a whole safetensors file ({error}). Fetch or write it again."
+            ) from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        raise ProjectorError(
             f"{path} is damaged, or holds something other than tensors, which could run code when read. It was not "
             f"loaded; take a {PROJECTOR_FILE} that holds tensors only."
         ) from error
     except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is not a whole torch file ({error}). Fetch or write it again.") from error
+        raise ProjectorError(f"{path} is not a whole torch file ({error}). Fetch or write it again.") from error
     if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
-        raise ValueError(f"{path} does not hold a table of tensors by name, as LLaVA's {PROJECTOR_FILE} does.")
+        raise ProjectorError(f"{path} does not hold a table of tensors by name, as LLaVA's {PROJECTOR_FILE} does.")
     return content
 
 

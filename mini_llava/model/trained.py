@@ -7,6 +7,7 @@ which later lines undo earlier ones. Here the flags give a plan, and contradicti
 from torch import nn
 
 from ..arguments import ModelArguments
+from ..errors import UserError
 from .llava import LlavaModel
 
 
@@ -30,7 +31,7 @@ def freeze_plan(flags: ModelArguments, lora_r: int | None = None, image_newline:
     if image_newline:
         plan["image_newline"] = plan["projector"]
     if set(plan.values()) == {"frozen"}:
-        raise ValueError("--freeze_mm_mlp_adapter and --freeze_backbone leave nothing to train.")
+        raise UserError("--freeze_mm_mlp_adapter and --freeze_backbone leave nothing to train.")
     return plan
 
 
@@ -51,7 +52,7 @@ def apply_plan(model: LlavaModel, plan: dict[str, str]) -> None:
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(plan[part] == "full" and not (part == "vision_tower" and name in unused))
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError("Nothing is left to train: the projector of type identity has no parameters.")
+        raise UserError("Nothing is left to train: the projector of type identity has no parameters.")
 
 
 def numel(parameter: nn.Parameter) -> int:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import MODEL_MAPPING, PreTrainedConfig
 
 from ..data.images import normalise
+from ..errors import UserError
 
 SELECT_FEATURES = ("patch", "cls_patch")
 
@@ -161,14 +162,14 @@ def leading_tokens(config: PreTrainedConfig) -> int:
 def check_select_layer(config: PreTrainedConfig, select_layer: int) -> None:
     if not has_layers(config):
         if select_layer != -1:
-            raise ValueError(
+            raise UserError(
                 f"--mm_vision_select_layer {select_layer}: the vision tower ({config.architecture}) has no layers to "
                 f"select from; its output, -1, is taken. Leave the flag out."
             )
         return
     layers = config.num_hidden_layers
     if not -layers - 1 <= select_layer <= layers:
-        raise ValueError(
+        raise UserError(
             f"--mm_vision_select_layer {select_layer}: the vision tower has {layers} layer{'s' * (layers != 1)}, "
             f"so that {-layers - 1} to {layers} are possible."
         )
@@ -177,15 +178,15 @@ def check_select_layer(config: PreTrainedConfig, select_layer: int) -> None:
 def tokens_per_image(config: PreTrainedConfig, select_feature: str, image_size: int | None = None) -> int:
     """Return the number of features of an image with a side of `image_size` pixels; None: the configuration's."""
     if select_feature not in SELECT_FEATURES:
-        raise ValueError(f"--mm_vision_select_feature {select_feature}: unknown; known: {', '.join(SELECT_FEATURES)}.")
+        raise UserError(f"--mm_vision_select_feature {select_feature}: unknown; known: {', '.join(SELECT_FEATURES)}.")
     if select_feature == "cls_patch" and not KINDS[config.model_type].class_token:
-        raise ValueError(
+        raise UserError(
             f"--mm_vision_select_feature cls_patch: a vision tower of type {config.model_type} has no class token, its "
             f"features are the patches alone. Leave the flag out."
         )
     image_size = image_size or config.image_size
     if not has_layers(config) and image_size % config.patch_size:
-        raise ValueError(
+        raise UserError(
             f"The image size {image_size} is no multiple of {config.patch_size}, the stride of {config.architecture}."
         )
     return (image_size // config.patch_size) ** 2 + (leading_tokens(config) if select_feature == "cls_patch" else 0)

@@ -10,6 +10,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.utils import is_flash_attn_2_available
 
+from ..errors import UserError
 from ..model.attention import varlen_attention
 
 AttentionInterface.register("varlen", varlen_attention)
@@ -41,7 +42,7 @@ def choose_attention(
         ValueError: the request cannot run here, or this family of models cannot be packed.
     """
     if packing and model_type not in PACKABLE:
-        raise ValueError(
+        raise UserError(
             f"Packing is not known to keep samples apart in models of type {model_type!r} (it is for "
             f"{', '.join(PACKABLE)}): use --packing False."
         )
@@ -52,26 +53,26 @@ def choose_attention(
         if not on_gpu:
             return "eager" if model_type in CAPPED else "sdpa"
         if model_type in CAPPED and not is_flash_attn_2_available():
-            raise ValueError(
+            raise UserError(
                 f"To pack samples for models of type {model_type!r} on a GPU takes the package flash-attn: torch's "
                 f"kernels cannot cap attention scores, and eager attention would hold those of a whole row. Install it "
                 f"or use --packing False."
             )
         return "flash_attention_2" if is_flash_attn_2_available() else "varlen"
     if requested in ("sdpa", "varlen") and model_type in CAPPED:
-        raise ValueError(
+        raise UserError(
             f"--attn_implementation {requested} cannot cap attention scores as models of type {model_type!r} do: use "
             f"eager or flash_attention_2."
         )
     check_flash_attention(requested)
     if requested in ("flash_attention_2", "varlen") and not on_gpu:
-        raise ValueError(f"--attn_implementation {requested} needs a GPU and --bf16 True or --fp16 True.")
+        raise UserError(f"--attn_implementation {requested} needs a GPU and --bf16 True or --fp16 True.")
     if requested == "varlen" and not packing:
-        raise ValueError("--attn_implementation varlen is for packed batches: use --packing True or sdpa.")
+        raise UserError("--attn_implementation varlen is for packed batches: use --packing True or sdpa.")
     return requested
 
 
 def check_flash_attention(requested: str | None) -> None:
     """Raise ValueError if FlashAttention 2 is asked for and not installed."""
     if requested == "flash_attention_2" and not is_flash_attn_2_available():
-        raise ValueError("--attn_implementation flash_attention_2: the package flash-attn is not installed.")
+        raise UserError("--attn_implementation flash_attention_2: the package flash-attn is not installed.")

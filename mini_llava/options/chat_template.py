@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..data.templates import CHAT_TEMPLATE, IMAGE_MARK, TEMPLATES, BadRecord, Template, get_template
+from ..errors import UserError
 
 # What a chat template that asks for the date is told, so that a run has the same texts on every day.
 TODAY = datetime.date(2024, 7, 26)
@@ -122,7 +123,7 @@ def own_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     try:
         jinja = tokenizer.get_chat_template()
     except ValueError:
-        raise ValueError(f"{where} has no chat template. Name one of {', '.join(sorted(TEMPLATES))}.") from None
+        raise UserError(f"{where} has no chat template. Name one of {', '.join(sorted(TEMPLATES))}.") from None
     special = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if not isinstance(value, list)}
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     template = ChatTemplate("", (), jinja, tuple(special.items()), tuple(dict.fromkeys([*added, *special.values()])))
@@ -130,7 +131,7 @@ def own_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
         [_, (lead, end)], rest = _frame(template, 1, 1, False)
         _, mark = _end_of_answer(template, end + rest)
     except BadRecord as error:
-        raise ValueError(f"{where} has a chat template that cannot be trained with: {error}") from None
+        raise UserError(f"{where} has a chat template that cannot be trained with: {error}") from None
     return replace(template, answer_lead=lead, stop=(mark,))
 
 

@@ -5,6 +5,7 @@ import re
 import torch
 from transformers import PreTrainedConfig
 
+from ..errors import UserError
 from ..model.vision_tower import empty_model
 
 # The tower of FastVLM under the name that apple's own checkpoints have for it; the number is the image size.
@@ -16,7 +17,7 @@ def check_timm() -> None:
     try:
         import timm  # noqa: F401
     except (ImportError, RuntimeError) as error:  # a torchvision that does not fit the torch is a RuntimeError
-        raise ValueError(
+        raise UserError(
             f"The vision tower is a model of timm, which cannot be imported here ({error}). Install it with `pip "
             f"install timm`; it needs a torchvision that fits the installed torch."
         ) from error
@@ -35,7 +36,7 @@ def complete_timm(config: PreTrainedConfig) -> PreTrainedConfig:
     side = 256
     shape = empty_model(config)(torch.empty(1, 3, side, side, device="meta"), do_pooling=False).last_hidden_state.shape
     if len(shape) != 4:
-        raise ValueError(
+        raise UserError(
             f"The timm model {config.architecture} gives features of shape {list(shape)}. Known are those that give a "
             f"grid [1, width, rows, columns], as FastVLM's does."
         )

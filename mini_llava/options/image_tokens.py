@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..data.templates import IMAGE_MARK, Template
+from ..errors import UserError
 from ..model.llava import LlavaModel
 from ..model.projector import find_projector, read_tensors, whole
 
@@ -90,7 +91,7 @@ def set_rows(model: LlavaModel, rows: torch.Tensor) -> None:
     with whole(embeddings, modified=True), torch.no_grad():
         place = embeddings[model.first_image_token :][:2]
         if place.shape != rows.shape:
-            raise ValueError(
+            raise UserError(
                 f"The rows of <im_start> and <im_end> are {list(rows.shape)}, but this model needs {list(place.shape)}."
             )
         place.copy_(rows)
@@ -101,7 +102,7 @@ def read_rows(projector: str | Path) -> torch.Tensor:
     path = find_projector(projector)
     rows = [tensor for key, tensor in read_tensors(path).items() if key.endswith("embed_tokens.weight")]
     if len(rows) != 1 or rows[0].dim() != 2 or len(rows[0]) < 2:
-        raise ValueError(
+        raise UserError(
             f"{path} has no rows for <im_start> and <im_end> (model.embed_tokens.weight): its projector was trained "
             "without them. Use --mm_use_im_start_end False."
         )

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..errors import UserError
+
 # Model types whose losses and gradients with and without the kernels were compared (tests/model/test_fused_kernels.py).
 FUSABLE = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -29,9 +31,9 @@ def choose_fused_kernels(requested: bool | None, model_type: str, device: torch.
         return installed and device.type == "cuda" and model_type in FUSABLE
     check_liger_kernel(requested)
     if requested and device.type != "cuda":
-        raise ValueError(f"--use_liger_kernel True: the kernels need a GPU, this process computes on {device.type}.")
+        raise UserError(f"--use_liger_kernel True: the kernels need a GPU, this process computes on {device.type}.")
     if requested and model_type not in FUSABLE:
-        raise ValueError(
+        raise UserError(
             f"--use_liger_kernel True: known for models of type {', '.join(FUSABLE)}, but this one is {model_type!r}."
         )
     return bool(requested)
@@ -40,7 +42,7 @@ def choose_fused_kernels(requested: bool | None, model_type: str, device: torch.
 def check_liger_kernel(requested: bool | None) -> None:
     """Raise ValueError if the kernels are requested and not installed."""
     if requested and importlib.util.find_spec("liger_kernel") is None:
-        raise ValueError("--use_liger_kernel True: the package is not installed; pip install liger-kernel.")
+        raise UserError("--use_liger_kernel True: the package is not installed; pip install liger-kernel.")
 
 
 def use_fused_kernels(language_model: PreTrainedModel) -> None:  # pragma: no cover, needs a GPU

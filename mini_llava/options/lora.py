@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..arguments import TrainingArguments
+from ..errors import UserError
 from ..files import staged
 from ..formats.tokenizers import load_tokenizer
 from ..formats.weights import write_json
@@ -106,7 +107,7 @@ def merge_lora(model: LlavaModel, dtype: torch.dtype) -> LlavaModel:
     for name, layer in adapters(model.language_model).items():
         base = layer.get_base_layer()
         if type(base) is not nn.Linear:
-            raise ValueError(
+            raise UserError(
                 f"{name} is a {type(base).__name__}, which has no plain weight: adapters are merged into the model as "
                 "it was before it was quantised (--bits 16)."
             )
@@ -190,7 +191,7 @@ def base_of(directory: str | Path) -> str:
     """Return the name or path of the language model that a LoRA directory belongs to."""
     base = _read_json(Path(directory), ADAPTER_CONFIG).get("base_model_name_or_path")
     if not base:
-        raise ValueError(f"{Path(directory) / ADAPTER_CONFIG} has no base_model_name_or_path: name the base yourself.")
+        raise UserError(f"{Path(directory) / ADAPTER_CONFIG} has no base_model_name_or_path: name the base yourself.")
     return base
 
 
@@ -206,14 +207,14 @@ def load_lora(model: LlavaModel, directory: str | Path, dtype: torch.dtype) -> N
     settings = _read_json(directory, ADAPTER_CONFIG)
     for key, only in (("peft_type", "LORA"), ("use_dora", False), ("modules_to_save", None)):
         if settings.get(key, only) not in (only, [] if only is None else only):
-            raise ValueError(f"{directory / ADAPTER_CONFIG} has {key} {settings[key]}; only {only} can be read here.")
+            raise UserError(f"{directory / ADAPTER_CONFIG} has {key} {settings[key]}; only {only} can be read here.")
     _check_base(model, directory)
     config = LoraConfig.from_pretrained(str(directory))
     config.inference_mode = False
     try:
         _inject(model.language_model, config, dtype)
     except ValueError as error:  # PEFT found no layer of these names
-        raise ValueError(f"{directory / ADAPTER_CONFIG} does not fit the language model: {error}") from None
+        raise UserError(f"{directory / ADAPTER_CONFIG} does not fit the language model: {error}") from None
     llava = _read_json(directory, "config.json")
     start_end, patch = (bool(llava.get(f"mm_use_im_{kind}")) for kind in ("start_end", "patch_token"))
     if added := llava.get("added_tokens", patch + 2 * start_end):
@@ -231,7 +232,7 @@ def start_from(model: LlavaModel, directory: str | Path) -> None:
     settings, [config] = _read_json(directory, ADAPTER_CONFIG), model.language_model.peft_config.values()
     for key, flag, value in (("r", "lora_r", config.r), ("lora_alpha", "lora_alpha", config.lora_alpha)):
         if settings.get(key) != value:
-            raise ValueError(f"{directory / ADAPTER_CONFIG} has {key} {settings.get(key)}, but --{flag} is {value}.")
+            raise UserError(f"{directory / ADAPTER_CONFIG} has {key} {settings.get(key)}, but --{flag} is {value}.")
     _fill(model, directory)
 
 
@@ -279,7 +280,7 @@ def _fill(model: LlavaModel, directory: Path) -> None:
         found[key.removeprefix("base_model.").removeprefix("model.").removeprefix("model.")] = key, tensor
     if model.use_im_start_end:
         if TOKENS not in found:
-            raise ValueError(f"{file} has no rows for <im_start> and <im_end> ({TOKENS}).")
+            raise UserError(f"{file} has no rows for <im_start> and <im_end> ({TOKENS}).")
         set_rows(model, found.pop(TOKENS)[1])
     if any(name.startswith(TOWER) for name in found):
         unused = model.vision_tower.unused_parameters()
@@ -307,20 +308,20 @@ def _check_base(model: LlavaModel, directory: Path) -> None:
         differing = ["the same shapes, but other word embeddings"]
     if differing:
         base = _read_json(directory, ADAPTER_CONFIG).get("base_model_name_or_path")
-        raise ValueError(f"{directory} belongs to another language model ({base}): {'; '.join(differing)}.")
+        raise UserError(f"{directory} belongs to another language model ({base}): {'; '.join(differing)}.")
 
 
 @torch.no_grad()
 def _copy_all(file: Path, targets: dict[str, nn.Parameter], found: dict[str, tuple[str, torch.Tensor]]) -> None:
     if missing := [name for name in targets if name not in found]:
-        raise ValueError(f"{file} lacks {list_some(missing)}, which this model has.")
+        raise UserError(f"{file} lacks {list_some(missing)}, which this model has.")
     if extra := [key for name, (key, _) in found.items() if name not in targets]:
-        raise ValueError(f"{file} also holds {list_some(extra)}, for which this model has no place.")
+        raise UserError(f"{file} also holds {list_some(extra)}, for which this model has no place.")
     for name, parameter in targets.items():
         key, tensor = found[name]
         shape = list(getattr(parameter, "ds_shape", parameter.shape))
         if list(tensor.shape) != shape:
-            raise ValueError(f"{file}: {key} is {list(tensor.shape)}, but this model needs {shape}.")
+            raise UserError(f"{file}: {key} is {list(tensor.shape)}, but this model needs {shape}.")
     for name, parameter in targets.items():
         with whole(parameter, modified=True):
             parameter.copy_(found[name][1])
@@ -332,4 +333,4 @@ def _read_json(directory: Path, name: str) -> dict:
     except OSError:
         raise FileNotFoundError(f"{directory} has no {name}: it is no LoRA directory.") from None
     except ValueError as error:
-        raise ValueError(f"{directory / name} is not valid JSON: {error}.") from None
+        raise UserError(f"{directory / name} is not valid JSON: {error}.") from None

@@ -6,13 +6,14 @@ import torch
 from accelerate import Accelerator
 from transformers import BitsAndBytesConfig
 
+from ..errors import UserError
 from ..training.backend import compute_dtype, zero_stage
 
 
 def check_bitsandbytes(bits: int) -> None:
     """Raise ValueError if weights are to be quantised and the package is not installed."""
     if bits != 16 and importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(f"--bits {bits} needs the package bitsandbytes: pip install bitsandbytes.")
+        raise UserError(f"--bits {bits} needs the package bitsandbytes: pip install bitsandbytes.")
 
 
 def quantisation(accelerator: Accelerator, bits: int, double_quant: bool, quant_type: str) -> dict:

@@ -18,6 +18,7 @@ from torch import nn
 from transformers.image_processing_utils import select_best_resolution
 
 from ..data.images import NEWLINE, Picture
+from ..errors import UserError
 from ..image_files import BadImage, image_size
 from ..model.projector import find_projector, read_tensors
 
@@ -47,15 +48,15 @@ class Tiling:
 
     def __post_init__(self):
         if self.merge_type not in MERGE_TYPES:
-            raise ValueError(f"--mm_patch_merge_type {self.merge_type}: known values are {', '.join(MERGE_TYPES)}.")
+            raise UserError(f"--mm_patch_merge_type {self.merge_type}: known values are {', '.join(MERGE_TYPES)}.")
         for width, height in self.pinpoints:
             if min(width, height) <= 0 or width % self.tile_size or height % self.tile_size:
-                raise ValueError(
+                raise UserError(
                     f"--image_grid_pinpoints: {width}x{height} is not made up of tiles of the vision tower's "
                     f"{self.tile_size} pixels."
                 )
             if (tiles := width * height // self.tile_size**2) > MOST_TILES:
-                raise ValueError(f"--image_grid_pinpoints: {width}x{height} are {tiles} tiles; at most {MOST_TILES}.")
+                raise UserError(f"--image_grid_pinpoints: {width}x{height} are {tiles} tiles; at most {MOST_TILES}.")
 
     @property
     def has_newline(self) -> bool:
@@ -136,7 +137,7 @@ def choose_tiling(
     """
     grid = math.isqrt(tokens_per_tile)
     if grid**2 != tokens_per_tile:
-        raise ValueError(
+        raise UserError(
             f"--image_aspect_ratio anyres puts features in their place in the picture, but the vision tower gives "
             f"{tokens_per_tile}, which is no square: leave out the class token by --mm_vision_select_feature patch."
         )
@@ -153,7 +154,7 @@ def read_pinpoints(value: str | Sequence) -> tuple[tuple[int, int], ...]:
     except (ValueError, SyntaxError, TypeError):
         pinpoints = ()
     if not pinpoints or not all(isinstance(side, int) for pair in pinpoints for side in pair):
-        raise ValueError(
+        raise UserError(
             f"--image_grid_pinpoints {value}: expected a list of widths and heights in pixels, such as "
             f'"[(336, 672), (672, 336), (672, 672)]".'
         )
@@ -179,5 +180,5 @@ class ImageNewline(nn.Module):
             if key.endswith(NEWLINE_KEY):
                 if tensor.shape != self.weight.shape:
                     needed = list(self.weight.shape)
-                    raise ValueError(f"{path}: {key} is {list(tensor.shape)}, but this model needs {needed}.")
+                    raise UserError(f"{path}: {key} is {list(tensor.shape)}, but this model needs {needed}.")
                 self.weight.copy_(tensor)

@@ -21,8 +21,8 @@ from ..data.templates import IMAGE_MARK, BadRecord, written_answer
 from ..data.tokenization import tokenize_prompt
 from ..evaluation.generate import expand_prompt, generate
 from ..formats.write import generation_settings
+from ..guards.user_errors import USER_ERRORS
 from ..image_files import BadImage
-from ..training.checkpoint import CheckpointError
 from .saved_models import DTYPES, SavedModel, open_saved
 
 COMMANDS = "/image FILE adds a picture to the next question, /reset begins anew, exit or Ctrl-D ends."
@@ -171,7 +171,7 @@ def main(command_line: list[str] | None = None) -> None:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (arrow keys in input())
         converse(conversation)
-    except (ValueError, OSError, CheckpointError) as error:
+    except USER_ERRORS as error:
         sys.exit(f"chat: error: {error}")
 
 

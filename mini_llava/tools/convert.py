@@ -27,8 +27,10 @@ from tqdm import tqdm
 
 from ..data.templates import IMAGE_MARK, BadRecord, get_template
 from ..data.tokenization import read_conversation, shorten
+from ..errors import UserError
 from ..files import atomic_write
 from ..guards.records import RecordCheck, kind_of_name
+from ..guards.user_errors import USER_ERRORS
 from ..image_files import FORMATS, BadImage, image_path
 from ..watch.json_lines import read_lines
 from ..watch.skipped import count_reasons
@@ -48,7 +50,7 @@ TEXT_KINDS = ("txt", "json")
 LARGEST_MEMBER = 2**28  # bytes of a tar member
 
 
-class BadEntry(ValueError):
+class BadEntry(UserError):
     """Why an entry becomes no record, in one sentence that does not name it."""
 
 
@@ -73,10 +75,10 @@ def choose_columns(names: Sequence[str], asked: Columns) -> Columns:
     """
     for flag, name in (("text", asked.text), *(("image", name) for name in asked.image), ("id", asked.id)):
         if name is not None and name not in names:
-            raise ValueError(f"it has no column {name!r} (--{flag}_column); its columns are {', '.join(names)}.")
+            raise UserError(f"it has no column {name!r} (--{flag}_column); its columns are {', '.join(names)}.")
     text = asked.text or _known(names, TEXT_COLUMNS, "text")
     if text is None:
-        raise ValueError(
+        raise UserError(
             f"none of its columns, {', '.join(names)}, is known to hold text (known: {', '.join(TEXT_COLUMNS)}): name "
             f"one by --text_column."
         )
@@ -85,7 +87,7 @@ def choose_columns(names: Sequence[str], asked: Columns) -> Columns:
         known = _known(names, IMAGE_COLUMNS, "image")
         numbered = sorted((name for name in names if NUMBERED_IMAGE.fullmatch(name)), key=by_number)
         if (known and numbered) or len(numbered) != len({re.search(r"\d+", name)[0].lstrip("0") for name in numbered}):
-            raise ValueError(
+            raise UserError(
                 f"it is not clear which images come first, those of {' or '.join(filter(None, (known, *numbered)))}: "
                 f"name the columns in their order by --image_column."
             )
@@ -98,7 +100,7 @@ def _known(names: Sequence[str], known: Sequence[str], flag: str) -> str | None:
     for wanted in known:
         found = [name for name in names if name.lower() == wanted]
         if len(found) > 1:
-            raise ValueError(
+            raise UserError(
                 f"its columns {' and '.join(found)} differ in case alone: name the one that is meant by "
                 f"--{flag}_column."
             )
@@ -120,18 +122,18 @@ def by_number(name: str) -> tuple:
 def input_files(source: Path, split: str | None) -> list[Path]:
     """Return a source's files: itself, or those of a directory. Raises ValueError if the split is ambiguous."""
     if split and (source.is_file() or (source / "state.json").is_file()):
-        raise ValueError(f"{source} has no splits, so --split {split} says nothing about it.")
+        raise UserError(f"{source} has no splits, so --split {split} says nothing about it.")
     if _is_data(source):
         return [source]
     if not source.is_dir():
-        raise ValueError(f"{source} is neither a directory nor a file ending with {', '.join(TABLES + ARCHIVES)}.")
+        raise UserError(f"{source} is neither a directory nor a file ending with {', '.join(TABLES + ARCHIVES)}.")
     if (source / "dataset_dict.json").is_file():  # of DatasetDict.save_to_disk: a folder for each split
         splits = json.loads((source / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
         return input_files(source / _only(source, splits, split), None)
     if (source / "state.json").is_file():  # of Dataset.save_to_disk
         state = json.loads((source / "state.json").read_text(encoding="utf-8"))
         if state.get("_indices_data_files"):
-            raise ValueError(f"{source} was saved with a selection of rows beside it: save it with newer datasets.")
+            raise UserError(f"{source} was saved with a selection of rows beside it: save it with newer datasets.")
         return [source / file["filename"] for file in state["_data_files"]]
     files = [path.relative_to(source) for path in source.rglob("*") if _is_data(path)]
     files.sort(key=lambda path: [by_number(part) for part in path.parts])
@@ -141,14 +143,14 @@ def input_files(source: Path, split: str | None) -> list[Path]:
         # Files without a split may belong to one, or be another data set.
         unnamed = [] if split else [str(path) for path in files if splits[path] is None]
         if unnamed and len(names) == 1:
-            raise ValueError(
+            raise UserError(
                 f"{source} has files of the split {names[0]} and {len(unnamed)} whose names tell of none, the first is "
                 f"{unnamed[0]}: say which split to convert by --split, or name the files."
             )
         wanted = _only(source, names, split)
         files = [path for path in files if splits[path] == wanted]
     if not files:
-        raise ValueError(f"{source} holds no file ending with {', '.join(TABLES + ARCHIVES)}.")
+        raise UserError(f"{source} holds no file ending with {', '.join(TABLES + ARCHIVES)}.")
     return [source / path for path in files]
 
 
@@ -161,7 +163,7 @@ def _split_of(path: Path) -> str | None:
     for part in reversed(path.parts):
         found = sorted(set(SPLIT.findall(part.lower())))
         if len(found) > 1:
-            raise ValueError(f"{path} tells of the splits {' and '.join(found)}: convert the files that you name.")
+            raise UserError(f"{path} tells of the splits {' and '.join(found)}: convert the files that you name.")
         if found:
             return found[0]
     return None
@@ -174,7 +176,7 @@ def _only(source: Path, splits: list[str], split: str | None) -> str:
     if split in splits:
         return split
     found = f"it has {', '.join(splits)}" if splits else "no name there tells of a split"
-    raise ValueError(f"{source}: say which split to convert by --split; {found}.")
+    raise UserError(f"{source}: say which split to convert by --split; {found}.")
 
 
 def read_entries(path: Path, asked: Columns) -> Iterator[tuple[str, dict | BadEntry]]:
@@ -183,7 +185,7 @@ def read_entries(path: Path, asked: Columns) -> Iterator[tuple[str, dict | BadEn
     try:
         yield from reader(path, asked)
     except (tarfile.TarError, EOFError, zlib.error, ValueError, OSError) as error:
-        raise ValueError(f"{path} cannot be converted: {error}") from error
+        raise UserError(f"{path} cannot be converted: {error}") from error
 
 
 def read_table(path: Path, asked: Columns) -> Iterator[tuple[str, dict]]:
@@ -192,7 +194,7 @@ def read_table(path: Path, asked: Columns) -> Iterator[tuple[str, dict]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError(f"{path} needs the package pyarrow: pip install pyarrow.") from error
+        raise UserError(f"{path} needs the package pyarrow: pip install pyarrow.") from error
     with pyarrow.memory_map(str(path)) as file:
         is_parquet, is_file = path.suffix.lower() == ".parquet", file.read(6) == b"ARROW1"
         file.seek(0)
@@ -226,7 +228,7 @@ def read_archive(path: Path, asked: Columns) -> Iterator[tuple[str, dict | BadEn
         archive.fileobj.seek(archive.offset)
         if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             behind = f"behind {members[-1].name} " if members else ""
-            raise ValueError(f"{behind}it is damaged or cut off.")
+            raise UserError(f"{behind}it is damaged or cut off.")
         while archive.fileobj.read(2**20):  # to the end, where a compressed archive has its checksum
             pass
         for key, sample in samples_of(members):
@@ -478,7 +480,7 @@ def make_record(entry: dict, name: str, place: str, given: argparse.Namespace) -
         record["image"] = names[0] if len(names) == 1 and not in_place else names
     record["conversations"] = turns
     not_taken = {name: value for name, value in entry.items() if name not in columns.all and kind_of_name(name)}
-    check_record(not_taken | record, RecordCheck(given.leave_unread))  # it names what looks like media or a prompt
+    check_record(not_taken | record, given.check)
     return record, dict(zip(names, images, strict=True))
 
 
@@ -530,12 +532,13 @@ def convert(given: argparse.Namespace) -> int:
         "flags": {name: value for name, value in vars(given).items() if name not in ("sources", "output")},
     }
     given.columns = Columns(given.text_column, tuple(given.image_column), given.id_column)
+    given.check = RecordCheck(given.leave_unread)  # it names what looks like media or a prompt
     records, faults, plan_file = (output / name for name in ("records.jsonl", "bad_entries.jsonl", "conversion.json"))
     if not plan_file.exists() and output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output} is not empty and no conversion of ours: take another --output.")
+        raise UserError(f"{output} is not empty and no conversion of ours: take another --output.")
     if not plan_file.exists() or json.loads(plan_file.read_text(encoding="utf-8")) != plan:
         if records.exists() or any((output / "parts").glob("*.records.jsonl")):
-            raise ValueError(f"{output} holds a conversion of other files or with other flags: take another --output.")
+            raise UserError(f"{output} holds a conversion of other files or with other flags: take another --output.")
         shutil.rmtree(output / "images", ignore_errors=True)  # of a run that finished no file
         output.mkdir(parents=True, exist_ok=True)
         with atomic_write(plan_file) as file:
@@ -583,7 +586,7 @@ def main(command_line: list[str] | None = None) -> int:
     given = parse_arguments(command_line)
     try:
         return 1 if convert(given) else 0
-    except (ValueError, OSError, ImportError) as error:
+    except USER_ERRORS as error:
         print(f"convert: error: {error}", file=sys.stderr)
         return 2
 

@@ -26,11 +26,13 @@ from ..data.sampler import GlobalBatchSampler, computed_tokens, deal
 from ..data.samples import Samples
 from ..data.templates import BadRecord
 from ..data.tokenization import IGNORE_INDEX, Sample
+from ..errors import UserError
 from ..formats.read import read_language_config
 from ..formats.tokenizers import load_tokenizer
 from ..formats.towers import load_vision_config, tower_image_size
 from ..guards import preflight
 from ..guards.records import RecordCheck
+from ..guards.user_errors import USER_ERRORS
 from ..image_files import MODES, SCALED, BadImage, image_path, load_image
 from ..model.vision_tower import tokens_per_image
 from ..options.chat_template import find_template
@@ -294,7 +296,7 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
         from_file = read_config(given.config) if given.config else {}
         given.stage = given.stage or from_file.get("stage") or 2
         if given.stage != from_file.get("stage", given.stage):
-            raise ValueError(f"{given.config} is written for stage {from_file['stage']}, not --stage {given.stage}.")
+            raise UserError(f"{given.config} is written for stage {from_file['stage']}, not --stage {given.stage}.")
     except ValueError as error:
         parser.error(str(error))
     for name, value in vars(given).items():
@@ -347,7 +349,7 @@ def _tokens_of_tower(given: argparse.Namespace) -> tuple[int, Tiling | None]:
 def examine(given: argparse.Namespace) -> int:
     """Check, print, write the list of bad records, and return how many faults there are."""
     if os.path.exists(given.output) and any(os.path.samefile(given.output, path) for path in given.data_path):
-        raise ValueError(f"--output {given.output} would overwrite the data.")
+        raise UserError(f"--output {given.output} would overwrite the data.")
     for name in ("model_name_or_path", "vision_tower"):
         check_model_place(f"--{name}", getattr(given, name))
     check_data_files(given.data_path, given.image_folder, given.exclude)
@@ -423,7 +425,7 @@ def main(command_line: list[str] | None = None) -> int:
     given = parse_arguments(command_line)
     try:
         return 1 if examine(given) else 0
-    except (ValueError, OSError) as error:
+    except USER_ERRORS as error:
         print(f"doctor: error: {error}", file=sys.stderr)
         return 2
 

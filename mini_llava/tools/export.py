@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 
 from ..arguments import ModelArguments, choices
+from ..errors import UserError
 from ..formats import write
 from ..formats.read import map_llava
 from ..guards.output_folder import check_place
-from ..training.checkpoint import CheckpointError
+from ..guards.user_errors import USER_ERRORS
 from .saved_models import DTYPES, LORA, WHOLE, SavedModel, open_saved
 
 
@@ -38,7 +39,7 @@ def export(
     """
     trained_with = saved.image_aspect_ratio()
     if image_aspect_ratio != trained_with and "anyres" in (image_aspect_ratio, trained_with) and image_aspect_ratio:
-        raise ValueError(f"{saved.directory} was trained with --image_aspect_ratio {trained_with}: leave the flag out.")
+        raise UserError(f"{saved.directory} was trained with --image_aspect_ratio {trained_with}: leave the flag out.")
     dtype = dtype or saved.stored_dtype()
     if saved.kind == WHOLE:
         model = map_llava(saved.source)
@@ -94,13 +95,13 @@ def main(command_line: list[str] | None = None) -> None:
         print(saved.describe())
         if given.merge != (saved.kind == LORA):
             advice = "There is nothing to merge." if given.merge else "--merge adds its adapters to its base."
-            raise ValueError(f"{given.source} is a {saved.kind}. {advice}")
+            raise UserError(f"{given.source} is a {saved.kind}. {advice}")
         for base in (given.source, saved.source.name):
             flags = ModelArguments(model_name_or_path=base, vision_tower=saved.source.vision_tower)
             write.check_may_be_written(given.directory, flags, given.export_format, saved.source.vision_config)
         how = (given.export_format, given.dtype and DTYPES[given.dtype], given.image_aspect_ratio)
         print(export(saved, given.directory, *how, given.save_vision_tower))
-    except (ValueError, OSError, CheckpointError) as error:
+    except USER_ERRORS as error:
         sys.exit(f"export: error: {error}")
 
 

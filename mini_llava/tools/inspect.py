@@ -16,8 +16,10 @@ from .. import demo
 from ..data.samples import Samples
 from ..data.templates import BadRecord
 from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from ..errors import UserError
 from ..formats.read import open_source
 from ..guards.early import check_files
+from ..guards.user_errors import USER_ERRORS
 from ..image_files import BadImage
 from ..inputs import open_samples
 from ..watch.spans import IMAGE, TRAINED, spans
@@ -80,7 +82,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
         samples = open_samples(arguments.fixed_by(source), source)
         chosen = given.record or range(min(given.samples, len(samples)))
         if wrong := [index for index in chosen if not 0 <= index < len(samples)]:
-            raise ValueError(f"--record {wrong[0]}: the data have {counted(len(samples), 'record')}, counted from 0.")
+            raise UserError(f"--record {wrong[0]}: the data have {counted(len(samples), 'record')}, counted from 0.")
         begin, end = marks[TRAINED]
         print(
             f"{counted(len(samples), 'record')}, template {arguments.model.version}; trained tokens look {begin}like "
@@ -88,7 +90,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
         )
         for index in chosen:
             print(f"\n{show(samples, index, marks)}")
-    except (ValueError, OSError) as error:
+    except USER_ERRORS as error:
         print(f"inspect: error: {error}", file=sys.stderr)
         return 2
     return 0

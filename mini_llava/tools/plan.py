@@ -25,12 +25,14 @@ from ..build import plan_of, trainable_table
 from ..command_line import add_flags
 from ..data.lengths import Lengths, measure_some
 from ..data.samples import Samples
+from ..errors import UserError
 from ..formats.read import Source, assemble, empty_parts, open_source
 from ..formats.write import check_may_be_written
 from ..guards import preflight
 from ..guards.early import check_files
 from ..guards.longest import Longest, kept_of_a_position, longest_micro_batch
 from ..guards.output_folder import disk_needs
+from ..guards.user_errors import USER_ERRORS
 from ..inputs import open_samples
 from ..model.llava import LlavaModel
 from ..model.trained import apply_plan, trained_in_full
@@ -233,7 +235,7 @@ def _read_accelerate_config(file: str) -> tuple[int, dict | None]:
         config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
         kind, gpus = config["distributed_type"], int(config["num_processes"])
     except (OSError, yaml.YAMLError, TypeError, KeyError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"--accelerate_config {file} is no config file of accelerate ({type(error).__name__}: {error}); "
             "accelerate_configs/ has one for each way to run."
         ) from None
@@ -347,7 +349,7 @@ def print_memory(planned: Planned) -> None:
     print(f"\nMemory of each GPU, GiB, when most is in use ({recomputed}, {kernels}):")
     print("\n".join(found.lines()) + "\n")
     if found.needed > memory:
-        raise ValueError(
+        raise UserError(
             f"It does not fit: {found.needed / GIB:.1f} GiB are needed and a GPU has {memory / GIB:.1f}. "
             f"{_advice(planned, memory)}"
         )
@@ -359,7 +361,7 @@ def _time(operations: float, layout: Layout, planning: PlanArguments) -> str:
     peak = next((flops for part, flops in PEAK_FLOPS.items() if part.lower() in name.lower()), None)
     if peak is None:
         if planning.gpu_name:
-            raise ValueError(f"--gpu_name {name}: its peak is not known here; known: {', '.join(PEAK_FLOPS)}.")
+            raise UserError(f"--gpu_name {name}: its peak is not known here; known: {', '.join(PEAK_FLOPS)}.")
         return f"Time: the peak of a {name} is not known here; --gpu_name takes one of {', '.join(PEAK_FLOPS)}."
     seconds = operations / (layout.gpus * peak * planning.expected_mfu)
     hours = f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
@@ -450,7 +452,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
         return 0
     try:
         plan(*parse_arguments(command_line))
-    except (ValueError, ImportError, OSError) as error:
+    except USER_ERRORS as error:
         print(f"plan: error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..arguments import ModelArguments, check_model_place
 from ..data.templates import Template
+from ..errors import UserError
 from ..formats.layouts import IMAGE_TOKEN_FLAGS, WEIGHT_FILES, layout_of, tiles_in
 from ..formats.read import Source, load_llava, open_source
 from ..formats.tokenizers import load_tokenizer
@@ -117,7 +118,7 @@ def open_saved(
         OSError: a directory or file is missing.
     """
     if directory.startswith(("/", ".", "~")) and not Path(directory).is_dir():
-        raise ValueError(f"{directory} is not a directory; give a model's directory or its name on the hub.")
+        raise UserError(f"{directory} is not a directory; give a model's directory or its name on the hub.")
     check_model_place("--model_base", base)
     check_model_place("--vision_tower", vision_tower)
     kind, config = _kind(directory), read_json(directory, "config.json")
@@ -125,9 +126,9 @@ def open_saved(
         raise FileNotFoundError(f"{directory} has no config.json, which says how the {kind} belongs to its base.")
     own = kind == WHOLE
     if own and layout_of(directory, config) == "language_model":
-        raise ValueError(f"{directory} is a language model ({config.get('model_type')}), no LLaVA model.")
+        raise UserError(f"{directory} is a language model ({config.get('model_type')}), no LLaVA model.")
     if own and base:
-        raise ValueError(f"{directory} is a whole model: --model_base {base} has no part in it.")
+        raise UserError(f"{directory} is a whole model: --model_base {base} has no part in it.")
     flags = ModelArguments(model_name_or_path=directory if own else base or _recorded_base(directory, kind, config))
     flags.vision_tower = vision_tower or (None if own else config.get("mm_vision_tower"))
     flags.image_size = None if own else config.get("mm_image_size")
@@ -197,7 +198,7 @@ def _recorded_base(directory: str, kind: str, config: dict) -> str:
         return read_manifest(Path(directory))["arguments"]["model_name_or_path"]
     if name := config.get("_name_or_path"):
         return name
-    raise ValueError(f"{directory} is a {kind}, and its config.json does not say of which model: give --model_base.")
+    raise UserError(f"{directory} is a {kind}, and its config.json does not say of which model: give --model_base.")
 
 
 def _tower_was_trained(directory: str, kind: str, config: dict) -> bool:

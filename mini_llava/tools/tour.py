@@ -23,8 +23,10 @@ from ..data.images import ImageReader, normalise
 from ..data.loader import RankSteps
 from ..data.records import RecordStore
 from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, read_conversation, tokenize
+from ..errors import UserError
 from ..formats.read import open_source
 from ..guards.early import check_files
+from ..guards.user_errors import USER_ERRORS
 from ..image_files import image_path, load_image
 from ..inputs import open_samples
 from ..model.llava import LlavaModel, token_losses
@@ -55,7 +57,7 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
         first = next((number for number in range(len(store)) if "image" in store[number]), 0)
         records = [number for number in (first, first + 1) if number < len(store)]
     if wrong := [number for number in records if not 0 <= number < len(store)]:
-        raise ValueError(f"--record {wrong[0]}: the data have {counted(len(store), 'record')}, counted from 0.")
+        raise UserError(f"--record {wrong[0]}: the data have {counted(len(store), 'record')}, counted from 0.")
     precision = backend.choose_precision(training.bf16, training.fp16, arguments.explicit)
     accelerator = backend.build_accelerator(precision, 1.0, "none", Path(training.output_dir))
     torch.manual_seed(training.seed)
@@ -203,7 +205,7 @@ def main(command_line: list[str] | None = None) -> int:
     try:
         # The demo pads its rows on the CPU; packed they show more. A --packing among the words wins, being later.
         tour(flags.parse_for_a_tool(["--packing", "True", *words]), given.record)
-    except (ValueError, OSError) as error:
+    except USER_ERRORS as error:
         print(f"tour: error: {error}", file=sys.stderr)
         return 2
     return 0

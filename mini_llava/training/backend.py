@@ -21,6 +21,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..arguments import Arguments
+from ..errors import UserError
 from ..model.llava import LlavaModel
 from ..words import counted
 
@@ -47,11 +48,11 @@ def choose_precision(bf16: bool, fp16: bool, explicit: set[str]) -> str:
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     wanted = "bf16" if bf16 else "fp16" if fp16 else "no"
     if launched not in ("no", "bf16", "fp16"):
-        raise ValueError(f"mixed_precision: {launched} of the accelerate config is unknown; known: no, bf16, fp16.")
+        raise UserError(f"mixed_precision: {launched} of the accelerate config is unknown; known: no, bf16, fp16.")
     if launched != "no":
         for name, asked in (("bf16", bf16), ("fp16", fp16)):
             if name in explicit and asked != (launched == name):
-                raise ValueError(f"--{name} {asked} contradicts the accelerate config's mixed_precision: {launched}.")
+                raise UserError(f"--{name} {asked} contradicts the accelerate config's mixed_precision: {launched}.")
         wanted = launched
     if wanted == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         return "fp16"  # V100, T4
@@ -103,13 +104,13 @@ def build_accelerator(precision: str, max_grad_norm: float, report_to: str, outp
 def _check_it_is_what_was_launched(accelerator: Accelerator, wants_deepspeed: bool) -> None:
     """Raise ValueError where accelerate silently made something else of the launch."""
     if wants_deepspeed and not is_deepspeed(accelerator):
-        raise ValueError(
+        raise UserError(
             "The accelerate config asks for DeepSpeed, but accelerate leaves it out when it is told to use the CPU: "
             "set use_cpu: false and unset ACCELERATE_USE_CPU; DeepSpeed takes the CPU by itself where there is no GPU."
         )
     launched = launched_rank()[1]
     if accelerator.num_processes != launched or (launched > 1 and accelerator.distributed_type == DistributedType.NO):
-        raise ValueError(f"{launched} processes were launched, but accelerate would let each of them train alone.")
+        raise UserError(f"{launched} processes were launched, but accelerate would let each of them train alone.")
 
 
 def complete_deepspeed_config(config: dict, precision: str, max_grad_norm: float) -> None:
@@ -117,10 +118,10 @@ def complete_deepspeed_config(config: dict, precision: str, max_grad_norm: float
     for key in ("optimizer", "scheduler"):
         if key in config:
             # LLaVA's zero3_offload.json has both, and silently replaces parameter groups and cosine by them.
-            raise ValueError(f"The DeepSpeed config has an entry {key!r}; remove it, the trainer brings its own.")
+            raise UserError(f"The DeepSpeed config has an entry {key!r}; remove it, the trainer brings its own.")
     clipping = config.get("gradient_clipping", "auto")
     if clipping not in ("auto", max_grad_norm):
-        raise ValueError(
+        raise UserError(
             f"gradient_clipping {clipping} of the DeepSpeed config contradicts --max_grad_norm {max_grad_norm}: "
             "remove it there."
         )
@@ -142,7 +143,7 @@ def complete_zero(zero: dict, gpu_memory: float | None) -> None:
     gpu_memory: bytes of one GPU; None on CPUs.
     """
     if zero["stage"] not in (2, 3):
-        raise ValueError(f"zero_stage: {zero['stage']} of the accelerate config is not supported; known: 2, 3.")
+        raise UserError(f"zero_stage: {zero['stage']} of the accelerate config is not supported; known: 2, 3.")
     # Gathered half-precision parameters may take a seventh of the GPU: those of forward that are still there need not
     # be gathered again in backward.
     keep_whole = 1_000_000_000 if gpu_memory is None else int(gpu_memory) // 7 // 2

@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 
+from ..errors import UserError
 from ..files import flush, flush_file
 from ..words import counted
 from .backend import create_moments, gather_from_ranks, versions
@@ -30,7 +31,7 @@ FORMAT = 2
 BYTES_PER_FILE = 2**30  # a rank holds twice this in CPU memory while it writes
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint cannot be written or read; the sentence names the file and says what to do."""
 
 

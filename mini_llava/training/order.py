@@ -14,6 +14,7 @@ from ..arguments import Arguments
 from ..data.lengths import Lengths
 from ..data.records import RecordStore
 from ..data.sampler import GlobalBatchSampler, deal
+from ..errors import UserError
 from ..words import counted
 
 
@@ -89,7 +90,7 @@ def choose_batch(arguments: Arguments, devices: int) -> tuple[int, int, str | No
                 f"{training.per_device_train_batch_size} x --gradient_accumulation_steps {accumulation} = {actual}"
             )
             if "global_batch_size" in arguments.explicit:
-                raise ValueError(f"--global_batch_size {wanted} contradicts {arithmetic}. Leave one of them out.")
+                raise UserError(f"--global_batch_size {wanted} contradicts {arithmetic}. Leave one of them out.")
             reason = f"The global batch is {actual} instead of the preset's {wanted}: {arithmetic}."
             return actual, accumulation, reason + f" Leave the last flag out to keep {wanted}."
         return actual, accumulation, None

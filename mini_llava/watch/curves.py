@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..errors import UserError
 from ..files import atomic_write
 from .json_lines import read_lines
 
@@ -16,7 +17,7 @@ def draw_curves(log: Path, file: Path) -> None:
 
     entries = list(read_lines(log))
     if not any("loss" in entry for entry in entries):
-        raise ValueError(f"{log} has no entry with a loss to draw.")
+        raise UserError(f"{log} has no entry with a loss to draw.")
     names = list(dict.fromkeys(name for entry in entries for name in entry))
     begin_with = lambda prefix: [name for name in names if name.startswith(prefix)]  # noqa: E731
     losses, rates, held_out = begin_with("loss"), begin_with("learning_rate/"), begin_with("eval/")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..data.records import RecordStore
 from ..data.templates import BadRecord
+from ..errors import UserError
 from ..files import atomic_write
 from ..guards.never_fatal import never_fatal
 from ..image_files import BadImage, image_path
@@ -49,7 +50,7 @@ def summarise(entries: Sequence[dict], logging_steps: int, pauses: dict[str, flo
     """
     steps = [entry for entry in entries if "seconds_per_step" in entry]
     if not steps:
-        raise ValueError("log.jsonl has no entry of a step.")
+        raise UserError("log.jsonl has no entry of a step.")
     seconds, samples, tokens = {"training": 0.0}, 0.0, 0.0
     last = max(0, steps[0]["step"] - logging_steps)
     for entry in steps:
