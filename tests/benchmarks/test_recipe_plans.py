@@ -5,12 +5,13 @@ import re
 import pytest
 
 from benchmarks import recipe_plans
-from tests.launching import ROOT
+from tests.readme import README
 
 
 def in_readme() -> list[list[str]]:
-    table = (ROOT / "README.md").read_text(encoding="utf-8").split("\n| recipe | ")[1].split("\n\n")[0]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    """The cells of the rows that a recipe and its GPUs begin."""
+    rows = re.findall(r"^\| `[\w.-]+` \| \d+ [A-Z]\w+ \|.*", README, re.MULTILINE)
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
 def test_readme_has_a_row_for_every_plan():
