@@ -152,7 +152,7 @@ def train(arguments: flags.Arguments, advice: MemoryAdvice | None = None) -> Non
             values |= {"learning_rate": training.learning_rate * factor, "gradient_norm": float(gradient_norm)}
             values |= learning_rates(optimizer)
             if finite and norms_are_due(step, total_steps):
-                with meter.paused():
+                with meter.paused("norm_seconds"):
                     values |= step_norms(accelerator, model, optimizer)
             report.step(step, values, evaluation.in_a_word())
         if saving.is_due(step):

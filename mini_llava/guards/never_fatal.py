@@ -4,6 +4,8 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 
+from ..errors import UserError
+
 
 @contextlib.contextmanager
 def never_fatal(consequence: str) -> Iterator[None]:
@@ -11,7 +13,8 @@ def never_fatal(consequence: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # trackers raise whatever their networks and libraries raise
-        warn_once(f"{consequence}; the run goes on", f"{type(error).__name__}: {error}")
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        warn_once(f"{consequence}; the run goes on", f"{kind}{str(error).removesuffix('.')}")
 
 
 _told: set[str] = set()

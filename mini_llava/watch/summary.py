@@ -20,7 +20,8 @@ from .curves import draw_curves
 from .json_lines import read_lines
 
 RECORDS_WITH_IMAGES = 1000  # that are looked through for an image to ask about
-PAUSES = {"eval/seconds": "evaluation", "save_seconds": "saving"}  # in the log: seconds in which nothing was trained
+# In the log: seconds in which nothing was trained.
+PAUSES = {"eval/seconds": "evaluation", "save_seconds": "saving", "norm_seconds": "norms"}
 
 
 def write_summary(output_dir: Path, logging_steps: int, pauses: dict[str, float], store: RecordStore) -> str:

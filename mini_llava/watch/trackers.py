@@ -34,7 +34,7 @@ PAGES = {
     "norms": ("gradient_norm", "update_norm", "parameter_norm"),
     "speed": (
         *("tokens_per_second", "computed_tokens_per_second", "samples_per_second", "seconds_per_step", "mfu", "mfu_6n"),
-        *("data_wait", "padding", "peak_memory_gib", "save_seconds", "epoch"),
+        *("data_wait", "padding", "peak_memory_gib", "save_seconds", "norm_seconds", "epoch"),
     ),
 }
 
