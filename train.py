@@ -96,8 +96,8 @@ def train(arguments: flags.Arguments, advice: MemoryAdvice | None = None) -> Non
     notes = preflight.ddp_memory_note(accelerator, model), saving.disk_note()
     report.begin(accelerator, data, order, table, notes, resumed)
     first_batch.show(accelerator, data.samples, order.dealt_batches(), sampler.step + 1)
-    if training.longest_batch_first and sampler.step < total_steps:  # if memory does not suffice, it shows here
-        report.log(try_longest(accelerator, model, optimizer, data.steps, longest))
+    if training.longest_batch_first and sampler.step < total_steps:  # its gradients are discarded: only memory is tried
+        report.log(try_longest(accelerator, model, optimizer, data.rank_steps, longest))
     lockstep = Lockstep(accelerator, preemption, arguments.data.max_skipped_share * sampler.global_batch_size)
     evaluation = Evaluation(arguments, model, data.held_out, data.questions, total_steps, lockstep)
     # Before step 1, and where a kill came between a save and its evaluation.
@@ -106,8 +106,8 @@ def train(arguments: flags.Arguments, advice: MemoryAdvice | None = None) -> Non
 
     # --- The loop ----------------------------------------------------------------------------------------------------
     loader = rank_step_loader(
-        data.steps,
-        ([of_ranks[rank] for of_ranks in dealt] for dealt in order.dealt_batches()),
+        data.rank_steps,
+        order.batches_of_rank(rank),
         arguments.data,
         pin_memory=accelerator.device.type == "cuda",
         worker_init_fn=start_worker,
@@ -121,29 +121,30 @@ def train(arguments: flags.Arguments, advice: MemoryAdvice | None = None) -> Non
     gc.freeze()  # model and libraries stay: collections in the loop need not look through them again
     preemption.heed()
 
-    for work in meter.waiting_for(lockstep.steps(loader)):
-        if lockstep.samples:
+    for rank_step in meter.waiting_for(lockstep.steps(loader)):
+        if lockstep.global_samples:
             factor = learning_rate_factor(training.lr_scheduler_type, sampler.steps_taken, total_steps, warmup)
             set_learning_rates(optimizer, factor)  # before the last backward, inside which DeepSpeed steps
-            for micro_batch in work:
+            for micro_batch in rank_step:
                 with backend.micro_step(accelerator, model, micro_batch.is_last):
                     batch = backend.to_device(micro_batch.batch, accelerator.device)
                     token_losses = model(**batch, reduction="none")
                     if training.loss_normalization == "global_batch":
-                        loss = token_losses.sum() / lockstep.trained_tokens.float().clamp(min=1)
+                        loss = token_losses.sum() / lockstep.global_trained_tokens.float().clamp(min=1)
                     else:  # LLaVA's mean of means, blind to how many tokens a micro-batch trains
-                        count = max(micro_batch.trained_tokens, 1) * len(work.micro_batches) * world_size
+                        count = max(micro_batch.trained_tokens, 1) * len(rank_step.micro_batches) * world_size
                         loss = token_losses.sum() / count
-                    backend.backward(accelerator, loss * world_size)  # every backend averages the ranks' gradients
+                    # The divisor is the whole global batch's, so gradients are to be summed; every backend averages.
+                    backend.backward(accelerator, loss * world_size)
                 meter.add(micro_batch, token_losses, loss)
             gradient_norm, finite = backend.optimizer_step(accelerator, optimizer, training.max_grad_norm)
-            if not finite and lockstep.stop(why_not_taken(accelerator, meter, sampler, work, data.samples.store)):
+            if not finite and lockstep.stop(why_not_taken(accelerator, meter, sampler, rank_step, data.samples.store)):
                 break
-            meter.add_step(work)
+            meter.add_step(rank_step)
         else:  # every sample of the global batch was skipped: AdamW would still decay and move the weights
             sampler.empty_steps += 1
         sampler.step = step = sampler.step + 1
-        report.skipped(work.skipped)
+        report.skipped(rank_step.skipped)
 
         lockstep.read()
         is_reported = report.is_due(step) or saving.is_due(step) or evaluation.is_due(step) or lockstep.stopping
@@ -158,7 +159,7 @@ def train(arguments: flags.Arguments, advice: MemoryAdvice | None = None) -> Non
         if saving.is_due(step):
             with meter.paused("save_seconds"):
                 # A state that a fault has ended replaces none.
-                report.log(saving.save(removes_old=lockstep.fault is None))
+                report.log(saving.save(removes_old=not lockstep.has_fault))
             lockstep.agree()  # asked during a save, the run ends with that one
         if evaluation.is_due(step) and not lockstep.stopping:
             with meter.paused():
@@ -172,9 +173,9 @@ def train(arguments: flags.Arguments, advice: MemoryAdvice | None = None) -> Non
         report.log(saving.write_result())
         report.count_skipped()
         evaluation.evaluate(total_steps, report.log)
-    if lockstep.stopping:
+    if lockstep.stopping:  # from the loop, or asked to in the last evaluation
         if sampler.step != saving.saved_step:
-            report.log(saving.save(removes_old=lockstep.fault is None))
+            report.log(saving.save(removes_old=not lockstep.has_fault))
         if lockstep.fault and lockstep.ahead:  # too much was skipped, and its last step is not in the list yet
             report.skipped(lockstep.ahead.skipped)
         lockstep.raise_fault()

@@ -22,14 +22,14 @@ class Data:
     """
     Attributes:
         lengths: of each sample, exact.
-        steps: maps the records of a rank's micro-batches to what it computes in a step.
+        rank_steps: maps the records of a rank's micro-batches to what it computes in a step.
         held_out: the samples of `--eval_data_path`, None without the flag.
         questions: what is asked about them.
     """
 
     samples: Samples
     lengths: Lengths
-    steps: RankSteps
+    rank_steps: RankSteps
     held_out: Samples | None
     questions: list[Question]
 

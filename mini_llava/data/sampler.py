@@ -49,6 +49,7 @@ def llava_order(
     image_batches = _length_grouped(images, lengths, slots, global_batch_size, permutation)
     text_batches = _length_grouped(texts, lengths, slots, global_batch_size, permutation)
     # The last batch of each modality is set aside even if it is full: the original does, and steps have to be equal.
+    # Sorted, because `slots` has ordered the samples inside them, and the batches must be the same for any number.
     leftover = sorted(image_batches.pop() + text_batches.pop())
     batches = image_batches + text_batches
     return _concatenate([batches[i] for i in permutation(len(batches))]) + leftover
@@ -138,7 +139,8 @@ class GlobalBatchSampler:
         """
         Args:
             lengths, has_image: one entry a sample, see `llava_order`.
-            slots: ranks times accumulation steps; it orders the samples inside a global batch and changes no batch.
+            slots: ranks times accumulation steps; they order the samples inside a global batch, and do not decide which
+                these are.
             recorded: global batches of a recorded run, replayed in a cycle instead of an order of our own.
             source_sizes, weights: how many samples each source has, in order, and how often an epoch has them, see
                 `epoch_samples`. Without weights, or if all are 1, an epoch is every sample once.
@@ -246,8 +248,8 @@ def deal(
         layout: `packed`: about equal token counts, largest sample first into the emptiest slot, for batches without
             padding. `padded`: equal sample counts, samples of similar length together, the ranks of a micro-step alike.
             `in_order`: equal counts in the order given, which for `llava_order` are LLaVA's own micro-batches.
-        max_tokens: raises the number of micro-batches until no slot holds more tokens, padding included, unless a
-            single sample does.
+        max_tokens: raises the number of micro-batches until no slot holds more tokens, padding included, or each holds
+            a single sample.
     """
     while True:
         slots = _deal_into(batch, lengths, ranks * micro_batches, layout)

@@ -50,7 +50,7 @@ class Samples(Dataset):
         """Return the sample with its pictures. Raises BadRecord, BadImage and DataFileError."""
         sample, folder = self.tokenize(index), self.store.image_folder(index)
         pictures = [self.image_reader.open(folder, name) for name in sample.images]
-        # The places of images in tiles were made from their headers.
+        # An image in tiles got its places by the size in its header; a whole one always has as many.
         if sum(picture.tokens for picture in pictures) != np.count_nonzero(sample.input_ids == IMAGE_TOKEN_INDEX):
             names = ", ".join(map(shorten, sample.images))
             raise BadImage(f"one of its images has another size than a moment ago: {names}.")

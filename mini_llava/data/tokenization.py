@@ -225,6 +225,7 @@ def _encode(
         if chunk:
             encoding = encoder.encode(chunk, add_special_tokens=False)
             offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2) + position
+            # The first trained span that ends behind the token's start; the token is in it if it starts before its end.
             first_not_passed = np.searchsorted(trained_ends, offsets[:, 0], side="right")
             ids.append(np.array(encoding.ids, dtype=np.int32))
             trained.append(trained_starts[first_not_passed] < offsets[:, 1])

@@ -92,7 +92,11 @@ class LlavaModel(nn.Module):
             features = self.image_newline(features)
         if feature_rows is not None:  # index_select's backward would sum the newlines' gradients in half precision
             features = F.embedding(feature_rows, features)
-        features = features[: image_positions.numel()].to(embeddings.dtype)
+        if image_positions.numel() == 0:
+            features = features[:0]  # of the blank image, which has no place
+        elif len(features) != image_positions.numel():
+            raise RuntimeError(f"{len(features)} image features for {image_positions.numel()} positions.")
+        features = features.to(embeddings.dtype)
         return embeddings.flatten(0, 1).index_copy(0, image_positions, features).view_as(embeddings)
 
     def forward(
@@ -159,6 +163,7 @@ def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    # The one place that sees the logits in fp32: where another term of the loss would go.
     return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="none")
 
 

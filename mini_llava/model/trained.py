@@ -14,9 +14,9 @@ from .llava import LlavaModel
 def freeze_plan(flags: ModelArguments, lora_r: int | None = None, image_newline: bool = False) -> dict[str, str]:
     """Return how each child of `LlavaModel` is trained: `full`, `frozen` or, if a rank is given, `LoRA r=<rank>`.
 
-    `new_tokens`, the rows of LLaVA's legacy image tokens, are a part of their own where the projector alone is trained:
-    the language model is frozen, and they are not. Otherwise they are the language model's. `image_newline`, for images
-    in tiles, goes with the projector.
+    `tune_mm_mlp_adapter` is stage 1's preset: the projector alone is trained. The rows of LLaVA's legacy image tokens
+    are then trained as a module of their own, `new_tokens`; otherwise they are rows of the language model's embeddings.
+    `image_newline`, for images in tiles, goes with the projector.
     """
     if flags.tune_mm_mlp_adapter:
         plan = {"vision_tower": "frozen", "projector": "full", "language_model": "frozen"}

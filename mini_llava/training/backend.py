@@ -167,8 +167,8 @@ def prepare(
     """Return both as `accelerator.prepare` does, with layers as the unit that ZeRO-3 gathers and reduces.
 
     By default the unit is a single linear layer, whose hooks take the host longer than the GPU takes for a tower's
-    layer. DeepSpeed reduces the gradients of such a unit once the gradient of its input is known, so the input must
-    have one: it does if anything in front of the language model is trained.
+    layer. DeepSpeed reduces the gradients of such a unit once the gradient of its input is known. With all in front of
+    the language model frozen there is none at its first layer, so its linear layers then stay the units.
     """
     if zero_stage(accelerator) == 3:
         from deepspeed.utils import set_z3_leaf_module
@@ -293,7 +293,7 @@ def backward(accelerator: Accelerator, loss: torch.Tensor) -> None:
 def optimizer_step(
     accelerator: Accelerator, optimizer: torch.optim.Optimizer, max_grad_norm: float
 ) -> tuple[torch.Tensor | float, bool]:
-    """Clip the gradient and step, unless it is not finite.
+    """Clip the gradient and step, unless it is not finite; under DeepSpeed only say what the last backward did.
 
     Returns:
         The global gradient norm before clipping, on the device if the backend leaves it there (under DeepSpeed

@@ -1,9 +1,12 @@
 """What all ranks agree on in each step: its trained tokens, and whether and why the run ends after it.
 
 A rank without data must not leave the others waiting in a collective: the run would lose what it has learned since the
-last checkpoint. So each rank fetches the data of the next step before it takes this one. The all-reduce that every step
-begins with also tells all ranks what failed there (a bad record, a killed or hanging worker): they take one more step
-together, save, and end. LLaVA has nothing of the kind.
+last checkpoint. So each rank fetches the data of step n + 1 before it takes step n. The all-reduce that step n begins
+with sums, beside the trained tokens of n, whether a rank has none for n + 1 (a bad record, a killed or hanging worker):
+
+    fetch n + 1  ->  all-reduce(tokens of n, faults at n + 1)  ->  train n  ->  read  ->  stop after n, or go on
+
+LLaVA has nothing of the kind.
 """
 
 from collections import deque
@@ -26,11 +29,11 @@ class DataFault(OSError):
 class Lockstep:
     """
     Attributes:
-        trained_tokens: of the current global batch, fp64 on the device.
-        samples: in that global batch; with none there is no step to take.
+        global_trained_tokens: of the current global batch, fp64 on the device.
+        global_samples: in that global batch; with none there is no step to take.
         stopping: whether the run ends here; the same on all ranks.
         interrupted: whether it ends because a person pressed Ctrl-C.
-        fault: why this rank cannot go on.
+        fault: why this rank cannot go on; has_fault: whether any rank cannot, the same on all of them.
         ahead: this rank's data of the next step.
     """
 
@@ -41,16 +44,16 @@ class Lockstep:
             max_skipped: samples per step, averaged over `STEPS_LOOKED_AT` steps; if more are skipped the run ends.
         """
         self.accelerator, self.preemption, self.max_skipped = accelerator, preemption, max_skipped * STEPS_LOOKED_AT
-        self.trained_tokens = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-        self.samples = self._samples_ahead = 0
-        self.stopping = self.interrupted = False
+        self.global_trained_tokens = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+        self.global_samples = self._samples_ahead = 0
+        self.stopping = self.interrupted = self.has_fault = False
         self._sums, self._copied = torch.zeros(5, dtype=torch.float64), None
         self.fault: Exception | None = None
         self._skipped: deque[int] = deque(maxlen=STEPS_LOOKED_AT)
         self.ahead: RankStep | None = None
 
     def steps(self, loader: Iterator[RankStep]) -> Iterator[RankStep]:
-        """Yield this rank's steps; `read` then says whether the run ends after the step.
+        """Yield this rank's steps. The caller must call `read` once in each, before it asks for the next.
 
         loader: yields them; may raise what makes a step impossible, and end early if the run was asked to stop.
         """
@@ -58,7 +61,7 @@ class Lockstep:
         self._begin_to_agree(0)
         self.read()  # only here the host waits for the all-reduce
         while self.ahead is not None and not self.stopping:
-            work, self.samples = self.ahead, self._samples_ahead
+            work, self.global_samples = self.ahead, self._samples_ahead
             self._look_ahead(loader)
             self._begin_to_agree(sum(work.trained_tokens))
             yield work
@@ -74,7 +77,7 @@ class Lockstep:
         sums = sum_over_ranks(
             self.accelerator, [trained_tokens, ahead.samples, len(ahead.skipped), *self._reasons_to_stop()]
         )
-        self.trained_tokens, self._sums = sums[0], sums[1:].to("cpu", non_blocking=True)
+        self.global_trained_tokens, self._sums = sums[0], sums[1:].to("cpu", non_blocking=True)
         if sums.is_cuda:
             self._copied = torch.cuda.Event()
             self._copied.record()
@@ -101,13 +104,14 @@ class Lockstep:
     def stop(self, fault: Exception | None) -> bool:
         """Return whether the run ends here because of a fault that all ranks have found; with None it goes on."""
         if fault is not None:
-            self.fault, self.stopping, self.ahead = fault, True, None
+            self.fault, self.ahead, self.stopping, self.has_fault = fault, None, True, True
         return self.stopping
 
     def _reasons_to_stop(self) -> list[bool]:
         return [self.fault is not None, self.preemption.asked, self.preemption.interrupted]
 
     def _decide(self, faults: float, asked: float, interrupted: float) -> bool:
+        self.has_fault = faults > 0
         self.stopping, self.interrupted = faults + asked > 0, interrupted > 0
         return self.stopping
 

@@ -46,6 +46,11 @@ class Order:
             good = [index for index in batch if index not in self.bad]
             yield deal(good, self.sampler.lengths, self.ranks, self.micro_batches, self.layout, self.max_tokens)
 
+    def batches_of_rank(self, rank: int) -> Iterator[list[list[int]]]:
+        """Yield `[micro-batch] -> records` of this rank for each step from the cursor to the end of the run."""
+        for dealt in self.dealt_batches():
+            yield [of_ranks[rank] for of_ranks in dealt]
+
 
 def choose_order(arguments: Arguments, store: RecordStore, lengths: Lengths, ranks: int) -> Order:
     """Return the order that the flags ask for, on so many ranks. Raises ValueError where they contradict each other."""

@@ -24,7 +24,7 @@ class Piece(NamedTuple):
     Attributes:
         start: where it begins in the flattened parameter.
         tensors: flat fp32 views of the master and the moments in this range, by kind.
-        own: what of it this rank writes to a checkpoint: an equal share where all ranks hold the same.
+        own: the part of `tensors` that this rank writes to a checkpoint: an equal share where all ranks hold the same.
     """
 
     name: str

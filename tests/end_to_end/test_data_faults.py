@@ -166,10 +166,12 @@ def test_a_signal_is_answered_while_a_loader_worker_hangs(data):
 
 @pytest.mark.parametrize("config", ["cpu", "zero3"], ids=["DDP", "ZeRO-3"])
 def test_a_fault_that_one_of_two_ranks_meets_ends_both_with_one_sentence_and_a_state(config, data):
-    batches = [list(range(first, first + 4)) for first in (0, 4, 8)] + [[16, 17, 18, 12], [19, 20, 21, 22]]
+    batches = [list(range(first, first + 4)) for first in (0, 4, 8)] + [[19, 20, 21, 12], [16, 17, 18, 22]]
     (data / "order.json").write_text(json.dumps(batches))
-    run = start(flags(data, max_steps=5, packing=False), data / "printed.txt", config, 2)
+    kept = dict(save_steps=2, save_total_limit=1)
+    run = start(flags(data, max_steps=5, packing=False, **kept), data / "printed.txt", config, 2)
     assert run.wait() == 1 and "Traceback" not in run.text, run.text
     errors = [line for line in run.text.splitlines() if "train.py: error" in line]
     assert len(errors) == 1 and "records.json, record 12 " in errors[0], run.text
-    assert saved_steps(data / "run") == [3]
+    assert "on rank 1" in errors[0] or "rank 1: " in errors[0], "the one that removes no old state"
+    assert saved_steps(data / "run") == [2, 3], "the state that a fault has ended replaces none, whoever met the fault"
