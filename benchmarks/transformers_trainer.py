@@ -295,8 +295,8 @@ class Records(Dataset):
     def __getitem__(self, index: int) -> dict:
         sample = self.samples.tokenize(index)
         ids, labels = (torch.from_numpy(values).long() for values in (sample.input_ids, sample.labels))
-        how = (self.samples.image_reader.processor, self.samples.image_reader.aspect_ratio)
-        pixels = [float_pixels(self.samples.store.image_folder(index), name, *how) for name in sample.images]
+        settings = (self.samples.image_reader.processor, self.samples.image_reader.aspect_ratio)
+        pixels = [float_pixels(self.samples.store.image_folder(index), name, *settings) for name in sample.images]
         return {
             "input_ids": ids.where(ids != IMAGE_TOKEN_INDEX, self.image_token_id),
             "labels": labels,

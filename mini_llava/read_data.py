@@ -39,7 +39,7 @@ class Data:
         return max((question.tokens for question in self.questions), default=0)
 
 
-def read_data(arguments: Arguments, source: Source, say: Callable[[str], None]) -> Data:
+def read_data(arguments: Arguments, source: Source, log: Callable[[str], None]) -> Data:
     """Read and measure what the run is trained on and what is held out.
 
     Raises:
@@ -50,6 +50,6 @@ def read_data(arguments: Arguments, source: Source, say: Callable[[str], None]) 
     held_out = open_held_out(arguments, samples)
     lengths = measure(samples, max(1, flags.dataloader_num_workers), cache)
     for line in refuse_or_report(samples.store, lengths.bad, flags.on_bad_sample):
-        say(f"skipped: {line}")
+        log(f"skipped: {line}")
     questions = read_questions(held_out, flags.eval_max_samples, arguments.training.seed) if held_out else []
     return Data(samples, lengths, RankSteps(samples, flags.packing, flags.on_bad_sample), held_out, questions)

@@ -54,7 +54,7 @@ class Saving:
         )
         self.saved_step = self.sampler.step
 
-    def resume(self, say: Callable[[str], None]) -> Path | None:
+    def resume(self, log: Callable[[str], None]) -> Path | None:
         """Load the state that `--resume_from_checkpoint` names, and return its directory; None for a new run.
 
         Raises:
@@ -66,13 +66,13 @@ class Saving:
             differing = differences(manifest["identity"], self.identity, ignored)
             refuse_another_run(*differing, self.state.shapes(), manifest["parameters"])
 
-        found = find_checkpoint(self.state.accelerator, self.output_dir, wanted, say)
+        found = find_checkpoint(self.state.accelerator, self.output_dir, wanted, log)
         if found:
             manifest = checkpoint.load_checkpoint(self.state, found, check)
             self.sampler.load_state_dict(manifest["sampler"], order_may_differ=bool(ignored))
             self.saved_step = self.sampler.step
             for note in resume_notes(manifest, self.identity):
-                say(note)
+                log(note)
         return found
 
     def disk_note(self) -> str | None:
@@ -107,7 +107,7 @@ class Saving:
                     "arguments": self.arguments.as_dict(),
                     "identity": self.identity,
                 },
-                write_weights=functools.partial(save_trained, model=self.bare, described=self.description),
+                write_weights=functools.partial(save_trained, model=self.bare, description=self.description),
                 check_owner=check_still_owned,
             )
             self.saved_step = step

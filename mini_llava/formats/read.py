@@ -420,8 +420,8 @@ def read_language_config(name: str, trust_remote_code: bool = False) -> PreTrain
     if layout == "llava":
         return _language_config(name, config)
     with foreign_code_refused(name):
-        whole = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code and layout == "language_model")
-    return whole.text_config if layout == "transformers" else whole
+        outer = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code and layout == "language_model")
+    return outer.text_config if layout == "transformers" else outer
 
 
 def _language_config(name: str, config: dict) -> PreTrainedConfig:
@@ -442,22 +442,22 @@ def _language_config(name: str, config: dict) -> PreTrainedConfig:
 
 def _read_transformers(name: str, config: dict, model_flags, explicit: set[str]) -> Source:
     vision_config = load_vision_config(name)
-    whole = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    outer = AutoConfig.from_pretrained(name, trust_remote_code=False)
     strategies, tiled = _strategies(vision_config), config["model_type"] == "llava_next"
     for key, value, known in (
-        ("projector_hidden_act", whole.projector_hidden_act, ("gelu",)),
-        ("multimodal_projector_bias", getattr(whole, "multimodal_projector_bias", True), (True,)),
-        ("vision_feature_select_strategy", whole.vision_feature_select_strategy, strategies),
+        ("projector_hidden_act", outer.projector_hidden_act, ("gelu",)),
+        ("multimodal_projector_bias", getattr(outer, "multimodal_projector_bias", True), (True,)),
+        ("vision_feature_select_strategy", outer.vision_feature_select_strategy, strategies),
     ):
         if value not in known:
             raise UserError(f"{name}: its config.json has {key} {value!r}; known here: {', '.join(map(str, known))}.")
-    if not isinstance(whole.vision_feature_layer, int):
+    if not isinstance(outer.vision_feature_layer, int):
         raise UserError(
-            f"{name}: its config.json has vision_feature_layer {whole.vision_feature_layer}; the features of several "
+            f"{name}: its config.json has vision_feature_layer {outer.vision_feature_layer}; the features of several "
             f"layers at once are not supported."
         )
-    language_config = whole.text_config
-    language_config.tie_word_embeddings = whole.tie_word_embeddings  # transformers goes by the outer one
+    language_config = outer.text_config
+    language_config.tie_word_embeddings = outer.tie_word_embeddings  # transformers goes by the outer one
     tower = model_flags.vision_tower if "vision_tower" in explicit else None
     resized = check_same_tower(name, vision_config, tower) if tower else False
     keys = ("hidden_size", "num_hidden_layers", "patch_size", "image_size", "hidden_act")
@@ -469,12 +469,12 @@ def _read_transformers(name: str, config: dict, model_flags, explicit: set[str])
         vision_config,
         tower or KNOWN_TOWERS.get(tuple(getattr(vision_config, key, None) for key in keys)),
         "mlp2x_gelu",
-        whole.vision_feature_layer,
-        strategies[whole.vision_feature_select_strategy],
+        outer.vision_feature_layer,
+        strategies[outer.vision_feature_select_strategy],
         assign_parts(open_weights(name, config), TRANSFORMERS_NAMES, name),
         merge_type="spatial_unpad" if tiled else None,
         # Height comes first there, width in LLaVA's own.
-        pinpoints=[(width, height) for height, width in whole.image_grid_pinpoints] if tiled else None,
+        pinpoints=[(width, height) for height, width in outer.image_grid_pinpoints] if tiled else None,
         resized_to=vision_config.image_size if resized else None,
     )
 

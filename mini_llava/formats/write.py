@@ -80,7 +80,7 @@ class Description:
     dtype: torch.dtype | None = None
 
 
-def save_projector_only(directory: str | Path, model: LlavaModel, described: Description) -> None:
+def save_projector_only(directory: str | Path, model: LlavaModel, description: Description) -> None:
     """Write stage 1's result as LLaVA does: `mm_projector.bin`, and a `config.json` with the model it belongs to.
 
     A collective; the main process writes.
@@ -89,9 +89,9 @@ def save_projector_only(directory: str | Path, model: LlavaModel, described: Des
     if is_main_process():
         begin_directory(directory)
     rows = {"model.embed_tokens.weight": model.new_tokens.weight} if model.new_tokens is not None else {}
-    save_projector(model.projector, directory / PROJECTOR_FILE, beside=_newline(model) | rows)
+    save_projector(model.projector, directory / PROJECTOR_FILE, others=_newline(model) | rows)
     if is_main_process():
-        config = llava_config(model, described)
+        config = llava_config(model, description)
         base = {"_name_or_path": model.base} if model.base else {}  # as LLaVA's own have it
         write_json(directory, "config.json", {**config, **base, "tune_mm_mlp_adapter": True})
 
@@ -167,7 +167,7 @@ def why_not_transformers(projector_type: str, model: LlavaModel) -> str | None:
 
 
 def save_transformers(
-    directory: str | Path, model: LlavaModel, described: Description, shard_bytes: int = SHARD_BYTES
+    directory: str | Path, model: LlavaModel, description: Description, shard_bytes: int = SHARD_BYTES
 ) -> None:
     """Write the whole model as `LlavaForConditionalGeneration` with its processor, for transformers 4 and 5 alike.
 
@@ -178,18 +178,18 @@ def save_transformers(
 
     Args:
         model: without DDP or engine. A collective; the main process writes.
-        described: with `image_aspect_ratio` "pad" the image processor pads; `generate` stops at the end token and at
+        description: with `image_aspect_ratio` "pad" the image processor pads; `generate` stops at the end token and at
             those of the template's end marks that are tokens.
         shard_bytes: size of one weight file, and of what the main process holds in memory.
 
     Raises:
         ValueError: the layout cannot express this model, or the directory holds another kind of model.
     """
-    tower, dtype, template = model.vision_tower, described.dtype, described.template
-    if reason := why_not_transformers(described.projector_type, model):
+    tower, dtype, template = model.vision_tower, description.dtype, description.template
+    if reason := why_not_transformers(description.projector_type, model):
         raise UserError(f"{reason} Save it in LLaVA's layout.")
     directory = Path(directory)
-    tokenizer = copy.deepcopy(image_token_tokenizer(described.tokenizer))
+    tokenizer = copy.deepcopy(image_token_tokenizer(description.tokenizer))
     tokenizer.chat_template = chat_template(template) if template else None
     tokenizer.padding_side = "left"  # for generation; training pads on the right
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
@@ -211,7 +211,7 @@ def save_transformers(
 
     # "default" removes one token, the class token.
     strategy = "default" if tower.leading_tokens and tower.select_feature == "patch" else "full"
-    _save_processor(directory, model, described, tokenizer, strategy)
+    _save_processor(directory, model, description, tokenizer, strategy)
     stop = template.stop if template else ()
     generation = generation_settings(model.language_model.generation_config, tokenizer, stop)
     write_json(directory, "generation_config.json", generation)
@@ -233,7 +233,7 @@ def save_transformers(
         **tiles,
     ).to_dict()
     # Keys of this program, not of transformers.
-    config["conversation_version"] = described.version
+    config["conversation_version"] = description.version
     config["mm_use_im_start_end"], config["mm_use_im_patch_token"] = model.use_im_start_end, model.use_im_patch_token
     parts = {part: _portable(config[part], dtype) for part in ("text_config", "vision_config")}
     write_json(directory, "config.json", _portable(config, dtype) | parts)
@@ -257,10 +257,10 @@ def _tower_and_projector_weights(model: LlavaModel) -> list[tuple[str, torch.Ten
     return weights + [(name.removeprefix("model."), tensor) for name, tensor in _newline(model).items()]
 
 
-def _save_processor(directory: Path, model: LlavaModel, described: Description, tokenizer, strategy: str) -> None:
+def _save_processor(directory: Path, model: LlavaModel, description: Description, tokenizer, strategy: str) -> None:
     """Write the processor of transformers' layout so that transformers 4, too, reads what 5 writes."""
     processor = (LlavaNextProcessor if model.tiling else LlavaProcessor)(
-        image_processor=_llava_image_processor(described, model.tiling),
+        image_processor=_llava_image_processor(description, model.tiling),
         tokenizer=tokenizer,
         patch_size=model.vision_tower.model.config.patch_size,
         vision_feature_select_strategy=strategy,
@@ -281,33 +281,33 @@ def _save_processor(directory: Path, model: LlavaModel, described: Description, 
             shutil.copyfile(file, staging / SENTENCEPIECE_FILE)
 
 
-def save_whole_model(directory: str | Path, model: LlavaModel, described: Description) -> str:
+def save_whole_model(directory: str | Path, model: LlavaModel, description: Description) -> str:
     """Write the whole model in the requested layout, or LLaVA's if transformers' cannot express it; return a sentence.
 
     A collective; the main process writes.
     """
-    reason = why_not_transformers(described.projector_type, model)
-    if reason is None and described.export_format == "transformers":
-        save_transformers(directory, model, described)
+    reason = why_not_transformers(description.projector_type, model)
+    if reason is None and description.export_format == "transformers":
+        save_transformers(directory, model, description)
         return f"The model is in {directory}; transformers' {_transformers_class(model)[1]}.from_pretrained reads it."
-    save_llava(directory, model, described)
-    because = f": {reason}" if described.export_format == "transformers" else "."
+    save_llava(directory, model, description)
+    because = f": {reason}" if description.export_format == "transformers" else "."
     return f"The model is in {directory}, in the layout of LLaVA's own code{because}"
 
 
 def save_llava(
-    directory: str | Path, model: LlavaModel, described: Description, shard_bytes: int = SHARD_BYTES
+    directory: str | Path, model: LlavaModel, description: Description, shard_bytes: int = SHARD_BYTES
 ) -> None:
     """Write the whole model, with any projector, in the layout of LLaVA's own code (`liuhaotian/llava-v1.5-*`).
 
     A collective; the main process writes.
     """
-    directory, dtype = Path(directory), described.dtype
+    directory, dtype = Path(directory), description.dtype
     weights, tied = _language_weights(model.language_model)
     for name, tensor in model.projector.state_dict(keep_vars=True).items():
         weights.append((f"model.mm_projector.{name}", tensor))
     weights += _newline(model).items()
-    if described.include_vision_tower:
+    if description.include_vision_tower:
         for name, tensor in model.vision_tower.model.state_dict(keep_vars=True).items():
             name = published_name(model.vision_tower.model.config, name)
             weights.append((f"model.vision_tower.vision_tower.{name}", tensor))
@@ -319,12 +319,12 @@ def save_llava(
     if not is_main_process():
         return
     with staged(directory) as staging:
-        _save_tokenizer_for_llava(staging, described.tokenizer)
-    generation = generation_settings(model.language_model.generation_config, described.tokenizer)
+        _save_tokenizer_for_llava(staging, description.tokenizer)
+    generation = generation_settings(model.language_model.generation_config, description.tokenizer)
     write_json(directory, "generation_config.json", generation)
-    config = _portable({**llava_config(model, described), "tie_word_embeddings": tied}, dtype)
+    config = _portable({**llava_config(model, description), "tie_word_embeddings": tied}, dtype)
     # LLaVA's loader ignores tower weights in the files unless this is set (its issues 902 and 1694).
-    config["unfreeze_mm_vision_tower"] = described.include_vision_tower
+    config["unfreeze_mm_vision_tower"] = description.include_vision_tower
     write_json(directory, "config.json", config)
 
 
@@ -356,7 +356,7 @@ def generation_settings(generation_config: GenerationConfig, tokenizer, stop: tu
 # ---------------------------------------------------------------------------------------------------- configurations
 
 
-def llava_config(model: LlavaModel, described: Description) -> dict:
+def llava_config(model: LlavaModel, description: Description) -> dict:
     """Return the language model's configuration with the keys that LLaVA's `initialize_vision_modules` and `train` add.
 
     `conversation_version` and `mm_image_size` are keys of this program.
@@ -367,8 +367,8 @@ def llava_config(model: LlavaModel, described: Description) -> dict:
         "model_type": f"llava_{family}",
         "architectures": [f"Llava{family.capitalize()}ForCausalLM"],
         "use_mm_proj": True,
-        "mm_vision_tower": described.vision_tower_name,
-        "mm_projector_type": described.projector_type,
+        "mm_vision_tower": description.vision_tower_name,
+        "mm_projector_type": description.projector_type,
         "mm_hidden_size": model.vision_tower.hidden_size,
         "mm_vision_select_layer": model.vision_tower.select_layer,
         "mm_vision_select_feature": model.vision_tower.select_feature,
@@ -377,10 +377,10 @@ def llava_config(model: LlavaModel, described: Description) -> dict:
         "mm_use_im_patch_token": model.use_im_patch_token,
         "tune_mm_mlp_adapter": False,
         "freeze_mm_mlp_adapter": False,
-        "image_aspect_ratio": described.image_aspect_ratio,
+        "image_aspect_ratio": description.image_aspect_ratio,
         "tokenizer_padding_side": "right",
-        "tokenizer_model_max_length": described.model_max_length,
-        "conversation_version": described.version,
+        "tokenizer_model_max_length": description.model_max_length,
+        "conversation_version": description.version,
     }
     if model.vision_tower.is_resized:
         config["mm_image_size"] = model.vision_tower.image_size
@@ -410,13 +410,13 @@ def _portable(config: dict, dtype: torch.dtype) -> dict:
 # ------------------------------------------------------------------------------------------- tokenizer and processor
 
 
-def _llava_image_processor(described: Description, tiling: Tiling | None) -> BaseImageProcessor:
+def _llava_image_processor(description: Description, tiling: Tiling | None) -> BaseImageProcessor:
     """Return the tower's image processor with tiles, or with padding to a square on the mean colour, as trained.
 
     CLIP's own has no such options; LLaVA's are the same code with them. The PIL variants are pinned because those of
     torchvision resize differently, and a run would depend on what is installed.
     """
-    image_processor = described.image_processor
+    image_processor = description.image_processor
     settings = image_processor.to_dict()
     settings.pop("image_processor_type", None)
     # SigLIP's does not crop and has no such key; LLaVA's default is to crop.
@@ -428,7 +428,7 @@ def _llava_image_processor(described: Description, tiling: Tiling | None) -> Bas
             "image_grid_pinpoints": _height_first(tiling),
         }
         return LlavaNextImageProcessorPil(**settings | tile)
-    return LlavaImageProcessorPil(**settings) if described.image_aspect_ratio == "pad" else image_processor
+    return LlavaImageProcessorPil(**settings) if description.image_aspect_ratio == "pad" else image_processor
 
 
 def _height_first(tiling: Tiling) -> list[list[int]]:

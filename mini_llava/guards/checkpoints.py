@@ -37,7 +37,7 @@ def foreign_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def find_checkpoint(
-    accelerator: Accelerator, output_dir: Path, requested: str | None, say: Callable[[str], None]
+    accelerator: Accelerator, output_dir: Path, requested: str | None, log: Callable[[str], None]
 ) -> Path | None:
     """Return the checkpoint that `--resume_from_checkpoint` names: a directory, or `latest`: the newest complete one.
 
@@ -56,7 +56,7 @@ def find_checkpoint(
                 verify(accelerator, path)
                 return path
             except CheckpointError as error:
-                say(f"Passed over: {error}")
+                log(f"Passed over: {error}")
         if everything:
             count = len(everything)
             none = f"None of the {count} checkpoints in {output_dir} is whole" if count > 1 else ""

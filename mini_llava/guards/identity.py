@@ -65,7 +65,7 @@ def run_identity(accelerator: Accelerator, model: nn.Module, arguments: Argument
     if values["version"] == CHAT_TEMPLATE:
         texts_to_ids += str(tokenizer.chat_template)
     seen = _pictures_seen(store, data.lengths.has_image, held_out) if accelerator.is_main_process else None
-    pictures, of_questions = gather_from_ranks(accelerator, seen)[0]  # one rank asks the file system
+    pictures, held_out_pictures = gather_from_ranks(accelerator, seen)[0]  # one rank asks the file system
     return {
         "flags": flags,
         "data": {
@@ -82,7 +82,7 @@ def run_identity(accelerator: Accelerator, model: nn.Module, arguments: Argument
             "vision tower": _settings(llava.vision_tower.model.config),
         },
         "computation": _computation(accelerator, values),
-        "held out": held_out and {"questions": digest_of_questions(held_out[1]), "images": of_questions},
+        "held out": held_out and {"questions": question_digest(held_out[1]), "images": held_out_pictures},
     }
 
 
@@ -226,8 +226,8 @@ def _pictures_seen(
 ) -> tuple[list[dict], list[dict]]:
     """`picture_fingerprints` of a sample of the records and of the held-out questions."""
     names = [(index, name) for index in store.sample(has_image, PICTURES) for name in store.image_names(index)]
-    of_questions = [image for question in held_out[1] for image in question.images] if held_out else []
-    return picture_fingerprints(store, names), picture_fingerprints(held_out[0], of_questions) if held_out else []
+    held_out_pictures = [image for question in held_out[1] for image in question.images] if held_out else []
+    return picture_fingerprints(store, names), picture_fingerprints(held_out[0], held_out_pictures) if held_out else []
 
 
 def picture_fingerprints(store: RecordStore, images: Iterable[tuple[int, str]]) -> list[dict[str, list | None]]:
@@ -259,7 +259,7 @@ def _picture_fingerprint(folder: str | None, name: str) -> list | None:
         return None
 
 
-def digest_of_questions(questions: Sequence[Question]) -> str:
+def question_digest(questions: Sequence[Question]) -> str:
     """Return a digest of all that a held-out score depends on, besides pictures."""
     texts = [[q.input_ids.tolist(), q.tokens, q.answer, q.metric, [name for _, name in q.images]] for q in questions]
     return _digest(json.dumps(texts).encode())

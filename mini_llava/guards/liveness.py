@@ -25,7 +25,7 @@ PATIENCE = 30  # seconds within which all ranks reach rank 0
 KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}  # seconds, seconds, times: a minute in all
 OWN_MESSAGE = 6  # seconds for a rank to end with its own error: mostly all ranks have the same one
 
-HOW = {
+ENDINGS = {
     "killed": "has ended without finishing",
     "lost": "cannot be reached any more (its machine or the network is down)",
     "failed": "has ended with an error",
@@ -63,13 +63,13 @@ def watch_other_ranks(rank: int, world_size: int, exit_code: Callable[[], int] =
     threading.Thread(target=_watch, args=(exit_code,), name="liveness", daemon=True).start()
 
 
-def leave(how: str) -> None:
+def leave(ending: str) -> None:
     """Tell the others that this process ends, `finished` or `failed`, and stop watching them."""
     connections = list(_connections)
     _connections.clear()
     for connection in connections:
         with contextlib.suppress(OSError):  # it has ended before
-            _send(connection, {"how": how, **_me})
+            _send(connection, {"ending": ending, **_me})
 
 
 def wait_for_the_sentence() -> None:
@@ -123,7 +123,7 @@ def _watch(exit_code: Callable[[], int]) -> None:
     while selector.get_map():
         for key, _ in selector.select():
             notice = _next_notice(key.fileobj, key.data)
-            if notice["how"] != "finished":
+            if notice["ending"] != "finished":
                 if _me["rank"] == 0:  # the others are connected to this rank only
                     for connection in list(_connections):
                         with contextlib.suppress(OSError):
@@ -137,14 +137,14 @@ def _next_notice(connection: socket.socket, member: dict) -> dict:
     try:
         line = _read_line(connection)
     except TimeoutError:
-        return {"how": "lost", **member}
+        return {"ending": "lost", **member}
     except OSError:
         line = b""
-    return json.loads(line) if line else {"how": "killed", **member}
+    return json.loads(line) if line else {"ending": "killed", **member}
 
 
 def _end_with(notice: dict, exit_code: Callable[[], int]) -> None:
-    if notice["how"] == "failed":
+    if notice["ending"] == "failed":
         _has_no_sentence.wait(OWN_MESSAGE)
     if not _connections:  # this process has left
         return
@@ -152,9 +152,9 @@ def _end_with(notice: dict, exit_code: Callable[[], int]) -> None:
     sentence = f"train.py: rank {_me['rank']} ends because rank {notice['rank']} has."
     if _me["local_rank"] in (0, first_here):  # once a machine
         sentence = (
-            f"train.py: error: Rank {notice['rank']} (pid {notice['pid']} on {notice['host']}) {HOW[notice['how']]}; "
-            "this run ends. Its own message or its machine's system log (dmesg: out of memory?) says why; go on with "
-            "--resume_from_checkpoint latest."
+            f"train.py: error: Rank {notice['rank']} (pid {notice['pid']} on {notice['host']}) "
+            f"{ENDINGS[notice['ending']]}; this run ends. Its own message or its machine's system log (dmesg: out of "
+            "memory?) says why; go on with --resume_from_checkpoint latest."
         )
     say_before_the_end(sentence)
     flush_before_the_end()

@@ -74,7 +74,7 @@ def check_run(
     if training.lora_enable:
         yield from check_adapters(source.language_config, samples.new_tokens)
     plan = plan_of(arguments, source)
-    yield from check_steps(training, [part for part, how in plan.items() if how != "frozen"], order, lengths)
+    yield from check_steps(training, [part for part, method in plan.items() if method != "frozen"], order, lengths)
 
 
 def refusals(findings: Iterable[Finding], allowed: Iterable[str] = ()) -> list[str]:

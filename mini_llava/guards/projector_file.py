@@ -9,14 +9,14 @@ from ..errors import UserError
 from ..model.projector import find_projector, list_some, read_tensors
 
 
-def check_projector_file(projector: nn.Module, path: str | Path, beside: tuple[str, ...] = ()) -> None:
+def check_projector_file(projector: nn.Module, path: str | Path, others: tuple[str, ...] = ()) -> None:
     """Raise ValueError if `load_projector` would refuse the file; the sentence says which flag to look at."""
     path = find_projector(path)
     found: dict[str, torch.Tensor] = {}
     foreign = []
     for key, tensor in read_tensors(path).items():
         prefix, mark, name = key.rpartition("mm_projector.")
-        if beside and key.endswith(beside):
+        if others and key.endswith(others):
             continue
         if not mark or (prefix and not prefix.endswith(".")):
             foreign.append(key)

@@ -54,7 +54,7 @@ def build_projector(kind: str, vision_width: int, text_width: int) -> nn.Module:
     )
 
 
-def whole(parameter: torch.Tensor, modified: bool = False):
+def gathered(parameter: torch.Tensor, modified: bool = False):
     """Return a context in which a parameter that ZeRO-3 has partitioned is gathered; all ranks must enter it.
 
     modified: what rank 0 writes to it inside is kept, on all ranks.
@@ -87,7 +87,7 @@ def gathered_state_dict(
     """
     for name, parameter in named_parameters:
         tensor = None
-        with whole(parameter):
+        with gathered(parameter):
             if is_main_process():
                 target = dtype if dtype is not None and parameter.is_floating_point() else parameter.dtype
                 # copy=True: on a CPU the tensor would otherwise share memory that DeepSpeed frees on leaving the block.
@@ -100,7 +100,7 @@ def save_projector(
     projector: nn.Module,
     path: str | Path,
     dtype: torch.dtype | None = None,
-    beside: dict[str, torch.Tensor] | None = None,
+    others: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write LLaVA's `mm_projector.bin`: a dict of `model.mm_projector.0.weight` and so on, in `dtype` or as trained.
 
@@ -108,10 +108,10 @@ def save_projector(
 
     Args:
         path: the file, or a directory that gets `mm_projector.bin`.
-        beside: further parameters for the file, by their names there.
+        others: further parameters for the file, by their names there.
     """
     named = [(f"model.mm_projector.{name}", tensor) for name, tensor in projector.state_dict(keep_vars=True).items()]
-    weights = dict(gathered_state_dict([*named, *(beside or {}).items()], dtype))
+    weights = dict(gathered_state_dict([*named, *(others or {}).items()], dtype))
     if not is_main_process():
         return
     path = Path(path)
@@ -144,7 +144,7 @@ def find_projector(path: str | Path) -> Path:
     return path
 
 
-def load_projector(projector: nn.Module, path: str | Path, beside: tuple[str, ...] = ()) -> None:
+def load_projector(projector: nn.Module, path: str | Path, others: tuple[str, ...] = ()) -> None:
     """Copy the weights in `path` into `projector`, in place and in the projector's own dtype; all of them or none.
 
     Reads LLaVA's `mm_projector.bin`, a `.safetensors` file with the same names, or a directory that holds the former.
@@ -152,7 +152,7 @@ def load_projector(projector: nn.Module, path: str | Path, beside: tuple[str, ..
     before the model is handed to DeepSpeed, which leaves only slices to write to.
 
     Args:
-        beside: endings of names that may be in the file too and are left to the caller; others are an error.
+        others: endings of names that may be in the file too and are left to the caller; any more are an error.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -162,7 +162,7 @@ def load_projector(projector: nn.Module, path: str | Path, beside: tuple[str, ..
     if any(hasattr(parameter, "ds_id") for parameter in projector.parameters()):
         raise RuntimeError("load_projector must be called before the projector is partitioned by DeepSpeed ZeRO-3.")
     path = find_projector(path)
-    stored = {key: tensor for key, tensor in read_tensors(path).items() if not key.endswith(beside)}
+    stored = {key: tensor for key, tensor in read_tensors(path).items() if not key.endswith(others)}
     stored = {key.rpartition("mm_projector.")[2]: tensor for key, tensor in stored.items()}
     found, needed = ({name: list(tensor.shape) for name, tensor in t.items()} for t in (stored, projector.state_dict()))
     if found != needed:

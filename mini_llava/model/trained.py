@@ -37,7 +37,7 @@ def freeze_plan(flags: ModelArguments, lora_r: int | None = None, image_newline:
 
 def trained_in_full(plan: dict[str, str]) -> set[str]:
     """Return the parts whose own weights are trained."""
-    return {part for part, how in plan.items() if how == "full"}
+    return {part for part, training in plan.items() if training == "full"}
 
 
 def apply_plan(model: LlavaModel, plan: dict[str, str]) -> None:

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from ..model.projector import whole
+from ..model.projector import gathered
 from ..model.vision_tower import has_layers
 
 
@@ -25,7 +25,7 @@ def resize(model: nn.Module, image_size: int) -> None:
     model.config = resized
     for path, parameter in old.named_parameters():
         if "position_embedding" in path:
-            with whole(parameter), torch.no_grad():  # ZeRO-3 may have partitioned it
+            with gathered(parameter), torch.no_grad():  # ZeRO-3 may have partitioned it
                 in_fp32.get_parameter(path).copy_(parameter)
                 like = new.get_parameter(path)
                 tokens = torch.empty(1, *like.shape[-2:], device=like.device)  # only its shape is read

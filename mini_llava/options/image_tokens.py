@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.templates import IMAGE_MARK, Template
 from ..errors import UserError
 from ..model.llava import LlavaModel
-from ..model.projector import find_projector, read_tensors, whole
+from ..model.projector import find_projector, gathered, read_tensors
 
 PATCH_TOKEN, START_TOKEN, END_TOKEN = "<im_patch>", "<im_start>", "<im_end>"
 
@@ -68,7 +68,7 @@ def add_token_rows(
     for matrix, trained in zip(_matrices(language_model), was_trained, strict=True):
         if added:
             first = vocabulary - added
-            with whole(matrix, modified=True), torch.no_grad():
+            with gathered(matrix, modified=True), torch.no_grad():
                 matrix[first:vocabulary] = matrix[:first].float().mean(0).to(matrix.dtype)
         matrix.requires_grad_(trained)
     model.use_im_start_end, model.use_im_patch_token = marks
@@ -80,7 +80,7 @@ def add_token_rows(
         set_rows(model, read_rows(projector))
     if train_in:
         embeddings = _matrices(language_model)[0]
-        with whole(embeddings):
+        with gathered(embeddings):
             rows = embeddings[model.first_image_token :][:2].detach().to(train_in, copy=True)
         model.new_tokens = nn.Embedding.from_pretrained(rows, freeze=False)
 
@@ -88,7 +88,7 @@ def add_token_rows(
 def set_rows(model: LlavaModel, rows: torch.Tensor) -> None:
     """Set the word embeddings of `<im_start>` and `<im_end>`, [2, width]. Raises ValueError for another width."""
     embeddings = _matrices(model.language_model)[0]
-    with whole(embeddings, modified=True), torch.no_grad():
+    with gathered(embeddings, modified=True), torch.no_grad():
         place = embeddings[model.first_image_token :][:2]
         if place.shape != rows.shape:
             raise UserError(

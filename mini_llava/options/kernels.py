@@ -156,8 +156,8 @@ class _Forgotten:
         self.missing -= 1
         if self.missing:
             return None
-        whole, self.gradient, self.output = self.gradient.view(*shape, -1), None, None
-        return whole
+        total, self.gradient, self.output = self.gradient.view(*shape, -1), None, None
+        return total
 
 
 def _forgotten(norm: Callable, readers: int, hidden: torch.Tensor) -> torch.Tensor:

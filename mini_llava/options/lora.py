@@ -20,7 +20,7 @@ from ..formats.tokenizers import load_tokenizer
 from ..formats.weights import write_json
 from ..formats.write import Description, begin_directory, llava_config
 from ..model.llava import LlavaModel
-from ..model.projector import gathered_state_dict, is_main_process, list_some, read_tensors, whole
+from ..model.projector import gathered, gathered_state_dict, is_main_process, list_some, read_tensors
 from ..model.vision_tower import published_name
 from .image_tokens import add_token_rows, set_rows
 from .tiles import NEWLINE_KEY
@@ -127,7 +127,7 @@ def fingerprint(language_model: nn.Module) -> str:
     call it.
     """
     weight = language_model.get_input_embeddings().weight
-    with whole(weight):
+    with gathered(weight):
         rounded = weight.detach().to("cpu", torch.bfloat16).contiguous()
         return hashlib.sha256(rounded.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
 
@@ -135,7 +135,7 @@ def fingerprint(language_model: nn.Module) -> str:
 # ---------------------------------------------------------------------------------------------------------- writing
 
 
-def save_lora(directory: str | Path, model: LlavaModel, described: Description) -> str:
+def save_lora(directory: str | Path, model: LlavaModel, description: Description) -> str:
     """Write a LoRA run as LLaVA lays it out, whole without the run: adapter, projector, config and tokenizer.
 
     `adapter_model.safetensors` and `adapter_config.json` are PEFT's; `non_lora_trainables.bin` has the projector,
@@ -165,13 +165,13 @@ def save_lora(directory: str | Path, model: LlavaModel, described: Description) 
         with staged(directory) as staging:
             save_file(adapter_weights, staging / ADAPTER_FILES[0], metadata={"format": "pt"})
             torch.save(others, staging / OTHERS_FILE)
-            described.tokenizer.save_pretrained(staging)
+            description.tokenizer.save_pretrained(staging)
         # The full names: PEFT would keep the shortest endings that fit this language model, and apply them to the
         # tower too when they are read beside one.
         changed = {"target_modules": sorted(adapters(model.language_model)), "inference_mode": True}
         settings = {key: value for key, value in config.to_dict().items() if key in ADAPTER_SETTINGS}
         write_json(directory, ADAPTER_CONFIG, {**settings, "peft_type": "LORA", "task_type": "CAUSAL_LM", **changed})
-        llava = llava_config(model, described)
+        llava = llava_config(model, description)
         llava.pop("quantization_config", None)  # the adapters fit the unquantised model as well
         llava |= {
             "unfreeze_mm_vision_tower": bool(tower),
@@ -323,7 +323,7 @@ def _copy_all(file: Path, targets: dict[str, nn.Parameter], found: dict[str, tup
         if list(tensor.shape) != shape:
             raise UserError(f"{file}: {key} is {list(tensor.shape)}, but this model needs {shape}.")
     for name, parameter in targets.items():
-        with whole(parameter, modified=True):
+        with gathered(parameter, modified=True):
             parameter.copy_(found[name][1])
 
 

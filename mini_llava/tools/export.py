@@ -46,7 +46,7 @@ def export(
         model.use_im_start_end, model.use_im_patch_token = saved.image_tokens()
     else:
         model = saved.load(dtype)
-    described = write.Description(
+    description = write.Description(
         projector_type=saved.source.projector_type,
         vision_tower_name=saved.source.vision_tower,
         image_aspect_ratio=image_aspect_ratio or trained_with,
@@ -59,7 +59,7 @@ def export(
         include_vision_tower=save_vision_tower or saved.tower_is_own,
         dtype=dtype,
     )
-    return write.save_whole_model(directory, model, described)
+    return write.save_whole_model(directory, model, description)
 
 
 def check_empty(directory: Path, overwrite: bool) -> None:
@@ -99,8 +99,8 @@ def main(command_line: list[str] | None = None) -> None:
         for base in (given.source, saved.source.name):
             flags = ModelArguments(model_name_or_path=base, vision_tower=saved.source.vision_tower)
             write.check_may_be_written(given.directory, flags, given.export_format, saved.source.vision_config)
-        how = (given.export_format, given.dtype and DTYPES[given.dtype], given.image_aspect_ratio)
-        print(export(saved, given.directory, *how, given.save_vision_tower))
+        settings = (given.export_format, given.dtype and DTYPES[given.dtype], given.image_aspect_ratio)
+        print(export(saved, given.directory, *settings, given.save_vision_tower))
     except USER_ERRORS as error:
         sys.exit(f"export: error: {error}")
 

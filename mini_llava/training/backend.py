@@ -35,6 +35,71 @@ if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
+# --- A step, as the loop of train.py takes it ------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def micro_step(accelerator: Accelerator, model: nn.Module, is_last: bool) -> Iterator[None]:
+    """Run forward and backward of one micro-batch inside; the ranks' gradients are averaged with the last of a step.
+
+    DeepSpeed learns it from accelerate's flag (ZeRO-2 and ZeRO-3 refuse its own no_sync); DDP must know in forward.
+    """
+    accelerator.gradient_state._set_sync_gradients(is_last)
+    unsynchronised = not is_last and not is_deepspeed(accelerator) and hasattr(model, "no_sync")
+    with model.no_sync() if unsynchronised else contextlib.nullcontext():
+        yield
+
+
+def backward(accelerator: Accelerator, loss: torch.Tensor) -> None:
+    """Add the gradient of a loss, a scalar, to those before; under DeepSpeed the last one of a step clips and steps.
+
+    A loss that is not finite makes the whole gradient NaN: by itself an infinite loss may have a finite gradient, where
+    the target's logit is -inf.
+    """
+    accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
+
+
+def optimizer_step(
+    accelerator: Accelerator, optimizer: torch.optim.Optimizer, max_grad_norm: float
+) -> tuple[torch.Tensor | float, bool]:
+    """Clip the gradient and step, unless it is not finite; under DeepSpeed only say what the last backward did.
+
+    Returns:
+        The global gradient norm before clipping, on the device if the backend leaves it there (under DeepSpeed
+        meaningless if not finite); and whether it was finite, the same on all ranks. The host waits for the device.
+    """
+    if is_deepspeed(accelerator):  # it has clipped and stepped in the last backward, or silently skipped the step
+        return accelerator.deepspeed_engine_wrapped.engine.get_global_grad_norm(), not optimizer.step_was_skipped
+    accelerator.unscale_gradients(optimizer)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm if max_grad_norm > 0 else float("inf"))
+    finite = bool(norm.isfinite())
+    if finite or accelerator.scaler is not None:  # the scaler skips the step itself, and lowers the scale
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, finite
+
+
+def discard_gradients(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
+    """Set the accumulated gradients to zero, so that the next step is as if no backward had run before it."""
+    inner = optimizer.optimizer  # accelerate's own zero_grad does nothing between two steps, nor under DeepSpeed
+    inner.zero_grad(set_to_none=True)  # ZeRO-3 then overwrites with the next micro-batch instead of adding
+    if zero_stage(accelerator) == 2:  # as DeepSpeed does where it skips a step
+        inner.micro_step_id = -1
+        for sums in (inner.averaged_gradients, inner.all_grad_tensors):
+            sums.update(dict.fromkeys(sums))
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """Return the batch with its tensors on the device; the host does not wait."""
+    return {
+        key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for key, value in batch.items()
+    }
+
+
+# --- Processes, precision, DeepSpeed's settings -----------------------------------------------------------------------
+
+
 def launched_rank() -> tuple[int, int]:
     """Return rank and number of processes from the launcher's variables, before any process group exists."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -267,65 +332,6 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
-
-
-@contextlib.contextmanager
-def micro_step(accelerator: Accelerator, model: nn.Module, is_last: bool) -> Iterator[None]:
-    """Run forward and backward of one micro-batch inside; the ranks' gradients are averaged with the last of a step.
-
-    DeepSpeed learns it from accelerate's flag (ZeRO-2 and ZeRO-3 refuse its own no_sync); DDP must know in forward.
-    """
-    accelerator.gradient_state._set_sync_gradients(is_last)
-    unsynchronised = not is_last and not is_deepspeed(accelerator) and hasattr(model, "no_sync")
-    with model.no_sync() if unsynchronised else contextlib.nullcontext():
-        yield
-
-
-def backward(accelerator: Accelerator, loss: torch.Tensor) -> None:
-    """Add the gradient of a loss, a scalar, to those before; under DeepSpeed the last one of a step clips and steps.
-
-    A loss that is not finite makes the whole gradient NaN: by itself an infinite loss may have a finite gradient, where
-    the target's logit is -inf.
-    """
-    accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
-
-
-def optimizer_step(
-    accelerator: Accelerator, optimizer: torch.optim.Optimizer, max_grad_norm: float
-) -> tuple[torch.Tensor | float, bool]:
-    """Clip the gradient and step, unless it is not finite; under DeepSpeed only say what the last backward did.
-
-    Returns:
-        The global gradient norm before clipping, on the device if the backend leaves it there (under DeepSpeed
-        meaningless if not finite); and whether it was finite, the same on all ranks. The host waits for the device.
-    """
-    if is_deepspeed(accelerator):  # it has clipped and stepped in the last backward, or silently skipped the step
-        return accelerator.deepspeed_engine_wrapped.engine.get_global_grad_norm(), not optimizer.step_was_skipped
-    accelerator.unscale_gradients(optimizer)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm if max_grad_norm > 0 else float("inf"))
-    finite = bool(norm.isfinite())
-    if finite or accelerator.scaler is not None:  # the scaler skips the step itself, and lowers the scale
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm, finite
-
-
-def discard_gradients(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
-    """Set the accumulated gradients to zero, so that the next step is as if no backward had run before it."""
-    inner = optimizer.optimizer  # accelerate's own zero_grad does nothing between two steps, nor under DeepSpeed
-    inner.zero_grad(set_to_none=True)  # ZeRO-3 then overwrites with the next micro-batch instead of adding
-    if zero_stage(accelerator) == 2:  # as DeepSpeed does where it skips a step
-        inner.micro_step_id = -1
-        for sums in (inner.averaged_gradients, inner.all_grad_tensors):
-            sums.update(dict.fromkeys(sums))
-
-
-def to_device(batch: dict, device: torch.device) -> dict:
-    """Return the batch with its tensors on the device; the host does not wait."""
-    return {
-        key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for key, value in batch.items()
-    }
 
 
 def end_training(accelerator: Accelerator, model: nn.Module) -> None:

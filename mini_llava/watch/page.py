@@ -58,10 +58,10 @@ def draw(title: str, pictures: Sequence[np.ndarray], text: Sequence[tuple[str, s
 
 def _lines(text: Sequence[tuple], width: int) -> list[list[tuple]]:
     """Wrap pieces of text into lines: between words, at newlines, and within long words."""
-    lines, room = [[]], int(width / LETTER)
+    lines, columns = [[]], int(width / LETTER)
     for piece, *colours in text:
-        for word in re.findall(rf"\n|[^\S\n]+|\S{{1,{room // 2}}}", piece):
-            full = sum(_columns(word) for word, *_ in lines[-1]) + _columns(word) > room
+        for word in re.findall(rf"\n|[^\S\n]+|\S{{1,{columns // 2}}}", piece):
+            full = sum(_columns(word) for word, *_ in lines[-1]) + _columns(word) > columns
             if word == "\n" or full:
                 lines.append([])
             if word != "\n" and not (full and word.isspace()):

@@ -14,8 +14,8 @@ from mini_llava.guards.identity import (
     PICTURES,
     PIECE,
     differences,
-    digest_of_questions,
     picture_fingerprints,
+    question_digest,
     resume_notes,
 )
 
@@ -126,7 +126,7 @@ def test_held_out_questions_that_are_others_are_said_because_the_curves_do_not_t
     def held_out(answer: str) -> dict:
         question = Question(3, np.arange(4), [(3, "003.bmp")], "What?", answer, "exact_match", 9)
         pictures = picture_fingerprints(store_of(data), question.images)
-        return {"held out": {"questions": digest_of_questions([question]), "images": pictures}, "computation": {}}
+        return {"held out": {"questions": question_digest([question]), "images": pictures}, "computation": {}}
 
     was = held_out("this")
     if change == "a picture":
