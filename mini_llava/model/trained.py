@@ -45,7 +45,7 @@ def apply_plan(model: LlavaModel, plan: dict[str, str]) -> None:
 
     Where adapters were added, PEFT has already set it: adapters, and biases if they were asked for.
     """
-    unused = model.vision_tower.unused_parameters()
+    unused = model.vision_tower.unused_parameters() if plan["vision_tower"] == "full" else set()
     for part, module in model.named_children():
         if plan[part] not in ("full", "frozen"):
             continue

@@ -5,6 +5,7 @@ images, recomputed activations or unused logits.
 """
 
 import copy
+import functools
 
 import torch
 from accelerate import Accelerator
@@ -68,9 +69,13 @@ class FlopCounter:
         # 2 products of L x L x width, half of them masked; backward costs twice as much as forward.
         self.per_squared_length = 3 * 2 * text.num_attention_heads * head_size * text.num_hidden_layers
 
-        trained = any(weight.requires_grad for weight in tower.parameters())
-        self.per_image = (3 if trained else 1) * _tower_flops(tower)
-        self.per_image += tower.tokens_per_image * sum(_flops(weight, 2) for weight in _matrices(projector).values())
+        self._tower, self._tower_is_trained = tower, any(weight.requires_grad for weight in tower.parameters())
+        self._projector = tower.tokens_per_image * sum(_flops(weight, 2) for weight in _matrices(projector).values())
+
+    @functools.cached_property
+    def per_image(self) -> int:
+        """The operations for one image or tile. The tower runs on meta tensors for it, once, where it is asked for."""
+        return (3 if self._tower_is_trained else 1) * _tower_flops(self._tower) + self._projector
 
     def __call__(self, batch: MicroBatch) -> float:
         """Return the operations for a micro-batch of `collate` on the CPU."""

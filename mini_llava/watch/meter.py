@@ -84,7 +84,8 @@ class Meter:
         self.samples += work.samples
         self.tokens += work.tokens
         self.computed_tokens += sum(batch["input_ids"].numel() for batch in work.micro_batches)
-        self.flops += sum(map(self.flops_of, work.micro_batches))
+        if self.flops_of.peak:
+            self.flops += sum(map(self.flops_of, work.micro_batches))
         if self.parts:
             for batch, groups in zip(work.micro_batches, work.loss_groups, strict=True):
                 trained = groups[batch["targets"] != IGNORE_INDEX]
