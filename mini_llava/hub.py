@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import transformers
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers.utils import cached_file
@@ -62,7 +63,7 @@ def read_json(path: str | os.PathLike, name: str) -> dict:
 
 @contextmanager
 def foreign_code_refused(path: str | os.PathLike) -> Iterator[None]:
-    """Turn the refusal of transformers or torch to run code from `path` into a ValueError with one sentence.
+    """Turn the refusal of transformers or torch to read `path`, or to run its code, into a UserError.
 
     Every `from_pretrained` that could run code stands in here and is told `trust_remote_code` as True or False: with
     None transformers asks at the terminal.
@@ -74,9 +75,12 @@ def foreign_code_refused(path: str | os.PathLike) -> Iterator[None]:
             f"The weights in {path} are damaged, or a pickle of something other than tensors, which could run code "
             f"when read. They were not loaded; take .safetensors files."
         ) from error
+    except UserError:
+        raise
     except ValueError as error:
         if "trust_remote_code" not in str(error):
-            raise
+            reason = " ".join(str(error).split("\n\n")[0].split())
+            raise UserError(f"{path} cannot be read by transformers {transformers.__version__}: {reason}") from error
         raise UserError(
             f"{path} brings Python code of its own, which was not run. Read it, and if you trust it, allow it by "
             f"--trust_remote_code."

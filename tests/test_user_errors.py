@@ -8,6 +8,7 @@ import pytest
 import train
 from mini_llava.data.sampler import OrderError
 from mini_llava.errors import UserError
+from mini_llava.formats.read import read_language_config
 from mini_llava.guards.user_errors import USER_ERRORS
 from mini_llava.hub import read_json
 from tests.end_to_end.runs import flags_of
@@ -58,3 +59,10 @@ def test_a_damaged_configuration_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": ')
     with pytest.raises(UserError, match=r"config\.json is not valid JSON \(.*\)\. Fetch or write it again\."):
         read_json(tmp_path, "config.json")
+
+
+def test_a_model_that_transformers_does_not_know_is_a_sentence(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "of_tomorrow", "architectures": ["OfTomorrowForCausalLM"]}')
+    with pytest.raises(UserError, match=r"cannot be read by transformers [\d.]+: .*model type `of_tomorrow`") as error:
+        read_language_config(tmp_path)
+    assert "\n" not in str(error.value)
