@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import throughput  # noqa: E402
+from mini_llava.errors import UserError  # noqa: E402
 from mini_llava.tools import plan  # noqa: E402
 from mini_llava.tools.memory import GIB, Estimate  # noqa: E402
 from mini_llava.training import backend  # noqa: E402
@@ -57,11 +58,12 @@ def estimated(own: argparse.Namespace, planning: plan.PlanArguments, of_train: l
     if backend.launched_rank()[0] > 0:
         return None
     planned = plan.print_run(arguments, planning)
+    found = planned.estimate()
     try:
-        plan.print_memory(planned)
-    except ValueError as error:
+        plan.print_memory(planned, found)
+    except UserError as error:
         print(error)
-    return planned.estimate()
+    return found
 
 
 def row(name: str, found: Estimate, measured: float | None) -> dict:

@@ -268,7 +268,8 @@ def plan(arguments: Arguments, planning: PlanArguments) -> None:
     Raises:
         OSError, ValueError: as `print_run`, and a change to make where it does not fit.
     """
-    print_memory(print_run(arguments, planning))
+    planned = print_run(arguments, planning)
+    print_memory(planned, planned.estimate())
 
 
 def print_run(arguments: Arguments, planning: PlanArguments) -> Planned:
@@ -341,9 +342,9 @@ def _disk(planned: Planned, model: LlavaModel, steps: int) -> str:
     return f"Disk: {output_dir} needs {needs}; {free / 1e9:,.0f} GB are free here.{short}"
 
 
-def print_memory(planned: Planned) -> None:
-    """Print the memory by part. Raises ValueError with a change to make where it does not fit."""
-    found, memory = planned.estimate(), planned.layout.gpu_memory
+def print_memory(planned: Planned, found: Estimate) -> None:
+    """Print the memory by part, as `planned` needs it. Raises UserError with a change to make where it does not fit."""
+    memory = planned.layout.gpu_memory
     kernels = "Liger's kernels" if planned.fused else "no fused kernels (--use_liger_kernel True plans with them)"
     recomputed = f"{planned.share:.0%} of the layers recomputed" if planned.share else "nothing recomputed"
     print(f"\nMemory of each GPU, GiB, when most is in use ({recomputed}, {kernels}):")
