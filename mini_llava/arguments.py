@@ -444,7 +444,7 @@ def parse_arguments(command_line: list[str] | None = None) -> Arguments:
 
 
 def resolve(stage: int | None, command_line: dict, config_file: str | None = None) -> Arguments:
-    """Return the arguments of one run, whose stage may stand in the file. Raises ValueError with a sentence."""
+    """Return the arguments of one run, whose stage may stand in the file. Raises UserError with a sentence."""
     from_file = read_config(config_file) if config_file else {}
     of_file = from_file.pop("stage", None)
     stage = of_file if stage is None else stage
@@ -482,7 +482,7 @@ def _wants_demo(given: dict) -> bool:
 
 
 def read_config(path: str) -> dict:
-    """Read a `--config` file: flag names to values, checked like the command line. Raises ValueError, a sentence."""
+    """Read a `--config` file: flag names to values, checked like the command line. Raises UserError, a sentence."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -515,7 +515,7 @@ def parse_for_a_tool(command_line: list[str]) -> Arguments:
 
 
 def check_values(*parts) -> None:
-    """Raise ValueError for a value that is none of its field's choices, or has to be positive; each with a sentence.
+    """Raise UserError for a value that is none of its field's choices, or has to be positive; each with a sentence.
 
     parts: dataclasses of flags.
     """
@@ -533,7 +533,7 @@ def check_values(*parts) -> None:
 
 
 def _check_needs(arguments: Arguments) -> None:
-    """Raise ValueError for a flag that does nothing, because another one has not the value it needs."""
+    """Raise UserError for a flag that does nothing, because another one has not the value it needs."""
     values = arguments.as_dict()
     for f in flag_fields():
         other, needed = f.metadata.get("needs", (None, None))
@@ -546,7 +546,7 @@ def _check_needs(arguments: Arguments) -> None:
 
 
 def _check(arguments: Arguments) -> None:
-    """Raise ValueError, a sentence, for flags that are missing or contradict each other."""
+    """Raise UserError, a sentence, for flags that are missing or contradict each other."""
     values = arguments.as_dict()
     check_values(arguments.model, arguments.data, arguments.training)
     for name in ("model_name_or_path", "data_path", "version"):
@@ -661,7 +661,7 @@ def choices(name: str) -> tuple:
 
 
 def check_model_place(what: str, value: str | None) -> None:
-    """Raise ValueError for a path that is not a model's directory; a hub name is asked for when it is read.
+    """Raise UserError for a path that is not a model's directory; a hub name is asked for when it is read.
 
     what: the flag, for the sentence.
     """

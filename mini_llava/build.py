@@ -41,7 +41,7 @@ def build_model(
         new_tokens: how many tokens at the end of the tokenizer were added for LLaVA's image marks.
 
     Raises:
-        ValueError: flags, model and projector do not fit together; the sentence names them.
+        UserError: flags, model and projector do not fit together; the sentence names them.
     """
     model_flags, training = arguments.model, arguments.training
     plan = plan_of(arguments, source)

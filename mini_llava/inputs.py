@@ -28,7 +28,7 @@ def open_samples(arguments: Arguments, source: Source, cache_folder: str | os.Pa
         cache_folder: of the store's index, see `RecordStore`.
 
     Raises:
-        ValueError, OSError: a sentence about what the model, its tokenizer or the data cannot do.
+        UserError, OSError: a sentence about what the model, its tokenizer or the data cannot do.
     """
     model_flags, data_flags = arguments.model, arguments.data
     tiling = source.tiling

@@ -87,7 +87,7 @@ def pixel_values(image: Image.Image, processor: BaseImageProcessor, aspect_ratio
     """Return the pixels of an RGB image, resized and cropped, uint8 [3, H, W], for `normalise` to make floats of.
 
     `square`: the processor's own resize and centre crop, which cuts off what does not fit. `pad`: the image is first
-    centred on a square of the processor's mean colour, so that all of it is seen. Raises ValueError for another value.
+    centred on a square of the processor's mean colour, so that all of it is seen. Raises UserError for another value.
     """
     if aspect_ratio not in ASPECT_RATIOS:
         raise UserError(f"Unknown --image_aspect_ratio {aspect_ratio!r}. Known: {', '.join(ASPECT_RATIOS)}.")

@@ -175,7 +175,7 @@ class Evaluation:
         """Measure, write `log.jsonl` and `eval_samples.jsonl`, and feed the trackers, unless the log has this step.
 
         A collective. Returns False if the run ends within it: it was asked to stop, or an image cannot be opened any
-        more; `lockstep` knows which. Raises ValueError if memory runs out.
+        more; `lockstep` knows which. Raises UserError if memory runs out.
         """
         if not self.questions or step in self.evaluated:
             return True

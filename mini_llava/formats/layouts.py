@@ -69,7 +69,7 @@ IMAGE_TOKEN_FLAGS = ("mm_use_im_start_end", "mm_use_im_patch_token")
 
 
 def layout_of(name: str, config: dict) -> str:
-    """Return the layout of a `config.json`: "transformers", "llava" or "language_model". Raises ValueError."""
+    """Return the layout of a `config.json`: "transformers", "llava" or "language_model". Raises UserError."""
     model_type, architectures = config.get("model_type", ""), config.get("architectures") or []
     if "text_config" in config and "vision_config" in config:
         if model_type not in ("llava", "llava_next", "fast_vlm"):
@@ -83,7 +83,7 @@ def layout_of(name: str, config: dict) -> str:
 
 
 def tiles_in(name: str, config: dict) -> tuple[str | None, list | str | None]:
-    """Return merge type and pinpoints of a LLaVA configuration; None, None without tiles. Raises ValueError."""
+    """Return merge type and pinpoints of a LLaVA configuration; None, None without tiles. Raises UserError."""
     aspect_ratio, merge_type = str(config.get("image_aspect_ratio")), config.get("mm_patch_merge_type", "flat")
     if aspect_ratio == "anyres" and merge_type in MERGE_TYPES:
         return merge_type, config.get("image_grid_pinpoints")

@@ -73,7 +73,7 @@ class Source:
         vision_tower: where the tower and its image processor are to be found under a name of their own, or None.
         stored: part -> name in that part -> tensor, for the parts whose weights come from here; empty for a plain
             language model, which transformers reads by itself.
-        trust_remote_code: whether code that the models bring is run; if not, ValueError where it would be needed.
+        trust_remote_code: whether code that the models bring is run; if not, UserError where it would be needed.
         merge_type, pinpoints: of images in tiles, as in LLaVA-1.6's configuration; a merge type None: images are whole.
         resized_to: side of the pictures that the tower is made to take, pixels; None: those it was trained with.
     """
@@ -135,7 +135,7 @@ class Source:
         """Return this with the tiles of a run, from its flags and from a LLaVA model that has some.
 
         Raises:
-            ValueError: the flags contradict each other or the model.
+            UserError: the flags contradict each other or the model.
         """
         merge_type, aspect_ratio = model_flags.mm_patch_merge_type, data_flags.image_aspect_ratio
         if self.merge_type:
@@ -214,7 +214,7 @@ class Source:
             attn_implementation: None takes what transformers has for it, and eager if it caps scores.
 
         Raises:
-            ValueError: tensors are missing, unexpected or of another shape.
+            UserError: tensors are missing, unexpected or of another shape.
         """
         if attn_implementation is None and self.language_config.model_type in CAPPED:
             attn_implementation = "eager"  # some versions of transformers take sdpa, and leave the cap out unsaid
@@ -268,7 +268,7 @@ def open_source(model_flags, explicit: Iterable[str] = (), data_flags=None) -> S
         data_flags: the fields of `DataArguments`, which say whether images come in tiles; None: as the model says.
 
     Raises:
-        ValueError: a flag contradicts the model, or tensors are missing, unexpected or of another shape.
+        UserError: a flag contradicts the model, or tensors are missing, unexpected or of another shape.
         OSError: there is no such directory or hub name.
     """
     name = model_flags.model_name_or_path
@@ -347,7 +347,7 @@ def map_llava(source: Source) -> LlavaModel:
     For writing another layout with hardly any memory: a tensor is read when it is written.
 
     Raises:
-        ValueError: the source is a plain language model.
+        UserError: the source is a plain language model.
     """
     if source.layout == "language_model":
         raise UserError(f"{source.name} is a language model ({source.language_config.model_type}), no LLaVA model.")
@@ -563,7 +563,7 @@ def empty_language_model(language_config: PreTrainedConfig) -> nn.Module | None:
 
 
 def _check_weights(source: Source) -> None:
-    """Raise ValueError, naming file, tensor and both shapes, unless each part has all of its tensors and no other."""
+    """Raise UserError, naming file, tensor and both shapes, unless each part has all of its tensors and no other."""
     newline = source.stored.get("image_newline")
     if newline and source.merge_type != "spatial_unpad":
         raise UserError(

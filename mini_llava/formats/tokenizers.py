@@ -34,7 +34,7 @@ def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False) -> 
     LLaVA reads Llama tokenizers with transformers 4.37's slow class. transformers 5 rebuilds them without the blank
     before a text that itself begins with a blank, such as the text after a question that is only an image; and from a
     `tokenizer.model` alone it orders the merges by id, not by score. Here they are rebuilt exactly, `legacy` included,
-    as fast tokenizers that stay exact when AutoTokenizer loads them. Others are loaded unchanged. Raises ValueError
+    as fast tokenizers that stay exact when AutoTokenizer loads them. Others are loaded unchanged. Raises UserError
     for code that is not trusted, and for a `tokenizer.model` that cannot be read or rebuilt exactly.
     """
     config = read_json(path, "tokenizer_config.json")
@@ -194,7 +194,7 @@ def _add_tokens(backend: Tokenizer, path: str | os.PathLike, config: dict, keep_
     """Add the special and added tokens of a tokenizer's configuration, and its begin and end tokens.
 
     keep_post_processor: the backend has begin and end tokens; the configuration replaces them only if it names them.
-    Raises ValueError for an added token whose id is not the next one.
+    Raises UserError for an added token whose id is not the next one.
     """
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     for key, default in special.items():
@@ -256,7 +256,7 @@ def _marks(pre_tokenizer: dict | None) -> dict | None:
 def _read_sentencepiece(file: str) -> tuple[Tokenizer, bool]:
     """Build the BPE of a SentencePiece `tokenizer.model`; return whether it puts a blank before a text, too.
 
-    Raises ValueError if the file cannot be read or its tokenization cannot be rebuilt exactly.
+    Raises UserError if the file cannot be read or its tokenization cannot be rebuilt exactly.
     """
     try:
         from google.protobuf.message import DecodeError

@@ -35,7 +35,7 @@ def load_vision_config(path: str, trust_remote_code: bool = False) -> PreTrained
     """Return a vision tower's configuration, or that of the vision part of a contrastive, LLaVA or FastVLM model.
 
     Raises:
-        ValueError: it is none of `KINDS`, or it needs timm, which cannot be imported.
+        UserError: it is none of `KINDS`, or it needs timm, which cannot be imported.
         OSError: there is no such tower, or the hub cannot be reached.
     """
     if FASTVITHD.fullmatch(path):
@@ -69,7 +69,7 @@ def load_vision_tower(
 ) -> VisionTower:
     """Read a tower, of its own or in a contrastive model, from a directory or hub name.
 
-    Raises ValueError for missing weights, which transformers would initialize with a warning.
+    Raises UserError for missing weights, which transformers would initialize with a warning.
     """
     config = load_vision_config(path, trust_remote_code)
     with foreign_code_refused(path):
@@ -86,7 +86,7 @@ def load_vision_tower(
 
 
 def tower_image_processor(path: str) -> BaseImageProcessor:
-    """Return the image processor of a tower or model, folder or hub name. Raises OSError or ValueError without one."""
+    """Return the image processor of a tower or model, folder or hub name. Raises OSError or UserError without one."""
     apple = FASTVITHD.fullmatch(path)
     written = {} if apple else read_json(path, "config.json")
     if named := written.get("mm_vision_tower"):
@@ -138,7 +138,7 @@ def tower_inside(path: str, vision_config: PreTrainedConfig) -> dict[str, dict[s
 
 
 def check_same_tower(name: str, vision_config: PreTrainedConfig, tower: str) -> bool:
-    """Return whether the tower inside a model has been resized; raise ValueError if `tower` is another one."""
+    """Return whether the tower inside a model has been resized; raise UserError if `tower` is another one."""
     other = load_vision_config(tower)
     for key in SHAPE_OF_A_TOWER:
         theirs, ours = getattr(other, key, None), getattr(vision_config, key, None)
@@ -170,7 +170,7 @@ def load_image_processor(path: str | os.PathLike) -> BaseImageProcessor:
 
     Chosen by the class name in the settings, CLIP's old feature extractor included: AutoImageProcessor would take the
     torchvision version where it is installed, whose pixels differ slightly, and in some versions demands it. Code from
-    the folder is never run. Raises ValueError if there is no PIL version.
+    the folder is never run. Raises UserError if there is no PIL version.
     """
     settings, _ = BaseImageProcessor.get_image_processor_dict(path)
     name = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "none"

@@ -99,7 +99,7 @@ def save_projector_only(directory: str | Path, model: LlavaModel, description: D
 def check_may_be_written(
     directory: str | Path, model_flags=None, export_format: str = "transformers", vision_config=None
 ) -> None:
-    """Raise ValueError if saving here would overwrite a model that is not LLaVA's, such as the language model itself.
+    """Raise UserError if saving here would overwrite a model that is not LLaVA's, such as the language model itself.
 
     Given the run's flags, before the first step, also if the result would overwrite what the run starts from, or if the
     layout cannot hold this model.
@@ -183,7 +183,7 @@ def save_transformers(
         shard_bytes: size of one weight file, and of what the main process holds in memory.
 
     Raises:
-        ValueError: the layout cannot express this model, or the directory holds another kind of model.
+        UserError: the layout cannot express this model, or the directory holds another kind of model.
     """
     tower, dtype, template = model.vision_tower, description.dtype, description.template
     if reason := why_not_transformers(description.projector_type, model):

@@ -24,7 +24,7 @@ from .output_folder import check_nothing_is_replaced, check_place
 
 
 def check_files(arguments: Arguments, weights: bool = True) -> None:
-    """Raise OSError or ValueError, a sentence that names the flag, for a file or folder to read that is not there.
+    """Raise OSError or UserError, a sentence that names the flag, for a file or folder to read that is not there.
 
     weights: whether those of an earlier stage are looked for too; a plan may be made before that stage has run.
     """
@@ -45,7 +45,7 @@ def check_what_a_run_needs(arguments: Arguments) -> None:
 
     Raises:
         OSError: `--output_dir` cannot be written.
-        ValueError: a package is missing, or the launcher has started fewer processes than it was asked for.
+        UserError: a package is missing, or the launcher has started fewer processes than it was asked for.
     """
     training = arguments.training
     check_launch(os.environ)
@@ -69,7 +69,7 @@ def check_output(output_dir: Path, resume_from_checkpoint: str | None) -> None:
 
 
 def check_launch(environment) -> None:
-    """Raise ValueError if `accelerate launch` was asked for several processes and has started one.
+    """Raise UserError if `accelerate launch` was asked for several processes and has started one.
 
     Without GPUs it does so silently, unless told to use MPI: the address for the others is then all that is left.
     """
@@ -86,7 +86,7 @@ def check_launch(environment) -> None:
 
 
 def check_tracker(report_to: str) -> None:
-    """Raise ValueError if a tracker is not installed or unknown."""
+    """Raise UserError if a tracker is not installed or unknown."""
     installed = [str(tracker) for tracker in get_available_trackers()]
     if report_to not in ("none", "all", *installed):
         # accelerate leaves out a tracker whose package is missing, and logs that at level DEBUG only.

@@ -87,7 +87,7 @@ def refusals(findings: Iterable[Finding], allowed: Iterable[str] = ()) -> list[s
 
 
 def report(findings: Iterable[Finding], allowed: Iterable[str] | None = None) -> list[str]:
-    """Return a line for each finding. Raises ValueError with those that end the run."""
+    """Return a line for each finding. Raises UserError with those that end the run."""
     findings = list(findings)
     if refused := refusals(findings, allowed or ()):
         raise UserError("\n".join(refused))

@@ -10,7 +10,7 @@ from ..model.projector import find_projector, list_some, read_tensors
 
 
 def check_projector_file(projector: nn.Module, path: str | Path, others: tuple[str, ...] = ()) -> None:
-    """Raise ValueError if `load_projector` would refuse the file; the sentence says which flag to look at."""
+    """Raise UserError if `load_projector` would refuse the file; the sentence says which flag to look at."""
     path = find_projector(path)
     found: dict[str, torch.Tensor] = {}
     foreign = []

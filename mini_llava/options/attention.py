@@ -39,7 +39,7 @@ def choose_attention(
     """Return the `attn_implementation` to load the language model with; None: transformers' own for this family.
 
     Raises:
-        ValueError: the request cannot run here, or this family of models cannot be packed.
+        UserError: the request cannot run here, or this family of models cannot be packed.
     """
     if packing and model_type not in PACKABLE:
         raise UserError(
@@ -73,6 +73,6 @@ def choose_attention(
 
 
 def check_flash_attention(requested: str | None) -> None:
-    """Raise ValueError if FlashAttention 2 is asked for and not installed."""
+    """Raise UserError if FlashAttention 2 is asked for and not installed."""
     if requested == "flash_attention_2" and not is_flash_attn_2_available():
         raise UserError("--attn_implementation flash_attention_2: the package flash-attn is not installed.")

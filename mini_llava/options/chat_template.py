@@ -24,7 +24,7 @@ TODAY = datetime.date(2024, 7, 26)
 def find_template(name: str, tokenizer: PreTrainedTokenizerBase) -> "Template | ChatTemplate":
     """Return a published template, or with the name `chat_template` the one that the tokenizer brings.
 
-    Raises ValueError for an unknown name, and if the tokenizer's cannot be trained with.
+    Raises UserError for an unknown name, and if the tokenizer's cannot be trained with.
     """
     return own_template(tokenizer) if name == CHAT_TEMPLATE else get_template(name)
 

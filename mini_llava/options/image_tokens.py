@@ -86,7 +86,7 @@ def add_token_rows(
 
 
 def set_rows(model: LlavaModel, rows: torch.Tensor) -> None:
-    """Set the word embeddings of `<im_start>` and `<im_end>`, [2, width]. Raises ValueError for another width."""
+    """Set the word embeddings of `<im_start>` and `<im_end>`, [2, width]. Raises UserError for another width."""
     embeddings = _matrices(model.language_model)[0]
     with gathered(embeddings, modified=True), torch.no_grad():
         place = embeddings[model.first_image_token :][:2]

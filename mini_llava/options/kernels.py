@@ -24,7 +24,7 @@ FUSABLE = ("llama", "mistral", "qwen2", "qwen3")
 def choose_fused_kernels(requested: bool | None, model_type: str, device: torch.device) -> bool:
     """Return whether to use the kernels: as requested, by default wherever they run.
 
-    Raises ValueError if they are requested and cannot run here.
+    Raises UserError if they are requested and cannot run here.
     """
     installed = importlib.util.find_spec("liger_kernel") is not None
     if requested is None:
@@ -40,7 +40,7 @@ def choose_fused_kernels(requested: bool | None, model_type: str, device: torch.
 
 
 def check_liger_kernel(requested: bool | None) -> None:
-    """Raise ValueError if the kernels are requested and not installed."""
+    """Raise UserError if the kernels are requested and not installed."""
     if requested and importlib.util.find_spec("liger_kernel") is None:
         raise UserError("--use_liger_kernel True: the package is not installed; pip install liger-kernel.")
 

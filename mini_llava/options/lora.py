@@ -102,7 +102,7 @@ def adapters(language_model: nn.Module) -> dict[str, nn.Module]:
 def merge_lora(model: LlavaModel, dtype: torch.dtype) -> LlavaModel:
     """Add each adapter's product to its weight, in fp32, and casts the whole model once; the model is changed.
 
-    Raises ValueError for a quantised language model: merge into the one that it was quantised from.
+    Raises UserError for a quantised language model: merge into the one that it was quantised from.
     """
     for name, layer in adapters(model.language_model).items():
         base = layer.get_base_layer()
@@ -198,7 +198,7 @@ def base_of(directory: str | Path) -> str:
 def load_lora(model: LlavaModel, directory: str | Path, dtype: torch.dtype) -> None:
     """Add the adapters of a LoRA directory to `model`, its base, and reads projector and tower from there.
 
-    Raises ValueError or FileNotFoundError for anything missing, surplus or of another shape, and if `model` is not the
+    Raises UserError or FileNotFoundError for anything missing, surplus or of another shape, and if `model` is not the
     base that the directory belongs to; the model is of no use then.
     """
     from peft import LoraConfig
@@ -225,7 +225,7 @@ def load_lora(model: LlavaModel, directory: str | Path, dtype: torch.dtype) -> N
 def start_from(model: LlavaModel, directory: str | Path) -> None:
     """Fill the adapters that `model` got from `add_lora`, its projector and its tower from a LoRA directory.
 
-    Before the model is handed to DeepSpeed. Raises ValueError as `load_lora` does, and for another rank or alpha.
+    Before the model is handed to DeepSpeed. Raises UserError as `load_lora` does, and for another rank or alpha.
     """
     directory = Path(directory)
     _check_base(model, directory)
@@ -291,7 +291,7 @@ def _fill(model: LlavaModel, directory: Path) -> None:
 
 
 def _check_base(model: LlavaModel, directory: Path) -> None:
-    """Raise ValueError naming the first differences between the base at hand and the one of the directory."""
+    """Raise UserError naming the first differences between the base at hand and the one of the directory."""
     theirs, mine = _read_json(directory, "config.json"), model.language_model.config.to_dict()
     keys = ["hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"]
     added = ("mm_use_im_start_end", "mm_use_im_patch_token", "added_tokens")

@@ -11,7 +11,7 @@ from ..training.backend import compute_dtype, zero_stage
 
 
 def check_bitsandbytes(bits: int) -> None:
-    """Raise ValueError if weights are to be quantised and the package is not installed."""
+    """Raise UserError if weights are to be quantised and the package is not installed."""
     if bits != 16 and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"--bits {bits} needs the package bitsandbytes: pip install bitsandbytes.")
 
@@ -20,7 +20,7 @@ def quantisation(accelerator: Accelerator, bits: int, double_quant: bool, quant_
     """Return what `from_pretrained` needs to read the language model in 4 or 8 bits; nothing for 16.
 
     Raises:
-        ValueError: bitsandbytes is not installed.
+        UserError: bitsandbytes is not installed.
     """
     if bits == 16:
         return {}

@@ -133,7 +133,7 @@ def choose_tiling(
         pinpoints: pairs of width and height, or such a list as text; None: LLaVA-1.6's, in tiles of this tower.
 
     Raises:
-        ValueError: the tower's features do not form a square, or a value makes no sense.
+        UserError: the tower's features do not form a square, or a value makes no sense.
     """
     grid = math.isqrt(tokens_per_tile)
     if grid**2 != tokens_per_tile:
@@ -147,7 +147,7 @@ def choose_tiling(
 
 
 def read_pinpoints(value: str | Sequence) -> tuple[tuple[int, int], ...]:
-    """Return the pairs of `[(336, 672), (672, 336)]`, a list or its text. Raises ValueError."""
+    """Return the pairs of `[(336, 672), (672, 336)]`, a list or its text. Raises UserError."""
     try:
         pairs = ast.literal_eval(value) if isinstance(value, str) else value
         pinpoints = tuple((width, height) for width, height in pairs)
@@ -174,7 +174,7 @@ class ImageNewline(nn.Module):
 
     @torch.no_grad()
     def load_beside_projector(self, path: str | Path) -> None:
-        """Read the newline from a projector's file, if it has one. Raises ValueError for another width."""
+        """Read the newline from a projector's file, if it has one. Raises UserError for another width."""
         path = find_projector(path)
         for key, tensor in read_tensors(path).items():
             if key.endswith(NEWLINE_KEY):

@@ -70,7 +70,7 @@ class Columns:
 def choose_columns(names: Sequence[str], asked: Columns) -> Columns:
     """Return the columns that flags name, and otherwise the first known one, in any case.
 
-    Without a known image column, `image_1`, `image_2`, ... have the images. Raises ValueError, with the columns of the
+    Without a known image column, `image_1`, `image_2`, ... have the images. Raises UserError, with the columns of the
     file, if one is missing or ambiguous.
     """
     for flag, name in (("text", asked.text), *(("image", name) for name in asked.image), ("id", asked.id)):
@@ -96,7 +96,7 @@ def choose_columns(names: Sequence[str], asked: Columns) -> Columns:
 
 
 def _known(names: Sequence[str], known: Sequence[str], flag: str) -> str | None:
-    """Return the column that is first among the known ones. Raises ValueError if two differ in case alone."""
+    """Return the column that is first among the known ones. Raises UserError if two differ in case alone."""
     for wanted in known:
         found = [name for name in names if name.lower() == wanted]
         if len(found) > 1:
@@ -120,7 +120,7 @@ def by_number(name: str) -> tuple:
 
 
 def input_files(source: Path, split: str | None) -> list[Path]:
-    """Return a source's files: itself, or those of a directory. Raises ValueError if the split is ambiguous."""
+    """Return a source's files: itself, or those of a directory. Raises UserError if the split is ambiguous."""
     if split and (source.is_file() or (source / "state.json").is_file()):
         raise UserError(f"{source} has no splits, so --split {split} says nothing about it.")
     if _is_data(source):
@@ -170,7 +170,7 @@ def _split_of(path: Path) -> str | None:
 
 
 def _only(source: Path, splits: list[str], split: str | None) -> str:
-    """Return the requested split, or the only one. Raises ValueError."""
+    """Return the requested split, or the only one. Raises UserError."""
     if split is None and len(splits) == 1:
         return splits[0]
     if split in splits:
@@ -180,7 +180,7 @@ def _only(source: Path, splits: list[str], split: str | None) -> str:
 
 
 def read_entries(path: Path, asked: Columns) -> Iterator[tuple[str, dict | BadEntry]]:
-    """Yield name and columns, or the fault, of each entry of a file. Raises ValueError if the file is damaged."""
+    """Yield name and columns, or the fault, of each entry of a file. Raises UserError if the file is damaged."""
     reader = read_archive if path.name.lower().endswith(ARCHIVES) else read_table
     try:
         yield from reader(path, asked)

@@ -35,7 +35,7 @@ def export(
         image_aspect_ratio: what the images were trained with; None takes what the directory says.
 
     Raises:
-        ValueError: the layout asked for has no place for the model.
+        UserError: the layout asked for has no place for the model.
     """
     trained_with = saved.image_aspect_ratio()
     if image_aspect_ratio != trained_with and "anyres" in (image_aspect_ratio, trained_with) and image_aspect_ratio:

@@ -205,7 +205,7 @@ def read_layout(planning: PlanArguments, training: TrainingArguments, explicit: 
     """Return what `--accelerate_config` or the launcher says, for the GPUs of `--num_gpus` and `--gpu_memory_gib`.
 
     Raises:
-        ValueError: the file is none of accelerate's, or asks for something that is not supported.
+        UserError: the file is none of accelerate's, or asks for something that is not supported.
     """
     if planning.gpu_memory_gib is not None:
         memory = planning.gpu_memory_gib * GIB
@@ -266,7 +266,7 @@ def plan(arguments: Arguments, planning: PlanArguments) -> None:
     """Print the plan of a run. Nothing is written but the lengths of records, into their cache.
 
     Raises:
-        OSError, ValueError: as `print_run`, and a change to make where it does not fit.
+        OSError, UserError: as `print_run`, and a change to make where it does not fit.
     """
     planned = print_run(arguments, planning)
     print_memory(planned, planned.estimate())
@@ -277,7 +277,7 @@ def print_run(arguments: Arguments, planning: PlanArguments) -> Planned:
 
     Raises:
         OSError: a file that the flags name is not there.
-        ValueError: its parts do not belong together; the sentence names what to change.
+        UserError: its parts do not belong together; the sentence names what to change.
     """
     flags.check_values(planning)
     training, output_dir = arguments.training, Path(arguments.training.output_dir)

@@ -114,7 +114,7 @@ def open_saved(
         version: the conversation template, instead of the recorded one.
 
     Raises:
-        ValueError: the directory holds no LLaVA model, or what it holds does not fit together.
+        UserError: the directory holds no LLaVA model, or what it holds does not fit together.
         OSError: a directory or file is missing.
     """
     if directory.startswith(("/", ".", "~")) and not Path(directory).is_dir():

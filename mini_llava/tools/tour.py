@@ -41,7 +41,7 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
     """Print all steps for the records of these numbers, or for the first one with an image and the one behind it.
 
     Raises:
-        ValueError: as `train.py` does, with sentences.
+        UserError: as `train.py` does, with sentences.
     """
     # --- As train.py sets up -----------------------------------------------------------------------------------------
     if arguments.is_demo:

@@ -108,7 +108,7 @@ def launched_rank() -> tuple[int, int]:
 def choose_precision(bf16: bool, fp16: bool, explicit: set[str]) -> str:
     """Return `bf16`, `fp16` or `no`: that of accelerate's config, else that of the flags.
 
-    A bare `accelerate launch` exports `no` as well, so `no` counts as not set. Raises ValueError for a contradiction.
+    A bare `accelerate launch` exports `no` as well, so `no` counts as not set. Raises UserError for a contradiction.
     """
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     wanted = "bf16" if bf16 else "fp16" if fp16 else "no"
@@ -128,7 +128,7 @@ def start(arguments: Arguments) -> Accelerator:
     """Start the process group and accelerate, in the precision and with the trackers that the flags ask for.
 
     Raises:
-        ValueError: flags, accelerate's config and the launch contradict each other.
+        UserError: flags, accelerate's config and the launch contradict each other.
     """
     training = arguments.training
     precision = choose_precision(training.bf16, training.fp16, arguments.explicit)
@@ -167,7 +167,7 @@ def build_accelerator(precision: str, max_grad_norm: float, report_to: str, outp
 
 
 def _check_it_is_what_was_launched(accelerator: Accelerator, wants_deepspeed: bool) -> None:
-    """Raise ValueError where accelerate silently made something else of the launch."""
+    """Raise UserError where accelerate silently made something else of the launch."""
     if wants_deepspeed and not is_deepspeed(accelerator):
         raise UserError(
             "The accelerate config asks for DeepSpeed, but accelerate leaves it out when it is told to use the CPU: "
@@ -179,7 +179,7 @@ def _check_it_is_what_was_launched(accelerator: Accelerator, wants_deepspeed: bo
 
 
 def complete_deepspeed_config(config: dict, precision: str, max_grad_norm: float) -> None:
-    """Set what the loop decides, in place. Raises ValueError where the file contradicts it."""
+    """Set what the loop decides, in place. Raises UserError where the file contradicts it."""
     for key in ("optimizer", "scheduler"):
         if key in config:
             # LLaVA's zero3_offload.json has both, and silently replaces parameter groups and cosine by them.
@@ -203,7 +203,7 @@ def complete_deepspeed_config(config: dict, precision: str, max_grad_norm: float
 
 
 def complete_zero(zero: dict, gpu_memory: float | None) -> None:
-    """Fill what a `zero_optimization` leaves open, in place. Raises ValueError for a stage that is not supported.
+    """Fill what a `zero_optimization` leaves open, in place. Raises UserError for a stage that is not supported.
 
     gpu_memory: bytes of one GPU; None on CPUs.
     """

@@ -53,7 +53,7 @@ class Order:
 
 
 def choose_order(arguments: Arguments, store: RecordStore, lengths: Lengths, ranks: int) -> Order:
-    """Return the order that the flags ask for, on so many ranks. Raises ValueError where they contradict each other."""
+    """Return the order that the flags ask for, on so many ranks. Raises UserError where they contradict each other."""
     training, data_flags = arguments.training, arguments.data
     global_batch_size, micro_batches, note = choose_batch(arguments, ranks)
     sampler = GlobalBatchSampler(

@@ -11,7 +11,7 @@ PARTS_AT_MOST = 6  # lines in one panel
 
 
 def draw_curves(log: Path, file: Path) -> None:
-    """Draw a log.jsonl as a PNG. Raises ValueError if it has no entry with a loss, ImportError without matplotlib."""
+    """Draw a log.jsonl as a PNG. Raises UserError if it has no entry with a loss, ImportError without matplotlib."""
     from matplotlib.colors import TABLEAU_COLORS  # takes a second to import
     from matplotlib.figure import Figure  # without pyplot no display is needed
 

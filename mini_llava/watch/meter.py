@@ -34,8 +34,8 @@ def loss_parts(sources: Sequence[str], has_image: Sequence[bool]) -> dict[str, l
 class Meter:
     """Loss, tokens, samples, arithmetic and memory of finished steps against a clock that can be paused.
 
-    The clock stands still while the run evaluates or saves, so that the throughput is that of training alone. Sums stay
-    on the device; only `read` waits for it.
+    The clock stands still while the run evaluates, saves or takes norms, so that the throughput is that of training
+    alone. Sums stay on the device; only `read` waits for it.
     """
 
     def __init__(self, accelerator: Accelerator, flops, parts: dict[str, list[int]] | None = None):

@@ -47,7 +47,7 @@ def write_summary(output_dir: Path, logging_steps: int, pauses: dict[str, float]
 def summarise(entries: Sequence[dict], logging_steps: int, pauses: dict[str, float]) -> dict:
     """Return steps, samples, tokens, seconds by what they were spent on, losses, and the best held-out values.
 
-    Raises ValueError if the log has no entry of a step.
+    Raises UserError if the log has no entry of a step.
     """
     steps = [entry for entry in entries if "seconds_per_step" in entry]
     if not steps:
