@@ -3,6 +3,9 @@
 import copy
 import functools
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from mini_llava.options import float8
 from mini_llava.options.float8 import choose_float8, quantise, swiglu, swiglu_backward, use_float8
 from mini_llava.options.kernels import FUSABLE, forget_outputs_of_norms, make_mlps_keep_less
+from tests.launching import ROOT
 
 VALUE, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
 # Rounding to nearest changes a value by half a step at most: 2^-4 of it in e4m3 (3 bits of mantissa), 2^-3 in e5m2.
@@ -254,6 +258,9 @@ def test_no_more_is_kept_for_backward_than_in_bf16():
     assert kept_bytes(in_float8(model)) == kept_bytes(together) == kept_bytes(saving) + scales
     assert kept_bytes(saving) < kept_bytes(model)
 
+    ids = torch.randint(0, 64, (2, 17))
+    assert all(map(torch.equal, gradients(together, ids), gradients(in_float8(model), ids)))
+
 
 @pytest.mark.slow
 def test_a_model_learns_as_it_does_in_bf16():
@@ -329,3 +336,12 @@ def test_kernels_give_what_plain_torch_gives(rows):
             assert torch.equal(a, b)
         else:  # the exponential is another one: a value beside the middle of two of float8 may go to either
             assert ((a - b).abs() <= b.abs() / 4 + 1e-6 * b.abs().max()).all() and (a != b).float().mean() < 0.01
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_layer_runs():
+    sizes = ["--device", "cpu", "--positions", "20", "--hidden", "64", "--intermediate", "176"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "float8_layers.py"), *sizes]
+    run = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "The kernels give what plain torch gives." in run.stdout and "times as fast" in run.stdout
