@@ -2,16 +2,17 @@
 
 Every matrix is rounded with one scale for all of it, taken from its largest magnitude at each use ("tensorwise,
 dynamic"): e4m3 (3 bits of mantissa) for inputs and weights, e5m2 (2 bits, wider range) for gradients (Micikevicius et
-al. 2022, "FP8 formats for deep learning"). Sums are made and results come out in higher precision. The rounding errors
-of a product of length K are independent, so they are small beside their sum; they would not be small in
+al. 2022, "FP8 formats for deep learning"). Products are summed and returned in higher precision: each of their terms is
+off by some 4 %, independently, so the sum is off by 4 % of a random sum's size. What stays in higher precision:
 
-- the head and the embeddings: the loss depends on differences between logits, and a rare word on few rows;
-- norms, rotary embeddings, attention, residuals: sums and exponentials, where memory and not arithmetic takes the time;
-- the vision tower and the projector: 4 % of the arithmetic;
-- LoRA's adapters: products too short to gain anything. Their frozen layers do compute in float8.
+- the head and the embeddings: an error of a logit is one of the loss, and is not averaged out by layers behind;
+- norms, rotary embeddings, attention, residuals: they are not matrices times weights, and errors in the residual stream
+  would reach all layers;
+- the vision tower and the projector: little arithmetic, so nothing to gain;
+- LoRA's adapters: their products are too short to gain anything. The frozen layers beside them compute in float8.
 
 Masters, gradients of weights and the optimizer keep their dtypes. Without gradients (evaluation, generation) the
-layers compute as they did before: that is the model which gets saved.
+layers compute as they did before: that is the model which gets saved, and a single row of float8 would be slower.
 
 GPUs take both operands of a float8 product with the summed dimension contiguous, so backward needs transposed copies.
 What is quantised together, because the same layers read it or the same product sums it, is one matrix with one scale:
@@ -35,8 +36,8 @@ from transformers import PreTrainedModel
 from .kernels import FUSABLE, READERS
 
 VALUE, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
-# Tensor cores add float8 products with some 14 bits; without this cuBLAS moves the sums to fp32 every few steps. The
-# error of gradients adds up over the layers, so they are worth it.
+# Fast: the tensor cores' own sums, which have some 14 bits on Hopper. Otherwise cuBLAS adds them up in fp32 every few
+# steps, which is slower; gradients, which have passed many layers, and go on to more, get that.
 FAST_FORWARD, FAST_BACKWARD = True, False
 # A matrix of zeros gets the scale of this, so that nothing is divided by 0.
 SMALLEST = 2.0**-100
