@@ -437,9 +437,10 @@ if triton is not None:
 
     @triton.jit
     def _write_columns(output, values, rows, columns, height, width, stride):
+        # Transposed before they are rounded: Triton 3.6 gives wrong values for some layouts of 8 bits on Hopper.
         at = columns.to(tl.int64)[:, None] * stride + rows[None, :]
         inside = (columns[:, None] < width) & (rows[None, :] < height)
-        tl.store(output + at, tl.trans(values), mask=inside)
+        tl.store(output + at, tl.trans(values).to(output.dtype.element_ty), mask=inside)
 
     @triton.jit(do_not_specialize=["height"])
     def _cast_kernel(
@@ -466,8 +467,7 @@ if triton is not None:
             rounded = values.to(by_rows.dtype.element_ty)
             tl.store(by_rows + start * rows_stride + columns[None, :], rounded, mask=inside)
         if COLUMNS:
-            rounded = values.to(by_columns.dtype.element_ty)
-            _write_columns(by_columns, rounded, rows, columns, padded, width, columns_stride)
+            _write_columns(by_columns, values, rows, columns, padded, width, columns_stride)
 
     @triton.jit(do_not_specialize=["height"])
     def _swiglu_kernel(
@@ -524,13 +524,11 @@ if triton is not None:
         of_up = of_product * silu
         if WRITE:
             factor = tl.div_rn(1.0, tl.load(largest_or_scale))
-            of_gate = (of_gate * factor).to(by_rows.dtype.element_ty)
-            of_up = (of_up * factor).to(by_rows.dtype.element_ty)
-            tl.store(by_rows + at, of_gate, mask=inside)
-            tl.store(by_rows + at + width, of_up, mask=inside)
+            of_gate, of_up = of_gate * factor, of_up * factor
+            tl.store(by_rows + at, of_gate.to(by_rows.dtype.element_ty), mask=inside)
+            tl.store(by_rows + at + width, of_up.to(by_rows.dtype.element_ty), mask=inside)
             if TRAINED:
                 product = silu * up * tl.div_rn(1.0, tl.load(product_scale))
-                product = product.to(product_by_columns.dtype.element_ty)
                 _write_columns(by_columns, of_gate, rows, columns, padded, width, padded)
                 up_columns = by_columns + width.to(tl.int64) * padded
                 _write_columns(up_columns, of_up, rows, columns, padded, width, padded)
