@@ -15,6 +15,7 @@ from .model.llava import LlavaModel
 from .model.trained import apply_plan, freeze_plan, numel, trained_in_full
 from .options import lora
 from .options.attention import choose_attention
+from .options.float8 import choose_float8, use_float8
 from .options.image_tokens import add_token_rows
 from .options.kernels import choose_fused_kernels, use_fused_kernels
 from .options.quantisation import quantisation
@@ -74,6 +75,8 @@ def build_model(
     apply_plan(model, plan)
     if choose_fused_kernels(training.use_liger_kernel, model.language_model.config.model_type, accelerator.device):
         use_fused_kernels(model.language_model)
+    if choose_float8(training.fp8, model.language_model.config.model_type, accelerator.device):
+        use_float8(model.language_model)
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable(training.gradient_checkpointing_share)
     return model, plan
