@@ -2,9 +2,10 @@
 
     python benchmarks/loss_distance.py --directory /tmp/distance --shape 7b --layers 4
 
-Three trainings on one device, same weights, samples and order: fp32, plain bf16 (padded batches, transformers' own
-modules and SDPA, logits of all positions), and bf16 with everything on. The whole language model is trained from random
-weights, on words with the frequencies of a language, so that the loss falls from log(32,000) at once.
+Trainings on one device, same weights, samples and order: fp32, plain bf16 (padded batches, transformers' own modules
+and SDPA, logits of all positions), bf16 with everything on, and that with `--fp8 True` on GPUs that have float8. The
+whole language model is trained from random weights, on words with the frequencies of a language, so that the loss falls
+from log(32,000) at once.
 """
 
 import argparse
@@ -30,6 +31,9 @@ RUNS = {
     "bf16, plain": ["--bf16", "True", *PLAIN],
     "bf16, everything on": ["--bf16", "True"],
 }
+WANTED = {"bf16, everything on": 1.5, "float8, everything on": 2.0}  # at most, times plain bf16's distance
+if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9):
+    RUNS["float8, everything on"] = ["--bf16", "True", "--fp8", "True"]
 
 
 def main() -> None:
@@ -65,11 +69,14 @@ def main() -> None:
     report(curves, own.steps)
 
 
-def report(curves: dict[str, list[float]], steps: int) -> float:
-    """Prints each run's loss at the first and last step and its distance to fp32; returns the ratio of the distances.
+def report(curves: dict[str, list[float]], steps: int) -> dict[str, float]:
+    """Print each run's loss at the first and last step and its distance to fp32.
 
     Args:
-        curves: losses of all steps, one seed after the other, of fp32, plain bf16 and bf16 with everything on.
+        curves: losses of all steps, one seed after the other; the first two are fp32's and plain bf16's.
+
+    Returns:
+        Name of each of the others -> its distance, as a multiple of plain bf16's.
     """
     exact = next(iter(curves.values()))
     distances = {}
@@ -79,13 +86,17 @@ def report(curves: dict[str, list[float]], steps: int) -> float:
         distances[name] = math.sqrt(sum(difference**2 for difference in differences) / len(differences))
         shown = f"{distances[name]:.2e} | {max(differences):.2e}"
         print(f"| {name} | {losses[0]:.4f} | {losses[steps - 1]:.4f} | {shown} |")
-    _, plain, everything = distances.values()
+    _, (_, plain), *others = distances.items()
+    ratios = {name: distance / plain for name, distance in others}
+    print()
+    for name, ratio in ratios.items():
+        print(
+            f"{name}: the distance is {ratio:.2f} times that of plain bf16 (RMS over {len(exact)} steps; wanted: at "
+            f"most {WANTED[name]})."
+        )
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(
-        f"\nWith everything on the distance is {everything / plain:.2f} times that of plain bf16 (RMS over "
-        f"{len(exact)} steps; wanted: at most 1.5).\n{machine}; {versions()}"
-    )
-    return everything / plain
+    print(f"{machine}; {versions()}")
+    return ratios
 
 
 if __name__ == "__main__":

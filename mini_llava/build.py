@@ -46,6 +46,7 @@ def build_model(
     """
     model_flags, training = arguments.model, arguments.training
     plan = plan_of(arguments, source)
+    in_float8 = choose_float8(training.fp8, source.language_config.model_type, accelerator.device)
     model = load_llava(
         source,
         choose_attention(
@@ -75,7 +76,7 @@ def build_model(
     apply_plan(model, plan)
     if choose_fused_kernels(training.use_liger_kernel, model.language_model.config.model_type, accelerator.device):
         use_fused_kernels(model.language_model)
-    if choose_float8(training.fp8, model.language_model.config.model_type, accelerator.device):
+    if in_float8:
         use_float8(model.language_model)
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable(training.gradient_checkpointing_share)

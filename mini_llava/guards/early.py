@@ -16,6 +16,7 @@ from ..data.records import check_data_files
 from ..errors import UserError
 from ..model.projector import find_projector
 from ..options.attention import check_flash_attention
+from ..options.float8 import check_float8
 from ..options.kernels import check_liger_kernel
 from ..options.lora import find_adapter
 from ..options.quantisation import check_bitsandbytes
@@ -53,6 +54,7 @@ def check_what_a_run_needs(arguments: Arguments) -> None:
     check_tracker(training.report_to)
     check_bitsandbytes(training.bits)
     check_liger_kernel(training.use_liger_kernel)
+    check_float8(training.fp8, training.bits)
     check_flash_attention(arguments.model.attn_implementation)
     check_place(Path(training.output_dir))
 

@@ -44,8 +44,10 @@ FAST_FORWARD, FAST_BACKWARD = True, False
 SMALLEST = 2.0**-100
 
 
-def check_float8(requested: bool) -> None:
-    """Raise UserError if float8 is asked for and the GPU here has none."""
+def check_float8(requested: bool, bits: int = 16) -> None:
+    """Raise UserError if float8 is asked for and the GPUs here have none, or the layers are quantised already."""
+    if requested and bits != 16:
+        raise UserError(f"--fp8 True: with --bits {bits} the linear layers' weights have {bits} bits; leave out one.")
     if not requested or not torch.cuda.is_available():
         return
     if torch.version.cuda is None:
@@ -58,11 +60,7 @@ def check_float8(requested: bool) -> None:
 
 
 def choose_float8(requested: bool, model_type: str, device: torch.device) -> bool:
-    """Return whether to compute in float8: if it was asked for.
-
-    Raises:
-        UserError: it was asked for and cannot run here.
-    """
+    """Return whether to compute in float8: if it was asked for. Raises UserError if it was and cannot run here."""
     check_float8(requested)
     if requested and device.type != "cuda":
         raise UserError(f"--fp8 True: float8 needs a GPU, this process computes on {device.type}.")

@@ -16,7 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PretrainedConfig
 
 from ..data.collator import MicroBatch
 from ..guards.longest import Shape
@@ -243,6 +243,16 @@ def weigh_step(model: LlavaModel, layout: Layout, shape: Shape, several: bool, f
                 loss.backward()
             del loss
     return {label: float(size) for label, size in scale.at_peak.items() if size > 0}
+
+
+def float8_copies(config: PretrainedConfig, shape: Shape) -> float:
+    """Return the bytes that the backward of one MLP in float8 has beside what bf16's has: its copies, one byte each.
+
+    Those are the gradients of gate and up, by rows and by columns, and their product, less what Liger's kernels have in
+    bf16; the MLP's input and gradient; its three weights.
+    """
+    width, inner = config.hidden_size, config.intermediate_size
+    return 3.0 * (shape.tokens * (inner + width) + inner * width)
 
 
 def kept_of_a_picture(tower: VisionTower) -> float:

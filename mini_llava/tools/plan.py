@@ -46,7 +46,7 @@ from ..training.optimizer import parameter_groups
 from ..training.order import Order, choose_order
 from ..watch.flops import PEAK_FLOPS, FlopCounter
 from ..words import counted
-from .memory import GIB, Estimate, Layout, estimate, kept_of_a_picture, lasting_parts
+from .memory import GIB, Estimate, Layout, estimate, float8_copies, kept_of_a_picture, lasting_parts
 
 MEASURED_AT_MOST = 2000  # records, where the lengths of all are not in the cache
 CARD_OF_80_GB = 79 * GIB
@@ -107,9 +107,11 @@ class Planned:
     def estimate(self, tokens: int | None = None) -> Estimate:
         """Return the memory it needs, with its longest micro-batch or one of so many tokens."""
         shape = self.longest.shape if tokens is None else self.longest.shape.of_tokens(tokens)
-        bits = self.arguments.training.bits
-        several = self.longest.several or tokens is not None
-        return estimate(self.model()[0], self.layout, shape, several, self.fused, bits)
+        training, several = self.arguments.training, self.longest.several or tokens is not None
+        found = estimate(self.model()[0], self.layout, shape, several, self.fused, training.bits)
+        if training.fp8:
+            found.parts["float8 copies of an MLP"] = float8_copies(self.source.language_config, shape)
+        return found
 
     def first_change(self, limit: float) -> str | None:
         """Return the change that costs least speed of those that make it fit `limit` bytes; None if none does."""

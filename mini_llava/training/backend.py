@@ -194,6 +194,8 @@ def complete_deepspeed_config(config: dict, precision: str, max_grad_norm: float
     config["train_micro_batch_size_per_gpu"] = 1  # required, but unused: DeepSpeed never makes a batch here
     config["gradient_accumulation_steps"] = 1
     config["zero_allow_untested_optimizer"] = True
+    # Its clock, which nothing here reads, has the host wait for the device before every forward.
+    config.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
     # Gradients accumulate in fp32: the default is the model's dtype, and bf16 sums lose what is 256 times smaller.
     config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
@@ -248,7 +250,22 @@ def prepare(
                     set_z3_leaf_module(module, True)
     model, optimizer = accelerator.prepare(model, optimizer)
     create_moments(accelerator, optimizer)
+    zero = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"] if is_deepspeed(accelerator) else {}
+    overlaps = accelerator.device.type == "cuda" and zero.get("stage") == 3 and zero["overlap_comm"]
+    if overlaps and not is_offloaded(accelerator):  # a CPU's optimizer reads what the stream copies: the host must wait
+        optimizer.optimizer.reduce_and_partition_stream = _WaitedForByTheDevice()
     return model, optimizer
+
+
+class _WaitedForByTheDevice(torch.cuda.Stream):  # pragma: no cover, needs a GPU
+    """Stream on which ZeRO-3 reduces gradients; what comes after them waits on the device.
+
+    At the end of each backward DeepSpeed has the host wait for it. The GPU then has nothing to do until the host has
+    prepared the next micro-batch and called the hooks of its first layers.
+    """
+
+    def synchronize(self) -> None:
+        torch.cuda.current_stream().wait_stream(self)
 
 
 def inner_optimizer(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from mini_llava.errors import UserError
 from mini_llava.options import float8
-from mini_llava.options.float8 import choose_float8, quantise, swiglu, swiglu_backward, use_float8
+from mini_llava.options.float8 import check_float8, choose_float8, quantise, swiglu, swiglu_backward, use_float8
 from mini_llava.options.kernels import FUSABLE, forget_outputs_of_norms, make_mlps_keep_less
 from tests.launching import ROOT
 
@@ -304,6 +304,11 @@ def test_it_is_used_where_it_was_asked_for_and_refused_where_it_cannot_run(monke
         choose_float8(True, "llama", cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert choose_float8(True, "llama", cuda) is True
+
+
+def test_float8_of_quantised_layers_is_refused_before_anything_is_read():
+    with pytest.raises(UserError, match="--fp8 True: with --bits 4 the linear layers' weights have 4 bits"):
+        check_float8(True, bits=4)
 
 
 def test_a_model_without_layers_in_16_bits_is_refused():

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from deepspeed.utils.config import get_timers_config
 
 from mini_llava.training import backend
 from tests.end_to_end.runs import flags_of
@@ -37,6 +38,16 @@ def test_a_deepspeed_config_that_would_replace_the_recipe_is_refused(entry, sent
     config = {"zero_optimization": {"stage": 3}} | entry
     with pytest.raises(ValueError, match=sentence):
         backend.complete_deepspeed_config(config, "bf16", 1.0)
+
+
+def test_deepspeeds_clock_is_off_unless_a_config_asks_for_it():
+    """It has the host wait for the device before every forward, and nothing reads it."""
+    clocks = []
+    for timers in ({}, {"timers": {"throughput": {"enabled": True}}}):
+        config = {"zero_optimization": {"stage": 3}} | timers
+        backend.complete_deepspeed_config(config, "bf16", 1.0)
+        clocks.append(get_timers_config(config).enabled)
+    assert clocks == [False, True]
 
 
 FIRST_TENSOR = """
