@@ -66,7 +66,28 @@ def choose_float8(requested: bool, model_type: str, device: torch.device) -> boo
         raise UserError(f"--fp8 True: float8 needs a GPU, this process computes on {device.type}.")
     if requested and model_type not in FUSABLE:
         raise UserError(f"--fp8 True: known for models of type {', '.join(FUSABLE)}, but this one is {model_type!r}.")
+    if requested:
+        check_copies(device)
     return requested
+
+
+def check_copies(device: torch.device) -> None:
+    """Raise UserError if the compiler here gives the transposed copy of a matrix other values than the one by rows.
+
+    ptxas 12.9 did on Hopper, in a quarter of the values (triton-lang/triton issue 11111); see `_write_columns`.
+    """
+    numbers, pairs = torch.Generator(device).manual_seed(0), []
+    for dtype in (torch.bfloat16, torch.float32):
+        matrix = torch.randn(256, 208, generator=numbers, device=device, dtype=dtype)
+        pairs += [quantise([matrix], to, columns=True) for to in (VALUE, GRADIENT)]
+    inner, gradient = matrix.bfloat16(), matrix[:, :104].bfloat16().contiguous()
+    pairs.append(swiglu_backward(inner, gradient, swiglu(inner).scale, columns=True)[0])
+    for rows, columns, _ in pairs:
+        if not torch.equal(rows.view(torch.uint8).t(), columns.view(torch.uint8)):
+            raise UserError(
+                f"--fp8 True: Triton {triton.__version__} compiles options/float8.py wrongly for this GPU: transposed "
+                "copies differ from the ones by rows. Leave out --fp8, or try another version of Triton."
+            )
 
 
 def use_float8(language_model: PreTrainedModel) -> None:
@@ -436,9 +457,9 @@ if triton is not None:
 
     @triton.jit
     def _write_columns(output, values, rows, columns, height, width, stride):
-        # Of values that nothing else stores: where a tile is also written by rows, Triton 3.6 on Hopper merges the two
-        # roundings and writes a quarter of the transposed ones wrong. So the scale is loaded again for these, by a
-        # volatile load, whose value the compiler cannot take for that of the first.
+        # Of values that nothing else stores: where the same ones are also written by rows, ptxas 12.9 on Hopper gets a
+        # quarter of the transposed ones wrong (`check_copies`). So the scale is loaded again for these, by a volatile
+        # load, whose value the compiler cannot take for that of the first.
         at = columns.to(tl.int64)[:, None] * stride + rows[None, :]
         inside = (columns[:, None] < width) & (rows[None, :] < height)
         tl.store(output + at, tl.trans(values).to(output.dtype.element_ty), mask=inside)

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -17,7 +18,15 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from mini_llava.errors import UserError
 from mini_llava.options import float8
-from mini_llava.options.float8 import check_float8, choose_float8, quantise, swiglu, swiglu_backward, use_float8
+from mini_llava.options.float8 import (
+    check_copies,
+    check_float8,
+    choose_float8,
+    quantise,
+    swiglu,
+    swiglu_backward,
+    use_float8,
+)
 from mini_llava.options.kernels import FUSABLE, forget_outputs_of_norms, make_mlps_keep_less
 from tests.launching import ROOT
 
@@ -292,7 +301,6 @@ def test_it_is_used_where_it_was_asked_for_and_refused_where_it_cannot_run(monke
         choose_float8(True, "llama", cpu)
     with pytest.raises(UserError, match=r"--fp8 True: .*'gpt_neox'"):
         choose_float8(True, "gpt_neox", cuda)
-    assert choose_float8(True, "llama", cuda) is True
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
@@ -303,7 +311,23 @@ def test_it_is_used_where_it_was_asked_for_and_refused_where_it_cannot_run(monke
     with pytest.raises(UserError, match="NVIDIA A100 does not multiply float8"):
         choose_float8(True, "llama", cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert choose_float8(True, "llama", cuda) is True
+    check_float8(True)
+
+
+def test_copies_that_differ_end_with_a_sentence(monkeypatch):
+    cpu = torch.device("cpu")
+    check_copies(cpu)
+    right = float8.cast
+
+    def wrong(matrix, scale, rows, columns):  # as ptxas 12.9 has it
+        right(matrix, scale, rows, columns)
+        if columns is not None:
+            columns.view(torch.uint8)[::4] = 0
+
+    monkeypatch.setattr(float8, "cast", wrong)
+    monkeypatch.setattr(float8, "triton", types.SimpleNamespace(__version__="3.6.0"), raising=False)
+    with pytest.raises(UserError, match=r"Triton 3.6.0 compiles options/float8.py wrongly for this GPU"):
+        check_copies(cpu)
 
 
 def test_float8_of_quantised_layers_is_refused_before_anything_is_read():
