@@ -3,7 +3,8 @@
     python benchmarks/random_setup.py --directory /tmp/bench --shape 7b --records 2560
 
 Speed does not depend on what the weights know, but it does on their not being zeros, and on real files: pictures are
-decoded from JPEG and weights read from safetensors, as in training. The tokenizer knows 32,000 words, one token each.
+decoded from JPEG and weights read from safetensors, as in training. The tokenizer has one token for each of its words,
+as many as the language model has rows, of which the records use the first 32,000.
 """
 
 import argparse
@@ -24,6 +25,11 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 
 VOCABULARY = 32_000
@@ -32,10 +38,19 @@ LANGUAGE_MODELS = {
     "7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
     "13b": dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40),
 }
+QWEN2_HALF_B = dict(  # Qwen2-0.5B
+    **dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14),
+    **dict(num_key_value_heads=2, vocab_size=151_936, tie_word_embeddings=True, rope_theta=1e6),
+)
+SHAPES = (*LANGUAGE_MODELS, "0.5b")
 CLIP_L_336 = dict(
     hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336
 )
 TINY_CLIP = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2, image_size=56)
+SIGLIP_B_512 = dict(
+    **dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12),
+    **dict(image_size=512, patch_size=16),
+)
 TEMPLATE_TOKENS, TEMPLATE_TOKENS_A_ROUND = 23, 3  # of v1: the system prompt; roles and end of an answer
 PICTURES, PICTURE_SIZE = 512, (640, 480)  # the pixels of a COCO photograph
 
@@ -43,23 +58,32 @@ PICTURES, PICTURE_SIZE = 512, (640, 480)  # the pixels of a COCO photograph
 def make_models(directory: Path, shape: str, layers: int | None = None) -> None:
     """Writes `language_model` and `vision_tower`: weights in bf16, made where there is a GPU on it.
 
+    `shape`: tiny, 7b and 13b are Llama's with CLIP-L/14-336, 0.5b is Qwen2's with SigLIP-B/16-512.
     `layers`: of the language model, if not as many as that shape has.
     """
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    changed = dict(max_position_embeddings=4096) | ({"num_hidden_layers": layers} if layers else {})
+    if shape == "0.5b":
+        language_model = Qwen2ForCausalLM, Qwen2Config(**QWEN2_HALF_B | changed)
+        vision_tower = SiglipVisionModel, SiglipVisionConfig(**SIGLIP_B_512)
+        size = vision_tower[1].image_size
+        image_processor = SiglipImageProcessorPil(size={"height": size, "width": size})
+    else:
+        language_model = LlamaForCausalLM, LlamaConfig(vocab_size=VOCABULARY, **LANGUAGE_MODELS[shape] | changed)
+        vision = TINY_CLIP if shape == "tiny" else CLIP_L_336
+        vision_tower = CLIPVisionModel, CLIPVisionConfig(patch_size=14, **vision)
+        size = vision["image_size"]
+        image_processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
-        settings = LANGUAGE_MODELS[shape] | ({"num_hidden_layers": layers} if layers else {})
-        config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=4096, **settings)
-        LlamaForCausalLM(config).save_pretrained(directory / "language_model", max_shard_size="2GB")
-        vision = TINY_CLIP if shape == "tiny" else CLIP_L_336
-        CLIPVisionModel(CLIPVisionConfig(patch_size=14, **vision)).save_pretrained(directory / "vision_tower")
+        for folder, (model, config) in (("language_model", language_model), ("vision_tower", vision_tower)):
+            model(config).save_pretrained(directory / folder, max_shard_size="2GB")
     torch.set_default_dtype(torch.float32)
-    size = vision["image_size"]
-    CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size).save_pretrained(directory / "vision_tower")
+    image_processor.save_pretrained(directory / "vision_tower")
 
     special = ["<unk>", "<s>", "</s>"]
-    words = special + [f"w{number}" for number in range(VOCABULARY - len(special))]
+    words = special + [f"w{number}" for number in range(language_model[1].vocab_size - len(special))]
     tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(
@@ -124,7 +148,7 @@ def _picture(number: int, directory: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, required=True)
-    parser.add_argument("--shape", choices=LANGUAGE_MODELS, default="7b")
+    parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--layers", type=int, help="of the language model, default the shape's")
     parser.add_argument("--records", type=int, default=2560)
     arguments = parser.parse_args()
