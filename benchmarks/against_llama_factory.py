@@ -43,7 +43,7 @@ PACKAGES = (
     *("fsspec==2025.3.0", "fire==0.7.1", "termcolor==3.3.0", "omegaconf==2.3.0", "torchdata==0.11.0"),
     "antlr4-python3-runtime==4.9.3",
 )
-ANY_VERSION = ("torchvision", "torchaudio", "pandas", "xxhash", "requests", "aiohttp", "httpx", "scipy")
+ANY_VERSION = ("torchaudio", "pandas", "xxhash", "requests", "httpx")  # the environment's own
 SHOWN = ("name", "samples", "tokens", "mfu_6n", "memory", "seconds", "steps")
 
 
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--warmup_steps", type=int, default=2, help="not measured")
     parser.add_argument("--segments", type=int, default=3, help="of each start")
     parser.add_argument("--steps_per_segment", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=1, help="how often each contender is started, in turns")
+    parser.add_argument("--rounds", type=int, default=1, help="starts of each contender, in turns; 0 only prepares")
     parser.add_argument(
         "--ours", action="append", default=[], help="flags of train.py for one more contender, in one word"
     )
@@ -99,7 +99,8 @@ def main() -> None:
             for part in measured:
                 values = row(name, part, own.num_processes)
                 print(f"{values['samples']} samples/s, {values['tokens']:,} tokens/s a GPU", flush=True)
-    report(segments, own.num_processes, own.table)
+    if own.rounds:
+        report(segments, own.num_processes, own.table)
     if failed := [name for name, measured in segments.items() if not measured]:
         sys.exit(f"against_llama_factory.py: error: no run of {failed[0]!r} came to its end, see above.")
 
@@ -108,14 +109,8 @@ def our_command(own: argparse.Namespace, tree: Path, flags: list[str]) -> list:
     """Launches `throughput.py` of a tree of this project; --output_dir is still to come."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", own.config_file.resolve()]
     launcher += ["--num_processes", own.num_processes, "--main_process_port", free_port()]
-    program = [
-        tree / "benchmarks" / "throughput.py",
-        "--table",
-        own.setup / "against.jsonl",
-        "--warmup_steps",
-        own.warmup_steps,
-    ]
-    return [*launcher, *program, *shared_flags(own), *flags]
+    program = [tree / "benchmarks" / "throughput.py", "--table", own.setup / "against.jsonl"]
+    return [*launcher, *program, "--warmup_steps", own.warmup_steps, *shared_flags(own), *flags]
 
 
 def peer_command(own: argparse.Namespace, more: list[str]) -> list:
@@ -141,16 +136,16 @@ def install(site: Path, wheels: Path | None) -> None:
     """Puts LLaMA-Factory's packages into a folder, from PyPI or from wheels, once; the versions are looked at."""
     if not (site / "llamafactory").exists():
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", site]
-        if wheels:
-            packages = ["--no-index", *sorted(wheels.glob("*.whl"))]
-        else:
-            packages = [*PACKAGES, *(name for name in ANY_VERSION if importlib.util.find_spec(name) is None)]
+        packages = ["--no-index", *sorted(wheels.glob("*.whl"))] if wheels else PACKAGES
         subprocess.run(list(map(str, [*pip, *packages])), check=True)
     installed = importlib.metadata.distributions(path=[str(site)])
     found = {part.metadata["Name"].lower().replace("_", "-"): part.version for part in installed}
     for name, version in (package.split("==") for package in PACKAGES):
         if found.get(name) != version:
             sys.exit(f"against_llama_factory.py: error: {site} has {name} {found.get(name)}, not {version}.")
+    if missing := [name for name in ANY_VERSION if not ((site / name).exists() or importlib.util.find_spec(name))]:
+        found = f"LLaMA-Factory imports {', '.join(missing)} too, which this environment lacks"
+        sys.exit(f"against_llama_factory.py: error: {found}: pip install {' '.join(missing)} (torchaudio as torch).")
     if not any(importlib.metadata.distributions(name="flash-attn")):
         (site / "flash_attn").mkdir(exist_ok=True)
         shutil.copy(ROOT / "benchmarks" / "flash_attn_by_torch.py", site / "flash_attn" / "__init__.py")
@@ -211,12 +206,14 @@ def report(segments: dict[str, list[list[dict]]], devices: int, table: Path) -> 
         for values in theirs:
             share = float(medians["ours"]["mfu_6n"].rstrip("%")) * values["tokens"] / medians["ours"]["tokens"]
             values["mfu_6n"] = f"{share:.1f}%"
-    base = max(theirs or medians.values(), key=lambda values: values["tokens"], default=None)
+    if not medians:
+        return {}
+    base = max(theirs or medians.values(), key=lambda values: values["tokens"])
     print("\n| " + " | ".join(COLUMNS[key] for key in SHOWN) + " | ratio |\n|" + "---|" * (len(SHOWN) + 1))
     for values in medians.values():
         ratio = values["tokens"] / base["tokens"]
         print("| " + " | ".join(str(values[key]) for key in SHOWN) + f" | {ratio:.2f} |")
-    print(f"\nRatio: tokens over those of {base['name']!r}." if base else "No run came to its end.")
+    print(f"\nRatio: tokens over those of {base['name']!r}.")
     for name, measured in rows.items():
         loss = statistics.fmean(step["loss"] for part in segments[name] for step in part)
         each = ", ".join(f"{values['tokens']:,}" for values in measured)

@@ -124,8 +124,9 @@ def read_by_its_program(module: str, words: list[str], monkeypatch) -> list[str]
         given, unknown = original(self, args, namespace)
         if inspect.currentframe().f_back.f_code.co_name == "parse_args":
             assert not unknown, f"{module} does not know {unknown}"
-        of_train = [word for name in ("ours", "trainers") for word in shlex.split(getattr(given, name, ""))]
-        raise Parsed([*unknown, *of_train])
+        given = [getattr(given, name, "") for name in ("ours", "trainers")]  # a text, or a list if it may be repeated
+        texts = [text for value in given for text in ([value] if isinstance(value, str) else value)]
+        raise Parsed([*unknown, *(word for text in texts for word in shlex.split(text))])
 
     main = importlib.import_module(module).main
     with monkeypatch.context() as patch:
