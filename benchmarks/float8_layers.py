@@ -44,12 +44,12 @@ def milliseconds(run: Callable[[], object], repeats: int = 10) -> float:
     return statistics.median(times[3:])
 
 
-def check_kernels(device: torch.device) -> None:
-    """Compare the kernels with the same in plain torch, on the CPU; print how many values differ."""
+def check_kernels(device: torch.device, rows: int = 1000) -> None:
+    """Compare the kernels with the same in plain torch, on the CPU, for matrices of so many rows."""
     torch.manual_seed(0)
-    x = [torch.randn(1000, 208).bfloat16(), 3 * torch.randn(1000, 96).bfloat16()]
+    x = [torch.randn(rows, 208).bfloat16(), 3 * torch.randn(rows, 96).bfloat16()]
     weights = [torch.randn(48, 208), torch.randn(32, 208)]
-    inner, gradient = torch.randn(1000, 352).bfloat16(), torch.randn(1000, 176).bfloat16()
+    inner, gradient = torch.randn(rows, 352).bfloat16(), torch.randn(rows, 176).bfloat16()
 
     def results(device):
         found = {str(t): float8.quantise([m.to(device) for m in x], t, dim=1, columns=True) for t in (VALUE, GRADIENT)}
@@ -68,9 +68,10 @@ def check_kernels(device: torch.device) -> None:
             if got.dim() == 0:  # a scale, whose division may round the last bit another way
                 assert abs(got - expected) <= 2.0**-22 * expected, name
                 continue
-            different = (got != expected).float().mean().item()
+            different = (got != expected).sum().item()
             # The exponentials of SwiGLU are others: a value between two of float8 may go to either.
-            assert different < (0.01 if "swiglu" in name or name == "product" else 1e-3), (name, different)
+            share = 0.01 if "swiglu" in name or name == "product" else 1e-3
+            assert different <= 1 + share * got.numel(), (name, different)
             assert ((got - expected).abs() <= expected.abs() / 4 + 1e-6 * expected.abs().max()).all(), name
     print("The kernels give what plain torch gives.\n")
 

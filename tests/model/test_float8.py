@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from benchmarks import float8_layers
 from mini_llava.errors import UserError
 from mini_llava.options import float8
 from mini_llava.options.float8 import (
@@ -23,8 +24,6 @@ from mini_llava.options.float8 import (
     check_float8,
     choose_float8,
     quantise,
-    swiglu,
-    swiglu_backward,
     use_float8,
 )
 from mini_llava.options.kernels import FUSABLE, forget_outputs_of_norms, make_mlps_keep_less
@@ -348,24 +347,7 @@ def test_a_model_without_layers_in_16_bits_is_refused():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("rows", [1, 37, 1000])
 def test_kernels_give_what_plain_torch_gives(rows):
-    torch.manual_seed(0)
-    x = [torch.randn(rows, 208).bfloat16(), 3 * torch.randn(rows, 96).bfloat16()]
-    weights = [torch.randn(48, 208), torch.randn(32, 208)]
-    inner, gradient = torch.randn(rows, 352).bfloat16(), torch.randn(rows, 176).bfloat16()
-
-    def results(device):
-        found = [quantise([m.to(device) for m in x], dtype, dim=1, columns=True) for dtype in (VALUE, GRADIENT)]
-        found.append(quantise([m.to(device) for m in weights], VALUE, columns=True))
-        product = swiglu(inner.to(device))
-        of_inner, columns = swiglu_backward(inner.to(device), gradient.to(device), product.scale, columns=True)
-        return [t.cpu().float() for group in (*found, product, of_inner, [columns]) for t in group if t is not None]
-
-    mine, plain = results("cuda"), results("cpu")
-    for number, (a, b) in enumerate(zip(mine, plain, strict=True)):
-        if number < 9:
-            assert torch.equal(a, b)
-        else:  # the exponential is another one: a value beside the middle of two of float8 may go to either
-            assert ((a - b).abs() <= b.abs() / 4 + 1e-6 * b.abs().max()).all() and (a != b).float().mean() < 0.01
+    float8_layers.check_kernels(torch.device("cuda"), rows)
 
 
 @pytest.mark.slow
