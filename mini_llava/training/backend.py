@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..arguments import Arguments
 from ..errors import UserError
 from ..model.llava import LlavaModel
+from ..processes import launched_rank
 from ..words import counted
 
 # DeepSpeed calls collectives by names that torch is renaming; a user cannot act on that.
@@ -98,11 +99,6 @@ def to_device(batch: dict, device: torch.device) -> dict:
 
 
 # --- Processes, precision, DeepSpeed's settings -----------------------------------------------------------------------
-
-
-def launched_rank() -> tuple[int, int]:
-    """Return rank and number of processes from the launcher's variables, before any process group exists."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def choose_precision(bf16: bool, fp16: bool, explicit: set[str]) -> str:
