@@ -20,7 +20,7 @@ preemption = Preemption()
 if __name__ == "__main__":  # before the imports below, which take seconds
     drop_what_cannot_be_printed()
     preemption.watch()
-    early.look(flags.parse_arguments())
+    early.look(flags.parse_arguments(), preemption)
 
 import torch
 
@@ -58,8 +58,7 @@ def train(arguments: flags.Arguments, advice: MemoryAdvice | None = None) -> Non
     if arguments.is_demo:
         arguments, note = demo.prepare_run(arguments)
         report.log(note)
-    early.check_run(arguments)
-    preemption.output_dir = output_dir
+    early.check_run(arguments, preemption)
 
     # --- What it starts from: a language model and a tower, or a LLaVA model, which then fixes some of the flags ------
     source = open_source(arguments.model, arguments.explicit, arguments.data)

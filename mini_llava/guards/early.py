@@ -26,7 +26,7 @@ from ..processes import launched_rank
 from ..training.manifest import is_ours
 from . import ownership
 from .checkpoints import check_resume, complete_checkpoints, foreign_checkpoints
-from .preemption import remove_marker
+from .preemption import Preemption, remove_marker
 
 # What a run overwrites or removes: its result, its reports, and where the result is prepared. Without what it writes
 # before arguments.yaml, and a killed run leaves without that file: `cache`, `preempted`, `.owner`.
@@ -37,10 +37,10 @@ REPLACED = (
 )
 
 
-def look(arguments: Arguments) -> None:
+def look(arguments: Arguments, preemption: Preemption) -> None:
     """Check what a run needs before what it imports; end the program with a sentence if it cannot run."""
     try:
-        check_run(demo.prepare_run(arguments)[0] if arguments.is_demo else arguments)
+        check_run(demo.prepare_run(arguments)[0] if arguments.is_demo else arguments, preemption)
     except (UserError, OSError) as error:
         ownership.release()
         end_refused(error, Path(arguments.training.output_dir))
@@ -56,12 +56,16 @@ def end_refused(error: Exception, output_dir: Path) -> NoReturn:
     sys.exit(f"train.py: error{f' on rank {rank}' if rank else ''}: {error}")
 
 
-def check_run(arguments: Arguments) -> None:
-    """Check all that a run needs and become the owner of its output directory. Raises OSError or UserError."""
+def check_run(arguments: Arguments, preemption: Preemption) -> None:
+    """Check all that a run needs and become the owner of its output directory, where signals leave their file from now.
+
+    Raises OSError or UserError.
+    """
     output_dir = Path(arguments.training.output_dir)
     check_what_a_run_needs(arguments)
     if launched_rank()[0] == 0:
         ownership.own(output_dir)
+    preemption.output_dir = output_dir
     check_output(output_dir, arguments.training.resume_from_checkpoint)
 
 
