@@ -143,6 +143,10 @@ def build_accelerator(precision: str, max_grad_norm: float, report_to: str, outp
         # Without a launcher accelerate would wait for a process group that does not exist.
         handlers.append(InitProcessGroupKwargs(backend=backend))
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed.ops
+
+        # On CPUs it would compile, for a minute, an operator that only inference calls; asking for it takes seconds.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         plugin = DeepSpeedPlugin()
         complete_deepspeed_config(plugin.deepspeed_config, precision, max_grad_norm)
     accelerator = Accelerator(
