@@ -14,9 +14,13 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import train  # noqa: F401
+from mini_llava.arguments import PARTS
+from mini_llava.command_line import field_texts
 from mini_llava.watch import summary
 from tests.undrawn import write_undrawn
 
 get_checkpoint_conversion_mapping("llama")  # a table that every first loading makes
+for part in PARTS:
+    field_texts(part)  # read from the source by every first parser
 summary.draw_curves = write_undrawn
 gc.freeze()  # collections in a fork need not look through all this, which would also copy it
