@@ -7,27 +7,29 @@ language model. They differ in their presets only (`mini_llava/arguments.py`).
 
 import gc
 import sys
-import time
 from pathlib import Path
-
-from mini_llava.guards.output_streams import drop_what_cannot_be_printed
-from mini_llava.guards.preemption import EXIT_CODE, INTERRUPTED, Preemption, remove_marker, start_worker, write_marker
-
-preemption = Preemption()
-if __name__ == "__main__":
-    drop_what_cannot_be_printed()
-    preemption.watch()  # before the imports below, which take seconds
-
-import torch
 
 from mini_llava import arguments as flags
 from mini_llava import demo
+from mini_llava.guards import early, ownership
+from mini_llava.guards.output_streams import drop_what_cannot_be_printed
+from mini_llava.guards.preemption import EXIT_CODE, INTERRUPTED, Preemption, remove_marker, start_worker, write_marker
+from mini_llava.processes import launched_rank
+
+preemption = Preemption()
+if __name__ == "__main__":  # before the imports below, which take seconds
+    drop_what_cannot_be_printed()
+    preemption.watch()
+    early.look(flags.parse_arguments(), preemption)
+
+import torch
+
 from mini_llava.build import build_model, build_optimizer
 from mini_llava.data.loader import rank_step_loader
 from mini_llava.evaluation.evaluate import Evaluation
 from mini_llava.formats import write
 from mini_llava.formats.read import open_source
-from mini_llava.guards import early, liveness, ownership, preflight
+from mini_llava.guards import liveness, preflight
 from mini_llava.guards.longest import try_longest
 from mini_llava.guards.not_finite import why_not_taken
 from mini_llava.guards.user_errors import USER_ERRORS
@@ -51,16 +53,12 @@ from mini_llava.watch.report import Report
 def train(arguments: flags.Arguments, advice: MemoryAdvice | None = None) -> None:
     """Train as the flags say. `advice` comes to know what to change if memory runs out."""
     training, output_dir = arguments.training, Path(arguments.training.output_dir)
-    rank, world_size = backend.launched_rank()
+    rank, world_size = launched_rank()
     report = Report(arguments, rank)
     if arguments.is_demo:
         arguments, note = demo.prepare_run(arguments)
         report.log(note)
-    early.check_what_a_run_needs(arguments)
-    if rank == 0:
-        ownership.own(output_dir)
-    preemption.output_dir = output_dir
-    early.check_output(output_dir, training.resume_from_checkpoint)
+    early.check_run(arguments, preemption)
 
     # --- What it starts from: a language model and a tower, or a LLaVA model, which then fixes some of the flags ------
     source = open_source(arguments.model, arguments.explicit, arguments.data)
@@ -199,16 +197,11 @@ def main() -> None:
     try:
         train(arguments, advice)
     except USER_ERRORS as error:
-        rank, _ = backend.launched_rank()
-        if not isinstance(error, BlockingIOError):  # of another run, which owns the directory
-            remove_marker(Path(arguments.training.output_dir))  # started again, it would end like this again
-        if rank > 0:
-            time.sleep(5)  # mostly rank 0 has said the same by then, and the launcher has ended this process
-        sys.exit(f"train.py: error{f' on rank {rank}' if rank else ''}: {error}")
+        early.end_refused(error, Path(arguments.training.output_dir))
     except RuntimeError as error:
         if sentence := advice.sentence(error):
             remove_marker(Path(arguments.training.output_dir))
-            sys.exit(f"train.py: error on rank {backend.launched_rank()[0]}: {sentence}")
+            sys.exit(f"train.py: error on rank {launched_rank()[0]}: {sentence}")
         liveness.wait_for_the_sentence()
         raise
     finally:

@@ -302,7 +302,7 @@ class TrainingArguments:
     """Liger's fused RMSNorm, rotary embedding and SwiGLU. Default: where liger-kernel is installed, on a GPU, for the
     families of models that were compared with it."""
 
-    fp8: bool = flag(False, decides=ROUNDING)
+    fp8: bool = flag(False, needs=("bits", 16), decides=ROUNDING)
     """Compute the language model's linear layers, all but the head, in float8. Needs a GPU of compute capability 8.9 or
     later."""
 

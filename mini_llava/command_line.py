@@ -4,6 +4,7 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 import itertools
 import os
@@ -118,6 +119,7 @@ def unknown_flag(name: str, known) -> str:
     return f"unknown flag --{name}" + (f", did you mean --{close[0]}?" if close else "; see --help.")
 
 
+@functools.cache
 def field_texts(kind) -> dict[str, str]:
     """Return the text under each field of a dataclass, read from the source."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))

@@ -5,9 +5,36 @@ import os
 import weakref
 from collections.abc import Iterable, Iterator
 
+from .errors import UserError
 from .words import counted
 
 CHUNK_BYTES = 16 * 2**20
+
+
+def check_data_files(
+    data_path: list[str] | None, image_folder: list[str] | None, exclude: list[str] | None = None, flag_prefix: str = ""
+) -> None:
+    """Raise FileNotFoundError, NotADirectoryError or ValueError as `RecordStore` does, without reading a file."""
+    image_folder = list(image_folder or [])
+    data_flag, folder_flag = f"--{flag_prefix}data_path", f"--{flag_prefix}image_folder"
+    if not data_path:
+        raise UserError(f"No training data: give at least one file as {data_flag}.")
+    if image_folder and len(image_folder) != len(data_path):
+        raise UserError(
+            f"{data_flag} lists {counted(len(data_path), 'file')} and {folder_flag} "
+            f"{counted(len(image_folder), 'folder')}; they are matched by position, so give one folder for each file."
+        )
+    for folder in image_folder:
+        if not os.path.isdir(folder):
+            state = "is not a directory" if os.path.exists(folder) else "does not exist"
+            raise NotADirectoryError(f"The image folder {folder} ({folder_flag}) {state}.")
+    for path in data_path:
+        if not os.path.isfile(path):
+            state = "is a directory: give the file in it" if os.path.isdir(path) else "does not exist"
+            raise FileNotFoundError(f"The data file {path} ({data_flag}) {state}.")
+    for path in exclude or []:
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"The list {path} (--exclude) does not exist.")
 
 
 class DataFileError(OSError):

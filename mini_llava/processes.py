@@ -55,6 +55,11 @@ def end_worker_with_parent() -> None:
         end_with_parent(signal.SIGKILL, parent.pid if forked else os.getppid())
 
 
+def launched_rank() -> tuple[int, int]:
+    """Return rank and number of processes from the launcher's variables, before any process group exists."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def launcher() -> int | None:
     """Return the id of the parent process if that is accelerate's, torchrun's or our launcher, by its command line."""
     parent = os.getppid()

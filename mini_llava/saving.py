@@ -9,9 +9,10 @@ from .build import plan_of
 from .formats import write
 from .formats.read import Source
 from .guards import output_folder
-from .guards.checkpoints import complete_checkpoints, find_checkpoint, refuse_another_run, remove_oldest
+from .guards.checkpoints import complete_checkpoints, remove_oldest
 from .guards.identity import differences, resume_notes, run_identity
 from .guards.ownership import check_still_owned
+from .guards.resume import find_checkpoint, refuse_another_run
 from .model.trained import trained_in_full
 from .options import lora
 from .read_data import Data

@@ -20,16 +20,11 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PAT
 
 # The files that take more than a minute, longest first, by `--durations 0`.
 LONGEST = (
-    *(
-        "test_resume.py",
-        "test_crashes.py",
-        "test_families.py",
-        "test_curves.py",
-        "test_evaluation.py",
-        "test_memory.py",
-    ),
-    *("test_two_machines.py", "test_demo.py", "test_world_size.py", "test_five_steps.py", "test_other_settings.py"),
-    *("test_readme_commands.py", "test_any_layout.py", "test_launcher.py", "test_one_global_batch.py", "test_lora.py"),
+    *("test_resume.py", "test_families.py", "test_curves.py", "test_evaluation.py"),
+    *("test_crashes.py", "test_memory.py", "test_readme_commands.py", "test_world_size.py"),
+    *("test_demo.py", "test_five_steps.py", "test_other_settings.py", "test_two_machines.py"),
+    *("test_any_layout.py", "test_launcher.py", "test_one_global_batch.py", "test_lora.py"),
+    *("test_speed_and_loss.py", "test_recipes.py", "test_anyres.py", "test_readme.py", "test_preemption.py"),
 )
 
 

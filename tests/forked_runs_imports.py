@@ -1,8 +1,6 @@
 """What the server of forked_runs.py imports once for all runs, with what else they would all begin with."""
 
-import contextlib
 import gc
-import io
 import os
 
 # One thread: OpenMP's threads do not survive a fork, and continuous integration has few cores.
@@ -13,15 +11,16 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  two CPU seconds
 import torch.distributed.run  # noqa: F401
 import transformers.models.clip.modeling_clip
 import transformers.models.llama.modeling_llama  # noqa: F401
-from deepspeed.comm.torch import build_shm_op
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import train  # noqa: F401
+from mini_llava.arguments import PARTS
+from mini_llava.command_line import field_texts
 from mini_llava.watch import summary
 from tests.undrawn import write_undrawn
 
 get_checkpoint_conversion_mapping("llama")  # a table that every first loading makes
-with contextlib.redirect_stdout(io.StringIO()):
-    build_shm_op()  # asks the compiler what it can do, and ninja whether the operator is up to date: three seconds
+for part in PARTS:
+    field_texts(part)  # read from the source by every first parser
 summary.draw_curves = write_undrawn
 gc.freeze()  # collections in a fork need not look through all this, which would also copy it

@@ -271,6 +271,7 @@ LORA = ["--lora_enable", "True"]
         ("2", [*LORA, "--bits", "3"], "--bits 3: known values are 4, 8, 16."),
         ("2", ["--lora_r", "8"], "--lora_r 8 does nothing without --lora_enable True."),
         ("2", [*LORA, "--bits", "8", "--quant_type", "fp4"], "--quant_type fp4 does nothing without --bits 4."),
+        ("2", [*LORA, "--bits", "4", "--fp8", "True"], "--fp8 True does nothing without --bits 16."),
         ("2", [*LORA, "--lora_dropout", "1"], "--lora_dropout must be at least 0 and below 1, not 1.0."),
         ("2", [*LORA, "--lora_bias", "some"], "--lora_bias some: known values are none, all, lora_only."),
         (

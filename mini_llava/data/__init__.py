@@ -1,1 +1,0 @@
-from .. import deepspeed_accelerator  # noqa: F401  before all else

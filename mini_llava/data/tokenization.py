@@ -10,12 +10,15 @@ import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
 
 from .templates import IMAGE_MARK, BadRecord, Template
+
+if TYPE_CHECKING:  # for data that are converted or checked it need not be imported, which takes seconds
+    from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100
 IMAGE_TOKEN_INDEX = -200
@@ -52,7 +55,7 @@ class Sample:
 def tokenize(
     record: dict,
     template: Template,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     tokens_per_image: int | Callable[[str], int],
     max_length: int,
 ) -> Sample:
@@ -91,7 +94,7 @@ def tokenize(
 def tokenize_prompt(
     record: dict,
     template: Template,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     tokens_per_image: int = 1,
 ) -> np.ndarray:
     """Return the ids, int32 [L], up to the place where the model is to answer the last question of a record.
@@ -196,7 +199,7 @@ def _image_first(text: str) -> str:
 
 
 def _encode(
-    pieces: list[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase, image_tokens: list[int]
+    pieces: list[tuple[str, bool]], tokenizer: "PreTrainedTokenizerBase", image_tokens: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return ids, int32 [L], and trained, bool [L], of rendered pieces; `image_tokens`: how many each image takes.
 
@@ -242,7 +245,7 @@ def _cut(input_ids: np.ndarray, image_tokens: list[int], max_length: int) -> tup
 
 
 @lru_cache(maxsize=4)
-def _encoder(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) -> tuple[Tokenizer, list[int]]:
+def _encoder(tokenizer: "PreTrainedTokenizerBase", vocabulary_size: int) -> tuple[Tokenizer, list[int]]:
     """Return a copy of the tokenizer's backend with exact offsets, and the ids put before every text: BOS or none.
 
     Byte-level post-processors may trim blanks off the offsets, and a call with truncation or padding leaves both

@@ -4,9 +4,16 @@ LLaVA's loader decides by words in the folder's name, this program by `config.js
 """
 
 import re
+from pathlib import Path
 
+from ..arguments import check_model_place
 from ..errors import UserError
-from ..options.tiles import MERGE_TYPES
+
+MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+PROJECTOR_FILE = "mm_projector.bin"
+DTYPES = ("bfloat16", "float16", "float32")  # of stored weights, by torch's names
 
 # In order of preference: the first two cannot hold code.
 WEIGHT_FILES = (
@@ -93,3 +100,38 @@ def tiles_in(name: str, config: dict) -> tuple[str | None, list | str | None]:
             f"known are anyres with {', '.join(MERGE_TYPES)}, and others with flat."
         )
     return None, None
+
+
+def find_projector(path: str | Path) -> Path:
+    """Return the file of a projector, given itself or its directory. Raises FileNotFoundError."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / PROJECTOR_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no projector at {path}. --pretrain_mm_mlp_adapter takes the {PROJECTOR_FILE} that stage 1 "
+            f"wrote, or the directory that holds it."
+        )
+    return path
+
+
+def find_adapter(directory: str | Path) -> Path:
+    """Return the file of a LoRA directory that holds its adapters. Raises FileNotFoundError: there is none."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        state = "is not a directory" if directory.exists() else "does not exist"
+        raise FileNotFoundError(f"{directory} (--lora_weight_path) {state}; give the directory of an earlier LoRA run.")
+    file = next((directory / name for name in ADAPTER_FILES if (directory / name).is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"{directory} has neither {' nor '.join(ADAPTER_FILES)}: it is not a LoRA directory.")
+    if not (directory / ADAPTER_CONFIG).is_file():
+        raise FileNotFoundError(f"{directory} has no {ADAPTER_CONFIG}, which says what its adapters are.")
+    return file
+
+
+def check_saved_place(directory: str, base: str | None = None, vision_tower: str | None = None) -> None:
+    """Raise UserError for a path that is no directory: of a saved model, its `--model_base` or its `--vision_tower`."""
+    if directory.startswith(("/", ".", "~")) and not Path(directory).is_dir():
+        raise UserError(f"{directory} is not a directory; give a model's directory or its name on the hub.")
+    check_model_place("--model_base", base)
+    check_model_place("--vision_tower", vision_tower)

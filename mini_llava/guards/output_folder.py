@@ -3,30 +3,27 @@
 What would fail at the first save, hours later, fails here within a second.
 """
 
-import os
 import re
 import shutil
 import socket
-import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
 
-from ..files import STAGING, flush_file
-from ..formats.layouts import MODEL_FILES
+from ..files import flush_file
 from ..model.trained import numel
 from ..training.backend import gather_from_ranks
-from ..training.checkpoint import CheckpointError, agreement, is_ours, rename_into_place
+from ..training.checkpoint import agreement, rename_into_place
+from ..training.manifest import CheckpointError
 from ..training.sharded_state import KINDS
 from ..words import counted
-from .checkpoints import complete_checkpoints, foreign_checkpoints, remove_oldest
+from .checkpoints import complete_checkpoints, remove_oldest
 from .ownership import check_still_owned
 
 SEEN_BY_ALL = ".seen-by-all-"
@@ -34,13 +31,6 @@ SEEN_BY_ALL = ".seen-by-all-"
 UNFINISHED_CHECK = re.compile(rf"{re.escape(SEEN_BY_ALL)}[0-9a-f]{{32}}(-\d+(\.incomplete)?)?")
 UNFINISHED_FILE = re.compile(r"\..+\.[0-9a-f]{32}\.incomplete")
 UNFINISHED_SAVE = re.compile(r"\.checkpoint-\d+\.(incomplete|removed)")
-# What a run overwrites or removes: its result, its reports, and where the result is prepared. Without what it writes
-# before arguments.yaml, and a killed run leaves without that file: `cache`, `preempted`, `.owner`.
-REPLACED = (
-    *MODEL_FILES,
-    *("arguments.yaml", "log.jsonl", "eval_samples.jsonl", "skipped.jsonl", "summary.json", "curves.png"),
-    *(STAGING, "mm_projector.bin.unfinished"),
-)
 
 
 def remove_leftovers(output_dir: Path, step: int, keep: int | None) -> list[str]:
@@ -59,50 +49,6 @@ def remove_leftovers(output_dir: Path, step: int, keep: int | None) -> list[str]
             state = "could not be removed; remove it yourself" if path.exists() else "is removed"
             sentences.append(f"{path}, left behind by a run that was killed while it saved, {state}.")
     return sentences
-
-
-def check_place(output_dir: Path, flag: str = "--output_dir") -> None:
-    """Raise OSError unless the directory exists or can be made, and is writable."""
-    what = f"{output_dir} ({flag})"
-    there = next(path for path in (output_dir, *output_dir.absolute().parents) if os.path.lexists(path))
-    if not there.is_dir():
-        kind = "a file" if there.exists() else "a link that leads nowhere"
-        inside = "is" if there == output_dir else f"cannot be made: {there} is"
-        raise NotADirectoryError(f"{what} {inside} {kind}. Choose another, or move it away.")
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise OSError(f"{what} cannot be written: {there}: {error.strerror or error}. Choose another.") from error
-
-
-def check_nothing_is_replaced(output_dir: Path) -> None:
-    """Raise FileExistsError if a run would remove or overwrite files of another program.
-
-    A run writes `arguments.yaml` first, after this check: with it or a training state, results and reports are a run's
-    own. Checkpoints are checked one by one, because LLaVA's have the same names.
-    """
-    foreign = foreign_checkpoints(output_dir)
-    if not _is_ours(output_dir):
-        there = sorted(path for pattern in REPLACED for path in output_dir.glob(pattern))
-        foreign += [path for path in there if path.is_file() or path.name == STAGING]
-    if foreign:
-        more = f" and {len(foreign) - 3:,} more" if len(foreign) > 3 else ""
-        names = ", ".join(path.name for path in foreign[:3])
-        raise FileExistsError(
-            f"{output_dir} (--output_dir) holds {names}{more}, which no run of this program wrote and this one would "
-            f"overwrite. Move {'them' if len(foreign) > 1 else 'it'} away, or choose another --output_dir."
-        )
-
-
-def _is_ours(output_dir: Path) -> bool:
-    if any(map(is_ours, complete_checkpoints(output_dir))):
-        return True
-    try:
-        arguments = yaml.safe_load((output_dir / "arguments.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return False
-    return isinstance(arguments, dict) and {"stage", "output_dir", "run"} <= arguments.keys()
 
 
 def check_shared(accelerator: Accelerator, output_dir: Path) -> str | None:

@@ -62,9 +62,13 @@ _held: _Held | None = None
 def own(output_dir: Path) -> None:
     """Make this process the owner of an output directory, which is created, and release what it owned before.
 
+    An owner stays one without a moment in which another run could become it.
+
     Raises BlockingIOError if another run owns it, before anything is written, and OSError if `.owner` cannot be opened.
     """
     global _held
+    if _held is not None and _held.file.parent == output_dir and _held.owner.pid == os.getpid():
+        return
     release()
     made_directory = not output_dir.exists()
     output_dir.mkdir(parents=True, exist_ok=True)

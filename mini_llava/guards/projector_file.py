@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..model.projector import find_projector, list_some, read_tensors
+from ..formats.layouts import find_projector
+from ..model.projector import list_some, read_tensors
 
 
 def check_projector_file(projector: nn.Module, path: str | Path, others: tuple[str, ...] = ()) -> None:

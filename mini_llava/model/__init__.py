@@ -1,0 +1,1 @@
+from .. import deepspeed_accelerator  # noqa: F401  before all else

@@ -131,19 +131,6 @@ def save_projector(
     os.replace(unfinished, path)
 
 
-def find_projector(path: str | Path) -> Path:
-    """Return the file of a projector, given itself or its directory. Raises FileNotFoundError."""
-    path = Path(path)
-    if path.is_dir():
-        path = path / PROJECTOR_FILE
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"There is no projector at {path}. --pretrain_mm_mlp_adapter takes the {PROJECTOR_FILE} that stage 1 "
-            f"wrote, or the directory that holds it."
-        )
-    return path
-
-
 def load_projector(projector: nn.Module, path: str | Path, others: tuple[str, ...] = ()) -> None:
     """Copy the weights in `path` into `projector`, in place and in the projector's own dtype; all of them or none.
 
@@ -161,7 +148,13 @@ def load_projector(projector: nn.Module, path: str | Path, others: tuple[str, ..
     """
     if any(hasattr(parameter, "ds_id") for parameter in projector.parameters()):
         raise RuntimeError("load_projector must be called before the projector is partitioned by DeepSpeed ZeRO-3.")
-    path = find_projector(path)
+    path = Path(path)
+    path = path / PROJECTOR_FILE if path.is_dir() else path
+    if not path.is_file():  # formats/layouts.py says the same before torch is imported
+        raise FileNotFoundError(
+            f"There is no projector at {path}. --pretrain_mm_mlp_adapter takes the {PROJECTOR_FILE} that stage 1 "
+            f"wrote, or the directory that holds it."
+        )
     stored = {key: tensor for key, tensor in read_tensors(path).items() if not key.endswith(others)}
     stored = {key.rpartition("mm_projector.")[2]: tensor for key, tensor in stored.items()}
     found, needed = ({name: list(tensor.shape) for name, tensor in t.items()} for t in (stored, projector.state_dict()))

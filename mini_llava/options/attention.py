@@ -12,6 +12,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from ..errors import UserError
 from ..model.attention import varlen_attention
+from .packages import check_flash_attention
 
 AttentionInterface.register("varlen", varlen_attention)
 
@@ -64,15 +65,9 @@ def choose_attention(
             f"--attn_implementation {requested} cannot cap attention scores as models of type {model_type!r} do: use "
             f"eager or flash_attention_2."
         )
-    check_flash_attention(requested)
+    check_flash_attention(requested, is_flash_attn_2_available())
     if requested in ("flash_attention_2", "varlen") and not on_gpu:
         raise UserError(f"--attn_implementation {requested} needs a GPU and --bf16 True or --fp16 True.")
     if requested == "varlen" and not packing:
         raise UserError("--attn_implementation varlen is for packed batches: use --packing True or sdpa.")
     return requested
-
-
-def check_flash_attention(requested: str | None) -> None:
-    """Raise UserError if FlashAttention 2 is asked for and not installed."""
-    if requested == "flash_attention_2" and not is_flash_attn_2_available():
-        raise UserError("--attn_implementation flash_attention_2: the package flash-attn is not installed.")

@@ -44,10 +44,8 @@ FAST_FORWARD, FAST_BACKWARD = True, False
 SMALLEST = 2.0**-100
 
 
-def check_float8(requested: bool, bits: int = 16) -> None:
-    """Raise UserError if float8 is asked for and the GPUs here have none, or the layers are quantised already."""
-    if requested and bits != 16:
-        raise UserError(f"--fp8 True: with --bits {bits} the linear layers' weights have {bits} bits; leave out one.")
+def check_float8(requested: bool) -> None:
+    """Raise UserError if float8 is asked for and the GPUs here have none."""
     if not requested or not torch.cuda.is_available():
         return
     if torch.version.cuda is None:

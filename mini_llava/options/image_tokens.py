@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.templates import IMAGE_MARK, Template
 from ..errors import UserError
+from ..formats.layouts import find_projector
 from ..model.llava import LlavaModel
-from ..model.projector import find_projector, gathered, read_tensors
+from ..model.projector import gathered, read_tensors
 
 PATCH_TOKEN, START_TOKEN, END_TOKEN = "<im_patch>", "<im_start>", "<im_end>"
 

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UserError
+from .packages import check_liger_kernel
 
 # Model types whose losses and gradients with and without the kernels were compared (tests/model/test_fused_kernels.py).
 FUSABLE = ("llama", "mistral", "qwen2", "qwen3")
@@ -37,12 +38,6 @@ def choose_fused_kernels(requested: bool | None, model_type: str, device: torch.
             f"--use_liger_kernel True: known for models of type {', '.join(FUSABLE)}, but this one is {model_type!r}."
         )
     return bool(requested)
-
-
-def check_liger_kernel(requested: bool | None) -> None:
-    """Raise UserError if the kernels are requested and not installed."""
-    if requested and importlib.util.find_spec("liger_kernel") is None:
-        raise UserError("--use_liger_kernel True: the package is not installed; pip install liger-kernel.")
 
 
 def use_fused_kernels(language_model: PreTrainedModel) -> None:  # pragma: no cover, needs a GPU

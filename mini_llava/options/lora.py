@@ -16,6 +16,7 @@ from torch import nn
 from ..arguments import TrainingArguments
 from ..errors import UserError
 from ..files import staged
+from ..formats.layouts import ADAPTER_CONFIG, ADAPTER_FILES, find_adapter
 from ..formats.tokenizers import load_tokenizer
 from ..formats.weights import write_json
 from ..formats.write import Description, begin_directory, llava_config
@@ -25,8 +26,6 @@ from ..model.vision_tower import published_name
 from .image_tokens import add_token_rows, set_rows
 from .tiles import NEWLINE_KEY
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 OTHERS_FILE = "non_lora_trainables.bin"
 # PEFT's names count from its own wrapper, LLaVA's others from the LlavaForCausalLM inside it.
 PREFIX = "base_model.model."
@@ -234,20 +233,6 @@ def start_from(model: LlavaModel, directory: str | Path) -> None:
         if settings.get(key) != value:
             raise UserError(f"{directory / ADAPTER_CONFIG} has {key} {settings.get(key)}, but --{flag} is {value}.")
     _fill(model, directory)
-
-
-def find_adapter(directory: str | Path) -> Path:
-    """Return the file of a LoRA directory that holds its adapters. Raises FileNotFoundError: there is none."""
-    directory = Path(directory)
-    if not directory.is_dir():
-        state = "is not a directory" if directory.exists() else "does not exist"
-        raise FileNotFoundError(f"{directory} (--lora_weight_path) {state}; give the directory of an earlier LoRA run.")
-    file = next((directory / name for name in ADAPTER_FILES if (directory / name).is_file()), None)
-    if file is None:
-        raise FileNotFoundError(f"{directory} has neither {' nor '.join(ADAPTER_FILES)}: it is not a LoRA directory.")
-    if not (directory / ADAPTER_CONFIG).is_file():
-        raise FileNotFoundError(f"{directory} has no {ADAPTER_CONFIG}, which says what its adapters are.")
-    return file
 
 
 def _fill(model: LlavaModel, directory: Path) -> None:

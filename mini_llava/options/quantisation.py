@@ -1,19 +1,11 @@
 """The frozen language model in 4 or 8 bits, by bitsandbytes: `--bits`, for LoRA and for stage 1."""
 
-import importlib.util
-
 import torch
 from accelerate import Accelerator
 from transformers import BitsAndBytesConfig
 
-from ..errors import UserError
 from ..training.backend import compute_dtype, zero_stage
-
-
-def check_bitsandbytes(bits: int) -> None:
-    """Raise UserError if weights are to be quantised and the package is not installed."""
-    if bits != 16 and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"--bits {bits} needs the package bitsandbytes: pip install bitsandbytes.")
+from .packages import check_bitsandbytes
 
 
 def quantisation(accelerator: Accelerator, bits: int, double_quant: bool, quant_type: str) -> dict:

@@ -19,10 +19,10 @@ from transformers.image_processing_utils import select_best_resolution
 
 from ..data.images import NEWLINE, Picture
 from ..errors import UserError
+from ..formats.layouts import MERGE_TYPES, find_projector
 from ..image_files import BadImage, image_size
-from ..model.projector import find_projector, read_tensors
+from ..model.projector import read_tensors
 
-MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
 NEWLINE_KEY = "image_newline"  # its name in a projector's file
 # LLaVA-1.6's resolutions, as columns and rows of tiles.
 LLAVA_1_6 = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))

@@ -12,6 +12,34 @@ import sys
 import warnings
 from pathlib import Path
 
+from ..formats.layouts import DTYPES, check_saved_place
+from ..guards.early import refuse_at_once
+
+
+def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m mini_llava.tools.chat", description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("directory", metavar="DIR", help="model, LoRA directory, checkpoint or projector; a hub name for a whole model")
+    add("--image", metavar="FILE", nargs="+", default=[], help="pictures of the first question")
+    add("--prompt", metavar="TEXT", help="ask this, print the answer and end; otherwise questions are read")
+    add("--model_base", metavar="TEXT", help="what a LoRA directory, checkpoint or projector belongs to [as it says]")
+    add("--vision_tower", metavar="TEXT", help="where the tower is [as DIR says]")
+    add("--version", metavar="TEXT", help="conversation template [as DIR says]")
+    add("--temperature", type=float, default=0.0, help="0: always the likeliest token [0]")
+    add("--top_p", type=float, default=1.0, help="with a temperature: the likeliest tokens of this share [1]")
+    add("--max_new_tokens", type=int, default=512, help="of one answer [512]")
+    add("--device", help="[cuda where there is one, otherwise cpu]")
+    add("--dtype", choices=DTYPES, help="[bfloat16 on a GPU, float32 on a CPU]")
+    given = parser.parse_args(command_line)
+    if given.top_p != 1 and not given.temperature:
+        parser.error(f"--top_p {given.top_p} does nothing without --temperature.")
+    return given
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    given = parse_arguments()
+    refuse_at_once("chat", 1, check_saved_place, given.directory, given.model_base, given.vision_tower)
+
 import torch
 from transformers import GenerationConfig, TextStreamer
 from transformers.utils import logging
@@ -23,7 +51,7 @@ from ..evaluation.generate import expand_prompt, generate
 from ..formats.write import generation_settings
 from ..guards.user_errors import USER_ERRORS
 from ..image_files import BadImage
-from .saved_models import DTYPES, SavedModel, open_saved
+from .saved_models import SavedModel, open_saved
 
 COMMANDS = "/image FILE adds a picture to the next question, /reset begins anew, exit or Ctrl-D ends."
 
@@ -135,26 +163,11 @@ def converse(conversation: Conversation) -> None:
 
 
 def main(command_line: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m mini_llava.tools.chat", description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("directory", metavar="DIR", help="model, LoRA directory, checkpoint or projector; a hub name for a whole model")
-    add("--image", metavar="FILE", nargs="+", default=[], help="pictures of the first question")
-    add("--prompt", metavar="TEXT", help="ask this, print the answer and end; otherwise questions are read")
-    add("--model_base", metavar="TEXT", help="what a LoRA directory, checkpoint or projector belongs to [as it says]")
-    add("--vision_tower", metavar="TEXT", help="where the tower is [as DIR says]")
-    add("--version", metavar="TEXT", help="conversation template [as DIR says]")
-    add("--temperature", type=float, default=0.0, help="0: always the likeliest token [0]")
-    add("--top_p", type=float, default=1.0, help="with a temperature: the likeliest tokens of this share [1]")
-    add("--max_new_tokens", type=int, default=512, help="of one answer [512]")
-    add("--device", help="[cuda where there is one, otherwise cpu]")
-    add("--dtype", choices=DTYPES, help="[bfloat16 on a GPU, float32 on a CPU]")
-    given = parser.parse_args(command_line)
-    if given.top_p != 1 and not given.temperature:
-        parser.error(f"--top_p {given.top_p} does nothing without --temperature.")
+    given = parse_arguments(command_line)
     sampling = dict(do_sample=True, temperature=given.temperature, top_p=given.top_p, top_k=0)
     generation = {**(sampling if given.temperature else {}), "max_new_tokens": given.max_new_tokens}
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = DTYPES[given.dtype or ("float32" if device == "cpu" else "bfloat16")]
+    dtype = getattr(torch, given.dtype or ("float32" if device == "cpu" else "bfloat16"))
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # remarks on configurations, for whoever writes them
     warnings.simplefilter("ignore", FutureWarning)

@@ -30,7 +30,6 @@ from ..data.tokenization import read_conversation, shorten
 from ..errors import UserError
 from ..files import atomic_write
 from ..guards.records import RecordCheck, kind_of_name
-from ..guards.user_errors import USER_ERRORS
 from ..image_files import FORMATS, BadImage, image_path
 from ..watch.json_lines import read_lines
 from ..watch.skipped import count_reasons
@@ -586,7 +585,7 @@ def main(command_line: list[str] | None = None) -> int:
     given = parse_arguments(command_line)
     try:
         return 1 if convert(given) else 0
-    except USER_ERRORS as error:
+    except (UserError, BadRecord, OSError) as error:
         print(f"convert: error: {error}", file=sys.stderr)
         return 2
 

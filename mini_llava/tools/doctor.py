@@ -16,17 +16,115 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..arguments import PRESETS, check_model_place, choices, read_config
+from ..data_file import check_data_files
+from ..errors import UserError
+from ..formats.layouts import MERGE_TYPES
+from ..guards.early import refuse_at_once
+
+
+def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m mini_llava.tools.doctor", description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--config", metavar="FILE.yaml", help="train.py's: what is in it need not be given here; other flags are left")
+    add("--stage", type=int, choices=(1, 2), help="whose preset fills in the flags not given [2]")
+    add("--data_path", nargs="+", metavar="PATH", help="JSON or JSON-lines files of records")
+    add("--image_folder", nargs="+", metavar="PATH", help="image folder of each data file, in the same order")
+    add("--exclude", nargs="+", metavar="PATH", help="lists of records to leave out, as train.py takes them")
+    add("--leave_unread", nargs="+", metavar="NAME", help="keys and marks, as train.py takes them")
+    add("--allow", nargs="+", metavar="CHECK", help="contradictions that are meant, as train.py takes them")
+    add("--resize_token_embeddings", action="store_true", default=None, help="train.py adds rows that are missing")
+    add("--data_weights", nargs="+", type=_above_0, metavar="X", help="for the padding figures, as train.py takes them")
+    add("--model_name_or_path", metavar="TEXT", help="language model, for its tokenizer")
+    add(
+        "--trust_remote_code",
+        action="store_true",
+        default=None,
+        help="let the models' own Python code run, where they bring any",
+    )
+    add("--version", metavar="TEXT", help="conversation template [stage 1: plain, stage 2: v1]")
+    tower = parser.add_mutually_exclusive_group()
+    tower.add_argument("--vision_tower", metavar="TEXT", help="vision tower, for the number of tokens an image takes")
+    tower.add_argument("--tokens_per_image", type=_positive, metavar="N", help="this number, without a tower (576)")
+    add("--mm_vision_select_feature", metavar="TEXT", help="patch or cls_patch [patch]")
+    add("--model_max_length", type=_positive, metavar="N", help="longest sequence in tokens [2048]")
+    add("--image_size", type=_positive, metavar="N", help="of the tower's pictures, pixels [as it was trained]")
+    aspect_ratios = choices("image_aspect_ratio")
+    add("--image_aspect_ratio", choices=aspect_ratios, help="[stage 1: square, stage 2: pad]")
+    add("--mm_patch_merge_type", choices=MERGE_TYPES, help="with anyres [spatial_unpad]")
+    add("--image_grid_pinpoints", metavar="TEXT", help="with anyres [LLaVA-1.6's]")
+    add("--global_batch_size", type=_positive, metavar="N", help="for the padding figures [256, 128]")
+    add("--per_device_train_batch_size", type=_positive, metavar="N", help="for the padding figures [32, 16]")
+    add("--check_images", choices=("all", "exist"), default="all", help="open all of them, or only look for them [all]")
+    add("--num_workers", type=_positive, default=os.cpu_count(), metavar="N", help="processes [one for each core]")
+    add("--plot", metavar="FILE.png", help="draw the histogram of token counts")
+    add("--output", default="bad_records.jsonl", metavar="FILE", help="where the bad records go [bad_records.jsonl]")
+    given = parser.parse_args(command_line)
+    try:
+        from_file = read_config(given.config) if given.config else {}
+        given.stage = given.stage or from_file.get("stage") or 2
+        if given.stage != from_file.get("stage", given.stage):
+            raise UserError(f"{given.config} is written for stage {from_file['stage']}, not --stage {given.stage}.")
+    except ValueError as error:
+        parser.error(str(error))
+    for name, value in vars(given).items():
+        if value is None and not (name == "vision_tower" and given.tokens_per_image):
+            setattr(given, name, from_file.get(name))
+    given.mm_vision_select_feature = given.mm_vision_select_feature or "patch"
+    for name in ("data_path", "model_name_or_path"):
+        if not getattr(given, name):
+            parser.error(f"--{name} is missing.")
+    if not (given.vision_tower or given.tokens_per_image):
+        parser.error("--vision_tower is missing, or --tokens_per_image instead of it.")
+    for name, value in vars(given).items():
+        if value is None and name in PRESETS[given.stage]:
+            setattr(given, name, PRESETS[given.stage][name])
+    if given.data_weights and len(given.data_weights) != len(given.data_path):
+        parser.error("--data_weights and --data_path are matched by position, so give one number for each file.")
+    if not all(0 < weight < math.inf for weight in given.data_weights or []):
+        parser.error("--data_weights are above 0; a file with none is left out.")
+    if given.image_aspect_ratio != "anyres" and (given.mm_patch_merge_type or given.image_grid_pinpoints):
+        parser.error("--mm_patch_merge_type and --image_grid_pinpoints do nothing without --image_aspect_ratio anyres.")
+    if given.image_size and not given.vision_tower:
+        parser.error("--image_size says something about the --vision_tower, which is not given.")
+    if given.image_aspect_ratio == "anyres" and not given.vision_tower:
+        parser.error("--image_aspect_ratio anyres needs --vision_tower: its tiles are of the tower's size.")
+    return given
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) <= 0:
+        raise ValueError
+    return value
+
+
+def _above_0(text: str) -> float:
+    if not 0 < (value := float(text)) < math.inf:
+        raise ValueError
+    return value
+
+
+def check_given(given: argparse.Namespace) -> None:
+    """Raise UserError or OSError for a file or folder that is not there, or that `--output` would overwrite."""
+    if os.path.exists(given.output) and any(os.path.samefile(given.output, path) for path in given.data_path):
+        raise UserError(f"--output {given.output} would overwrite the data.")
+    for name in ("model_name_or_path", "vision_tower"):
+        check_model_place(f"--{name}", getattr(given, name))
+    check_data_files(given.data_path, given.image_folder, given.exclude)
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    refuse_at_once("doctor", 2, check_given, parse_arguments())
+
 import numpy as np
 from PIL import Image
 
-from ..arguments import PRESETS, check_model_place, choices, read_config
 from ..data.images import ImageReader, pad_to_square
-from ..data.records import RecordStore, check_data_files
+from ..data.records import RecordStore
 from ..data.sampler import GlobalBatchSampler, computed_tokens, deal
 from ..data.samples import Samples
 from ..data.templates import BadRecord
 from ..data.tokenization import IGNORE_INDEX, Sample
-from ..errors import UserError
 from ..formats.read import read_language_config
 from ..formats.tokenizers import load_tokenizer
 from ..formats.towers import load_vision_config, tower_image_size
@@ -37,7 +135,7 @@ from ..image_files import MODES, SCALED, BadImage, image_path, load_image
 from ..model.vision_tower import tokens_per_image
 from ..options.chat_template import find_template
 from ..options.image_tokens import missing_rows
-from ..options.tiles import MERGE_TYPES, Tiling, choose_tiling
+from ..options.tiles import Tiling, choose_tiling
 from ..processes import map_ranges
 from ..watch.skipped import fault_table, log_skipped
 from ..words import counted
@@ -255,87 +353,6 @@ def draw_histogram(rows: list[tuple[str, int]], title: str, file: Path) -> None:
 # --- the program -----------------------------------------------------------------------------------------------------
 
 
-def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m mini_llava.tools.doctor", description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("--config", metavar="FILE.yaml", help="train.py's: what is in it need not be given here; other flags are left")
-    add("--stage", type=int, choices=(1, 2), help="whose preset fills in the flags not given [2]")
-    add("--data_path", nargs="+", metavar="PATH", help="JSON or JSON-lines files of records")
-    add("--image_folder", nargs="+", metavar="PATH", help="image folder of each data file, in the same order")
-    add("--exclude", nargs="+", metavar="PATH", help="lists of records to leave out, as train.py takes them")
-    add("--leave_unread", nargs="+", metavar="NAME", help="keys and marks, as train.py takes them")
-    add("--allow", nargs="+", metavar="CHECK", help="contradictions that are meant, as train.py takes them")
-    add("--resize_token_embeddings", action="store_true", default=None, help="train.py adds rows that are missing")
-    add("--data_weights", nargs="+", type=_above_0, metavar="X", help="for the padding figures, as train.py takes them")
-    add("--model_name_or_path", metavar="TEXT", help="language model, for its tokenizer")
-    add(
-        "--trust_remote_code",
-        action="store_true",
-        default=None,
-        help="let the models' own Python code run, where they bring any",
-    )
-    add("--version", metavar="TEXT", help="conversation template [stage 1: plain, stage 2: v1]")
-    tower = parser.add_mutually_exclusive_group()
-    tower.add_argument("--vision_tower", metavar="TEXT", help="vision tower, for the number of tokens an image takes")
-    tower.add_argument("--tokens_per_image", type=_positive, metavar="N", help="this number, without a tower (576)")
-    add("--mm_vision_select_feature", metavar="TEXT", help="patch or cls_patch [patch]")
-    add("--model_max_length", type=_positive, metavar="N", help="longest sequence in tokens [2048]")
-    add("--image_size", type=_positive, metavar="N", help="of the tower's pictures, pixels [as it was trained]")
-    aspect_ratios = choices("image_aspect_ratio")
-    add("--image_aspect_ratio", choices=aspect_ratios, help="[stage 1: square, stage 2: pad]")
-    add("--mm_patch_merge_type", choices=MERGE_TYPES, help="with anyres [spatial_unpad]")
-    add("--image_grid_pinpoints", metavar="TEXT", help="with anyres [LLaVA-1.6's]")
-    add("--global_batch_size", type=_positive, metavar="N", help="for the padding figures [256, 128]")
-    add("--per_device_train_batch_size", type=_positive, metavar="N", help="for the padding figures [32, 16]")
-    add("--check_images", choices=("all", "exist"), default="all", help="open all of them, or only look for them [all]")
-    add("--num_workers", type=_positive, default=os.cpu_count(), metavar="N", help="processes [one for each core]")
-    add("--plot", metavar="FILE.png", help="draw the histogram of token counts")
-    add("--output", default="bad_records.jsonl", metavar="FILE", help="where the bad records go [bad_records.jsonl]")
-    given = parser.parse_args(command_line)
-    try:
-        from_file = read_config(given.config) if given.config else {}
-        given.stage = given.stage or from_file.get("stage") or 2
-        if given.stage != from_file.get("stage", given.stage):
-            raise UserError(f"{given.config} is written for stage {from_file['stage']}, not --stage {given.stage}.")
-    except ValueError as error:
-        parser.error(str(error))
-    for name, value in vars(given).items():
-        if value is None and not (name == "vision_tower" and given.tokens_per_image):
-            setattr(given, name, from_file.get(name))
-    given.mm_vision_select_feature = given.mm_vision_select_feature or "patch"
-    for name in ("data_path", "model_name_or_path"):
-        if not getattr(given, name):
-            parser.error(f"--{name} is missing.")
-    if not (given.vision_tower or given.tokens_per_image):
-        parser.error("--vision_tower is missing, or --tokens_per_image instead of it.")
-    for name, value in vars(given).items():
-        if value is None and name in PRESETS[given.stage]:
-            setattr(given, name, PRESETS[given.stage][name])
-    if given.data_weights and len(given.data_weights) != len(given.data_path):
-        parser.error("--data_weights and --data_path are matched by position, so give one number for each file.")
-    if not all(0 < weight < math.inf for weight in given.data_weights or []):
-        parser.error("--data_weights are above 0; a file with none is left out.")
-    if given.image_aspect_ratio != "anyres" and (given.mm_patch_merge_type or given.image_grid_pinpoints):
-        parser.error("--mm_patch_merge_type and --image_grid_pinpoints do nothing without --image_aspect_ratio anyres.")
-    if given.image_size and not given.vision_tower:
-        parser.error("--image_size says something about the --vision_tower, which is not given.")
-    if given.image_aspect_ratio == "anyres" and not given.vision_tower:
-        parser.error("--image_aspect_ratio anyres needs --vision_tower: its tiles are of the tower's size.")
-    return given
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) <= 0:
-        raise ValueError
-    return value
-
-
-def _above_0(text: str) -> float:
-    if not 0 < (value := float(text)) < math.inf:
-        raise ValueError
-    return value
-
-
 def _tokens_of_tower(given: argparse.Namespace) -> tuple[int, Tiling | None]:
     """Return how many tokens an image takes, and for images in tiles the tiling."""
     config = load_vision_config(given.vision_tower, given.trust_remote_code)
@@ -348,11 +365,7 @@ def _tokens_of_tower(given: argparse.Namespace) -> tuple[int, Tiling | None]:
 
 def examine(given: argparse.Namespace) -> int:
     """Check, print, write the list of bad records, and return how many faults there are."""
-    if os.path.exists(given.output) and any(os.path.samefile(given.output, path) for path in given.data_path):
-        raise UserError(f"--output {given.output} would overwrite the data.")
-    for name in ("model_name_or_path", "vision_tower"):
-        check_model_place(f"--{name}", getattr(given, name))
-    check_data_files(given.data_path, given.image_folder, given.exclude)
+    check_given(given)
     image_tokens, tiling = (given.tokens_per_image, None) if given.tokens_per_image else _tokens_of_tower(given)
     tokenizer = load_tokenizer(given.model_name_or_path, given.trust_remote_code)
     template = find_template(given.version, tokenizer)

@@ -9,15 +9,55 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 from ..arguments import ModelArguments, choices
 from ..errors import UserError
+from ..formats.layouts import DTYPES, check_saved_place
+from ..guards.early import check_place, refuse_at_once
+
+
+def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m mini_llava.tools.export", description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("source", metavar="DIR", help="a LLaVA model, directory or hub name, or a trained part of one, a directory")
+    add("directory", metavar="OUT", type=Path, help="where the new one is written")
+    add("--merge", action="store_true", help="DIR is a LoRA directory: add the adapters to the weights of its base")
+    add("--export_format", choices=choices("export_format"), default="transformers")
+    add("--dtype", choices=DTYPES, help="of the weights [as stored]")
+    add("--model_base", metavar="TEXT", help="what a LoRA directory, checkpoint or projector belongs to [as it says]")
+    add("--version", metavar="TEXT", help="conversation template [as DIR says]")
+    add("--image_aspect_ratio", choices=choices("image_aspect_ratio"), help="[as DIR says]")
+    add("--vision_tower", metavar="TEXT", help="name of the tower, for LLaVA's layout, where DIR does not say it")
+    add("--save_vision_tower", action="store_true", help="the tower's weights too, in LLaVA's layout")
+    add("--overwrite", action="store_true", help="write into OUT although it holds something")
+    return parser.parse_args(command_line)
+
+
+def check_given(given: argparse.Namespace) -> None:
+    """Raise OSError or UserError for what is wrong with DIR and OUT, as far as that shows without a model."""
+    check_empty(given.directory, given.overwrite)
+    check_saved_place(given.source, given.model_base, given.vision_tower)
+
+
+def check_empty(directory: Path, overwrite: bool) -> None:
+    """Raises OSError if OUT is a file, cannot be written, or holds something and shall not be overwritten."""
+    check_place(directory, "OUT")
+    if not overwrite and directory.is_dir() and (found := sorted(path.name for path in directory.iterdir())):
+        more = ", ..." if len(found) > 3 else ""
+        raise FileExistsError(
+            f"{directory} is not empty ({', '.join(found[:3])}{more}): take another OUT, or --overwrite, which "
+            "replaces files of the same names."
+        )
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    refuse_at_once("export", 1, check_given, parse_arguments())
+
+import torch
+
 from ..formats import write
 from ..formats.read import map_llava
-from ..guards.output_folder import check_place
 from ..guards.user_errors import USER_ERRORS
-from .saved_models import DTYPES, LORA, WHOLE, SavedModel, open_saved
+from .saved_models import LORA, WHOLE, SavedModel, open_saved
 
 
 def export(
@@ -62,35 +102,10 @@ def export(
     return write.save_whole_model(directory, model, description)
 
 
-def check_empty(directory: Path, overwrite: bool) -> None:
-    """Raises OSError if OUT is a file, cannot be written, or holds something and shall not be overwritten."""
-    check_place(directory, "OUT")
-    if not overwrite and directory.is_dir() and (found := sorted(path.name for path in directory.iterdir())):
-        more = ", ..." if len(found) > 3 else ""
-        raise FileExistsError(
-            f"{directory} is not empty ({', '.join(found[:3])}{more}): take another OUT, or --overwrite, which "
-            "replaces files of the same names."
-        )
-
-
 def main(command_line: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m mini_llava.tools.export", description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("source", metavar="DIR", help="a LLaVA model, directory or hub name, or a trained part of one, a directory")
-    add("directory", metavar="OUT", type=Path, help="where the new one is written")
-    add("--merge", action="store_true", help="DIR is a LoRA directory: add the adapters to the weights of its base")
-    add("--export_format", choices=choices("export_format"), default="transformers")
-    add("--dtype", choices=DTYPES, help="of the weights [as stored]")
-    add("--model_base", metavar="TEXT", help="what a LoRA directory, checkpoint or projector belongs to [as it says]")
-    add("--version", metavar="TEXT", help="conversation template [as DIR says]")
-    add("--image_aspect_ratio", choices=choices("image_aspect_ratio"), help="[as DIR says]")
-    add("--vision_tower", metavar="TEXT", help="name of the tower, for LLaVA's layout, where DIR does not say it")
-    add("--save_vision_tower", action="store_true", help="the tower's weights too, in LLaVA's layout")
-    add("--overwrite", action="store_true", help="write into OUT although it holds something")
-    given = parser.parse_args(command_line)
-
+    given = parse_arguments(command_line)
     try:
-        check_empty(given.directory, given.overwrite)
+        check_given(given)
         saved = open_saved(given.source, given.model_base, given.vision_tower, given.version)
         print(saved.describe())
         if given.merge != (saved.kind == LORA):
@@ -99,7 +114,7 @@ def main(command_line: list[str] | None = None) -> None:
         for base in (given.source, saved.source.name):
             flags = ModelArguments(model_name_or_path=base, vision_tower=saved.source.vision_tower)
             write.check_may_be_written(given.directory, flags, given.export_format, saved.source.vision_config)
-        settings = (given.export_format, given.dtype and DTYPES[given.dtype], given.image_aspect_ratio)
+        settings = (given.export_format, given.dtype and getattr(torch, given.dtype), given.image_aspect_ratio)
         print(export(saved, given.directory, *settings, given.save_vision_tower))
     except USER_ERRORS as error:
         sys.exit(f"export: error: {error}")

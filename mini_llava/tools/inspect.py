@@ -13,12 +13,31 @@ from collections.abc import Sequence
 
 from .. import arguments as flags
 from .. import demo
+from ..errors import UserError
+from ..guards.early import check_files, refuse_at_once
+
+
+def parse_arguments(command_line: Sequence[str] | None = None) -> tuple[argparse.Namespace, flags.Arguments]:
+    """Return the flags that say what to show, and all others, which are train.py's."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mini_llava.tools.inspect",
+        description=__doc__.split("\n\n")[0] + " All other flags are those of train.py.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--samples", type=int, default=3, metavar="N", help="show the first N records [3]")
+    parser.add_argument("--record", type=int, nargs="+", metavar="N", help="show these, counted from 0, instead")
+    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="[auto: in a terminal]")
+    given, of_train = parser.parse_known_args(command_line)
+    return given, flags.parse_for_a_tool(of_train)
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    refuse_at_once("inspect", 2, check_files, parse_arguments()[1])
+
 from ..data.samples import Samples
 from ..data.templates import BadRecord
 from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from ..errors import UserError
 from ..formats.read import open_source
-from ..guards.early import check_files
 from ..guards.user_errors import USER_ERRORS
 from ..image_files import BadImage
 from ..inputs import open_samples
@@ -51,20 +70,6 @@ def show(samples: Samples, index: int, marks: dict[str, tuple[str, str]]) -> str
         # What is coloured ends with the line in some terminals and pagers: it begins anew on the next.
         text.append(begin + (words.replace("\n", f"{end}\n{begin}") if marks is COLOURS else words) + end)
     return "\n".join([*lines, "".join(text)])
-
-
-def parse_arguments(command_line: Sequence[str] | None) -> tuple[argparse.Namespace, flags.Arguments]:
-    """Return the flags that say what to show, and all others, which are train.py's."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mini_llava.tools.inspect",
-        description=__doc__.split("\n\n")[0] + " All other flags are those of train.py.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--samples", type=int, default=3, metavar="N", help="show the first N records [3]")
-    parser.add_argument("--record", type=int, nargs="+", metavar="N", help="show these, counted from 0, instead")
-    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="[auto: in a terminal]")
-    given, of_train = parser.parse_known_args(command_line)
-    return given, flags.parse_for_a_tool(of_train)
 
 
 def main(command_line: Sequence[str] | None = None) -> int:

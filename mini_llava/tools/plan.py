@@ -14,22 +14,74 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .. import arguments as flags
+from .. import demo
+from ..arguments import Arguments, TrainingArguments
+from ..command_line import add_flags
+from ..guards.early import check_files, refuse_at_once
+from ..processes import launched_rank
+
+
+@dataclass
+class PlanArguments:
+    """Plan"""
+
+    accelerate_config: str | None = None
+    """Plan for this file of accelerate_configs/; default: for what the launcher started."""
+
+    num_gpus: int | None = flags.flag(None, positive=True)
+    """Plan for so many GPUs in all; default what accelerate_config or the launcher says."""
+
+    gpu_memory_gib: float | None = flags.flag(None, positive=True)
+    """Plan for GPUs of this memory; default that of the GPU here, or 79 without one (cards of 80 GB)."""
+
+    gpu_name: str | None = None
+    """Plan hours for this kind of GPU (A100, H100, ...); default the GPU here, or H100 without one."""
+
+    expected_mfu: float = flags.flag(0.5, positive=True)
+    """The share of the GPUs' peak that goes into arithmetic, for the hours: `mfu` of a run's log."""
+
+
+def split_flags(command_line: Sequence[str] | None = None) -> tuple[PlanArguments, list[str]]:
+    """Return what a run is planned for, and the other flags, which are train.py's."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mini_llava.tools.plan",
+        description="What a run will train, steps, memory by part, hours and disk, without reading a weight or needing "
+        "a GPU. What cannot fit ends with an error that names the first change that makes it fit. All other flags are "
+        "those of train.py.",
+        allow_abbrev=False,
+    )
+    add_flags(parser, PlanArguments)
+    given, of_train = parser.parse_known_args(command_line)
+    return PlanArguments(**vars(given)), of_train
+
+
+def parse_arguments(command_line: Sequence[str] | None = None) -> tuple[Arguments, PlanArguments]:
+    """Return the run's arguments, and what it is planned for. A fault ends the program with one sentence."""
+    planning, of_train = split_flags(command_line)
+    return flags.parse_arguments(of_train), planning
+
+
+def check_given(arguments: Arguments, planning: PlanArguments) -> None:
+    """Raise UserError or OSError for a value that cannot be, or a file that is not there."""
+    flags.check_values(planning)
+    check_files(arguments, weights=False)
+
+
+if __name__ == "__main__" and launched_rank()[0] == 0:  # before the imports below, which take seconds
+    refuse_at_once("plan", 1, check_given, *parse_arguments())
+
 import torch
 import yaml
 from accelerate import Accelerator
 
-from .. import arguments as flags
-from .. import demo
-from ..arguments import Arguments, TrainingArguments
 from ..build import plan_of, trainable_table
-from ..command_line import add_flags
 from ..data.lengths import Lengths, measure_some
 from ..data.samples import Samples
 from ..errors import UserError
 from ..formats.read import Source, assemble, empty_parts, open_source
 from ..formats.write import check_may_be_written
 from ..guards import preflight
-from ..guards.early import check_files
 from ..guards.longest import Longest, kept_of_a_position, longest_micro_batch
 from ..guards.output_folder import disk_needs
 from ..guards.user_errors import USER_ERRORS
@@ -41,7 +93,7 @@ from ..options.attention import CAPPED, choose_attention
 from ..options.image_tokens import add_token_rows
 from ..options.kernels import FUSABLE, choose_fused_kernels
 from ..read_data import Data
-from ..training.backend import choose_precision, complete_zero, launched_rank, zero_stage
+from ..training.backend import choose_precision, complete_zero, zero_stage
 from ..training.optimizer import parameter_groups
 from ..training.order import Order, choose_order
 from ..watch.flops import PEAK_FLOPS, FlopCounter
@@ -181,26 +233,6 @@ def longest_of(
 
 
 # --- what it is to run on --------------------------------------------------------------------------------------------
-
-
-@dataclass
-class PlanArguments:
-    """Plan"""
-
-    accelerate_config: str | None = None
-    """Plan for this file of accelerate_configs/; default: for what the launcher started."""
-
-    num_gpus: int | None = flags.flag(None, positive=True)
-    """Plan for so many GPUs in all; default what accelerate_config or the launcher says."""
-
-    gpu_memory_gib: float | None = flags.flag(None, positive=True)
-    """Plan for GPUs of this memory; default that of the GPU here, or 79 without one (cards of 80 GB)."""
-
-    gpu_name: str | None = None
-    """Plan hours for this kind of GPU (A100, H100, ...); default the GPU here, or H100 without one."""
-
-    expected_mfu: float = flags.flag(0.5, positive=True)
-    """The share of the GPUs' peak that goes into arithmetic, for the hours: `mfu` of a run's log."""
 
 
 def read_layout(planning: PlanArguments, training: TrainingArguments, explicit: set[str]) -> Layout:
@@ -427,26 +459,6 @@ class MemoryAdvice:
 
 
 # --- the tool --------------------------------------------------------------------------------------------------------
-
-
-def split_flags(command_line: Sequence[str] | None = None) -> tuple[PlanArguments, list[str]]:
-    """Return what a run is planned for, and the other flags, which are train.py's."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mini_llava.tools.plan",
-        description="What a run will train, steps, memory by part, hours and disk, without reading a weight or needing "
-        "a GPU. What cannot fit ends with an error that names the first change that makes it fit. All other flags are "
-        "those of train.py.",
-        allow_abbrev=False,
-    )
-    add_flags(parser, PlanArguments)
-    given, of_train = parser.parse_known_args(command_line)
-    return PlanArguments(**vars(given)), of_train
-
-
-def parse_arguments(command_line: Sequence[str] | None = None) -> tuple[Arguments, PlanArguments]:
-    """Return the run's arguments, and what it is planned for. A fault ends the program with one sentence."""
-    planning, of_train = split_flags(command_line)
-    return flags.parse_arguments(of_train), planning
 
 
 def main(command_line: Sequence[str] | None = None) -> int:

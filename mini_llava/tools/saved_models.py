@@ -10,21 +10,27 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..arguments import ModelArguments, check_model_place
+from ..arguments import ModelArguments
 from ..data.templates import Template
 from ..errors import UserError
-from ..formats.layouts import IMAGE_TOKEN_FLAGS, WEIGHT_FILES, layout_of, tiles_in
+from ..formats.layouts import (
+    ADAPTER_CONFIG,
+    IMAGE_TOKEN_FLAGS,
+    PROJECTOR_FILE,
+    WEIGHT_FILES,
+    check_saved_place,
+    layout_of,
+    tiles_in,
+)
 from ..formats.read import Source, load_llava, open_source
 from ..formats.tokenizers import load_tokenizer
 from ..hub import find_file, read_json
 from ..model.llava import LlavaModel
-from ..model.projector import PROJECTOR_FILE
 from ..options.chat_template import find_template
 from ..options.image_tokens import add_image_tokens, add_token_rows, missing_rows
-from ..options.lora import ADAPTER_CONFIG, base_of, load_lora, merge_lora
+from ..options.lora import base_of, load_lora, merge_lora
 from ..training.checkpoint import CheckpointError, PieceReader, read_manifest
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 WHOLE, LORA, PROJECTOR, STATE = "whole model", "LoRA directory", "projector", "training state"
 # Flags whose values a trained part's config.json has.
 FIXED = ("mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature")
@@ -117,10 +123,7 @@ def open_saved(
         UserError: the directory holds no LLaVA model, or what it holds does not fit together.
         OSError: a directory or file is missing.
     """
-    if directory.startswith(("/", ".", "~")) and not Path(directory).is_dir():
-        raise UserError(f"{directory} is not a directory; give a model's directory or its name on the hub.")
-    check_model_place("--model_base", base)
-    check_model_place("--vision_tower", vision_tower)
+    check_saved_place(directory, base, vision_tower)
     kind, config = _kind(directory), read_json(directory, "config.json")
     if not config:
         raise FileNotFoundError(f"{directory} has no config.json, which says how the {kind} belongs to its base.")

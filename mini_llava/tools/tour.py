@@ -13,10 +13,29 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from .. import arguments as flags
 from .. import demo
+from ..guards.early import check_files, refuse_at_once
+
+
+def parse_arguments(command_line: list[str] | None = None) -> tuple[argparse.Namespace, flags.Arguments]:
+    """Return the flags that say what to show, and all others, which are train.py's."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mini_llava.tools.tour",
+        description="What happens to records from JSON to gradients. All other flags are train.py's (its --help).",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--record", type=int, nargs="+", metavar="N", help="which, counted from 0 [two]")
+    given, words = parser.parse_known_args(command_line)
+    # The demo pads its rows on the CPU; packed they show more. A --packing among the words wins, being later.
+    return given, flags.parse_for_a_tool(["--packing", "True", *words])
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    refuse_at_once("tour", 2, check_files, parse_arguments()[1])
+
+import torch
+
 from ..build import build_model
 from ..data.collator import collate
 from ..data.images import ImageReader, normalise
@@ -25,7 +44,6 @@ from ..data.records import RecordStore
 from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, read_conversation, tokenize
 from ..errors import UserError
 from ..formats.read import open_source
-from ..guards.early import check_files
 from ..guards.user_errors import USER_ERRORS
 from ..image_files import image_path, load_image
 from ..inputs import open_samples
@@ -195,16 +213,9 @@ def show(name: str, tensor: torch.Tensor) -> None:
 
 def main(command_line: list[str] | None = None) -> int:
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal need not know every character
-    parser = argparse.ArgumentParser(
-        prog="python -m mini_llava.tools.tour",
-        description="What happens to records from JSON to gradients. All other flags are train.py's (its --help).",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--record", type=int, nargs="+", metavar="N", help="which, counted from 0 [two]")
-    given, words = parser.parse_known_args(command_line)
+    given, arguments = parse_arguments(command_line)
     try:
-        # The demo pads its rows on the CPU; packed they show more. A --packing among the words wins, being later.
-        tour(flags.parse_for_a_tool(["--packing", "True", *words]), given.record)
+        tour(arguments, given.record)
     except USER_ERRORS as error:
         print(f"tour: error: {error}", file=sys.stderr)
         return 2

@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..arguments import Arguments
 from ..errors import UserError
 from ..model.llava import LlavaModel
+from ..processes import launched_rank
 from ..words import counted
 
 # DeepSpeed calls collectives by names that torch is renaming; a user cannot act on that.
@@ -100,11 +101,6 @@ def to_device(batch: dict, device: torch.device) -> dict:
 # --- Processes, precision, DeepSpeed's settings -----------------------------------------------------------------------
 
 
-def launched_rank() -> tuple[int, int]:
-    """Return rank and number of processes from the launcher's variables, before any process group exists."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
 def choose_precision(bf16: bool, fp16: bool, explicit: set[str]) -> str:
     """Return `bf16`, `fp16` or `no`: that of accelerate's config, else that of the flags.
 
@@ -147,6 +143,10 @@ def build_accelerator(precision: str, max_grad_norm: float, report_to: str, outp
         # Without a launcher accelerate would wait for a process group that does not exist.
         handlers.append(InitProcessGroupKwargs(backend=backend))
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed.ops
+
+        # On CPUs it would compile, for a minute, an operator that only inference calls; asking for it takes seconds.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         plugin = DeepSpeedPlugin()
         complete_deepspeed_config(plugin.deepspeed_config, precision, max_grad_norm)
     accelerator = Accelerator(

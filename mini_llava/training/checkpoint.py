@@ -21,18 +21,13 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 
-from ..errors import UserError
 from ..files import flush, flush_file
 from ..words import counted
 from .backend import create_moments, gather_from_ranks, versions
+from .manifest import FORMAT, CheckpointError, digest, hide, is_ours, manifest_checksum, read_manifest
 from .sharded_state import ShardedState
 
-FORMAT = 2
 BYTES_PER_FILE = 2**30  # a rank holds twice this in CPU memory while it writes
-
-
-class CheckpointError(UserError):
-    """A checkpoint cannot be written or read; the sentence names the file and says what to do."""
 
 
 # What files can fail with. Anything else is a bug, which must not pass for a full disk.
@@ -169,21 +164,10 @@ def _write_manifest(state: ShardedState, directory: Path, description: dict, fil
         **description,
         "files": files,
     }
-    manifest["sha256"] = _manifest_checksum(manifest)
+    manifest["sha256"] = manifest_checksum(manifest)
     (directory / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     flush_file(directory / "manifest.json")
     flush_file(directory)
-
-
-def digest(path: Path) -> dict:
-    """Return size and checksum of a file, as the manifest has them."""
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _manifest_checksum(manifest: dict) -> str:
-    rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def rename_into_place(temporary: Path, final: Path) -> None:
@@ -205,56 +189,12 @@ def rename_into_place(temporary: Path, final: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)  # what is left is removed by the next run
 
 
-def hide(checkpoint: Path) -> Path:
-    """Rename a checkpoint before it is deleted, because a kill while deleting must not leave half of one."""
-    removed = checkpoint.with_name(f".{checkpoint.name}.removed")
-    if removed.exists():
-        shutil.rmtree(removed)
-    os.rename(checkpoint, removed)
-    flush_file(checkpoint.parent)
-    return removed
-
-
-def is_ours(checkpoint: Path) -> bool:
-    """Return whether this program wrote a directory, whole or torn: it has our manifest, or files only we write."""
-    if any(checkpoint.glob("state-rank*.safetensors")):
-        return True
-    try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(manifest, dict) and manifest.get("kind") == "training state"
-
-
 def _refuse_to_replace(final: Path) -> None:
     if os.path.lexists(final) and not is_ours(final):
         raise CheckpointError(f"{final} is there, which this program did not write. Move it away.")
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def read_manifest(directory: Path) -> dict:
-    """Return the manifest of a checkpoint whose files are all there in their sizes; raise CheckpointError else."""
-    file = directory / "manifest.json"
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{directory} is not a complete checkpoint: it has no manifest.json.") from None
-    except ValueError:
-        raise CheckpointError(f"{file} is not readable; use an older checkpoint.") from None
-    if not isinstance(manifest, dict) or manifest.get("kind") != "training state":
-        raise CheckpointError(f"{file} does not describe a training state of this program.")
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{file} is of format {manifest.get('format')}, and this program reads {FORMAT}.")
-    if manifest.get("sha256") != _manifest_checksum(manifest):
-        raise CheckpointError(f"{file} has been altered; use an older checkpoint.")
-    for name, expected in manifest["files"].items():
-        size = (directory / name).stat().st_size if (directory / name).is_file() else None
-        if size != expected["bytes"]:
-            fault = "is missing" if size is None else f"has {counted(size, 'byte')} instead of {expected['bytes']:,}"
-            raise CheckpointError(f"{directory / name} {fault}; use an older checkpoint.")
-    return manifest
 
 
 @torch.no_grad()

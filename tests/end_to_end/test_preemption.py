@@ -241,22 +241,24 @@ import os, runpy, signal, sys, time
 class AtTorch:
     def find_spec(self, name, *_):
         if name == "torch":
-            os.kill(os.getpid(), int(sys.argv[1]))
+            os.kill(os.getpid(), number)
             time.sleep(60)
 
+number = int(sys.argv.pop(1))
 sys.meta_path.insert(0, AtTorch())
 runpy.run_path("train.py", run_name="__main__")
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_signals_are_answered_before_torch_is_imported(number):
+def test_signals_are_answered_before_torch_is_imported(number, tmp_path):
     """In a Python of its own: the server of the forks has imported all."""
     default = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # not as a background job
-    command = [sys.executable, "-c", SIGNALLED_IN_AN_IMPORT, str(int(number))]
+    command = [sys.executable, "-c", SIGNALLED_IN_AN_IMPORT, str(int(number)), *runs.flags_of(2, tmp_path, SETTINGS)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50, preexec_fn=default)
     assert ended.returncode == 128 + (number if number == signal.SIGINT else signal.SIGTERM), ended.stderr
     assert "before the first step" in ended.stderr and "Traceback" not in ended.stderr
+    assert (tmp_path / "preempted").exists() == (number != signal.SIGINT)
 
 
 FAIL_IN_STEP_2 = """

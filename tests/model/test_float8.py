@@ -329,11 +329,6 @@ def test_copies_that_differ_end_with_a_sentence(monkeypatch):
         check_copies(cpu)
 
 
-def test_float8_of_quantised_layers_is_refused_before_anything_is_read():
-    with pytest.raises(UserError, match="--fp8 True: with --bits 4 the linear layers' weights have 4 bits"):
-        check_float8(True, bits=4)
-
-
 def test_a_model_without_layers_in_16_bits_is_refused():
     model = tiny(layers=1)
     for layer in model.model.modules():

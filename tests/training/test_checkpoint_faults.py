@@ -21,8 +21,9 @@ from torch import nn
 
 from mini_llava import arguments as flags
 from mini_llava.guards import ownership
-from mini_llava.guards.checkpoints import complete_checkpoints, find_checkpoint, remove_oldest, verify
+from mini_llava.guards.checkpoints import complete_checkpoints, remove_oldest
 from mini_llava.guards.output_folder import writing_the_result
+from mini_llava.guards.resume import find_checkpoint, verify
 from mini_llava.training.checkpoint import CheckpointError, save_checkpoint
 from mini_llava.training.sharded_state import ShardedState
 from tests.end_to_end import runs

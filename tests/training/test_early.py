@@ -8,12 +8,15 @@ from contextlib import nullcontext
 
 import pytest
 from accelerate.commands import launch as accelerate_launch
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 from transformers.utils import is_flash_attn_2_available
 
 from mini_llava import arguments as flags
 from mini_llava import launch
 from mini_llava.formats import read
 from mini_llava.guards.early import check_launch
+from mini_llava.options.packages import TRACKERS, installed_trackers
 from mini_llava.tools import inspect, tour
 from mini_llava.training.checkpoint import CheckpointError
 from tests.end_to_end import runs
@@ -79,6 +82,70 @@ def test_the_plan_and_the_tools_miss_a_file_with_the_same_sentence(
     for tool in (inspect, tour):
         assert tool.main(words) == 2
         assert sentence in capsys.readouterr().err
+
+
+# --- what is imported for it -----------------------------------------------------------------------------------------
+
+TAKES_SECONDS = {"torch", "transformers", "accelerate", "deepspeed"}
+TOOLS = [f"-m mini_llava.tools.{tool}" for tool in ("chat", "convert", "doctor", "export", "inspect", "plan", "tour")]
+FLAGS = " ".join(runs.flags_of(2, "{0}/out", {}))
+REFUSED = [
+    (f"train.py {FLAGS} --learning_rte 1", "train.py: error: unknown flag --learning_rte"),
+    (f"train.py {FLAGS} --bf16 True --fp16 True", "train.py: error: --bf16 and --fp16 cannot both be True."),
+    ("train.py --config {0}/none.yaml", "none.yaml: No such file or directory."),
+    *((f"train.py {' '.join(runs.flags_of(2, '{0}/out', values))}", text) for values, text in (TO_READ + TO_RUN)[::2]),
+    (f"train.py {FLAGS} --output_dir {{0}}/file", "/file (--output_dir) is a file."),
+    (f"train.py {FLAGS} --output_dir {{0}}/trained", "/checkpoint-2 is there from an earlier run."),
+    (f"train.py {FLAGS} --output_dir {{0}}/foreign", "/foreign (--output_dir) holds config.json, which no run of"),
+    ("-m mini_llava.tools.chat {0}/none", "chat: error: "),
+    ("-m mini_llava.tools.convert {0}/none --output {0}/out", "convert: error: "),
+    (
+        "-m mini_llava.tools.doctor --data_path none.json --model_name_or_path {0}/none --tokens_per_image 4",
+        "doctor: e",
+    ),
+    ("-m mini_llava.tools.export {0}/none {0}/file", "file (OUT) is a file."),
+    (f"-m mini_llava.tools.inspect {FLAGS} --data_path none.json", "inspect: error: The data file none.json"),
+    (f"-m mini_llava.tools.plan {FLAGS} --data_path none.json", "plan: error: The data file none.json"),
+    (f"-m mini_llava.tools.plan {FLAGS} --num_gpus 0", "plan: error: --num_gpus must be positive, not 0."),
+    (f"-m mini_llava.tools.tour {FLAGS} --data_path none.json", "tour: error: The data file none.json"),
+]
+
+
+def started(words: str, folder) -> tuple[int, str, set[str]]:
+    """Exit code, what was printed, and which of the packages that take seconds to import were imported."""
+    command = [sys.executable, "-X", "importtime", *words.format(folder).split()]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    listed, printed = [], [run.stdout]
+    for line in run.stderr.splitlines(keepends=True):
+        (listed if line.startswith("import time:") else printed).append(line)
+    modules = {line.rsplit("|", 1)[1].strip() for line in listed}
+    assert "argparse" in modules
+    return run.returncode, "".join(printed), modules & TAKES_SECONDS
+
+
+@pytest.mark.parametrize("program", ["train.py", *TOOLS])
+def test_the_help_is_printed_before_anything_large_is_imported(program, tmp_path):
+    code, printed, imported = started(f"{program} --help", tmp_path)
+    assert code == 0 and "usage: " in printed and not imported
+
+
+@pytest.mark.parametrize(("words", "sentence"), REFUSED, ids=[sentence for _, sentence in REFUSED])
+def test_flags_are_refused_before_anything_large_is_imported(words, sentence, tmp_path):
+    (tmp_path / "file").touch()
+    for name, content in (
+        ("trained/checkpoint-2/manifest.json", '{"kind": "training state"}'),
+        ("foreign/config.json", ""),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(content)
+    code, printed, imported = started(words, tmp_path)
+    assert code in (1, 2) and sentence in printed.strip().splitlines()[-1] and not imported
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "trained", "foreign"}, "a refusal leaves no trace"
+
+
+def test_the_trackers_are_those_of_accelerate():
+    assert {*TRACKERS, "all"} == set(LoggerType.list())
+    assert set(installed_trackers()) == {str(tracker) for tracker in get_available_trackers()}
 
 
 # --- what is written -------------------------------------------------------------------------------------------------
