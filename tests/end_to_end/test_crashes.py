@@ -42,6 +42,10 @@ def outcomes(crashes):
     behind = [kill for _, kill in kills_at_every_operation(crashes, (ONE_KEPT,), "behind")]
     removal = [replace(kill, occurrence=1) for kill in behind if kill.operation in of_removal]
     lot = crashes.random
+    of_a_state = {
+        kind: next(name for name in crashes.operations[kind][kind.processes - 1] if name.startswith("behind: write "))
+        for kind in (ONE_KEPT, ZERO3)
+    }
     planned = {
         # A run may come to none of those drawn by lot: an instant after its end, the save of a step that it has done.
         "two processes": [
@@ -52,6 +56,10 @@ def outcomes(crashes):
         "first save": [(ONE_KEPT, [Kill(0, names[in_saves[0]]), Kill(0, "behind: rename .checkpoint-#.incomplete")])],
         "result": [
             (ONE_KEPT, [Kill(0, model, written=0.5), *(Kill(0, name) for name in lot.sample(only_at_the_end, 2))])
+        ],
+        "behind": [
+            (kind, [Kill(kind.processes - 1, of_a_state[kind], occurrence=2, written=0.5, alone=True)])
+            for kind in (ONE_KEPT, ZERO3)
         ],
         "removal": [(ONE_KEPT, [kill]) for kill in lot.sample(removal, 2)],
     }
@@ -74,6 +82,11 @@ def test_killed_in_its_first_save_again_and_again_a_run_starts_anew_each_time(ou
 def test_killed_while_the_result_is_written_only_the_result_is_written_again(outcomes):
     [outcome] = outcomes("result")
     assert not outcome.fault and outcome.resumed_from == [STEPS] * 3, outcome
+
+
+def test_killed_in_the_middle_of_a_file_that_is_written_behind_the_steps_a_run_goes_on_from_the_state_before(outcomes):
+    for outcome in outcomes("behind"):
+        assert not outcome.fault and outcome.resumed_from == [1], outcome
 
 
 def test_killed_while_an_old_checkpoint_is_removed_a_run_goes_on_from_the_new_one(outcomes):
