@@ -36,7 +36,7 @@ from mini_llava.guards.user_errors import USER_ERRORS
 from mini_llava.read_data import read_data
 from mini_llava.saving import Saving
 from mini_llava.tools.plan import MemoryAdvice
-from mini_llava.training import backend
+from mini_llava.training import backend, background
 from mini_llava.training.lockstep import Lockstep
 from mini_llava.training.optimizer import learning_rates, set_learning_rates
 from mini_llava.training.order import choose_order
@@ -50,6 +50,7 @@ from mini_llava.watch.report import Report
 
 
 @ownership.released_at_the_end()
+@background.finished_at_the_end()
 def train(arguments: flags.Arguments, advice: MemoryAdvice | None = None) -> None:
     """Train as the flags say. `advice` comes to know what to change if memory runs out."""
     training, output_dir = arguments.training, Path(arguments.training.output_dir)
@@ -91,7 +92,7 @@ def train(arguments: flags.Arguments, advice: MemoryAdvice | None = None) -> Non
     resumed = saving.resume(report.log)
     if rank == 0:
         preemption.forget_earlier()
-    notes = preflight.ddp_memory_note(accelerator, model), saving.disk_note()
+    notes = preflight.ddp_memory_note(accelerator, model), saving.disk_note(), saving.memory_note()
     report.begin(accelerator, data, order, table, notes, resumed)
     first_batch.show(accelerator, data.samples, order.dealt_batches(), sampler.step + 1)
     if training.longest_batch_first and sampler.step < total_steps:  # its gradients are discarded: only memory is tried
@@ -145,6 +146,7 @@ def train(arguments: flags.Arguments, advice: MemoryAdvice | None = None) -> Non
         report.skipped(rank_step.skipped)
 
         lockstep.read()
+        report.log(saving.news())
         is_reported = report.is_due(step) or saving.is_due(step) or evaluation.is_due(step) or lockstep.stopping
         if is_reported and meter.steps:
             values = meter.read()  # here the host waits for the device
@@ -157,13 +159,15 @@ def train(arguments: flags.Arguments, advice: MemoryAdvice | None = None) -> Non
         if saving.is_due(step):
             with meter.paused("save_seconds"):
                 # A state that a fault has ended replaces none.
-                report.log(saving.save(removes_old=not lockstep.has_fault))
+                report.log(saving.save(behind=not lockstep.stopping, removes_old=not lockstep.has_fault))
             lockstep.agree()  # asked during a save, the run ends with that one
         if evaluation.is_due(step) and not lockstep.stopping:
             with meter.paused():
                 evaluation.evaluate(step, report.log)  # in which it may be asked to stop
         if lockstep.stopping:
             break
+    with meter.paused("save_seconds"):
+        report.log(saving.finish())
     report.end_progress_line()
 
     # --- The result; or the state of a run that ends before it has one, or in its last evaluation ---------------------

@@ -354,6 +354,10 @@ class TrainingArguments:
     per_device_eval_batch_size: int = flag(16, positive=True, decides=NOTHING)
     """Held-out records that a device takes at once, for their loss and for their answers."""
 
+    background_save: bool = flag(True, decides=NOTHING)
+    """Copy a training state to host memory, 12 bytes for each trained parameter, and write it behind the next steps;
+    the run waits for the writing where so much is not free, or with False."""
+
     longest_batch_first: bool = flag(True, decides=NOTHING)
     """Before step 1 run the longest micro-batch once, forward and backward, so that a run that needs too much memory
     ends at once and not after hours. Changes nothing of the training."""

@@ -1,7 +1,8 @@
 """When and what a run saves: training states, from one of which it may go on, and the result."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from pathlib import Path
 
 from .arguments import Arguments
@@ -17,8 +18,11 @@ from .model.trained import trained_in_full
 from .options import lora
 from .read_data import Data
 from .training import backend, checkpoint
+from .training.background import BackgroundWriter
 from .training.order import Order
-from .training.sharded_state import ShardedState
+from .training.sharded_state import KINDS, ShardedState
+
+FAILURES = (OSError, checkpoint.CheckpointError)
 
 
 class Saving:
@@ -26,6 +30,7 @@ class Saving:
 
     Attributes:
         saved_step: the step of the newest state on disk; before any, that at which the run began.
+        writing: what will be said of the state that is being written behind the steps; None if none is.
     """
 
     def __init__(self, arguments: Arguments, state: ShardedState, source: Source, data: Data, order: Order):
@@ -54,6 +59,8 @@ class Saving:
             dtype=backend.compute_dtype(accelerator),
         )
         self.saved_step = self.sampler.step
+        self.background = BackgroundWriter(accelerator)
+        self.writing: Future | None = None
 
     def resume(self, log: Callable[[str], None]) -> Path | None:
         """Load the state that `--resume_from_checkpoint` names, and return its directory; None for a new run.
@@ -84,21 +91,43 @@ class Saving:
         itemsize = backend.compute_dtype(self.state.accelerator).itemsize
         return output_folder.disk_needs(self.bare, itemsize, *kept).warning(self.output_dir)
 
+    def memory_note(self) -> str | None:
+        """Take memory to write states behind the steps, if any will be; return a sentence if there is too little."""
+        every, step = self.flags.save_steps, self.sampler.step
+        if not self.flags.background_save or self.flags.save_strategy != "steps":
+            return None
+        if (self.total_steps - 1) // every <= step // every:  # the last step's is not written behind any
+            return None
+        return self.background.reserve(len(KINDS) * sum(p.own.stop - p.own.start for p in self.state.pieces()))
+
     def is_due(self, step: int) -> bool:
         """Return whether a state belongs after this step."""
         return self.flags.save_strategy == "steps" and step % self.flags.save_steps == 0
 
-    def save(self, removes_old: bool = True) -> str:
+    def save(self, behind: bool = False, removes_old: bool = True) -> str:
         """Write a training state with loadable weights, and return a sentence about it. All ranks must call it.
 
         A failure is a warning, because a full disk must not cost the work that is still in memory.
 
-        removes_old: the oldest states are removed as `--save_total_limit` says.
+        Args:
+            behind: if there is memory for it, copy the state and have it written behind the next steps, of which there
+                must be one; `news` or `finish` says what became of it. One state is written at a time.
+            removes_old: the oldest states are then removed as `--save_total_limit` says.
         """
-        step = self.sampler.step
+        said, step = [self.finish()], self.sampler.step
         save_trained = lora.save_lora if self.kind == "adapters" else write.save_projector_only
+        behind = behind and self.background.buffer is not None and step < self.total_steps
+        removes_old = removes_old and self.state.accelerator.is_main_process
+
+        def write_state(tensors: Iterable[checkpoint.Tensors], gather: checkpoint.Gather) -> str:
+            sentences = [begun.write(tensors, gather) + " The run went on meanwhile." * behind]
+            self.saved_step = step
+            if removes_old:
+                sentences += remove_oldest(self.output_dir, step, self.flags.save_total_limit)
+            return "\n".join(sentences)
+
         try:
-            sentence = checkpoint.save_checkpoint(
+            begun = checkpoint.begin_checkpoint(
                 self.state,
                 self.output_dir,
                 step,
@@ -111,16 +140,38 @@ class Saving:
                 write_weights=functools.partial(save_trained, model=self.bare, description=self.description),
                 check_owner=check_still_owned,
             )
-            self.saved_step = step
-            if removes_old and self.state.accelerator.is_main_process:
-                sentence = "\n".join([sentence, *remove_oldest(self.output_dir, step, self.flags.save_total_limit)])
-            return sentence
-        except (OSError, checkpoint.CheckpointError) as error:
-            present = complete_checkpoints(self.output_dir)
-            return (
-                f"Warning: {error} The run goes on, and the next save is the next try; a crash before it loses the "
-                f"work since {present[-1].name if present else 'the beginning'}."
-            )
+            if behind:
+                copies = self.background.copied(begun.tensors())
+                self.writing = self.background.start(functools.partial(write_state, copies, self.background.gather))
+            else:
+                said.append(write_state(begun.tensors(), backend.gather_from_ranks))
+        except FAILURES as error:
+            said.append(self._warning(error))
+        return "\n".join(filter(None, said))
+
+    def news(self) -> str | None:
+        """Return what became of the state that is written behind the steps, once that is known."""
+        return self._outcome() if self.writing and self.writing.done() else None
+
+    def finish(self) -> str | None:
+        """Wait for the state that is written behind the steps, and return what became of it. All ranks must call it."""
+        said = self._outcome() if self.writing else None
+        backend.gather_from_ranks(self.state.accelerator, None)  # none goes on while another's thread needs it
+        return said
+
+    def _outcome(self) -> str:
+        writing, self.writing = self.writing, None
+        try:
+            return writing.result()
+        except FAILURES as error:
+            return self._warning(error)
+
+    def _warning(self, error: Exception) -> str:
+        present = complete_checkpoints(self.output_dir)
+        return (
+            f"Warning: {error} The run goes on, and the next save is the next try; a crash before it loses the work "
+            f"since {present[-1].name if present else 'the beginning'}."
+        )
 
     def write_result(self) -> str:
         """Write what the run was for, in the layout that `--export_format` asks for, and return a line about it."""

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ CHANGES = {
     "os.link": "link",
     "os.symlink": "symlink",
 }
+IN_A_STATE = ("save", "behind")  # moments
 NUMBERS = re.compile(r"[0-9a-f]{32,}|(?<=/tmp)\w{8}(?=\.)|[0-9]+")  # and names that are drawn or computed
 
 
@@ -58,7 +60,8 @@ def operations(listing: Path) -> dict[int, list[str]]:
 def watch(output_dir: Path, listing: Path, kill: Kill | None) -> None:
     """Lists the operations below `output_dir`, one a line, in the file `listing.RANK`, and does as `kill` says.
 
-    An operation is named by where it is (in a `save`, elsewhere in the `run`), what it is, and its path, numbers as #.
+    An operation is named by where it is (in a `save`; in the thread that writes `behind` the steps; elsewhere in the
+    `run`), what it is, and its path, numbers as #.
     """
     rank = int(os.environ.get("RANK", 0))
     _Watch(output_dir, Path(f"{listing}.{rank}"), kill if kill is not None and kill.rank == rank else None).begin()
@@ -75,6 +78,7 @@ class _Watch:
         import safetensors.torch
 
         from mini_llava.saving import Saving
+        from mini_llava.training.background import THREAD
 
         fsync, write, save = os.fsync, safetensors.torch.serialize_file, Saving.save
 
@@ -93,6 +97,7 @@ class _Watch:
             self.moment = "run"
             return result
 
+        self.behind = THREAD
         os.fsync, safetensors.torch.serialize_file, Saving.save = (
             watched_fsync,
             watched_write,
@@ -138,7 +143,8 @@ class _Watch:
         if os.getpid() != self.process or not f"{path}{os.sep}".startswith(self.output_dir + os.sep):
             return
         self.cuts_off()
-        name = f"{self.moment}: {what} {NUMBERS.sub('#', os.path.relpath(path, self.output_dir))}"
+        moment = "behind" if threading.current_thread().name == self.behind else self.moment
+        name = f"{moment}: {what} {NUMBERS.sub('#', os.path.relpath(path, self.output_dir))}"
         os.write(self.listing, f"{name}\n".encode())
         if self.kill is None or name != self.kill.operation:
             return

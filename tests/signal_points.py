@@ -9,6 +9,7 @@ import contextlib
 import functools
 import os
 import signal
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from tests.forked_runs import Run
 
 FIRST_LINE, OWNS_ITS_FOLDER, LOOP = "first line", "after checks", "loop"  # it is there; it answers by itself from here
 LENGTHS, TRIAL, FIRST_EVALUATION, STEP, SAVE = "length pass", "trial", "evaluation before training", "step", "save"
+BEHIND = "state written behind the steps"
 EVALUATION, HUNG_WORKER, RESULT, LAST_EVALUATION = "evaluation", "hung worker", "result", "evaluation after training"
 TO = ("one rank", "all ranks", "all processes")
 SECONDS_HELD = 1.0
@@ -143,6 +145,7 @@ class _Marker:
         from mini_llava.formats import write
         from mini_llava.guards import early, longest
         from mini_llava.guards.preemption import Preemption
+        from mini_llava.saving import Saving
         from mini_llava.training import checkpoint, lockstep
 
         self.after(Preemption, "watch", FIRST_LINE)
@@ -151,7 +154,8 @@ class _Marker:
         self.around(longest, "try_longest", TRIAL)
         self.after(Preemption, "heed", LOOP)
         self.around_steps(lockstep.Lockstep)
-        self.around(checkpoint, "save_checkpoint", SAVE)
+        self.around(Saving, "save", SAVE)
+        self.around_the_thread(checkpoint.Begun)
         self.around(write, "save_whole_model", RESULT)
 
         original = evaluate.Evaluation.evaluate
@@ -182,7 +186,13 @@ class _Marker:
         return result
 
     def around(self, owner, attribute: str, name: str) -> None:
-        setattr(owner, attribute, functools.partial(self.calls, getattr(owner, attribute), name))
+        function = getattr(owner, attribute)
+
+        @functools.wraps(function)
+        def marked(*arguments, **others):
+            return self.calls(function, name, *arguments, **others)
+
+        setattr(owner, attribute, marked)
 
     def after(self, owner, attribute: str, name: str) -> None:
         function = getattr(owner, attribute)
@@ -193,6 +203,15 @@ class _Marker:
             self.write(name)
 
         setattr(owner, attribute, marked)
+
+    def around_the_thread(self, begun: type) -> None:
+        write = begun.write
+
+        def marked(state, *arguments):
+            name = None if threading.current_thread() is threading.main_thread() else BEHIND
+            return self.calls(write, name, state, *arguments)
+
+        begun.write = marked
 
     def around_steps(self, lockstep: type) -> None:
         """A step is what the loop does between a yield and asking whether the run ends after it."""

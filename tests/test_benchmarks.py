@@ -1,6 +1,7 @@
 """The benchmarks run: on tiny models here, as they do on real shapes."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,16 @@ def test_memory_estimates_without_a_gpu_and_prints_a_row(tmp_path):
     row = json.loads((tmp_path / "table.jsonl").read_text())
     assert row["estimate"] == pytest.approx(sum(row["parts"].values()), abs=0.1) and "measured" not in row
     assert f"| tiny | {row['estimate']} | - | - |" in printed
+
+
+@pytest.mark.slow
+def test_training_states_are_written_while_the_run_stands_behind_its_steps_and_by_deepspeed(tmp_path):
+    flags = ["--directory", str(tmp_path / "states"), "--layers", "2", "--width", "32", "--times", "1"]
+    run = forked_runs.start(flags, tmp_path / "printed.txt", "zero3", 2, program="benchmarks/checkpoints.py")
+    assert run.wait() == 0, run.text[-5000:]
+    for way in ("standing", "behind", "deepspeeds"):
+        assert re.search(rf"^{way}: 0.000 GB in \d+\.\d\d s", run.text, re.MULTILINE), run.text
+    assert re.search(
+        r"^2 processes, DeepSpeed ZeRO-3.* behind the steps a save stops the run for", run.text, re.MULTILINE
+    )
+    assert not list((tmp_path / "states").iterdir())

@@ -11,12 +11,13 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
-import safetensors.torch
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
@@ -27,15 +28,19 @@ from .backend import create_moments, gather_from_ranks, versions
 from .manifest import FORMAT, CheckpointError, digest, hide, is_ours, manifest_checksum, read_manifest
 from .sharded_state import ShardedState
 
-BYTES_PER_FILE = 2**30  # a rank holds twice this in CPU memory while it writes
+BYTES_PER_FILE = 2**30  # a rank with a GPU holds as much in CPU memory while it writes
 
 
 # What files can fail with. Anything else is a bug, which must not pass for a full disk.
 FAILURES = (OSError, SafetensorError, CheckpointError)
 
 
+Gather = Callable[[Accelerator, object], list]  # JSON values of all ranks, as `gather_from_ranks` does it
+Tensors = dict[str, torch.Tensor]
+
+
 @contextmanager
-def agreement(accelerator: Accelerator, what: str) -> Iterator[None]:
+def agreement(accelerator: Accelerator, what: str, gather: Gather = gather_from_ranks) -> Iterator[None]:
     """Raise CheckpointError on all ranks if the block fails on any, with the reasons and the ranks.
 
     Without it one rank raises and the others wait in their next collective until a timeout ends them. So the block must
@@ -46,7 +51,7 @@ def agreement(accelerator: Accelerator, what: str) -> Iterator[None]:
         yield
     except FAILURES as caught:
         error = caught
-    reasons = gather_from_ranks(accelerator, None if error is None else str(error) or type(error).__name__)
+    reasons = gather(accelerator, None if error is None else str(error) or type(error).__name__)
     if failed := {rank: reason for rank, reason in enumerate(reasons) if reason is not None}:
         text = "; ".join(f"rank {rank}: {reason}" for rank, reason in failed.items())
         if len(failed) == len(reasons) and len(set(reasons)) == 1:
@@ -58,15 +63,21 @@ def agreement(accelerator: Accelerator, what: str) -> Iterator[None]:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(
+def save_checkpoint(*arguments, **others) -> str:
+    """Begin a checkpoint, see `begin_checkpoint`, and write it while all ranks wait; return a sentence about it."""
+    begun = begin_checkpoint(*arguments, **others)
+    return begun.write(begun.tensors())
+
+
+def begin_checkpoint(
     state: ShardedState,
     output_dir: Path,
     step: int,
     description: dict,
     write_weights: Callable[[Path], None] | None = None,
     check_owner: Callable[[], None] | None = None,
-) -> str:
-    """Write `output_dir/checkpoint-<step>`, and return a sentence about it. All ranks must call it.
+) -> "Begun":
+    """Begin `output_dir/checkpoint-<step>`: its folder and the loadable weights. All ranks must call it.
 
     Everything is written under another name, flushed to disk, listed in `manifest.json` and renamed last, so that a
     kill at any instant leaves either the whole checkpoint or none.
@@ -81,13 +92,22 @@ def save_checkpoint(
         CheckpointError: on all ranks, with the reasons of those that failed; nothing is left behind and older
             checkpoints are untouched.
     """
-    started = time.perf_counter()
-    final = output_dir / f"checkpoint-{step}"
-    temporary = output_dir / f".checkpoint-{step}.incomplete"
-    accelerator, failure = state.accelerator, f"{final} could not be written"
-    written: dict[str, dict] = {}
-    try:
-        with agreement(accelerator, failure):
+    accelerator, started = state.accelerator, time.perf_counter()
+    manifest = {
+        "format": FORMAT,
+        "kind": "training state",
+        "optimizer_steps": state.steps_taken(),
+        "world_size": accelerator.num_processes,
+        "versions": versions(),
+        "parameters": state.shapes(),
+        "loss_scaler": state.loss_scale(),
+        "step": step,
+        **description,
+    }
+    final, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.incomplete"
+    begun = Begun(state, final, temporary, manifest, started)
+    with begun.removed_if_it_fails():
+        with agreement(accelerator, begun.failure):
             if accelerator.is_main_process:
                 if check_owner is not None:
                     check_owner()
@@ -95,48 +115,79 @@ def save_checkpoint(
                 if temporary.exists():
                     shutil.rmtree(temporary)
                 temporary.mkdir(parents=True)
-        with agreement(accelerator, failure):
-            written = _write_pieces(state, temporary)
-        with agreement(accelerator, failure):
+        with agreement(accelerator, begun.failure):
             if write_weights is not None:
                 write_weights(temporary)
-        files = {name: digest for rank in gather_from_ranks(accelerator, written) for name, digest in rank.items()}
-        with agreement(accelerator, failure):
-            if accelerator.is_main_process:
-                _write_manifest(state, temporary, {"step": step} | description, files)
-                rename_into_place(temporary, final)
-    except CheckpointError:
-        if accelerator.is_main_process:  # after all ranks have agreed, so nobody writes there any more
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    size, seconds = sum(digest["bytes"] for digest in files.values()) / 1e9, time.perf_counter() - started
-    return f"{final} is written: {size:,.3f} GB in {seconds:.1f} s ({size / seconds:.2f} GB/s)."
+    return begun
 
 
-def _write_pieces(state: ShardedState, directory: Path) -> dict[str, dict]:
+class Begun(NamedTuple):
+    """A checkpoint that lacks the state itself and its name."""
+
+    state: ShardedState
+    final: Path
+    temporary: Path
+    manifest: dict
+    started: float
+
+    @property
+    def failure(self) -> str:
+        return f"{self.final} could not be written"
+
+    @contextmanager
+    def removed_if_it_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError:
+            if self.state.accelerator.is_main_process:  # after all ranks have agreed, so nobody writes there any more
+                shutil.rmtree(self.temporary, ignore_errors=True)
+            raise
+
+    def tensors(self) -> Iterator[Tensors]:
+        """Yield what this rank is to write, by name: the states of its random generators, then views of each piece."""
+        random = {"rng|cpu|0": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            random["rng|cuda|0"] = torch.cuda.get_rng_state()
+        yield random
+        for name, start, tensors, own in self.state.pieces():
+            if own.start < own.stop:
+                yield {f"{name}|{kind}|{start + own.start}": tensor[own].detach() for kind, tensor in tensors.items()}
+
+    def write(self, tensors: Iterable[Tensors], gather: Gather = gather_from_ranks) -> str:
+        """Write the state and give the checkpoint its name; return a sentence about it. All ranks must call it.
+
+        Args:
+            tensors: what `tensors` yields, or copies of that.
+            gather: how the ranks agree.
+
+        Raises:
+            CheckpointError: as `begin_checkpoint`.
+        """
+        accelerator = self.state.accelerator
+        with self.removed_if_it_fails():
+            with agreement(accelerator, self.failure, gather):
+                written = _write_state(self.temporary, accelerator.process_index, tensors)
+            files = {name: digest for rank in gather(accelerator, written) for name, digest in rank.items()}
+            with agreement(accelerator, self.failure, gather):
+                if accelerator.is_main_process:
+                    _write_manifest(self.temporary, self.manifest, files)
+                    rename_into_place(self.temporary, self.final)
+        size, seconds = sum(digest["bytes"] for digest in files.values()) / 1e9, time.perf_counter() - self.started
+        return f"{self.final} is written: {size:,.3f} GB in {seconds:.1f} s ({size / seconds:.2f} GB/s)."
+
+
+def _write_state(directory: Path, rank: int, tensors: Iterable[Tensors]) -> dict[str, dict]:
     """Write this rank's files; return their names, sizes and checksums."""
     digests: dict[str, dict] = {}
-    pending = {"rng|cpu|0": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        pending["rng|cuda|0"] = torch.cuda.get_rng_state()
+    pending: Tensors = {}
 
     def write() -> None:
-        path = directory / f"state-rank{state.accelerator.process_index:05d}-{len(digests):04d}.safetensors"
-        # Not by `save_file`: so a full disk is an OSError, and the checksum is taken without reading the file back.
-        content = safetensors.torch.save(pending)
-        with open(path, "wb") as file:
-            file.write(content)
-            file.flush()
-            flush(file.fileno())
-        digests[path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        path = directory / f"state-rank{rank:05d}-{len(digests):04d}.safetensors"
+        digests[path.name] = write_safetensors(path, pending)
         pending.clear()
 
-    for piece in state.pieces():
-        if piece.own.start == piece.own.stop:
-            continue
-        for kind, tensor in piece.tensors.items():
-            key = f"{piece.name}|{kind}|{piece.start + piece.own.start}"
-            pending[key] = tensor[piece.own].detach().to("cpu", copy=True)
+    for group in tensors:
+        pending |= {name: tensor.cpu() for name, tensor in group.items()}
         if sum(tensor.nbytes for tensor in pending.values()) >= BYTES_PER_FILE:
             write()
     if pending:
@@ -144,7 +195,32 @@ def _write_pieces(state: ShardedState, directory: Path) -> dict[str, dict]:
     return digests
 
 
-def _write_manifest(state: ShardedState, directory: Path, description: dict, files: dict[str, dict]) -> None:
+def write_safetensors(path: Path, tensors: Tensors) -> dict:
+    """Write and flush the file that safetensors makes of fp32 and uint8 tensors; return its size and checksum.
+
+    By hand, so that a full disk is an OSError, no byte is copied or read back for the checksum, and other threads of
+    Python run meanwhile: `safetensors.torch.save` would keep them waiting for seconds.
+    """
+    names = sorted(tensors, key=lambda name: (tensors[name].dtype != torch.float32, name))  # larger numbers first
+    header, end = {}, 0
+    for name in names:
+        tensor, begin = tensors[name], end
+        end += tensor.nbytes
+        dtype = {torch.float32: "F32", torch.uint8: "U8"}[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    checksum = hashlib.sha256()
+    with open(path, "wb") as file:
+        for content in (struct.pack("<Q", len(text)), text, *(tensors[name].numpy() for name in names)):
+            file.write(content)
+            checksum.update(content)
+        file.flush()
+        flush(file.fileno())
+        return {"bytes": file.tell(), "sha256": checksum.hexdigest()}
+
+
+def _write_manifest(directory: Path, manifest: dict, files: dict[str, dict]) -> None:
     """Flush what `write_weights` wrote, which is not in `files`, and list everything in the manifest."""
     files = dict(files)
     for path in sorted(directory.rglob("*")):
@@ -153,17 +229,7 @@ def _write_manifest(state: ShardedState, directory: Path, description: dict, fil
             flush_file(path)
             if path.is_file():
                 files[name] = digest(path)
-    manifest = {
-        "format": FORMAT,
-        "kind": "training state",
-        "optimizer_steps": state.steps_taken(),
-        "world_size": state.accelerator.num_processes,
-        "versions": versions(),
-        "parameters": state.shapes(),
-        "loss_scaler": state.loss_scale(),
-        **description,
-        "files": files,
-    }
+    manifest = manifest | {"files": files}
     manifest["sha256"] = manifest_checksum(manifest)
     (directory / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     flush_file(directory / "manifest.json")

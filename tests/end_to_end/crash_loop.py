@@ -3,13 +3,13 @@
     python tests/end_to_end/crash_loop.py --kills 100 --signals 100
 
 Every run is train.py itself on tiny models with dropout, on one process or on two under ZeRO-3, with and without
-held-out records. It is ended by SIGKILL at random instants and at every file operation of a save in turn, in the middle
-of the writing too; and by SIGTERM, SIGUSR1, SIGHUP, SIGINT and SIGKILL, to one rank, to all, or to all processes with
-the loader's workers, at instants spread over all parts of a run from its first line to its last. Each time it is
-started again with the same command line, `--resume_from_checkpoint latest`. Losses and gradient norms (as hex), what
-evaluations found, final weights, and the newest checkpoint must be those of a run that nobody killed, to the last bit;
-exit codes, the file `preempted` and the state that a signal leaves are checked, too. One line for each run, then a
-summary; ends with 1 if a run differs.
+held-out records. It is ended by SIGKILL at random instants and at every file operation of a save in turn, those of the
+thread that writes behind the steps included, in the middle of the writing too; and by SIGTERM, SIGUSR1, SIGHUP, SIGINT
+and SIGKILL, to one rank, to all, or to all processes with the loader's workers, at instants spread over all parts of a
+run from its first line to its last. Each time it is started again with the same command line,
+`--resume_from_checkpoint latest`. Losses and gradient norms (as hex), what evaluations found, final weights, and the
+newest checkpoint must be those of a run that nobody killed, to the last bit; exit codes, the file `preempted` and the
+state that a signal leaves are checked, too. One line for each run, then a summary; ends with 1 if a run differs.
 """
 
 import argparse
@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.end_to_end.runs import FIXTURES, held_out_flags  # noqa: E402  known from here on when this is the program
 from tests.forked_runs import start  # noqa: E402
-from tests.kill_points import Kill, operations, watch  # noqa: E402
+from tests.kill_points import IN_A_STATE, Kill, operations, watch  # noqa: E402
 from tests.signal_points import LOOP, OWNS_ITS_FOLDER, STEP, TO, Marks, Sent, Signal, mark, read_marks, send  # noqa: E402
 
 STEPS = 6
@@ -274,9 +274,9 @@ def went_on_from(printed: str) -> int | None:
 
 
 def check_little_is_lost(kind: Kind, output_dir: Path) -> None:
-    """A step is logged before the save that follows it: all saves before that one must be there."""
+    """A step is logged before the save after it, which waits for the state before: all but the last must be there."""
     done = max((step for step, *_ in losses(output_dir)), default=0)
-    saved = max(0, done - 1) // kind.save_steps * kind.save_steps
+    saved = (max(0, done - 1) // kind.save_steps - 1) * kind.save_steps
     newest = max(complete_checkpoints(output_dir), default=0)
     assert newest >= saved, f"killed after step {done}, but the newest checkpoint is that of step {newest}"
 
@@ -362,7 +362,7 @@ class Plan:
 
     def __init__(self, crashes: Crashes, kinds: tuple[Kind, ...]):
         self.crashes, self.kinds = crashes, kinds
-        self.in_a_save = kills_at_every_operation(crashes, kinds, "save")
+        self.in_a_save = [k for moment in IN_A_STATE for k in kills_at_every_operation(crashes, kinds, moment)]
         elsewhere = kills_at_every_operation(crashes, kinds, "run")
         crashes.random.shuffle(self.in_a_save)
         crashes.random.shuffle(elsewhere)

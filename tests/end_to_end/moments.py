@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests import signal_points  # noqa: E402  known only from here on when this file is the program
 from tests.end_to_end.crash_loop import Crashes, Kind, complete_checkpoints  # noqa: E402
-from tests.signal_points import EVALUATION, SAVE, STEP, Signal  # noqa: E402
+from tests.signal_points import BEHIND, EVALUATION, SAVE, STEP, Signal  # noqa: E402
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 MOMENTS = {
@@ -36,6 +36,7 @@ MOMENTS = {
     signal_points.FIRST_EVALUATION: "evaluation before training",
     STEP: "step 1",
     SAVE: "save after step 2",
+    BEHIND: "the state of step 2 written",
     EVALUATION: "evaluation after step 3",
     signal_points.HUNG_WORKER: f"wait for a hung worker, step {signal_points.STEP_OF_THE_HUNG_WORKER}",
     signal_points.RESULT: "result, after step 6",

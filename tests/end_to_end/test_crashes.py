@@ -13,7 +13,7 @@ import pytest
 
 from tests.end_to_end import crash_loop
 from tests.end_to_end.crash_loop import STEPS, Crashes, Kind, Plan, kills_at_every_operation
-from tests.kill_points import Kill
+from tests.kill_points import IN_A_STATE, Kill
 
 ONE_KEPT = Kind(None, 1, save_steps=1, save_total_limit=1)
 ALL_KEPT = Kind(None, 1, save_steps=2, save_total_limit=None)
@@ -39,19 +39,27 @@ def outcomes(crashes):
     only_at_the_end = [name for name in names[in_saves[-1] + 1 :] if name not in names[: in_saves[-1]]]
     model = next(name for name in only_at_the_end if "write" in name and name.endswith(".safetensors"))
     of_removal = set(names) - set(crashes.operations[ALL_KEPT][0])
-    in_a_save = [kill for _, kill in kills_at_every_operation(crashes, (ONE_KEPT,), "save")]
-    removal = [replace(kill, occurrence=1) for kill in in_a_save if kill.operation in of_removal]
+    behind = [kill for _, kill in kills_at_every_operation(crashes, (ONE_KEPT,), "behind")]
+    removal = [replace(kill, occurrence=1) for kill in behind if kill.operation in of_removal]
     lot = crashes.random
+    of_a_state = {
+        kind: next(name for name in crashes.operations[kind][kind.processes - 1] if name.startswith("behind: write "))
+        for kind in (ONE_KEPT, ZERO3)
+    }
     planned = {
         # A run may come to none of those drawn by lot: an instant after its end, the save of a step that it has done.
         "two processes": [
-            (ZERO3, [lot.choice(kills_at_every_operation(crashes, (ZERO3,), "save"))[1]]),
+            (ZERO3, [lot.choice(kills_at_every_operation(crashes, (ZERO3,), "behind"))[1]]),
             *Plan(crashes, (ZERO3,)).runs(2),
         ],
         "one process": Plan(crashes, (ONE_KEPT, ALL_KEPT)).runs(7),
-        "first save": [(ONE_KEPT, [Kill(0, names[in_saves[0]]), Kill(0, "save: rename .checkpoint-#.incomplete")])],
+        "first save": [(ONE_KEPT, [Kill(0, names[in_saves[0]]), Kill(0, "behind: rename .checkpoint-#.incomplete")])],
         "result": [
             (ONE_KEPT, [Kill(0, model, written=0.5), *(Kill(0, name) for name in lot.sample(only_at_the_end, 2))])
+        ],
+        "behind": [
+            (kind, [Kill(kind.processes - 1, of_a_state[kind], occurrence=2, written=0.5, alone=True)])
+            for kind in (ONE_KEPT, ZERO3)
         ],
         "removal": [(ONE_KEPT, [kill]) for kill in lot.sample(removal, 2)],
     }
@@ -76,6 +84,11 @@ def test_killed_while_the_result_is_written_only_the_result_is_written_again(out
     assert not outcome.fault and outcome.resumed_from == [STEPS] * 3, outcome
 
 
+def test_killed_in_the_middle_of_a_file_that_is_written_behind_the_steps_a_run_goes_on_from_the_state_before(outcomes):
+    for outcome in outcomes("behind"):
+        assert not outcome.fault and outcome.resumed_from == [1], outcome
+
+
 def test_killed_while_an_old_checkpoint_is_removed_a_run_goes_on_from_the_new_one(outcomes):
     for outcome in outcomes("removal"):
         assert not outcome.fault and outcome.resumed_from == [2], outcome  # the first to be removed is that of step 1
@@ -87,7 +100,7 @@ def test_everything_in_a_checkpoint_is_flushed_to_the_disk_before_it_gets_its_na
     for names in crashes.operations[kind].values():
         unflushed = set()
         for moment, what, path in (name.replace(": ", " ").split(" ", 2) for name in names):
-            if moment != "save":
+            if moment not in IN_A_STATE:
                 continue
             if what == "write":
                 unflushed.add(path)
@@ -97,11 +110,12 @@ def test_everything_in_a_checkpoint_is_flushed_to_the_disk_before_it_gets_its_na
                 assert unflushed == set()
         assert unflushed == set()  # also of the other ranks, which rename nothing
     [in_order] = [names for rank, names in crashes.operations[kind].items() if rank == 0]
-    renames = [position for position, name in enumerate(in_order) if name == "save: rename .checkpoint-#.incomplete"]
-    assert len(renames) == STEPS
+    in_order = [name.split(": ") for name in in_order if name.startswith(IN_A_STATE)]
+    renames = [position for position, (_, what) in enumerate(in_order) if what == "rename .checkpoint-#.incomplete"]
+    assert [in_order[position][0] for position in renames] == ["behind"] * (STEPS - 1) + ["save"]
     for position in renames:  # the entries of the checkpoint, and afterwards its own
-        assert in_order[position - 1] == "save: fsync .checkpoint-#.incomplete"
-        assert in_order[position + 1] == "save: fsync ."
+        assert in_order[position - 1][1] == "fsync .checkpoint-#.incomplete"
+        assert in_order[position + 1][1] == "fsync ."
 
 
 def test_readmes_command_says_that_all_runs_ended_as_if_nobody_had_killed_them(monkeypatch, tmp_path, capsys):

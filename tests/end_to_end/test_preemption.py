@@ -207,7 +207,7 @@ LEFT = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", LEFT)
 def test_at_every_moment_a_signal_is_answered_once_and_what_a_later_start_needs_is_there(moment, crashes):
     number = BY_TURNS[moment]
     end = end_in(crashes, kind_of(moment, 1), Signal(number, moment))
@@ -216,6 +216,18 @@ def test_at_every_moment_a_signal_is_answered_once_and_what_a_later_start_needs_
     assert end.code == 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
     assert end.marked_step == (None if number == signal.SIGINT else marked)
     assert end.seconds < signal_points.SECONDS_HELD + 5 and "Traceback" not in end.printed
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_while_a_state_is_written_behind_the_steps_ends_the_run_with_that_state_and_its_last(
+    processes, crashes
+):
+    kind = kind_of(signal_points.BEHIND, processes)
+    end = end_in(crashes, kind, Signal(signal.SIGTERM, signal_points.BEHIND, rank=processes - 1))
+    # It is held while the main threads come as far as the next save, which waits for it.
+    assert end.code == 143 and end.marked_step == end.newest in (3, 4), end.printed
+    assert "checkpoint-2 is written: " in end.printed and "Traceback" not in end.printed
+    assert end.printed.count("is written: ") == 2
 
 
 @pytest.mark.parametrize("moment", [signal_points.SAVE, signal_points.EVALUATION])
