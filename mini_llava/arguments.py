@@ -348,7 +348,8 @@ class TrainingArguments:
     """tensorboard, wandb or another tracker that accelerate knows, or none."""
 
     per_device_eval_batch_size: int = flag(16, positive=True, decides=NOTHING)
-    """Held-out records that a device takes at once, for their loss and for their answers."""
+    """Held-out records whose images a device reads at once. Of the questions about them as many are asked at once as
+    fit the tokens of so many records of model_max_length."""
 
     longest_batch_first: bool = flag(True, decides=NOTHING)
     """Before step 1 run the longest micro-batch once, forward and backward, so that a run that needs too much memory

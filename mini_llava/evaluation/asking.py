@@ -259,20 +259,20 @@ class Asker:
         numbers = self._to_device(np.array([number for number, _ in group]))
         every = [asked for _, asked in group]
         places = sorted({place for asked in every for place in asked.predicted()} - {0})
+        lengths = np.array([len(asked.rest) for asked in every])
+        width = max(1, lengths.max())  # at least a forward over padding, since no rank may leave it out
         targets = [np.where(asked.trained, asked.rest, IGNORE_INDEX) for asked in every]
-        targets = self._to_device(_rows(targets, max(1, *(len(asked.rest) + 1 for asked in every)), IGNORE_INDEX))
+        targets = self._to_device(_rows(targets, width + 1, IGNORE_INDEX))
         first = self.last[numbers]
         losses = self.losses[numbers] + token_losses(first, targets[:, :1]).double().sum(dim=1)
         likeliest, cache, mask = first.argmax(dim=-1), self.cache, self.mask
         if self.shares:
-            lengths = np.array([len(asked.rest) for asked in every])
-            width = max(1, lengths.max())  # no rank leaves a forward out
             ids = self._to_device(_rows([asked.rest for asked in every], width, 0))
             cache = _taken(cache, numbers)
             mask = torch.cat([mask[numbers], self._to_device(np.arange(width) < lengths[:, None])], dim=1)
             places = places or [1]
             logits = self._forward(self.model.embed_words(ids), cache, mask, [place - 1 for place in places])
-            losses += token_losses(logits, targets[:, [min(place, width) for place in places]]).double().sum(dim=1)
+            losses += token_losses(logits, targets[:, places]).double().sum(dim=1)
             likeliest = torch.cat([likeliest, logits.argmax(dim=-1)], dim=1)
         column = {place: number for number, place in enumerate([0, *places])}
         answers, goes_on = [], []
@@ -354,7 +354,7 @@ def _rows(rows: Sequence[np.ndarray], columns: int, value: int, left: bool = Fal
 
 
 def _taken(cache: DynamicCache, rows: torch.Tensor, columns: torch.Tensor | None = None) -> DynamicCache:
-    """Return a copy of rows [R] of a cache, and of each row the columns [R, L]; None: all."""
+    """Return a copy of rows [R] of a cache. With columns [R, L] of each, the cache is given up meanwhile."""
 
     def take(states: torch.Tensor) -> torch.Tensor:
         if columns is None:
@@ -369,4 +369,6 @@ def _taken(cache: DynamicCache, rows: torch.Tensor, columns: torch.Tensor | None
         taken.layers.append(copy.copy(layer))
         if layer.is_initialized:  # not where layers share keys and values
             taken.layers[-1].keys, taken.layers[-1].values = take(layer.keys), take(layer.values)
+            if columns is not None:
+                layer.keys = layer.values = None
     return taken

