@@ -352,7 +352,8 @@ class TrainingArguments:
     """tensorboard, wandb or another tracker that accelerate knows, or none."""
 
     per_device_eval_batch_size: int = flag(16, positive=True, decides=NOTHING)
-    """Held-out records that a device takes at once, for their loss and for their answers."""
+    """Held-out records whose images a device reads at once. Of the questions about them as many are asked at once as
+    fit the tokens of so many records of model_max_length."""
 
     background_save: bool = flag(True, decides=NOTHING)
     """Copy a training state to host memory, 12 bytes for each trained parameter, and write it behind the next steps;

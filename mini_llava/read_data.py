@@ -11,7 +11,7 @@ from .arguments import Arguments
 from .data.lengths import Lengths, measure
 from .data.loader import RankSteps
 from .data.samples import Samples
-from .evaluation.evaluate import Question, read_questions
+from .evaluation.questions import Question, read_questions
 from .formats.read import Source
 from .inputs import open_held_out, open_samples
 from .watch.skipped import refuse_or_report

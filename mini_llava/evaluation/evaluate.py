@@ -9,36 +9,30 @@ import time
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import GenerationConfig
 
 from ..arguments import Arguments
-from ..data.collator import sample_of_targets
-from ..data.images import Picture
-from ..data.loader import RankStep, RankSteps, loss_group, rank_step_loader
-from ..data.sampler import deal
+from ..data.loader import loss_group, rank_step_loader
 from ..data.samples import Samples
-from ..data.templates import IMAGE_MARK, BadRecord, written_answer
-from ..data.tokenization import IGNORE_INDEX
+from ..data.templates import written_answer
 from ..errors import UserError
 from ..guards.never_fatal import never_fatal
 from ..guards.preemption import start_worker
-from ..image_files import BadImage
-from ..training.backend import gather_from_ranks, sum_over_ranks, to_device, zero_stage
+from ..training.backend import gather_from_ranks, sum_over_ranks, zero_stage
 from ..training.lockstep import Lockstep
 from ..watch import trackers
 from ..watch.json_lines import append_json_line, append_lines, read_lines
 from ..watch.meter import loss_parts
 from ..watch.progress import questions_bar
-from ..watch.skipped import fault_table
 from ..words import counted
-from .generate import expand_prompt, generate
-from .scoring import CHOICE, EXACT_MATCH, is_right, metric_of
+from .asking import Asker, HeldOutPictures, Opened, asked_in_all, deal_beginnings, find_beginnings, group_asked
+from .generate import attention_with_cache
+from .questions import Question, shuffle_images
+from .scoring import CHOICE, EXACT_MATCH, is_right
 from .shown import ShownAnswer, as_picture, as_table
 
 # An answer longer than the longest expected one is wrong in any case; a choice may be put into a sentence.
@@ -48,73 +42,6 @@ IN_WORDS = {EXACT_MATCH: "answered exactly", CHOICE: "chosen right"}
 
 class _Ended(Exception):
     """Ends an evaluation in which the run ends."""
-
-
-@dataclass
-class Question:
-    """A held-out record, ready to be asked.
-
-    Attributes:
-        index: in the store of held-out records.
-        input_ids: the prompt up to the answer, int32 [L], with one token for each image.
-        images: (record, name) of its images; of another record where images are shuffled.
-        text, answer: the last question and the expected answer.
-        metric: how an answer is scored, see `scoring.py`.
-        tokens: of the whole record as in training, image tokens included.
-    """
-
-    index: int
-    input_ids: np.ndarray
-    images: list[tuple[int, str]]
-    text: str
-    answer: str
-    metric: str
-    tokens: int
-
-
-def read_questions(samples: Samples, most: int | None, seed: int) -> list[Question]:
-    """Return held-out records as questions, at most `most` of them, drawn by `seed`.
-
-    Raises BadRecord with all records that cannot be asked: without them the score would not be comparable.
-    """
-    chosen = range(len(samples))
-    if most and most < len(samples):
-        generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randperm(len(samples), generator=generator)[:most].tolist()
-    questions, faults = [], []
-    for index in chosen:
-        try:
-            tokens, prompt = len(samples.tokenize(index).input_ids), samples.prompt(index)
-            names = samples.store.image_names(index)
-            if fault := samples.missing_image(index, names):
-                raise BadRecord(fault)
-            record = samples.store[index]
-            *_, question, answer = record["conversations"]
-            if answer["from"] != "gpt":
-                raise BadRecord("its last question has no answer to compare with.")
-            text = question["value"].replace(IMAGE_MARK, "").strip()
-            images = [(index, name) for name in names]
-            questions.append(Question(index, prompt, images, text, answer["value"], metric_of(record), tokens))
-        except (BadRecord, BadImage) as error:
-            faults.append((index, str(error)))
-    if len(faults) == 1:
-        [(index, sentence)] = faults
-        raise BadRecord(f"--eval_data_path: {samples.describe(index)}: {sentence}")
-    if faults:
-        title = f"--eval_data_path: {len(faults):,} of {counted(len(chosen), 'record')} cannot be asked; fix them."
-        raise BadRecord("\n".join([title, *fault_table(samples.store, faults)]))
-    return questions
-
-
-def shuffle_images(questions: Sequence[Question], seed: int) -> list[Question]:
-    """Return the questions with their images permuted among questions with equally many images."""
-    shuffled = list(questions)
-    generator = torch.Generator().manual_seed(seed)
-    for count in {len(question.images) for question in questions} - {0}:
-        places = [i for i, question in enumerate(questions) if len(question.images) == count]
-        for place, other in zip(places, torch.randperm(len(places), generator=generator).tolist(), strict=True):
-            shuffled[place] = replace(questions[place], images=questions[places[other]].images)
-    return shuffled
 
 
 class Evaluation:
@@ -152,6 +79,8 @@ class Evaluation:
         self.parts = loss_parts(self.store.source_names(), with_image)
         metrics = [question.metric for question in self.questions]
         self.counts = {metric: metrics.count(metric) for metric in (EXACT_MATCH, CHOICE) if metric in metrics}
+        stop = [text for text in self.template.stop if text in self.tokenizer.get_vocab()]
+        self.ends = self.tokenizer.convert_tokens_to_ids(stop) or [self.tokenizer.eos_token_id]
         self.answer_limits = [self._answer_limit(question) for question in self.questions]
         self.groups = np.array([loss_group(*pair) for pair in zip(sources, with_image, strict=True)])
         shown = min(self.data_flags.eval_samples_shown, len(self.questions))
@@ -180,15 +109,16 @@ class Evaluation:
         if not self.questions or step in self.evaluated:
             return True
         started = time.perf_counter()
-        shuffled = None
+        # Shuffled images take more time: only before and after training.
+        with_others, title = [], "held-out questions"
+        if step in (0, self.total_steps) and any(question.images for question in self.questions):
+            with_others, title = (
+                shuffle_images(self.questions, self.training.seed),
+                f"{title}, images in place and shuffled",
+            )
         try:
             with self._evaluation_mode():
-                losses, trained = self._losses()
-                answers = self._answers(self.questions, "held-out answers")
-                # It doubles the time: only before and after training.
-                if step in (0, self.total_steps) and any(question.images for question in self.questions):
-                    with_others = shuffle_images(self.questions, self.training.seed)
-                    shuffled = self._answers(with_others, "the same, images shuffled")
+                losses, answers, shuffled = self._ask(with_others, title)
         except _Ended:
             return False
         except torch.OutOfMemoryError as error:
@@ -196,7 +126,12 @@ class Evaluation:
                 f"Memory has run out while held-out questions were answered, "
                 f"{self.training.per_device_eval_batch_size} at once: lower --per_device_eval_batch_size."
             ) from error
-        values = self._values(losses, trained, answers, shuffled) | {"eval/seconds": time.perf_counter() - started}
+        trained = np.array(
+            [question.trained[1:].sum() for question in self.questions]
+        )  # nothing predicts a first token
+        values = self._values(losses, trained, answers, with_others and shuffled) | {
+            "eval/seconds": time.perf_counter() - started
+        }
         self.evaluated.add(step)
         if not self.accelerator.is_main_process:
             return True
@@ -240,118 +175,78 @@ class Evaluation:
         finally:
             self.model.train(was_training)
 
-    def _losses(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return each record's summed token loss and its number of trained tokens, fp64 [questions].
+    def _ask(self, shuffled: Sequence[Question], title: str) -> tuple[np.ndarray, list[str], list[str]]:
+        """Return each record's summed token loss, fp64 [questions], the greedy answers and those to `shuffled`.
 
-        Under ZeRO-3 each forward is a collective: all ranks have equally many micro-batches, some of them empty.
+        shuffled: the questions with other images; empty: they are not asked. title: of the progress bar.
+        A collective. Under ZeRO-3 each forward is one: a rank without work repeats some, which does not count.
         """
-        ranks, rank, device = self.accelerator.num_processes, self.accelerator.process_index, self.accelerator.device
-        lengths = [question.tokens for question in self.questions]
-        by_length = sorted(range(len(lengths)), key=lambda place: -lengths[place])
-        size = self.training.per_device_eval_batch_size * ranks
-        layout = "packed" if self.data_flags.packing else "padded"
-        mine = []  # for each step the places of the questions in each micro-batch of this rank
-        for start in range(0, len(by_length), size):
-            batch = by_length[start : start + size]
-            dealt = deal(batch, lengths, ranks, 1, layout, self.data_flags.max_tokens_per_micro_batch)
-            mine.append([of_ranks[rank] for of_ranks in dealt])
-        loader = rank_step_loader(
-            RankSteps(self.samples, self.data_flags.packing, on_bad_sample="skip"),
-            ([[self.questions[place].index for place in places] for places in step] for step in mine),
+        accelerator, rank = self.accelerator, self.accelerator.process_index
+        model = accelerator.unwrap_model(self.model)
+        all_ranks = lambda value: bool(sum_over_ranks(accelerator, float(value)))  # noqa: E731
+        asker = Asker(
+            model,
+            accelerator.device,
+            self.ends,
+            self.answer_limits,
+            all_ranks if zero_stage(accelerator) == 3 else bool,
+        )
+        at_once = self.training.per_device_eval_batch_size
+        tokens = at_once * self.data_flags.model_max_length
+        found = find_beginnings(self.questions, shuffled, self.store.image_folder, asker.shares)
+        rounds = deal_beginnings(found, accelerator.num_processes, at_once, tokens)
+        mine = [units[rank % len(units)] for units in rounds]
+        pictures = rank_step_loader(
+            HeldOutPictures(self.samples),
+            ([[each.record for each in unit]] for unit in mine),
             self.data_flags,
-            pin_memory=device.type == "cuda",
+            pin_memory=False,
             worker_init_fn=start_worker,
             stop_waiting=lambda: self.lockstep.preemption.asked,
         )
-        sums = torch.zeros(2, len(lengths), dtype=torch.float64, device=device)
-        with questions_bar(len(lengths), "held-out loss", self.accelerator.is_main_process) as bar:
-            for step in mine:
-                work = self._next_work(loader)
-                for places, batch in zip(step, work.micro_batches, strict=True):
-                    losses = self.model(**to_device(batch, device), reduction="none")
-                    if places:
-                        owners = torch.tensor(places)[sample_of_targets(batch)].flatten().to(device)
-                        trained = (batch["targets"] != IGNORE_INDEX).flatten().to(device)
-                        sums[0].index_add_(0, owners, losses.flatten().double())
-                        sums[1].index_add_(0, owners, trained.double())
-                bar.update(min(size, len(lengths) - bar.n))  # of all ranks
-        losses, trained = sum_over_ranks(self.accelerator, sums).cpu().numpy()
-        return losses, trained
+        sums = torch.zeros(len(self.questions), dtype=torch.float64, device=accelerator.device)
+        answers: dict[tuple[int, bool], str] = {}
+        with (
+            attention_with_cache(model.language_model),
+            questions_bar(asked_in_all(found), title, accelerator.is_main_process) as bar,
+        ):
+            for units, unit in zip(rounds, mine, strict=True):
+                opened = self._next_opened(pictures)
+                groups = [group_asked(each, self.answer_limits, tokens, asker.shares) for each in units]
+                own = groups[rank % len(units)]
+                with accelerator.autocast():
+                    asker.begin(unit, opened.pictures)
+                    for number in range(max(map(len, groups))):
+                        group = own[number % len(own)]
+                        losses, written = asker.ask(group)
+                        if rank >= len(units) or number >= len(own):
+                            continue
+                        rows = [row for row, (_, asked) in enumerate(group) if asked.with_loss]
+                        sums[[group[row][1].place for row in rows]] += losses[rows]
+                        for (_, asked), text in zip(group, self.tokenizer.batch_decode(written), strict=True):
+                            if asked.start is not None:
+                                answers[asked.place, asked.shuffled] = written_answer(self.template, text)
+                bar.update(asked_in_all(itertools.chain(*units)))
+        answers = ChainMap(*gather_from_ranks(accelerator, answers))
+        in_place = [answers[place, False] for place in range(len(self.questions))]
+        with_others = [answers.get((place, True), answer) for place, answer in enumerate(in_place)]
+        return sum_over_ranks(accelerator, sums).cpu().numpy(), in_place, with_others
 
-    def _next_work(self, loader: Iterator[RankStep]) -> RankStep:
-        work, fault = None, None
+    def _next_opened(self, loader: Iterator[Opened]) -> Opened:
+        opened, fault = None, None
         try:
-            work = next(loader, None)  # None: asked to stop while waiting
-            for index, reason in work.skipped if work else ():
-                fault = BadRecord(f"--eval_data_path: {self.store.describe(index)}: {reason}")
+            opened = next(loader, None)  # None: asked to stop while waiting
         except Exception as error:  # of a loader's worker too: the training state is saved first
             fault = error
         self._go_on(fault)
-        return work
-
-    def _answers(self, questions: Sequence[Question], title: str) -> list[str]:
-        """Return the greedy answer to each question, up to its end mark, on every rank. A collective.
-
-        title: of the progress bar.
-        """
-        stop = [text for text in self.template.stop if text in self.tokenizer.get_vocab()]
-        settings = {
-            "do_sample": False,
-            "eos_token_id": self.tokenizer.convert_tokens_to_ids(stop) or self.tokenizer.eos_token_id,
-            "pad_token_id": 0,
-        }
-        batch_size, rank = self.training.per_device_eval_batch_size, self.accelerator.process_index
-        sizes = [(len(question.images), len(question.input_ids)) for question in questions]
-        order = sorted(range(len(questions)), key=sizes.__getitem__)
-        answers: dict[int, str] = {}
-        size = batch_size * self.accelerator.num_processes
-        with questions_bar(len(questions), title, self.accelerator.is_main_process) as bar:
-            for start in range(0, len(order), size):
-                first = start + rank * batch_size
-                places = order[first : first + batch_size]
-                # Under ZeRO-3 each forward is a collective: surplus ranks repeat a question, which does not count.
-                asked = places or order[:1]
-                pictures, fault = [], None
-                try:
-                    pictures = [[self._picture(*image) for image in questions[place].images] for place in asked]
-                except Exception as error:
-                    fault = error
-                self._go_on(fault)
-                limit = max(self.answer_limits[place] for place in asked)
-                prompts = [questions[place].input_ids for place in asked]
-                texts = self._generate(prompts, pictures, GenerationConfig(**settings, max_new_tokens=limit))
-                answers |= zip(places, texts, strict=False)
-                bar.update(min(size, len(order) - start))
-        gathered = ChainMap(*gather_from_ranks(self.accelerator, answers))
-        return [gathered[place] for place in range(len(questions))]
-
-    def _generate(
-        self, prompts: Sequence[np.ndarray], pictures: Sequence[Sequence[Picture]], settings: GenerationConfig
-    ) -> list[str]:
-        with self.accelerator.autocast():
-            output = generate(
-                self.accelerator.unwrap_model(self.model),
-                [expand_prompt(*pair) for pair in zip(prompts, pictures, strict=True)],
-                list(itertools.chain(*pictures)),
-                self.accelerator.device,
-                generation_config=settings,
-                synced_gpus=zero_stage(self.accelerator) == 3,
-            )
-        texts = self.tokenizer.batch_decode(output, skip_special_tokens=False)
-        return [written_answer(self.template, text) for text in texts]
-
-    def _picture(self, index: int, name: str) -> Picture:
-        try:
-            return self.samples.image_reader.open(self.store.image_folder(index), name)
-        except BadImage as error:
-            raise BadImage(f"--eval_data_path: {self.store.describe(index)}: {error}") from None
+        return opened
 
     def _answer_limit(self, question: Question) -> int:
         expected = self.tokenizer(self.template.answer_lead + question.answer, add_special_tokens=False).input_ids
         return len(expected) + LONGER_THAN_EXPECTED[question.metric]
 
     def _values(
-        self, losses: np.ndarray, trained: np.ndarray, answers: Sequence[str], shuffled: Sequence[str] | None
+        self, losses: np.ndarray, trained: np.ndarray, answers: Sequence[str], shuffled: Sequence[str]
     ) -> dict[str, float]:
         """Return the values for the log. A loss is the mean over trained tokens, as in training."""
         values = {"eval/loss": losses.sum() / trained.sum()}
@@ -363,7 +258,7 @@ class Evaluation:
         for metric in self.counts:
             asked = np.array([question.metric == metric for question in self.questions])
             values[f"eval/{metric}"] = right[asked].mean()
-            if shuffled is not None:
+            if shuffled:
                 values[f"eval/{metric}_shuffled"] = self._are_right(shuffled)[asked].mean()
             for file, groups in files.items():
                 if (of_file := asked & np.isin(self.groups, groups)).any():

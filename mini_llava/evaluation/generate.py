@@ -4,10 +4,12 @@ Replaces LLaVA's own `generate`, which takes one image size and does not pad. Im
 as in training; the rest is transformers' `generate` of the language model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..data.collator import join_pictures
@@ -46,12 +48,18 @@ def generate(
         is_image.flatten().nonzero().squeeze(-1).to(device),
         None if feature_rows is None else feature_rows.to(device),
     )
-    language_model = model.language_model
-    attention = language_model.config._attn_implementation
-    if attention == "varlen":  # for packed rows without a cache only
+    with attention_with_cache(model.language_model) as language_model:
+        return language_model.generate(inputs_embeds=embeddings, attention_mask=mask.to(device), **options)
+
+
+@contextmanager
+def attention_with_cache(language_model: nn.Module) -> Iterator[nn.Module]:
+    """Let attention take a cache: `varlen` is for packed rows only, and is `sdpa` meanwhile."""
+    is_varlen = language_model.config._attn_implementation == "varlen"
+    if is_varlen:
         language_model.set_attn_implementation("sdpa")
     try:
-        return language_model.generate(inputs_embeds=embeddings, attention_mask=mask.to(device), **options)
+        yield language_model
     finally:
-        if attention == "varlen":
-            language_model.set_attn_implementation(attention)
+        if is_varlen:
+            language_model.set_attn_implementation("varlen")

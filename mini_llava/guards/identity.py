@@ -23,7 +23,7 @@ from ..arguments import ROUNDING, Arguments, compared_as, decides, flag_fields
 from ..data.records import RecordStore
 from ..data.templates import CHAT_TEMPLATE
 from ..data.tokenization import shorten
-from ..evaluation.evaluate import Question
+from ..evaluation.questions import Question
 from ..image_files import BadImage, image_path
 from ..read_data import Data
 from ..training.backend import backend, gather_from_ranks, is_offloaded, versions, zero_stage

@@ -77,16 +77,7 @@ class LlavaModel(nn.Module):
         """
         features = self.vision_tower(pixel_values)
         features = self.projector(features.to(_dtype(self.projector, features)))
-        word_embeddings = self.language_model.get_input_embeddings()
-        embeddings = word_embeddings(input_ids)
-        if self.new_tokens is not None:
-            number = input_ids - self.first_image_token  # 0 and 1 are <im_start> and <im_end>
-            own = self.new_tokens(number.clamp(min=0, max=1)).to(embeddings.dtype)
-            own = own * getattr(word_embeddings, "embed_scale", 1)  # Gemma scales its embeddings
-            embeddings = torch.where(((number == 0) | (number == 1))[..., None], own, embeddings)
-        if torch.is_autocast_enabled(embeddings.device.type):
-            # fp32 masters give fp32 embeddings, and every layer's activations would take twice the memory.
-            embeddings = embeddings.to(torch.get_autocast_dtype(embeddings.device.type))
+        embeddings = self.embed_words(input_ids)
         features = features.flatten(0, 1)
         if self.image_newline is not None:
             features = self.image_newline(features)
@@ -98,6 +89,20 @@ class LlavaModel(nn.Module):
             raise RuntimeError(f"{len(features)} image features for {image_positions.numel()} positions.")
         features = features.to(embeddings.dtype)
         return embeddings.flatten(0, 1).index_copy(0, image_positions, features).view_as(embeddings)
+
+    def embed_words(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings of tokens that are no image's: [B, L] -> [B, L, width]."""
+        word_embeddings = self.language_model.get_input_embeddings()
+        embeddings = word_embeddings(input_ids)
+        if self.new_tokens is not None:
+            number = input_ids - self.first_image_token  # 0 and 1 are <im_start> and <im_end>
+            own = self.new_tokens(number.clamp(min=0, max=1)).to(embeddings.dtype)
+            own = own * getattr(word_embeddings, "embed_scale", 1)  # Gemma scales its embeddings
+            embeddings = torch.where(((number == 0) | (number == 1))[..., None], own, embeddings)
+        if torch.is_autocast_enabled(embeddings.device.type):
+            # fp32 masters give fp32 embeddings, and every layer's activations would take twice the memory.
+            embeddings = embeddings.to(torch.get_autocast_dtype(embeddings.device.type))
+        return embeddings
 
     def forward(
         self,

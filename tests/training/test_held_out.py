@@ -11,7 +11,8 @@ from mini_llava.data.images import ImageReader, Picture
 from mini_llava.data.records import RecordStore
 from mini_llava.data.samples import Samples
 from mini_llava.data.templates import get_template
-from mini_llava.evaluation.evaluate import Evaluation, read_questions
+from mini_llava.evaluation.evaluate import Evaluation
+from mini_llava.evaluation.questions import read_questions
 from mini_llava.evaluation.shown import GREEN, RED, ShownAnswer, as_picture, as_table
 from mini_llava.formats.tokenizers import load_tokenizer
 from mini_llava.guards.preemption import Preemption

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mini_llava.data.records import RecordStore
-from mini_llava.evaluation.evaluate import Question
+from mini_llava.evaluation.questions import Question
 from mini_llava.guards.identity import (
     PICTURES,
     PIECE,
@@ -124,7 +124,8 @@ def test_another_number_of_processes_and_another_torch_are_said(monkeypatch):
 @pytest.mark.parametrize("change", ["nothing", "an answer", "a picture"])
 def test_held_out_questions_that_are_others_are_said_because_the_curves_do_not_tell(change, data):
     def held_out(answer: str) -> dict:
-        question = Question(3, np.arange(4), [(3, "003.bmp")], "What?", answer, "exact_match", 9)
+        of_record = np.arange(6), np.arange(6) > 3
+        question = Question(3, np.arange(4), [(3, "003.bmp")], [4], "What?", answer, "exact_match", 9, *of_record)
         pictures = picture_fingerprints(store_of(data), question.images)
         return {"held out": {"questions": question_digest([question]), "images": pictures}, "computation": {}}
 
