@@ -124,7 +124,7 @@ def test_a_held_out_picture_that_is_deleted_in_mid_run_costs_no_step(data, monke
     shutil.copy(data / "images" / "square_rgb.png", data / "held_out" / "seen.png")
     record = {"image": "seen.png", "conversations": runs.HELD_OUT["words"][0]["conversations"]}
     (data / "held_out.json").write_text(json.dumps([record]))
-    at_step(monkeypatch, 4, (data / "held_out" / "seen.png").unlink)  # counted with the one held-out batch before
+    at_step(monkeypatch, 3, (data / "held_out" / "seen.png").unlink)
     held_out = {"eval_data_path": data / "held_out.json", "eval_image_folder": data / "held_out", "eval_steps": 2}
     with pytest.raises(ValueError, match=r"--eval_data_path: .*held_out\.json, record 0.*seen\.png"):
         runs.train_here(flags(data, **held_out))
