@@ -51,6 +51,8 @@ class Template:
     """How an image is written into the text; the mark itself becomes the image's positions."""
     captions_only: bool = False
     """Stage 1: one question, of which only the image is kept, and one answer, the caption."""
+    system: str = ""
+    """The system prompt in `opening`, whose place a record's own one takes."""
 
     def render(
         self, questions: list[str], answers: list[str], generation_prompt: bool = False
@@ -115,6 +117,7 @@ def _vicuna(name: str, system: str, image_mark: str = IMAGE_MARK) -> Template:
         answer_end="</s>",
         stop=("</s>",),
         image_mark=image_mark,
+        system=system,
     )
 
 
@@ -131,6 +134,7 @@ def _vicuna_v0(name: str, system: str, image_mark: str = IMAGE_MARK) -> Template
         round_end=" ",
         stop=("###",),
         image_mark=image_mark,
+        system=system,
     )
 
 
@@ -144,6 +148,7 @@ def _llama_2(name: str, system: str, next_question: str = "<s>[INST] ") -> Templ
         answer_lead=" ",
         answer_end=" </s>",
         stop=("</s>",),
+        system=system,
     )
 
 
@@ -158,6 +163,7 @@ def _chatml(name: str, system: str, between: str = "") -> Template:
         answer_end="<|im_end|>",
         round_end=between,
         stop=("<|im_end|>",),
+        system=system,
     )
 
 
@@ -188,6 +194,7 @@ _ALL = (
         answer_lead="",
         answer_end="<|eot_id|>",
         stop=("<|eot_id|>",),
+        system=_LANGUAGE_AND_VISION,
     ),
 )
 

@@ -25,6 +25,7 @@ from ..hub import find_file, foreign_code_refused, read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 SENTENCEPIECE_FILE = "tokenizer.model"
+BOS_IN_TEMPLATE = "bos_in_chat_template"  # of this program, in tokenizer_config.json
 _BLANK = "▁"
 
 
@@ -52,7 +53,10 @@ def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False) -> 
             # transformers does not know LLaVA's layout, and fails on Llama 3's RoPE scaling in it.
             about["config"] = PreTrainedConfig()
         with foreign_code_refused(path):
-            return AutoTokenizer.from_pretrained(path, **about)
+            tokenizer = AutoTokenizer.from_pretrained(path, **about)
+        if tokenizer.init_kwargs.pop(BOS_IN_TEMPLATE, False):
+            _add_to_every_text(tokenizer.backend_tokenizer, [tokenizer.bos_token], [])
+        return tokenizer
 
     # The pipeline is in tokenizer.json; the rest of the configuration is kept.
     config = {**read_json(path, "special_tokens_map.json"), **config, "tokenizer_class": "PreTrainedTokenizerFast"}
@@ -98,6 +102,29 @@ def image_token_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedToken
     backend.add_special_tokens([AddedToken(IMAGE_MARK, normalized=True, special=True)])
     settings = {key: value for key, value in tokenizer.init_kwargs.items() if key != "tokenizer_object"}
     return PreTrainedTokenizerFast(tokenizer_object=backend, **settings)
+
+
+def leave_bos_to_the_template(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str | None:
+    """Let a tokenizer add nothing to a text; return what the chat template is to write first, BOS or "".
+
+    transformers' processors tokenize what a template has written with special tokens, vLLM and OpenVINO without: now
+    both give the training's ids. `prompt` is a text of the template. A Llama tokenizer that writes its blank at offset
+    0 only gets it behind BOS. None, and the tokenizer unchanged, if it adds nothing or BOS as text has other ids.
+    `load_tokenizer` lets the tokenizer add BOS again, by the key BOS_IN_TEMPLATE.
+    """
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    if tokenizer("").input_ids[:1] != [tokenizer.bos_token_id]:
+        return None
+    bos, begin = tokenizer.bos_token, ""
+    if not prompt.startswith(bos):
+        expected = [tokenizer.bos_token_id, *ids(prompt)]
+        begin = next((text for text in (bos, bos + " ") if ids(text + prompt) == expected), None)
+    if begin is not None:
+        _add_to_every_text(tokenizer.backend_tokenizer, [], [])
+    return begin
 
 
 def slow_llama_config(tokenizer: PreTrainedTokenizerBase) -> dict | None:
@@ -218,11 +245,16 @@ def _add_tokens(backend: Tokenizer, path: str | os.PathLike, config: dict, keep_
         bos, eos = special["bos_token"], special["eos_token"]
         before = [bos] if config.get("add_bos_token", True) and bos else []
         after = [eos] if config.get("add_eos_token", False) and eos else []
-        backend.post_processor = processors.TemplateProcessing(
-            single=" ".join([*before, "$A", *after]),
-            pair=" ".join([*before, "$A", *after, *(f"{token}:1" for token in before), "$B:1", *after]),
-            special_tokens=[(token, backend.token_to_id(token)) for token in {*before, *after}],
-        )
+        _add_to_every_text(backend, before, after)
+
+
+def _add_to_every_text(backend: Tokenizer, before: list[str], after: list[str]) -> None:
+    """Let a tokenizer add these tokens to each text, and no others."""
+    backend.post_processor = processors.TemplateProcessing(
+        single=" ".join([*before, "$A", *after]),
+        pair=" ".join([*before, "$A", *after, *(f"{token}:1" for token in before), "$B:1", *after]),
+        special_tokens=[(token, backend.token_to_id(token)) for token in {*before, *after}],
+    )
 
 
 def _prepend_scheme(pipeline: dict) -> str | None:

@@ -35,7 +35,13 @@ from ..model.vision_tower import published_name
 from ..options.chat_template import chat_template
 from ..options.tiles import NEWLINE_KEY, Tiling
 from .layouts import MODEL_FILES
-from .tokenizers import SENTENCEPIECE_FILE, image_token_tokenizer, slow_llama_config
+from .tokenizers import (
+    BOS_IN_TEMPLATE,
+    SENTENCEPIECE_FILE,
+    image_token_tokenizer,
+    leave_bos_to_the_template,
+    slow_llama_config,
+)
 from .weights import SHARD_BYTES, whole_shape, write_json, write_weights
 
 # Embeddings grow to a multiple of 64 rows, as llava-hf publishes them: matrix products are faster then.
@@ -190,7 +196,11 @@ def save_transformers(
         raise UserError(f"{reason} Save it in LLaVA's layout.")
     directory = Path(directory)
     tokenizer = copy.deepcopy(image_token_tokenizer(description.tokenizer))
-    tokenizer.chat_template = chat_template(template) if template else None
+    bos, tokenizer.chat_template = None, None
+    if template and not template.captions_only:
+        prompt = "".join(text for text, _ in template.render(["Hi"], ["Hi"]))
+        bos = leave_bos_to_the_template(tokenizer, prompt)
+        tokenizer.chat_template = chat_template(template, bos or "")
     tokenizer.padding_side = "left"  # for generation; training pads on the right
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
 
@@ -211,7 +221,9 @@ def save_transformers(
 
     # "default" removes one token, the class token.
     strategy = "default" if tower.leading_tokens and tower.select_feature == "patch" else "full"
-    _save_processor(directory, model, description, tokenizer, strategy)
+    # Version 4's Llama and Gemma classes add BOS unless told not to.
+    adds = {} if bos is None else {"add_bos_token": False, "add_eos_token": False, BOS_IN_TEMPLATE: True}
+    _save_processor(directory, model, description, tokenizer, strategy, adds)
     stop = template.stop if template else ()
     generation = generation_settings(model.language_model.generation_config, tokenizer, stop)
     write_json(directory, "generation_config.json", generation)
@@ -257,8 +269,13 @@ def _tower_and_projector_weights(model: LlavaModel) -> list[tuple[str, torch.Ten
     return weights + [(name.removeprefix("model."), tensor) for name, tensor in _newline(model).items()]
 
 
-def _save_processor(directory: Path, model: LlavaModel, description: Description, tokenizer, strategy: str) -> None:
-    """Write the processor of transformers' layout so that transformers 4, too, reads what 5 writes."""
+def _save_processor(
+    directory: Path, model: LlavaModel, description: Description, tokenizer, strategy: str, adds: dict
+) -> None:
+    """Write the processor of transformers' layout so that transformers 4, too, reads what 5 writes.
+
+    adds: what `tokenizer_config.json` says about tokens added to every text.
+    """
     processor = (LlavaNextProcessor if model.tiling else LlavaProcessor)(
         image_processor=_llava_image_processor(description, model.tiling),
         tokenizer=tokenizer,
@@ -271,7 +288,7 @@ def _save_processor(directory: Path, model: LlavaModel, description: Description
     with staged(directory) as staging:
         processor.save_pretrained(staging)
         # 4 would otherwise add token_type_ids, which the model does not take.
-        _make_readable_for_transformers_4(staging, model_input_names=["input_ids", "attention_mask"])
+        _make_readable_for_transformers_4(staging, model_input_names=["input_ids", "attention_mask"], **adds)
         # 5 keeps the image processor inside processor_config.json.
         settings = json.loads(processor.image_processor.to_json_string())
         settings["image_processor_type"] = settings["image_processor_type"].removesuffix("Pil")

@@ -98,7 +98,7 @@ class ChatTemplate:
 
 _DATE = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# Ends with an expression: behind a block Jinja would drop a newline with which the template may begin.
+# An expression follows: behind a block Jinja would drop a newline with which the template may begin.
 _MESSAGES_TO_TEXT = (
     "{%- set as_text = namespace(messages=[]) -%}"
     "{%- for message in messages -%}"
@@ -114,7 +114,7 @@ _MESSAGES_TO_TEXT = (
     "{%- endif -%}"
     "{%- set as_text.messages = as_text.messages + [dict(message, content=content.text)] -%}"
     "{%- endfor -%}"
-    "{%- set messages = as_text.messages -%}{{ '' }}"
+    "{%- set messages = as_text.messages -%}"
 )
 
 
@@ -194,23 +194,39 @@ def _end_of_answer(template: ChatTemplate, after: str) -> tuple[int, str]:
     return start + len(mark), mark
 
 
-def chat_template(template: Template | ChatTemplate) -> str | None:
+def chat_template(template: Template | ChatTemplate, bos: str = "") -> str | None:
     """The template as the Jinja text of transformers' `apply_chat_template`; None for captions, which are no chat.
 
-    Messages have the roles user and assistant; a user's pictures come before the text, as LLaVA places them. A
-    tokenizer's own template is kept as it is, behind a line that turns messages with pictures into text.
+    Messages have the roles user and assistant; a user's pictures come before the text, as LLaVA places them. A first
+    message from system takes the place of the template's system prompt. A tokenizer's own template is kept as it is,
+    behind a line that turns messages with pictures into text. `bos` is written in front of all.
     """
     if isinstance(template, ChatTemplate):
         to_text = _MESSAGES_TO_TEXT.replace("IMAGE", json.dumps(template.image_mark + "\n"))
-        return template.jinja if template.jinja.startswith(to_text) else to_text + template.jinja
+        if template.jinja.startswith(to_text):
+            return template.jinja
+        return f"{to_text}{{{{ {json.dumps(bos)} }}}}{template.jinja}"
     if template.captions_only:
         return None
     quoted = {key: json.dumps(value) for key, value in asdict(template).items()}
-    quoted["image"] = json.dumps(template.image_mark + "\n")
+    quoted["opening"], quoted["image"] = json.dumps(bos + template.opening), json.dumps(template.image_mark + "\n")
+    if template.system:
+        before, after = map(json.dumps, (bos + template.opening).split(template.system, 1))
+        quoted["with_system"] = f"set opening = {before} + system + {after}"
+    else:
+        sentence = "The model was trained without a system prompt: write it into the first question"
+        quoted["with_system"] = f"set opening = raise_exception({json.dumps(sentence)})"
     return (
+        "{{%- set opening = {opening} -%}}"
+        "{{%- if messages and messages[0]['role'] == 'system' -%}}"
+        "{{%- set system = messages[0]['content'] -%}}"
+        "{{%- if system is not string -%}}{{%- set system = system | map(attribute='text') | join -%}}{{%- endif -%}}"
+        "{{%- if system | trim -%}}{{%- {with_system} -%}}{{%- endif -%}}"
+        "{{%- set messages = messages[1:] -%}}"
+        "{{%- endif -%}}"
         "{{%- for message in messages -%}}"
         "{{%- if message['role'] == 'user' -%}}"
-        "{{{{ {opening} if loop.first else {next_question} }}}}"
+        "{{{{ opening if loop.first else {next_question} }}}}"
         "{{%- if message['content'] is string -%}}{{{{ message['content'] }}}}"
         "{{%- else -%}}"
         "{{%- for part in message['content'] if part['type'] == 'image' -%}}{{{{ {image} }}}}{{%- endfor -%}}"
@@ -225,7 +241,7 @@ def chat_template(template: Template | ChatTemplate) -> str | None:
         "{{%- endif -%}}"
         "{{{{ {answer_end} + {round_end} }}}}"
         "{{%- else -%}}"
-        "{{{{ raise_exception('Roles are user and assistant, not ' + message['role']) }}}}"
+        "{{{{ raise_exception('Roles are user and assistant, and system in front, not ' + message['role']) }}}}"
         "{{%- endif -%}}"
         "{{%- endfor -%}}"
         "{{%- if add_generation_prompt -%}}{{{{ {answer_start} }}}}{{%- endif -%}}"

@@ -353,7 +353,7 @@ def test_only_the_training_template_is_saved(tmp_path):
     template = get_template("v1")
     save(tmp_path / "with", build(), template=template)
     processor = AutoProcessor.from_pretrained(tmp_path / "with")
-    assert processor.chat_template == chat_template(template)
+    assert processor.chat_template == chat_template(template, "<s> ")  # BOS, and the blank of Llama's tokenizer
     prompt = processor.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
     assert prompt.endswith(" USER: Hi ASSISTANT:")
 
