@@ -19,6 +19,7 @@ from .templates import IMAGE_MARK, BadRecord, Template
 
 IGNORE_INDEX = -100
 IMAGE_TOKEN_INDEX = -200
+NO_IMAGE = (None, "", [], [""])  # what tables and other tools write under `image` for a record of text
 
 
 def shorten(value: object) -> str:
@@ -174,10 +175,10 @@ def _turns(record: dict) -> list[tuple[str, str]]:
 
 def _images(record: dict) -> tuple[list[str], bool]:
     """Return the image names of a record, and whether their marks stay in place."""
-    if "image" not in record:
+    image = record.get("image")
+    if image in NO_IMAGE:
         return [], True
-    image = record["image"]
-    if isinstance(image, str) and image:
+    if isinstance(image, str):
         return [image], False
     if isinstance(image, list) and all(isinstance(name, str) and name for name in image):
         return image, True

@@ -13,7 +13,7 @@ from functools import lru_cache
 from itertools import islice
 
 from ..data.templates import IMAGE_MARK, BadRecord
-from ..data.tokenization import shorten
+from ..data.tokenization import NO_IMAGE, shorten
 
 # Keys of LLaVA-Video, Video-LLaVA, LLaMA-Factory, ms-swift, Mantis, InternVL, SpatialBot and others, in any case. What
 # says where a picture is from or how large (image_id, image_url, width, data_source) is not among them.
@@ -92,7 +92,7 @@ class RecordCheck:
 
         record: whose turns are objects with a text `value`.
         """
-        has_image = bool(record.get("image"))
+        has_image = record.get("image") not in NO_IMAGE
         for name, value in record.items():
             if name not in ("id", "image", "conversations") and value:
                 kind = _kind_of(name, value, has_image)

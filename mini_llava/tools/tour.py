@@ -22,7 +22,7 @@ from ..data.collator import collate
 from ..data.images import ImageReader, normalise
 from ..data.loader import RankSteps
 from ..data.records import RecordStore
-from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, read_conversation, tokenize
+from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, NO_IMAGE, read_conversation, tokenize
 from ..errors import UserError
 from ..formats.read import open_source
 from ..guards.early import check_files
@@ -54,7 +54,7 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
     samples = open_samples(arguments, source)
     store, tokenizer, template = samples.store, samples.tokenizer, samples.template
     if records is None:
-        first = next((number for number in range(len(store)) if "image" in store[number]), 0)
+        first = next((number for number in range(len(store)) if store[number].get("image") not in NO_IMAGE), 0)
         records = [number for number in (first, first + 1) if number < len(store)]
     if wrong := [number for number in records if not 0 <= number < len(store)]:
         raise UserError(f"--record {wrong[0]}: the data have {counted(len(store), 'record')}, counted from 0.")

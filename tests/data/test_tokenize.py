@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, LlavaProcessor
 
+from mini_llava.data.records import RecordStore
 from mini_llava.data.templates import TEMPLATES, BadRecord, get_template
 from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, tokenize, tokenize_prompt
 from mini_llava.formats.tokenizers import image_token_tokenizer, load_tokenizer
@@ -199,7 +200,9 @@ def test_mmtag_templates_wrap_the_image(llama):
         (conversation("<image>", "A cat.", image=["a.png", "b.png"]), "it has 1 <image> mark for 2 images;"),
         (conversation("What is <image>?", "A mark."), "it has 1 <image> mark for 0 images;"),
         (conversation("Draw!", "Here: <image>", image="a.png"), "an answer contains <image>"),
-        (conversation("<image>", "A cat.", image=None), "its 'image' is None"),
+        (conversation("<image>", "A cat.", image=None), "it has 1 <image> mark for 0 images;"),
+        (conversation("<image>", "A cat.", image=0), "its 'image' is 0"),
+        (conversation("<image><image>", "A cat.", image=["a.png", ""]), "its 'image' is ['a.png', '']"),
         (conversation("<image>", "A cat.", image=["a.png", 3]), "its 'image' is ['a.png', 3]"),
         (conversation(), "it has no list 'conversations'"),
         ({"text": "A cat."}, "it has no list 'conversations'"),
@@ -213,6 +216,18 @@ def test_mmtag_templates_wrap_the_image(llama):
 def test_a_bad_record_is_named_in_a_sentence(record, sentence, llama):
     with pytest.raises(BadRecord, match=re.escape(sentence)):
         tokenize(record, V1, llama, 4, 1000)
+
+
+@pytest.mark.parametrize("nothing", [None, "", [], [""]], ids=repr)
+def test_an_empty_image_is_none(nothing, llama, tmp_path):
+    text, record = conversation("Hi", "A red ball."), conversation("Hi", "A red ball.", image=nothing)
+    RecordCheck()(record)
+    sample, same = (tokenize(each, V1, llama, 4, 1000) for each in (record, text))
+    assert sample.input_ids.tolist() == same.input_ids.tolist() and sample.images == []
+    with pytest.raises(BadRecord, match="its key 'photo' looks like media"):  # as of any record without an image
+        RecordCheck()(record | {"photo": "a.png"})
+    (tmp_path / "records.json").write_text(json.dumps([record]), encoding="utf-8")
+    assert RecordStore([str(tmp_path / "records.json")]).image_names(0) == []
 
 
 def test_plain_wants_an_image_and_its_caption(llama):
