@@ -6,7 +6,7 @@ The strings are verbatim those that published models were trained with. `options
 a tokenizer's own template.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 IMAGE_MARK = "<image>"
 CHAT_TEMPLATE = "chat_template"  # the --version that takes the tokenizer's own
@@ -51,6 +51,18 @@ class Template:
     """How an image is written into the text; the mark itself becomes the image's positions."""
     captions_only: bool = False
     """Stage 1: one question, of which only the image is kept, and one answer, the caption."""
+    system: str = ""
+    """The system prompt in `opening`, whose place a record's own one takes."""
+
+    def with_system(self, prompt: str) -> "Template":
+        """Return the template with another system prompt. Raises BadRecord if it has none."""
+        if not self.system:
+            known = ", ".join(sorted(name for name, template in TEMPLATES.items() if template.system))
+            raise BadRecord(
+                f"it has a system prompt of its own, and the template {self.name} has no place for one: take a "
+                f"--version that has ({known}), or train without it by --leave_unread system."
+            )
+        return replace(self, opening=self.opening.replace(self.system, prompt, 1), system=prompt)
 
     def render(
         self, questions: list[str], answers: list[str], generation_prompt: bool = False
@@ -115,6 +127,7 @@ def _vicuna(name: str, system: str, image_mark: str = IMAGE_MARK) -> Template:
         answer_end="</s>",
         stop=("</s>",),
         image_mark=image_mark,
+        system=system,
     )
 
 
@@ -131,6 +144,7 @@ def _vicuna_v0(name: str, system: str, image_mark: str = IMAGE_MARK) -> Template
         round_end=" ",
         stop=("###",),
         image_mark=image_mark,
+        system=system,
     )
 
 
@@ -144,6 +158,7 @@ def _llama_2(name: str, system: str, next_question: str = "<s>[INST] ") -> Templ
         answer_lead=" ",
         answer_end=" </s>",
         stop=("</s>",),
+        system=system,
     )
 
 
@@ -158,6 +173,7 @@ def _chatml(name: str, system: str, between: str = "") -> Template:
         answer_end="<|im_end|>",
         round_end=between,
         stop=("<|im_end|>",),
+        system=system,
     )
 
 
@@ -188,6 +204,7 @@ _ALL = (
         answer_lead="",
         answer_end="<|eot_id|>",
         stop=("<|eot_id|>",),
+        system=_LANGUAGE_AND_VISION,
     ),
 )
 

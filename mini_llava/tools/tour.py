@@ -22,7 +22,7 @@ from ..data.collator import collate
 from ..data.images import ImageReader, normalise
 from ..data.loader import RankSteps
 from ..data.records import RecordStore
-from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, NO_IMAGE, read_conversation, tokenize
+from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, NO_IMAGE, read_conversation, template_for, tokenize
 from ..errors import UserError
 from ..formats.read import open_source
 from ..guards.early import check_files
@@ -77,7 +77,7 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
         f"the text that the template {template.name} makes of it, in pieces that are trained (>) or not",
     )
     questions, answers, _ = read_conversation(samples.record(index), template)
-    for text, trained in template.render(questions, answers):
+    for text, trained in template_for(samples.record(index), template).render(questions, answers):
         print(f"  {'>' if trained else ' '} {text!r}")
 
     step(3, tokenize, "ids, with a place for each token of an image, and labels, -100 where nothing is trained")
