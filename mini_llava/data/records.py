@@ -19,7 +19,7 @@ from ..data_file import CHUNK_BYTES, DataFile, check_data_files
 from ..errors import UserError
 from ..files import atomic_write
 from .templates import BadRecord
-from .tokenization import shorten
+from .tokenization import NO_IMAGE, shorten
 
 INDEX_CACHED_FROM = 32 * 2**20  # bytes; a smaller file is indexed in less than a second
 _WHITESPACE = b" \t\r\n"
@@ -109,8 +109,8 @@ class RecordStore:
 
     def image_names(self, index: int) -> list[str]:
         """Return the image names of a record. Raises BadRecord if the record cannot be read."""
-        names = self[index].get("image") or []
-        return [names] if isinstance(names, str) else list(names)
+        names = self[index].get("image")
+        return [] if names in NO_IMAGE else [names] if isinstance(names, str) else list(names)
 
     def sample(self, among: np.ndarray, most: int) -> list[int]:
         """Return up to `most` random records: the same ones for the same files, nearly the same for other exclusions.

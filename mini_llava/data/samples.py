@@ -31,7 +31,8 @@ class Samples(Dataset):
 
     Attributes:
         max_length: tokens, images included; a longer sample is truncated.
-        check: raises BadRecord for other records that shall not be trained on (`guards.records.RecordCheck`).
+        check: gives a record back as it is to be read, or raises BadRecord if it shall not be trained on
+            (`guards.records.RecordCheck`).
         new_tokens: how many tokens at the end of the tokenizer get new rows in the language model.
     """
 
@@ -40,7 +41,7 @@ class Samples(Dataset):
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     image_reader: ImageReader
-    check: Callable[[dict], None] | None = None
+    check: Callable[[dict], dict] | None = None
     new_tokens: int = 0
 
     def __len__(self) -> int:
@@ -57,11 +58,9 @@ class Samples(Dataset):
         return replace(sample, pictures=pictures)
 
     def record(self, index: int) -> dict:
-        """Return a record that `check` lets pass. Raises BadRecord and DataFileError."""
+        """Return a record that `check` lets pass, as it gives it back. Raises BadRecord and DataFileError."""
         record = self.store[index]
-        if self.check is not None:
-            self.check(record)
-        return record
+        return record if self.check is None else self.check(record)
 
     def tokenize(self, index: int, max_length: int | None = None) -> Sample:
         """Return the sample without opening a picture; of images in tiles the headers are read.

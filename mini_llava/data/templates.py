@@ -6,7 +6,7 @@ The strings are verbatim those that published models were trained with. `options
 a tokenizer's own template.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 IMAGE_MARK = "<image>"
 CHAT_TEMPLATE = "chat_template"  # the --version that takes the tokenizer's own
@@ -53,6 +53,16 @@ class Template:
     """Stage 1: one question, of which only the image is kept, and one answer, the caption."""
     system: str = ""
     """The system prompt in `opening`, whose place a record's own one takes."""
+
+    def with_system(self, prompt: str) -> "Template":
+        """Return the template with another system prompt. Raises BadRecord if it has none."""
+        if not self.system:
+            known = ", ".join(sorted(name for name, template in TEMPLATES.items() if template.system))
+            raise BadRecord(
+                f"it has a system prompt of its own, and the template {self.name} has no place for one: take a "
+                f"--version that has ({known}), or train without it by --leave_unread system."
+            )
+        return replace(self, opening=self.opening.replace(self.system, prompt, 1), system=prompt)
 
     def render(
         self, questions: list[str], answers: list[str], generation_prompt: bool = False

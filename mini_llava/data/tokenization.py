@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # for data that are converted or checked it need not be impor
 
 IGNORE_INDEX = -100
 IMAGE_TOKEN_INDEX = -200
+NO_PROMPT = ("", "null", "[]", "{}")  # nothing, also as text
+NO_IMAGE = (None, "", [], [""])  # what tables and other tools write under `image` for a record of text
 
 
 def shorten(value: object) -> str:
@@ -77,7 +79,8 @@ def tokenize(
         image_tokens = [tokens_per_image] * len(images)
     else:
         image_tokens = [tokens_per_image(name) for name in images]
-    input_ids, trained = _encode(template.render(questions, answers), tokenizer, image_tokens)
+    pieces = template_for(record, template).render(questions, answers)
+    input_ids, trained = _encode(pieces, tokenizer, image_tokens)
 
     if len(input_ids) > max_length:
         length, first_trained = len(input_ids), int(np.argmax(trained))
@@ -106,7 +109,8 @@ def tokenize_prompt(
     With one token for each image `expand_images` gives them theirs, once the images are known. Raises BadRecord.
     """
     questions, answers, images = read_conversation(record, template)
-    pieces = template.render(questions, answers[: len(questions) - 1], generation_prompt=True)
+    asked = answers[: len(questions) - 1]
+    pieces = template_for(record, template).render(questions, asked, generation_prompt=True)
     return _encode(pieces, tokenizer, [tokens_per_image] * len(images))[0]
 
 
@@ -117,10 +121,30 @@ def expand_images(input_ids: np.ndarray, image_tokens: Sequence[int]) -> np.ndar
     return np.repeat(input_ids, copies)
 
 
+def template_for(record: dict, template: Template) -> Template:
+    """Return the template, with the system prompt that a record has of its own in place of the template's.
+
+    It stands under `system` or in a first turn from `system`; one without text is none. Raises BadRecord if it is no
+    text, if there are two, and if the template has no place for it.
+    """
+    first = record["conversations"][0]
+    prompts = [record.get("system"), first["value"] if first["from"] == "system" else None]
+    prompts = [prompt for prompt in prompts if prompt and not (isinstance(prompt, str) and prompt.strip() in NO_PROMPT)]
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise BadRecord(f"its 'system' is {shorten(prompt)}; expected a text, the system prompt.")
+        if IMAGE_MARK in prompt:
+            raise BadRecord(f"its system prompt contains {IMAGE_MARK}, which is read in questions alone.")
+    if len(set(prompts)) > 1:
+        raise BadRecord("it has two system prompts, one under 'system' and another in its first turn.")
+    return template.with_system(prompts[0]) if prompts else template
+
+
 def read_conversation(record: dict, template: Template) -> tuple[list[str], list[str], list[str]]:
     """Check a record and return its questions, its answers (maybe one fewer) and its image names.
 
-    As in LLaVA a conversation that begins with the assistant loses that turn. Image marks are counted and written the
+    A first turn from `system` is left to `template_for`. As in LLaVA a conversation that begins with the assistant
+    loses that turn. Image marks are counted and written the
     template's way: for one image given as a string the mark moves to the front of its turn; a list leaves the marks in
     place.
     """
@@ -169,6 +193,10 @@ def _turns(record: dict) -> list[tuple[str, str]]:
     for number, turn in enumerate(conversation, start=1):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise BadRecord(f"turn {number} is not an object with a 'from' and a text 'value'.")
+        if turn.get("from") == "system":
+            if number > 1:
+                raise BadRecord(f"turn {number} is from 'system'; a system prompt is the first turn.")
+            continue
         if turn.get("from") not in ("human", "gpt"):
             raise BadRecord(f"turn {number} is from {shorten(turn.get('from'))}; known roles are 'human' and 'gpt'.")
         turns.append((turn["from"], turn["value"]))
@@ -177,10 +205,10 @@ def _turns(record: dict) -> list[tuple[str, str]]:
 
 def _images(record: dict) -> tuple[list[str], bool]:
     """Return the image names of a record, and whether their marks stay in place."""
-    if "image" not in record:
+    image = record.get("image")
+    if image in NO_IMAGE:
         return [], True
-    image = record["image"]
-    if isinstance(image, str) and image:
+    if isinstance(image, str):
         return [image], False
     if isinstance(image, list) and all(isinstance(name, str) and name for name in image):
         return image, True

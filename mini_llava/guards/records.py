@@ -1,9 +1,9 @@
 """Records that a run would train on otherwise than was meant, or not survive.
 
-LLaVA looks for `image` and `conversations` and passes over everything else. Here a record is refused if it has
-something under a name that data sets use for media or a system prompt, or, where it has no image, a media file or its
-bytes under any other key. And if a question has a placeholder of another model's, such as `<video>` or
-`<|image_pad|>`. What is meant to be left unread is named by `--leave_unread`.
+LLaVA looks for `image` and `conversations` and passes over everything else. Here `system` is read too, and a record is
+refused if it has something under another name that data sets use for media or a system prompt, or, where it has no
+image, a media file or its bytes under any other key. And if a question has a placeholder of another model's, such as
+`<video>` or `<|image_pad|>`. What is meant to be left unread is named by `--leave_unread`.
 """
 
 import re
@@ -13,7 +13,7 @@ from functools import lru_cache
 from itertools import islice
 
 from ..data.templates import IMAGE_MARK, BadRecord
-from ..data.tokenization import shorten
+from ..data.tokenization import NO_IMAGE, shorten
 
 # Keys of LLaVA-Video, Video-LLaVA, LLaMA-Factory, ms-swift, Mantis, InternVL, SpatialBot and others, in any case. What
 # says where a picture is from or how large (image_id, image_url, width, data_source) is not among them.
@@ -66,35 +66,45 @@ class RecordCheck:
     def __repr__(self) -> str:
         return f"RecordCheck({sorted(self.left_unread)})"
 
-    def __call__(self, record: dict) -> None:
-        """Raise BadRecord, also for halves of surrogate pairs. What is no conversation is left to the tokenization."""
+    def __call__(self, record: dict) -> dict:
+        """Return the record, without system prompts if they are left unread. What is no conversation stays as it is.
+
+        Raises BadRecord, also for halves of surrogate pairs.
+        """
         turns = record.get("conversations")
         if not isinstance(turns, list) or not all(
             isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in turns
         ):
-            return
-        for number, turn in enumerate(turns, start=1):
+            return record
+        if "system" in self.left_unread:
+            turns = [turn for turn in turns if turn.get("from") != "system"]
+            record = {name: value for name, value in record.items() if name != "system"} | {"conversations": turns}
+        texts = {f"turn {number}": turn["value"] for number, turn in enumerate(turns, start=1)}
+        if isinstance(record.get("system"), str):
+            texts["its 'system'"] = record["system"]
+        for where, text in texts.items():
             try:
-                turn["value"].encode("utf-8")
+                text.encode("utf-8")
             except UnicodeEncodeError as error:  # JSON can escape what no text file can hold
                 half = error.object[error.start]
-                raise BadRecord(f"turn {number} holds {half!r}, half of a pair of characters.") from None
+                raise BadRecord(f"{where} holds {half!r}, half of a pair of characters.") from None
         if found := dict(islice(self.unread(record), 20)):
             raise BadRecord(_of_unread(found))
-        if (characters := sum(len(turn["value"]) for turn in turns)) > MAX_CHARACTERS:
+        if (characters := sum(map(len, texts.values()))) > MAX_CHARACTERS:
             raise BadRecord(f"its turns have {characters} characters; more than {MAX_CHARACTERS} are refused.")
         marks = sum(turn["value"].count(IMAGE_MARK) for turn in turns)
         if marks > MAX_IMAGES:
             raise BadRecord(f"it has {marks} {IMAGE_MARK} marks; more than {MAX_IMAGES} are refused.")
+        return record
 
     def unread(self, record: dict) -> Iterator[tuple[str, str]]:
         """Yield the keys and marks of a record that are not read, each with what it is: `media`, `prompt` or `mark`.
 
         record: whose turns are objects with a text `value`.
         """
-        has_image = bool(record.get("image"))
+        has_image = record.get("image") not in NO_IMAGE
         for name, value in record.items():
-            if name not in ("id", "image", "conversations") and value:
+            if name not in ("id", "image", "conversations", "system") and value:
                 kind = _kind_of(name, value, has_image)
                 if kind and _without_numbers(name) not in self.left_unread:
                     yield name, kind
@@ -123,8 +133,8 @@ def _of_unread(found: dict[str, str]) -> str:
         )
     if kind == "prompt":
         return (
-            f"its key {shown} looks like a prompt and is not read: the template has a system prompt of its own. Put it "
-            f"into the first question, or train without it by {flag}."
+            f"its key {shown} looks like a prompt and is not read: a system prompt is read from the record's 'system' "
+            f"alone. Put it there or into the first question, or train without it by {flag}."
         )
     return (
         f"its key {shown} looks like media and is not read: images are read from the record's 'image' alone, other "

@@ -47,13 +47,20 @@ class ChatTemplate:
     name: str = CHAT_TEMPLATE
     image_mark: str = IMAGE_MARK
     captions_only: bool = False
+    system: str | None = None
+    """A record's own system prompt."""
+
+    def with_system(self, prompt: str) -> "ChatTemplate":
+        """Return the template with a record's own system prompt, which `render` refuses if it is not written."""
+        return replace(self, system=prompt)
 
     def write(self, turns: list[str], generation_prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
         """The text of a conversation, and the spans that the template itself marks by `{% generation %}`.
 
         Raises BadRecord if the template refuses the conversation.
         """
-        messages = [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        messages += [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
         jinja = _DATE.sub(lambda call: json.dumps(TODAY.strftime(call[2])), self.jinja)
         marked = bool(_GENERATION.search(jinja))
         try:
@@ -147,6 +154,8 @@ def _frame(
     """
     names = [f"turn{number}." for number in range(questions + answers)]
     text, marked = template.write(names, generation_prompt)
+    if template.system and template.system.strip() not in text:
+        raise BadRecord("it has a system prompt of its own, which the tokenizer's chat template leaves out.")
     places, end = [], 0
     for name in names:
         start = text.find(name, end)

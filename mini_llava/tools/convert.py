@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..data.templates import IMAGE_MARK, BadRecord, get_template
-from ..data.tokenization import read_conversation, shorten
+from ..data.tokenization import read_conversation, shorten, template_for
 from ..errors import UserError
 from ..files import atomic_write
 from ..guards.records import RecordCheck, kind_of_name
@@ -39,7 +39,7 @@ TEXT_COLUMNS = ("conversations", "messages", "texts", "caption", "text", "txt")
 IMAGE_COLUMNS = ("images", "image")
 NUMBERED_IMAGE = re.compile(r"image[_-]?\d+", re.IGNORECASE)  # image_1, image_2, ...
 ID_COLUMNS = ("id", "__key__")
-ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 
 TABLES, ARCHIVES = (".parquet", ".arrow"), (".tar", ".tar.gz", ".tgz")
 SPLIT = re.compile(r"(?<![a-z])(train|training|validation|valid|val|dev|test|testing)(?![a-z])")
@@ -421,8 +421,8 @@ def conversation(value: object, images: int, drop_system: bool) -> tuple[list[di
     if drop_system:
         turns = [turn for turn in turns if turn[0] != "system"]
     for number, (role, text) in enumerate(turns, start=1):
-        if role == "system":
-            raise BadEntry(f"turn {number} is a system prompt; templates have their own: --drop_system leaves it out.")
+        if role == "system" and number > 1:
+            raise BadEntry(f"turn {number} is a system prompt, which comes first: --drop_system leaves it out.")
         if role not in ROLES or not isinstance(text, str):
             raise BadEntry(f"turn {number} is {shorten(text)} from {shorten(role)}, not a text from a known role.")
     turns = [(ROLES[role], text) for role, text in turns]
@@ -470,23 +470,27 @@ def make_record(entry: dict, name: str, place: str, given: argparse.Namespace) -
     except ValueError as error:
         raise BadEntry(str(error)) from None
     images = [image for column in columns.image for image in encoded_images(entry[column], given.image_root)]
-    turns, in_place = conversation(entry[columns.text], len(images), given.drop_system)
+    turns, in_place = conversation(entry[columns.text], len(images), not given.keep_system)
     identifier = entry.get(columns.id)
     record = {"id": name if identifier is None else str(identifier)}
     numbers = [""] if len(images) == 1 else [f"-{number}" for number in range(1, len(images) + 1)]
     names = [f"{place}{number}{suffix_of(image)}" for number, image in zip(numbers, images, strict=True)]
     if names:
         record["image"] = names[0] if len(names) == 1 and not in_place else names
+    if given.keep_system and entry.get("system"):
+        record["system"] = entry["system"]
     record["conversations"] = turns
     not_taken = {name: value for name, value in entry.items() if name not in columns.all and kind_of_name(name)}
+    not_taken.pop("system", None)
     check_record(not_taken | record, given.check)
     return record, dict(zip(names, images, strict=True))
 
 
 def check_record(record: dict, check: RecordCheck) -> None:
     """Raise BadRecord if the record cannot be trained on with any template, whatever its images and its length."""
-    check(record)
+    record = check(record)
     _, answers, _ = read_conversation(record, get_template("v1"))
+    template_for(record, get_template("v1"))
     if not answers:
         raise BadRecord("no question has an answer, so there is nothing to train on.")
 
@@ -531,6 +535,7 @@ def convert(given: argparse.Namespace) -> int:
         "flags": {name: value for name, value in vars(given).items() if name not in ("sources", "output")},
     }
     given.columns = Columns(given.text_column, tuple(given.image_column), given.id_column)
+    given.keep_system = not given.drop_system and "system" not in given.leave_unread
     given.check = RecordCheck(given.leave_unread)  # it names what looks like media or a prompt
     records, faults, plan_file = (output / name for name in ("records.jsonl", "bad_entries.jsonl", "conversion.json"))
     if not plan_file.exists() and output.exists() and any(output.iterdir()):
@@ -574,7 +579,7 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
     add("--image_column", metavar="NAME", action="append", default=[], help=image_help)
     add("--id_column", metavar="NAME", help=f"[the first of {', '.join(ID_COLUMNS)}; none: file and row]")
     add("--image_root", metavar="FOLDER", help="folder of the images that the data only name")
-    add("--drop_system", action="store_true", help="leave system prompts out; templates have their own")
+    add("--drop_system", action="store_true", help="leave system prompts out: templates have their own")
     unread_help = "columns and marks that look like media or a prompt and are meant to be left unread, as for train.py"
     add("--leave_unread", nargs="+", default=[], metavar="NAME", help=unread_help)
     return parser.parse_args(command_line)

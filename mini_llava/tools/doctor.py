@@ -217,7 +217,7 @@ def _content(folder: str | None, sample: Sample) -> int:
 def _remarks(record: dict, sample: Sample, whole: Sample, max_length: int) -> list[str]:
     turns = record["conversations"]
     remarks = [f"turn {number} is empty." for number, turn in enumerate(turns, start=1) if not turn["value"].strip()]
-    if turns[0]["from"] == "gpt":
+    if next(turn["from"] for turn in turns if turn["from"] != "system") == "gpt":
         remarks.append("it begins with an answer, which is left out, as in LLaVA.")
     if turns[-1]["from"] == "human":
         remarks.append("its last question has no answer; it is read and not trained on.")

@@ -41,7 +41,7 @@ from ..data.collator import collate
 from ..data.images import ImageReader, normalise
 from ..data.loader import RankSteps
 from ..data.records import RecordStore
-from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, read_conversation, tokenize
+from ..data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, NO_IMAGE, read_conversation, template_for, tokenize
 from ..errors import UserError
 from ..formats.read import open_source
 from ..guards.user_errors import USER_ERRORS
@@ -72,7 +72,7 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
     samples = open_samples(arguments, source)
     store, tokenizer, template = samples.store, samples.tokenizer, samples.template
     if records is None:
-        first = next((number for number in range(len(store)) if "image" in store[number]), 0)
+        first = next((number for number in range(len(store)) if store[number].get("image") not in NO_IMAGE), 0)
         records = [number for number in (first, first + 1) if number < len(store)]
     if wrong := [number for number in records if not 0 <= number < len(store)]:
         raise UserError(f"--record {wrong[0]}: the data have {counted(len(store), 'record')}, counted from 0.")
@@ -95,7 +95,7 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
         f"the text that the template {template.name} makes of it, in pieces that are trained (>) or not",
     )
     questions, answers, _ = read_conversation(samples.record(index), template)
-    for text, trained in template.render(questions, answers):
+    for text, trained in template_for(samples.record(index), template).render(questions, answers):
         print(f"  {'>' if trained else ' '} {text!r}")
 
     step(3, tokenize, "ids, with a place for each token of an image, and labels, -100 where nothing is trained")

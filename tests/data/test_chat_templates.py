@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from mini_llava.data.templates import CHAT_TEMPLATE, BadRecord, get_template, written_answer
@@ -204,6 +205,33 @@ def test_what_a_template_does_to_longer_conversations_alone_makes_those_bad_reco
         template.render(["Q1"], ["A1"])
         with pytest.raises(BadRecord, match=sentence):
             template.render(["Q1", "Q2"], ["A1", "A2"])
+
+
+@pytest.mark.parametrize("name", WITH_CHAT_TEMPLATE)
+def test_a_records_own_system_prompt_stands_where_the_template_writes_it_or_is_refused(name, tokenizers):
+    tokenizer = tokenizers[name]
+    template = find_template(CHAT_TEMPLATE, tokenizer).with_system("Be short.")
+    turns = ["Q1", "A1", "Q2", "A2"]
+    messages = [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
+    messages.insert(0, {"role": "system", "content": "Be short."})
+    try:
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    except TemplateError:  # Gemma 2's
+        with pytest.raises(BadRecord, match="chat template fails on it"):
+            template.render(turns[0::2], turns[1::2])
+        return
+    pieces = template.render(turns[0::2], turns[1::2])
+    (_, *found), (_, *expected) = ("".join(text for text, _ in pieces).split("Be short."), whole.split("Be short."))
+    assert len(expected) == 1 and [text.split() for text in found] == [text.split() for text in expected]
+    assert all("Be short." not in text for text, is_trained in pieces if is_trained)
+
+
+def test_a_template_that_leaves_a_system_prompt_out_is_named(tokenizers):
+    turns = LOOP.replace("BODY", "{% if message.role != 'system' %}" + TURN + "{% endif %}")
+    tokenizer = with_template(tokenizers["qwen_2"], turns.replace("PROMPT", "<|im_start|>assistant\n"))
+    template = find_template(CHAT_TEMPLATE, tokenizer)
+    with pytest.raises(BadRecord, match="a system prompt of its own, which the tokenizer's chat template leaves out"):
+        template.with_system("Be short.").render(["Q1"], ["A1"])
 
 
 def test_a_templates_own_marks_say_what_is_trained(tokenizers):

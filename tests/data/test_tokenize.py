@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, LlavaProcessor
 
+from mini_llava.data.records import RecordStore
 from mini_llava.data.templates import TEMPLATES, BadRecord, get_template
 from mini_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, tokenize, tokenize_prompt
 from mini_llava.formats.tokenizers import image_token_tokenizer, load_tokenizer
@@ -191,6 +193,29 @@ def test_mmtag_templates_wrap_the_image(llama):
     assert llama.decode(sample.input_ids[place + 2 :]).startswith("</Image>\nWhat?")
 
 
+SYSTEM = {"from": "system", "value": "Be short."}
+
+
+@pytest.mark.parametrize("name", sorted({template.name for template in TEMPLATES.values()}))
+def test_a_records_own_system_prompt_takes_the_templates_place(name, tokenizers):
+    tokenizer, template = tokenizers["chat"], get_template(name)
+    keyed = conversation("<image>\nHi", "Yes", image="a.png", system="Be short.")
+    turn = conversation("<image>\nHi", "Yes", image="a.png")
+    plain = tokenize(turn, template, tokenizer, 2, 1000)
+    turn["conversations"].insert(0, SYSTEM)
+    if not template.system:
+        with pytest.raises(BadRecord, match=rf"the template {name} has no place for one: .*\bv1\b"):
+            tokenize(keyed, template, tokenizer, 2, 1000)
+        return
+    own, same = (tokenize(record, template, tokenizer, 2, 1000) for record in (keyed, turn))
+    assert own.input_ids.tolist() == same.input_ids.tolist() and own.labels.tolist() == same.labels.tolist()
+    texts = [tokenizer.decode(ids[ids >= 0]) for ids in (plain.input_ids, own.input_ids)]
+    assert template.system in texts[0] and texts[0].replace(template.system, "Be short.") == texts[1]
+    assert [trained_runs(own)[0].tolist()] == [run.tolist() for run in trained_runs(plain)]
+    asked = tokenize_prompt(keyed, template, tokenizer, 2).tolist()
+    assert own.input_ids.tolist()[: len(asked)] == asked
+
+
 @pytest.mark.parametrize(
     "record, sentence",
     [
@@ -199,12 +224,22 @@ def test_mmtag_templates_wrap_the_image(llama):
         (conversation("<image>", "A cat.", image=["a.png", "b.png"]), "it has 1 <image> mark for 2 images;"),
         (conversation("What is <image>?", "A mark."), "it has 1 <image> mark for 0 images;"),
         (conversation("Draw!", "Here: <image>", image="a.png"), "an answer contains <image>"),
-        (conversation("<image>", "A cat.", image=None), "its 'image' is None"),
+        (conversation("<image>", "A cat.", image=None), "it has 1 <image> mark for 0 images;"),
+        (conversation("<image>", "A cat.", image=0), "its 'image' is 0"),
+        (conversation("<image><image>", "A cat.", image=["a.png", ""]), "its 'image' is ['a.png', '']"),
         (conversation("<image>", "A cat.", image=["a.png", 3]), "its 'image' is ['a.png', 3]"),
         (conversation(), "it has no list 'conversations'"),
         ({"text": "A cat."}, "it has no list 'conversations'"),
         ({"conversations": [{"from": "human"}]}, "turn 1 is not an object with a 'from' and a text 'value'"),
-        ({"conversations": [{"from": "system", "value": "Hi"}]}, "turn 1 is from 'system'"),
+        ({"conversations": [{"from": "tool", "value": "Hi"}]}, "turn 1 is from 'tool'"),
+        ({"conversations": [{"from": "system", "value": "Hi"}]}, "it has no human turn"),
+        ({"conversations": [*conversation("Hi", "Yes")["conversations"], SYSTEM]}, "turn 3 is from 'system'; a system"),
+        (conversation("Hi", "Yes", system=["Be short."]), "its 'system' is ['Be short.']; expected a text"),
+        (conversation("Hi", "Yes", system="See <image>."), "its system prompt contains <image>"),
+        (
+            {"system": "Be kind.", "conversations": [SYSTEM, *conversation("Hi", "Yes")["conversations"]]},
+            "it has two system prompts",
+        ),
         ({"conversations": [{"from": "human", "value": "Hi"}] * 2}, "two turns of 'human' follow each other"),
         ({"conversations": [{"from": "gpt", "value": "Hi"}]}, "it has no human turn"),
         (conversation("Anybody there?"), "no question has an answer"),
@@ -213,6 +248,18 @@ def test_mmtag_templates_wrap_the_image(llama):
 def test_a_bad_record_is_named_in_a_sentence(record, sentence, llama):
     with pytest.raises(BadRecord, match=re.escape(sentence)):
         tokenize(record, V1, llama, 4, 1000)
+
+
+@pytest.mark.parametrize("nothing", [None, "", [], [""]], ids=repr)
+def test_an_empty_image_is_none(nothing, llama, tmp_path):
+    text, record = conversation("Hi", "A red ball."), conversation("Hi", "A red ball.", image=nothing)
+    RecordCheck()(record)
+    sample, same = (tokenize(each, V1, llama, 4, 1000) for each in (record, text))
+    assert sample.input_ids.tolist() == same.input_ids.tolist() and sample.images == []
+    with pytest.raises(BadRecord, match="its key 'photo' looks like media"):  # as of any record without an image
+        RecordCheck()(record | {"photo": "a.png"})
+    (tmp_path / "records.json").write_text(json.dumps([record]), encoding="utf-8")
+    assert RecordStore([str(tmp_path / "records.json")]).image_names(0) == []
 
 
 def test_plain_wants_an_image_and_its_caption(llama):
@@ -444,7 +491,10 @@ def test_the_exported_tokenizer_and_processor_give_the_ids_trained(name, llama_f
 
 def rendered_text(turns, record, template):
     """The text of a record that is known to be good, written independently of the module under test."""
-    if record["conversations"][0]["from"] == "gpt":
+    if record["conversations"][0]["from"] == "system":
+        own, *turns = turns
+        template = replace(template, opening=template.opening.replace(template.system, own))
+    elif record["conversations"][0]["from"] == "gpt":
         turns = turns[1:]
     if template.captions_only:
         turns = ["<image>" * turns[0].count("<image>"), turns[1]]

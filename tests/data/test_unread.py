@@ -23,8 +23,7 @@ def llama():
 
 def ids(record, tokenizer, left_unread=()):
     """The ids of a record that the check lets pass."""
-    RecordCheck(left_unread)(record)
-    return tokenize(record, V1, tokenizer, 4, 1000).input_ids.tolist()
+    return tokenize(RecordCheck(left_unread)(record), V1, tokenizer, 4, 1000).input_ids.tolist()
 
 
 def conversation(question="What?", **keys):
@@ -58,7 +57,7 @@ MEDIA = {
     "points": conversation(scan="scene/0001.ply"),
     "a key that ends as one of an id": conversation(vid="clips/a.mp4"),
 }
-PROMPTS = {key: with_image(**{key: "Be short."}) for key in ("system", "system_prompt", "System", "tools")}
+PROMPTS = {key: with_image(**{key: "Be short."}) for key in ("sys", "system_prompt", "System", "tools")}
 IN_A_TURN = with_image()
 IN_A_TURN["conversations"][0]["image"] = "b.png"
 
@@ -162,6 +161,9 @@ def test_an_answer_may_hold_any_mark_but_ours(llama):
 
 def test_what_is_left_unread_is_as_if_it_were_not_there(llama):
     named = ["images", "system", "image_1"]
+    turn = conversation()
+    turn["conversations"].insert(0, {"from": "system", "value": "Be short."})
+    assert ids(turn, llama, named) == ids(conversation(), llama) != ids(turn, llama)
     for keys in ({"images": ["a.png"], "system": "Be short."}, {"image_7": "a.png"}):
         assert ids(conversation(**keys), llama, named) == ids(conversation(), llama)
     with pytest.raises(BadRecord, match=r"its key 'video' .* by --leave_unread video '<video>'\.$"):
@@ -199,13 +201,13 @@ def test_a_hostile_record_takes_no_time(name):
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unread")
     good = json.loads((runs.FIXTURES / "data" / "train_stage2.json").read_text(encoding="utf-8"))[:8]
-    blind = [conversation(images=["wide_rgb.png"]), conversation("<video>\nWhat?", video="v.mp4"), PROMPTS["system"]]
+    blind = [conversation(images=["wide_rgb.png"]), conversation("<video>\nWhat?", video="v.mp4")]
     (folder / "good.json").write_text(json.dumps(good))
-    (folder / "blind.json").write_text(json.dumps([*good[:2], *blind[:2], conversation(system="Be short.")]))
+    (folder / "blind.json").write_text(json.dumps([*good[:2], *blind, conversation(tools="Be short.")]))
     return folder
 
 
-ALL = ["images", "video", "<video>", "system"]
+ALL = ["images", "video", "<video>", "tools"]
 
 
 def train(files, name, **values):
@@ -219,7 +221,7 @@ def test_training_names_them_before_step_1_and_trains_without_what_is_named(file
         train(files, "refused")
     sentences = str(refused.value).splitlines()
     assert sentences[0].startswith("3 of 5 records cannot be trained on")
-    for name in ("images", "video", "system"):
+    for name in ("images", "video", "tools"):
         assert any(f"its key '{name}' looks like" in sentence for sentence in sentences)
     assert not (files / "refused" / "log.jsonl").exists()
     with pytest.raises(BadRecord, match=r"has the mark '<video>'.*--leave_unread '<video>'"):

@@ -78,6 +78,11 @@ def test_ids_equal_the_originals_and_labels_are_the_intended_ones(template_name,
     action = intended["action"]
     if action == "choice":
         action = CHOICES[case["id"]] if template_name != "plain" or case["id"] == "empty_answer" else "reject"
+    if case["id"] == "unknown_role" and template.system:
+        # From `system`: LLaVA dies of it, here it takes the place of the template's prompt (data/test_tokenize.py).
+        text = tokenizer.decode(tokenize(record, template, tokenizer, 1, max_length).input_ids)
+        assert "Be short." in text and template.system not in text
+        return
     if action == "reject":
         with pytest.raises(BadRecord, match=r"^[^A-Z].*\.$"):
             tokenize(record, template, tokenizer, 1, max_length)

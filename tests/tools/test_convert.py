@@ -142,11 +142,19 @@ def test_system_prompts_are_left_out_only_if_asked(tmp_path):
         {"role": "user", "content": "Hello"},
         {"role": "assistant", "content": "Hi"},
     ]
-    file = write_parquet(tmp_path / "a.parquet", [{"messages": messages}, {"messages": messages[1:]}])
-    [record] = converted(tmp_path / "kept", file, code=1)
-    assert bad_entries(tmp_path / "kept")[0][1].startswith("turn 1 is a system prompt;")
-    assert [r["conversations"] for r in converted(tmp_path / "out", file, "--drop_system")] == [chat("Hello", "Hi")] * 2
-    assert record["conversations"] == chat("Hello", "Hi")
+    late = [*messages[1:], *messages]
+    rows = [{"messages": turns, "system": None} for turns in (messages, messages[1:], late)]
+    file = write_parquet(tmp_path / "a.parquet", [*rows, {"messages": messages[1:], "system": "Be short."}])
+    kept = converted(tmp_path / "kept", file, code=1)
+    assert [record["conversations"][0] for record in kept[:2]] == [
+        {"from": "system", "value": "Be kind."},
+        {"from": "human", "value": "Hello"},
+    ]
+    assert [record.get("system") for record in kept] == [None, None, "Be short."]
+    assert bad_entries(tmp_path / "kept")[0][1].startswith("turn 3 is a system prompt, which comes first:")
+    dropped = converted(tmp_path / "out", file, "--drop_system")
+    assert [record["conversations"] for record in dropped[:2]] == [chat("Hello", "Hi")] * 2
+    assert dropped[3]["conversations"] == chat("Hello", "Hi") and "system" not in dropped[3]
 
 
 def test_turns_that_datasets_stored_as_an_object_of_lists(tmp_path):
@@ -407,18 +415,18 @@ def test_files_whose_names_tell_of_no_split_or_of_two_are_not_added_to_one(tmp_p
 
 def test_columns_that_look_like_media_or_a_prompt_are_not_dropped_silently(tmp_path):
     row = {"image": embedded(PNG), "conversations": chat("What?", "A cat."), "width": 40, "url": "x.org/a.png"}
-    rows = [row, row | {"system": "Be short."}, row | {"depth": {"bytes": PNG, "path": None}}]
+    rows = [row, row | {"tools": "Be short."}, row | {"depth": {"bytes": PNG, "path": None}}]
     rows += [row | {"conversations": chat("<video>\nWhat?", "A cat.")}]
-    file = write_parquet(tmp_path / "a.parquet", [{"system": None, "depth": None} | row for row in rows])
+    file = write_parquet(tmp_path / "a.parquet", [{"tools": None, "depth": None} | row for row in rows])
     members = [("0.json", {"conversations": chat("Hi", "Yes"), "videos": ["v.mp4"]}), ("1.json", HELLO[0])]
     assert len(converted(tmp_path / "out", file, code=1)) == 1
     reasons = [reason for _, reason in bad_entries(tmp_path / "out")]
-    for name, reason in zip(("its key 'system'", "its key 'depth'", "the mark '<video>'"), reasons, strict=True):
+    for name, reason in zip(("its key 'tools'", "its key 'depth'", "the mark '<video>'"), reasons, strict=True):
         assert name in reason and "--leave_unread" in reason
     assert len(converted(tmp_path / "tar", shard(tmp_path, members), code=1)) == 1
     assert "its key 'videos' looks like media" in bad_entries(tmp_path / "tar")[0][1]
     assert (
-        convert.main([str(file), "--leave_unread", "system", "depth", "<video>", "--output", str(tmp_path / "b")]) == 0
+        convert.main([str(file), "--leave_unread", "tools", "depth", "<video>", "--output", str(tmp_path / "b")]) == 0
     )
     assert (tmp_path / "b" / "records.jsonl").read_text().count("\n") == 4
 

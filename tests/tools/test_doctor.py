@@ -61,7 +61,7 @@ def data(tmp_path_factory):
     faults += [record(8, image="bomb.png"), record(9, image="longer.png"), record(10, image="torn.png")]
     faults += [record(11, image="tall_rgb.png") | {"image": ["tall_rgb.png", "wide_rgb.png"]}, record(12, "<image>")]
     role, twice = record(13), record(14)
-    role["conversations"][0]["from"] = "system"
+    role["conversations"][0]["from"] = "function_call"
     twice["conversations"] += twice["conversations"][1:]
     faults += [role, twice, record(15, question="why " * 300), record(16, "half a pair \ud83d")]
     Image.new("F", (40, 40)).save(images / "floats.tif")
