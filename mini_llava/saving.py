@@ -16,7 +16,7 @@ from .model.trained import trained_in_full
 from .options import lora
 from .read_data import Data
 from .training import backend, checkpoint
-from .training.order import Order
+from .training.order import Order, steps_between_states
 from .training.sharded_state import ShardedState
 
 
@@ -31,6 +31,7 @@ class Saving:
         self.arguments, self.flags, self.state = arguments, arguments.training, state
         accelerator, model = state.accelerator, state.model
         self.sampler, self.total_steps = order.sampler, order.total_steps
+        self.every = steps_between_states(self.flags, order)
         self.output_dir, trained = Path(self.flags.output_dir), trained_in_full(plan_of(arguments, source))
         trains_more = bool(trained - {"projector", "new_tokens", "image_newline"})
         self.kind = "adapters" if self.flags.lora_enable else "whole model" if trains_more else "projector"
@@ -77,15 +78,15 @@ class Saving:
 
     def disk_note(self) -> str | None:
         """Return a sentence if the disk has no room for what this run will write."""
-        every, step = self.flags.save_steps, self.sampler.step
-        saves = self.total_steps // every - step // every if self.flags.save_strategy == "steps" else 0
+        every, step = self.every, self.sampler.step
+        saves = self.total_steps // every - step // every if every else 0
         kept = (self.output_dir, saves, self.flags.save_total_limit, self.kind == "whole model")
         itemsize = backend.compute_dtype(self.state.accelerator).itemsize
         return output_folder.disk_needs(self.bare, itemsize, *kept).warning(self.output_dir)
 
     def is_due(self, step: int) -> bool:
         """Return whether a state belongs after this step."""
-        return self.flags.save_strategy == "steps" and step % self.flags.save_steps == 0
+        return self.every is not None and step % self.every == 0
 
     def save(self, removes_old: bool = True) -> str:
         """Write a training state with loadable weights, and return a sentence about it. All ranks must call it.
