@@ -312,11 +312,11 @@ class TrainingArguments:
     logging_steps: int = flag(1, positive=True, decides=NOTHING)
     """Steps between two log entries."""
 
-    save_strategy: str = flag("steps", choices=("steps", "no"), decides=NOTHING)
-    """steps writes a training state every save_steps; no writes none."""
+    save_strategy: str = flag("steps", choices=("steps", "epoch", "no"), decides=NOTHING)
+    """steps writes a training state every save_steps, epoch after each pass over the data; no writes none."""
 
-    save_steps: int = flag(500, positive=True, decides=NOTHING)
-    """Steps between two training states: the most work that a crash can cost."""
+    save_steps: float = flag(500, positive=True, decides=NOTHING)
+    """Steps between two training states, or below 1 their share of all steps: the most work that a crash can cost."""
 
     save_total_limit: int | None = flag(None, positive=True, decides=NOTHING)
     """Training states to keep; the oldest is deleted once the newest is complete."""
@@ -600,6 +600,8 @@ def _check_training(arguments: Arguments) -> None:
         raise UserError(f"--gradient_checkpointing_share {share}: give a share of the layers above 0 and up to 1.")
     if share < 1 and not training.gradient_checkpointing:
         raise UserError("--gradient_checkpointing_share says nothing with --gradient_checkpointing False.")
+    if isinstance(training.save_steps, float) and not training.save_steps < 1:
+        raise UserError(f"--save_steps {training.save_steps:g}: give whole steps, or below 1 a share of all steps.")
     if training.bf16 and training.fp16:
         raise UserError("--bf16 and --fp16 cannot both be True.")
     if training.loss_normalization == "micro_batch" and arguments.data.packing:
@@ -648,6 +650,8 @@ def _give_way(values: dict, explicit: Collection[str]) -> dict:
         changed["packing"] = False
     if values["data_weights"] == [1.0] * len(values["data_path"] or []) and not values["sample_order"]:
         changed["data_weights"] = None  # the same order as without, and the same run when it is resumed
+    if isinstance(values["save_steps"], float) and values["save_steps"].is_integer():
+        changed["save_steps"] = int(values["save_steps"])
     if values["eval_steps"] > 0 and "evaluation_strategy" not in explicit:
         changed["evaluation_strategy"] = "steps"
     return values | changed

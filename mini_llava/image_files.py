@@ -57,16 +57,14 @@ class BadImage(UserError):
 
 
 def image_path(folder: str | os.PathLike, name: str) -> str:
-    """Return the path of an image that exists inside `folder`.
+    """Return the path of an image that exists inside `folder`; its name is relative to it, or absolute.
 
-    Raises BadImage if there is no such file, if the name is absolute, or if it leads out of the folder by `..` or a
-    symbolic link: names come with the data, which need not come from whoever runs the training.
+    Raises BadImage if there is no such file, or if the name leads out of the folder, as an absolute one, by `..` or by
+    a symbolic link: names come with the data, which need not come from whoever runs the training.
     """
     root = os.path.realpath(folder)
-    if os.path.isabs(name) or "\0" in name:
-        raise BadImage(f"the image name {shorten(name)} is not relative to the image folder {folder}.")
     try:
-        possible = len(os.fsencode(name)) <= MAX_NAME_BYTES
+        possible = len(os.fsencode(name)) <= MAX_NAME_BYTES and "\0" not in name
     except UnicodeEncodeError:
         possible = False
     path = os.path.realpath(os.path.join(root, name)) if possible else root

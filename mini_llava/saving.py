@@ -19,7 +19,7 @@ from .options import lora
 from .read_data import Data
 from .training import backend, checkpoint
 from .training.background import BackgroundWriter
-from .training.order import Order
+from .training.order import Order, steps_between_states
 from .training.sharded_state import KINDS, ShardedState
 
 FAILURES = (OSError, checkpoint.CheckpointError)
@@ -37,6 +37,7 @@ class Saving:
         self.arguments, self.flags, self.state = arguments, arguments.training, state
         accelerator, model = state.accelerator, state.model
         self.sampler, self.total_steps = order.sampler, order.total_steps
+        self.every = steps_between_states(self.flags, order)
         self.output_dir, trained = Path(self.flags.output_dir), trained_in_full(plan_of(arguments, source))
         trains_more = bool(trained - {"projector", "new_tokens", "image_newline"})
         self.kind = "adapters" if self.flags.lora_enable else "whole model" if trains_more else "projector"
@@ -85,16 +86,16 @@ class Saving:
 
     def disk_note(self) -> str | None:
         """Return a sentence if the disk has no room for what this run will write."""
-        every, step = self.flags.save_steps, self.sampler.step
-        saves = self.total_steps // every - step // every if self.flags.save_strategy == "steps" else 0
+        every, step = self.every, self.sampler.step
+        saves = self.total_steps // every - step // every if every else 0
         kept = (self.output_dir, saves, self.flags.save_total_limit, self.kind == "whole model")
         itemsize = backend.compute_dtype(self.state.accelerator).itemsize
         return output_folder.disk_needs(self.bare, itemsize, *kept).warning(self.output_dir)
 
     def memory_note(self) -> str | None:
         """Take memory to write states behind the steps, if any will be; return a sentence if there is too little."""
-        every, step = self.flags.save_steps, self.sampler.step
-        if not self.flags.background_save or self.flags.save_strategy != "steps":
+        every, step = self.every, self.sampler.step
+        if not self.flags.background_save or not every:
             return None
         if (self.total_steps - 1) // every <= step // every:  # the last step's is not written behind any
             return None
@@ -102,7 +103,7 @@ class Saving:
 
     def is_due(self, step: int) -> bool:
         """Return whether a state belongs after this step."""
-        return self.flags.save_strategy == "steps" and step % self.flags.save_steps == 0
+        return bool(self.every) and step % self.every == 0
 
     def save(self, behind: bool = False, removes_old: bool = True) -> str:
         """Write a training state with loadable weights, and return a sentence about it. All ranks must call it.

@@ -152,7 +152,7 @@ def test_a_file_may_hold_everything_and_the_saved_arguments_are_such_a_file(tmp_
         ("learning_rate: fast", "learning_rate: 'fast' is not a number"),
         ("stage: 2", "is written for stage 2, which contradicts --stage 1"),
         ("run_name: x", "--run_name is not a flag here: a run is named by its --output_dir"),
-        ("save_strategy: epoch", "known values are steps, no"),
+        ("save_strategy: best", "known values are steps, epoch, no"),
     ],
 )
 def test_a_faulty_file_is_named_with_what_is_wrong(text, sentence, tmp_path, capsys):
@@ -227,6 +227,8 @@ def test_every_field_has_a_text_and_help_shows_all_of_them(capsys):
         (["--eval_steps", "5"], "--eval_steps needs --eval_data_path."),
         (["--eval_samples_shown", "5"], "--eval_samples_shown needs --eval_data_path."),
         (["--save_steps", "0"], "--save_steps must be positive, not 0."),
+        (["--save_steps", "1.5"], "--save_steps 1.5: give whole steps, or below 1 a share of all steps."),
+        (["--save_steps", "inf"], "--save_steps inf: give whole steps,"),
         (["--gradient_checkpointing_share", "0"], "--gradient_checkpointing_share 0.0: give a share of the layers"),
         (["--gradient_checkpointing", "False", "--gradient_checkpointing_share", "0.5"], "says nothing with"),
         (["--bf16", "True", "--fp16", "True"], "--bf16 and --fp16 cannot both be True."),

@@ -95,7 +95,7 @@ from ..options.kernels import FUSABLE, choose_fused_kernels
 from ..read_data import Data
 from ..training.backend import choose_precision, complete_zero, zero_stage
 from ..training.optimizer import parameter_groups
-from ..training.order import Order, choose_order
+from ..training.order import Order, choose_order, steps_between_states
 from ..watch.flops import PEAK_FLOPS, FlopCounter
 from ..words import counted
 from .memory import GIB, Estimate, Layout, estimate, float8_copies, kept_of_a_picture, lasting_parts
@@ -342,7 +342,7 @@ def print_run(arguments: Arguments, planning: PlanArguments) -> Planned:
     _print_steps(samples, lengths, measured, order, longest)
     epochs = order.total_steps / order.sampler.steps_per_epoch
     print(_time(FlopCounter(model).of_lengths(lengths) * epochs, layout, planning))
-    print(_disk(planned, model, order.total_steps))
+    print(_disk(planned, model, order))
     return planned
 
 
@@ -364,11 +364,12 @@ def _print_steps(samples: Samples, lengths: Lengths, measured: int, order: Order
     )
 
 
-def _disk(planned: Planned, model: LlavaModel, steps: int) -> str:
+def _disk(planned: Planned, model: LlavaModel, order: Order) -> str:
     training, output_dir = planned.arguments.training, Path(planned.arguments.training.output_dir)
     trained = trained_in_full(plan_of(planned.arguments, planned.source))
     whole_model = bool(trained - {"projector", "new_tokens", "image_newline"}) and not training.lora_enable
-    saves = steps // training.save_steps if training.save_strategy == "steps" else 0
+    every = steps_between_states(training, order)
+    saves = order.total_steps // every if every else 0
     sizes = (planned.layout.compute_dtype.itemsize, output_dir, saves, training.save_total_limit, whole_model)
     needs, folder = disk_needs(model, *sizes), output_dir.resolve()
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..arguments import Arguments
+from ..arguments import Arguments, TrainingArguments
 from ..data.lengths import Lengths
 from ..data.records import RecordStore
 from ..data.sampler import GlobalBatchSampler, deal
@@ -50,6 +50,16 @@ class Order:
         """Yield `[micro-batch] -> records` of this rank for each step from the cursor to the end of the run."""
         for dealt in self.dealt_batches():
             yield [of_ranks[rank] for of_ranks in dealt]
+
+
+def steps_between_states(training: TrainingArguments, order: Order) -> int | None:
+    """Return after how many steps each a training state is due, as in transformers; None: after none."""
+    if training.save_strategy == "no":
+        return None
+    if training.save_strategy == "epoch":
+        return order.sampler.steps_per_epoch
+    share = training.save_steps < 1
+    return math.ceil(order.total_steps * training.save_steps) if share else training.save_steps
 
 
 def choose_order(arguments: Arguments, store: RecordStore, lengths: Lengths, ranks: int) -> Order:

@@ -252,6 +252,18 @@ def test_what_a_run_left_behind_before_its_first_step_blocks_no_other(tmp_path):
         assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize(
+    "flags_of_saving, steps",
+    [({"save_strategy": "epoch"}, [2, 4]), ({"save_steps": 0.7}, [3]), ({"save_steps": 0.01}, [1, 2, 3, 4])],
+)
+def test_states_are_due_after_epochs_and_shares_of_the_run_as_in_transformers(flags_of_saving, steps, tmp_path):
+    records = json.loads((runs.FIXTURES / "data" / "train_stage2.json").read_text(encoding="utf-8"))[:7]
+    (tmp_path / "records.json").write_text(json.dumps(records), encoding="utf-8")
+    values = {"data_path": tmp_path / "records.json", "global_batch_size": 4, "num_train_epochs": 2, "max_steps": -1}
+    runs.train_here(runs.flags_of(1, tmp_path / "run", values | {"version": "v1", "save_steps": 4} | flags_of_saving))
+    assert [int(path.name.split("-")[1]) for path in complete_checkpoints(tmp_path / "run")] == steps
+
+
 def test_one_that_appears_in_mid_run_stays_and_the_save_fails(accelerator, save, tmp_path):
     save(tmp_path, 1)
     there = of_llava(tmp_path, 2)
