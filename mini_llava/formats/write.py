@@ -409,14 +409,19 @@ def llava_config(model: LlavaModel, description: Description) -> dict:
 def _portable(config: dict, dtype: torch.dtype) -> dict:
     """Return a configuration that transformers 4 and 5 read alike.
 
-    5 keeps RoPE's base inside `rope_parameters`; 4 reads `rope_theta`, and silently takes 10,000 without it (Llama 3
-    has 500,000). 4 calls the dtype `torch_dtype`. The cache, which training switches off, is on again.
+    5 keeps RoPE's base inside `rope_parameters`; 4 and mlx-vlm read `rope_theta`, and silently take 10,000 without it
+    (Llama 3 has 500,000). Gemma 3 has a second one for its sliding layers. 4 calls the dtype `torch_dtype`. The cache,
+    which training switches off, is on again.
     """
     config = {key: value for key, value in config.items() if key not in CONFIG_NOISE}
     config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
     if "use_cache" in config:
         config["use_cache"] = True
     rope = config.get("rope_parameters")
+    if rope and "full_attention" in rope:
+        if "rope_theta" in (sliding := rope.get("sliding_attention") or {}):
+            config["rope_local_base_freq"] = sliding["rope_theta"]
+        rope = rope["full_attention"]
     if rope and "rope_theta" in rope:
         config["rope_theta"] = rope["rope_theta"]
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
@@ -431,7 +436,8 @@ def _llava_image_processor(description: Description, tiling: Tiling | None) -> B
     """Return the tower's image processor with tiles, or with padding to a square on the mean colour, as trained.
 
     CLIP's own has no such options; LLaVA's are the same code with them. The PIL variants are pinned because those of
-    torchvision resize differently, and a run would depend on what is installed.
+    torchvision resize differently, and a run would depend on what is installed. The files cannot pin them for all: by
+    a class name without `Fast` transformers 4 takes PIL's, 5 torchvision's unless it is given `backend="pil"`.
     """
     image_processor = description.image_processor
     settings = image_processor.to_dict()

@@ -257,6 +257,36 @@ def test_the_base_of_rope_is_where_old_transformers_looks_for_it(tmp_path):
     assert AutoConfig.from_pretrained(tmp_path).text_config.rope_parameters["rope_theta"] == 1000000.0
 
 
+ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+ROPE |= dict(original_max_position_embeddings=512)
+
+
+@pytest.mark.parametrize(
+    "model_type, rope, older",
+    [
+        ("llama", ROPE | {"rope_theta": 500000.0}, {"rope_theta": 500000.0, "rope_scaling": ROPE}),
+        (
+            "gemma3_text",
+            {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 2e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+            },
+            dict(rope_theta=2e6, rope_local_base_freq=2e4, rope_scaling={"rope_type": "linear", "factor": 8.0}),
+        ),
+    ],
+)
+def test_scaled_rope_and_that_of_sliding_layers_are_there_too(tmp_path, model_type, rope, older):
+    sizes = dict(vocab_size=832, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+    sizes |= dict(num_key_value_heads=2, head_dim=16, max_position_embeddings=4096, rope_parameters=rope)
+    if model_type == "gemma3_text":
+        sizes |= dict(layer_types=["sliding_attention", "full_attention"])
+    config = AutoConfig.for_model(model_type, **sizes)
+    save(tmp_path, build(language_model=AutoModelForCausalLM.from_config(config)))
+    written = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    assert {key: written[key] for key in older} == older
+    assert AutoConfig.from_pretrained(tmp_path).text_config.rope_parameters == config.rope_parameters
+
+
 def test_the_cache_that_training_switched_off_is_on_again(tmp_path):
     model = build()
     model.language_model.config.use_cache = False
@@ -292,6 +322,9 @@ def test_the_saved_processor_gives_the_pixels_that_training_used(tmp_path, mode)
     save(tmp_path, build(), image_aspect_ratio=mode)
     # In its PIL version: with torchvision installed AutoProcessor would choose another one, which resizes differently.
     processor = load_image_processor(tmp_path)
+    assert type(AutoProcessor.from_pretrained(tmp_path, backend="pil").image_processor) is type(processor)
+    written = json.loads((tmp_path / "preprocessor_config.json").read_text())["image_processor_type"]
+    assert written == type(processor).__name__.removesuffix("Pil")  # of which transformers 4 takes PIL's
     golden = np.load(FIXTURES / "images_uint8.npz")
     mean, std = (
         np.array(values)[:, None, None] for values in (image_processor().image_mean, image_processor().image_std)
