@@ -112,10 +112,8 @@ class Evaluation:
         # Shuffled images take more time: only before and after training.
         with_others, title = [], "held-out questions"
         if step in (0, self.total_steps) and any(question.images for question in self.questions):
-            with_others, title = (
-                shuffle_images(self.questions, self.training.seed),
-                f"{title}, images in place and shuffled",
-            )
+            with_others = shuffle_images(self.questions, self.training.seed)
+            title += ", images in place and shuffled"
         try:
             with self._evaluation_mode():
                 losses, answers, shuffled = self._ask(with_others, title)
@@ -126,12 +124,10 @@ class Evaluation:
                 f"Memory has run out while held-out questions were answered, "
                 f"{self.training.per_device_eval_batch_size} at once: lower --per_device_eval_batch_size."
             ) from error
-        trained = np.array(
-            [question.trained[1:].sum() for question in self.questions]
-        )  # nothing predicts a first token
-        values = self._values(losses, trained, answers, with_others and shuffled) | {
-            "eval/seconds": time.perf_counter() - started
-        }
+        # Nothing predicts a first token.
+        trained = np.array([question.trained[1:].sum() for question in self.questions])
+        values = self._values(losses, trained, answers, with_others and shuffled)
+        values["eval/seconds"] = time.perf_counter() - started
         self.evaluated.add(step)
         if not self.accelerator.is_main_process:
             return True
@@ -183,14 +179,11 @@ class Evaluation:
         """
         accelerator, rank = self.accelerator, self.accelerator.process_index
         model = accelerator.unwrap_model(self.model)
-        all_ranks = lambda value: bool(sum_over_ranks(accelerator, float(value)))  # noqa: E731
-        asker = Asker(
-            model,
-            accelerator.device,
-            self.ends,
-            self.answer_limits,
-            all_ranks if zero_stage(accelerator) == 3 else bool,
-        )
+
+        def anywhere(value: bool | torch.Tensor) -> bool:
+            return bool(sum_over_ranks(accelerator, float(value)) if zero_stage(accelerator) == 3 else value)
+
+        asker = Asker(model, accelerator.device, self.ends, self.answer_limits, anywhere)
         at_once = self.training.per_device_eval_batch_size
         tokens = at_once * self.data_flags.model_max_length
         found = find_beginnings(self.questions, shuffled, self.store.image_folder, asker.shares)
