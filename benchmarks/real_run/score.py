@@ -22,8 +22,9 @@ from mini_llava.data.images import Picture
 from mini_llava.data.templates import written_answer
 from mini_llava.data.tokenization import tokenize_prompt
 from mini_llava.evaluation.generate import expand_prompt, generate
+from mini_llava.formats.layouts import DTYPES
 from mini_llava.tools.chat import Conversation
-from mini_llava.tools.saved_models import DTYPES, open_saved
+from mini_llava.tools.saved_models import open_saved
 
 FILES = {"new_hand": "another designer", "photographs": "photographs", "new_things": "things never shown"}
 LONGEST_ANSWER = 24  # tokens; the longest name has 19
@@ -141,7 +142,7 @@ def main() -> None:
     add("--dtype", choices=DTYPES, help="[bfloat16 on a GPU, float32 on a CPU]")
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = DTYPES[given.dtype or ("float32" if device == "cpu" else "bfloat16")]
+    dtype = getattr(torch, given.dtype or ("float32" if device == "cpu" else "bfloat16"))
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

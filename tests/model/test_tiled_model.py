@@ -168,7 +168,7 @@ def test_transformers_gives_the_trainers_ids_and_logits(saved, layout, asked):
     assert not any(loading.values()), loading
     processor = AutoProcessor.from_pretrained(folder / layout, use_fast=False)
     images = [Image.open(IMAGES / name) for name in asked["image"]]
-    text = prompt(asked["conversations"][0]["value"])
+    text = "<s> " + prompt(asked["conversations"][0]["value"])  # as the chat template writes it; no tokenizer adds it
     inputs = processor(text=text, images=images or None, return_tensors="pt")
 
     to_ids = partial(tokenize, tokens_per_image=partial(model.tiling.tokens, IMAGES), max_length=500, **textual())
@@ -221,7 +221,7 @@ def test_the_chat_answers_as_transformers_does(saved, layout):
 
     whole = LlavaNextForConditionalGeneration.from_pretrained(folder / "transformers")
     processor = AutoProcessor.from_pretrained(folder / "transformers", use_fast=False)
-    text = prompt("Are <image> and <image> the same?")
+    text = "<s> " + prompt("Are <image> and <image> the same?")
     images = [Image.open(IMAGES / name) for name in (WIDE, SQUARE)]
     inputs = processor(text=text, images=images, return_tensors="pt")
     output = whole.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
