@@ -19,7 +19,6 @@ packs, as near 128 records as that comes. A pack in which no record has a pictur
 import argparse
 import importlib.metadata
 import importlib.util
-import json
 import os
 import shlex
 import shutil
@@ -33,7 +32,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.against_trainer import segments_of  # noqa: E402
+from benchmarks.against_trainer import rows_and_medians, segments_of  # noqa: E402
 from benchmarks.throughput import COLUMNS, read_log, row  # noqa: E402
 
 PEER = "LLaMA-Factory"
@@ -194,13 +193,7 @@ def launch(name: str, command: list, environment: dict[str, str], output_dir: Pa
 
 def report(segments: dict[str, list[list[dict]]], devices: int, table: Path) -> dict[str, dict]:
     """Prints a row for each contender, the median of its segments, and its tokens over the peer's; returns the rows."""
-    rows = {name: [row(name, part, devices) for part in measured] for name, measured in segments.items() if measured}
-    medians = {}
-    for name, measured in rows.items():
-        middle = sorted(measured, key=lambda values: values["tokens"])[len(measured) // 2]
-        medians[name] = middle | {"memory": max(values["memory"] for values in measured)}
-        with open(table, "a") as file:
-            file.writelines(json.dumps(values) + "\n" for values in measured)
+    rows, medians = rows_and_medians(segments, devices, table)
     theirs = [values for name, values in medians.items() if name.startswith(PEER)]
     if "ours" in medians:  # the same language model: 6N is as many FLOP a token
         for values in theirs:

@@ -74,15 +74,23 @@ def segments_of(log: list[dict], steps: int) -> list[list[dict]]:
     return [log[start : start + steps] for start in range(0, len(log), steps)]
 
 
-def report(segments: dict[str, list[list[dict]]], devices: int, table: Path) -> dict[str, float]:
-    """Prints a row for each side and their ratios; returns the ratios of the medians."""
-    rows = {name: [row(name, steps, devices) for steps in measured] for name, measured in segments.items()}
+def rows_and_medians(
+    segments: dict[str, list[list[dict]]], devices: int, table: Path
+) -> tuple[dict[str, list[dict]], dict[str, dict]]:
+    """A row for each segment, which the table gets too, and for each side its median, with the highest peak."""
+    rows = {name: [row(name, steps, devices) for steps in measured] for name, measured in segments.items() if measured}
     medians = {}
     for name, measured in rows.items():
-        middle = sorted(measured, key=lambda values: values["samples"])[len(measured) // 2]
+        middle = sorted(measured, key=lambda values: values["tokens"])[len(measured) // 2]
         medians[name] = middle | {"memory": max(values["memory"] for values in measured)}
         with open(table, "a") as file:
             file.writelines(json.dumps(values) + "\n" for values in measured)
+    return rows, medians
+
+
+def report(segments: dict[str, list[list[dict]]], devices: int, table: Path) -> dict[str, float]:
+    """Prints a row for each side and their ratios; returns the ratios of the medians."""
+    rows, medians = rows_and_medians(segments, devices, table)
     ratios = {key: medians["ours"][key] / medians["Trainer"][key] for key in ("samples", "tokens")}
     # The meter cannot look into the other model, but both sides do the same work: the same steps, the same arithmetic.
     medians["Trainer"]["mfu"] = f"{float(medians['ours']['mfu'].rstrip('%')) / ratios['tokens']:.1f}%"

@@ -11,37 +11,28 @@ import argparse
 import copy
 import functools
 import importlib.util
-import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from mini_llava.options import float8
-from mini_llava.options.attention import choose_attention
-from mini_llava.options.float8 import GRADIENT, VALUE
-from mini_llava.options.kernels import forget_outputs_of_norms, make_mlps_keep_less, use_fused_kernels
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.attention import milliseconds  # noqa: E402
+from mini_llava.options import float8  # noqa: E402
+from mini_llava.options.attention import choose_attention  # noqa: E402
+from mini_llava.options.float8 import GRADIENT, VALUE  # noqa: E402
+from mini_llava.options.kernels import (  # noqa: E402
+    forget_outputs_of_norms,
+    make_mlps_keep_less,
+    use_fused_kernels,
+)
 
 LAYERS = 32
-
-
-def milliseconds(run: Callable[[], object], repeats: int = 10) -> float:
-    """Return the median time on the device (on a CPU: of the call)."""
-    times = []
-    for _ in range(3 + repeats):
-        if torch.cuda.is_available():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            begin = time.perf_counter()
-            run()
-            times.append(1000 * (time.perf_counter() - begin))
-    return statistics.median(times[3:])
 
 
 def check_kernels(device: torch.device, rows: int = 1000) -> None:

@@ -14,7 +14,7 @@ CHUNK_BYTES = 16 * 2**20
 def check_data_files(
     data_path: list[str] | None, image_folder: list[str] | None, exclude: list[str] | None = None, flag_prefix: str = ""
 ) -> None:
-    """Raise FileNotFoundError, NotADirectoryError or ValueError as `RecordStore` does, without reading a file."""
+    """Raise FileNotFoundError, NotADirectoryError or UserError as `RecordStore` does, without reading a file."""
     image_folder = list(image_folder or [])
     data_flag, folder_flag = f"--{flag_prefix}data_path", f"--{flag_prefix}image_folder"
     if not data_path:

@@ -2,7 +2,7 @@
 
 A run that lacks one of them would find out by itself, some after hours of reading and measuring. Each sentence is the
 one of the function that needs the thing, which looks for it again when it does. Neither torch nor transformers is
-imported for it: that takes four seconds, and what is wrong with the flags is said in less than one.
+imported for it: that takes several seconds, and what is wrong with the flags is said in less than one.
 """
 
 import os
