@@ -41,7 +41,8 @@ def main() -> None:
     with accelerator.device:
         model = nn.Sequential(*(nn.Linear(arguments.width, arguments.width) for _ in range(arguments.layers)))
         inputs = torch.ones(arguments.tokens, arguments.width, dtype=torch.bfloat16)
-    optimizer = torch.optim.AdamW(model.parameters())
+    # AdamW's usual rate of 1e-3 would make the outputs of 400 layers infinite within ten steps, and steps are left out.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-7)
     model, optimizer = accelerator.prepare(model, optimizer)
     backend.create_moments(accelerator, optimizer)
     state, writer = ShardedState(accelerator, model, optimizer), BackgroundWriter(accelerator)
@@ -49,7 +50,8 @@ def main() -> None:
     def step() -> None:
         with backend.micro_step(accelerator, model, is_last=True), accelerator.autocast():
             backend.backward(accelerator, model(inputs).float().sum())
-        backend.optimizer_step(accelerator, optimizer, 1.0)
+        if not backend.optimizer_step(accelerator, optimizer, 1.0)[1]:
+            sys.exit("A gradient was not finite: the step was left out, and its time says nothing.")
 
     def seconds(work: Callable[[], None]) -> float:
         """Of the slowest rank."""

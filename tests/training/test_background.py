@@ -81,6 +81,28 @@ def test_two_processes_write_the_same_states_behind_their_steps_as_standing(back
     assert "checkpoint-4/state-rank00001-0000.safetensors" in written
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_copies_into_pinned_memory_what_the_next_step_overwrites():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    writer, values = BackgroundWriter(Accelerator()), torch.randn(2**26, device="cuda")
+    assert writer.reserve(values.numel()) is None and writer.buffer.is_pinned()
+    before = values.cpu()
+    [copies] = writer.copied([{"first": values[:7], "others": values[7:]}])
+    values.zero_()
+    assert torch.equal(torch.cat([copies["first"], copies["others"]]), before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_run_on_a_gpu_writes_the_same_states_behind_its_steps_as_standing(tmp_path):
+    for behind in (True, False):  # kernels that add in any order would end in other bits
+        runs.train_here(
+            runs.flags_of(2, tmp_path / str(behind), SETTINGS | {"background_save": behind, "packing": False})
+        )
+    assert contents(tmp_path / "True") == contents(tmp_path / "False")
+
+
 # --- a write that fails, and an error elsewhere ----------------------------------------------------------------------
 
 
