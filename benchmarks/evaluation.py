@@ -48,7 +48,9 @@ def main(command_line: list[str] | None = None) -> None:
         for number in range(own.rounds):
             for side, measured in runs.items():
                 tree = own.tree.resolve() if side == "there" else ROOT
-                measured.append(measure(tree, flags, Path(folder) / f"{side}-{number}"))
+                measured.append(found := measure(tree, flags, Path(folder) / f"{side}-{number}"))
+                seconds = ", ".join(f"{found[step]['eval/seconds']:.1f} s for {name}" for step, name in MOMENTS.items())
+                print(f"round {number + 1} of {own.rounds}, {side}: {seconds}", flush=True)
     report(runs)
 
 

@@ -303,7 +303,8 @@ def test_it_is_used_where_it_was_asked_for_and_refused_where_it_cannot_run(monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    with pytest.raises(UserError, match="needs an NVIDIA GPU"):  # torch for CPUs says what ROCm's says
+    monkeypatch.setattr(torch.version, "cuda", None)  # as ROCm's torch and the one for CPUs have it
+    with pytest.raises(UserError, match="needs an NVIDIA GPU"):
         choose_float8(True, "llama", cuda)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(UserError, match="NVIDIA A100 does not multiply float8"):
