@@ -35,8 +35,8 @@ def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False) -> 
     LLaVA reads Llama tokenizers with transformers 4.37's slow class. transformers 5 rebuilds them without the blank
     before a text that itself begins with a blank, such as the text after a question that is only an image; and from a
     `tokenizer.model` alone it orders the merges by id, not by score. Here they are rebuilt exactly, `legacy` included,
-    as fast tokenizers that stay exact when AutoTokenizer loads them. Others are loaded unchanged. Raises UserError
-    for code that is not trusted, and for a `tokenizer.model` that cannot be read or rebuilt exactly.
+    as fast tokenizers that stay exact when AutoTokenizer loads them. Others are loaded as tokenizer.json has them.
+    Raises UserError for code that is not trusted, and for a `tokenizer.model` that cannot be read or rebuilt exactly.
     """
     config = read_json(path, "tokenizer_config.json")
     model_type = read_json(path, "config.json").get("model_type", "")
@@ -54,6 +54,11 @@ def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False) -> 
             about["config"] = PreTrainedConfig()
         with foreign_code_refused(path):
             tokenizer = AutoTokenizer.from_pretrained(path, **about)
+        file = find_file(path, "tokenizer.json")
+        if file and tokenizer.is_fast and _splits(tokenizer.backend_tokenizer) != _splits(Tokenizer.from_file(file)):
+            # transformers 5 rebuilds it as the class in its config, or of the model's type, has it: SmolLM2's and
+            # Granite's (GPT2Tokenizer) then keep the digits of a number together that they were trained to split.
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
         if tokenizer.init_kwargs.pop(BOS_IN_TEMPLATE, False):
             _add_to_every_text(tokenizer.backend_tokenizer, [tokenizer.bos_token], [])
         return tokenizer
@@ -215,6 +220,18 @@ def _llama_backend(path: str | os.PathLike, config: dict) -> Tokenizer | None:
         backend.decoder = decoders.Sequence(decoder + strip)
     _add_tokens(backend, path, config, keep_post_processor=tokenizer_file is not None)
     return backend
+
+
+def _splits(backend: Tokenizer) -> list:
+    """Return what decides into which pieces a tokenizer cuts a text; the blank in front is the configuration's."""
+    steps = [json.loads(step.__getstate__()) if step else None for step in (backend.normalizer, backend.pre_tokenizer)]
+    return [type(backend.model), _without_prefix_space(steps)]
+
+
+def _without_prefix_space(part: object) -> object:
+    if isinstance(part, dict):
+        return {key: _without_prefix_space(value) for key, value in part.items() if key != "add_prefix_space"}
+    return [_without_prefix_space(value) for value in part] if isinstance(part, list) else part
 
 
 def _add_tokens(backend: Tokenizer, path: str | os.PathLike, config: dict, keep_post_processor: bool) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, LlavaProcessor
 
 from mini_llava.data.records import RecordStore
@@ -360,6 +360,31 @@ def test_other_tokenizers_are_loaded_as_they_are(tokenizers):
     assert loaded.backend_tokenizer.to_str() == reference.backend_tokenizer.to_str()
 
 
+def splits_digits(folder, tokenizer_class="GPT2Tokenizer", model_type="llama"):
+    """A byte-level tokenizer as SmolLM2 and Granite have it."""
+    shutil.copytree(FIXTURES / "tokenizer_qwen", folder)
+    configure(folder, tokenizer_class=tokenizer_class)
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
+    file = folder / "tokenizer.json"
+    pipeline = json.loads(file.read_text(encoding="utf-8"))
+    digits = {"type": "Digits", "individual_digits": True}
+    pipeline["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, pipeline["pre_tokenizer"]]}
+    file.write_text(json.dumps(pipeline), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "llava_qwen2", "granite"])
+@pytest.mark.parametrize("tokenizer_class", ["GPT2Tokenizer", "Qwen2Tokenizer", "PreTrainedTokenizerFast"])
+def test_a_text_is_cut_as_tokenizer_json_says_whatever_the_class_is_called(tokenizer_class, model_type, tmp_path):
+    folder = splits_digits(tmp_path / "tokenizer", tokenizer_class, model_type)
+    text = "It was 650841823 in 2023."
+    expected = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text, add_special_tokens=False)
+    assert sum(token.strip("Ġ").isdigit() for token in expected.tokens) == 13  # each by itself
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer(text, add_special_tokens=False).input_ids == expected.ids
+    assert tokenizer.eos_token == load_tokenizer(FIXTURES / "tokenizer_qwen").eos_token
+
+
 @pytest.fixture
 def llama_folder(tmp_path):
     shutil.copytree(FIXTURES / "tokenizer_llama", tmp_path / "tokenizer")
@@ -448,7 +473,7 @@ def test_a_tokenizer_that_adds_no_bos_or_also_eos_is_honoured(llama_folder):
     assert sample.input_ids[0] == 1 and np.count_nonzero(sample.input_ids == 2) == 1
 
 
-@pytest.mark.parametrize("name", ["tokenizer_llama", "legacy", "tokenizer_qwen", "qwen_class"])
+@pytest.mark.parametrize("name", ["tokenizer_llama", "legacy", "tokenizer_qwen", "qwen_class", "digits"])
 def test_the_exported_tokenizer_and_processor_give_the_ids_trained(name, llama_folder, tmp_path):
     """A processor tokenizes the whole text at once, in which each image has been written as N times <image>."""
     if name == "legacy":
@@ -458,6 +483,8 @@ def test_the_exported_tokenizer_and_processor_give_the_ids_trained(name, llama_f
         folder = tmp_path / "qwen"
         shutil.copytree(FIXTURES / "tokenizer_qwen", folder)
         configure(folder, tokenizer_class="Qwen2Tokenizer")
+    if name == "digits":
+        folder = splits_digits(tmp_path / "digits")
     tokenizer = load_tokenizer(folder)
     exported = image_token_tokenizer(tokenizer)
     assert len(exported) == len(tokenizer) + 1 and "<image>" not in tokenizer.get_vocab()
