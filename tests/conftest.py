@@ -11,12 +11,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # see `one_thread`; for the proce
 
 import torch
 
+from tests.packages_read_once import read_packages_once
 from tests.undrawn import write_undrawn
 
 # As in an activated environment: DeepSpeed's operators are compiled by the ninja that is found first, and each version
 # compiles anew what another one did.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
+read_packages_once()
 
 # The files that take more than a minute, longest first, by `--durations 0`.
 LONGEST = (

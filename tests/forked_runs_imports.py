@@ -7,18 +7,26 @@ import os
 os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 
 import accelerate.utils.deepspeed  # noqa: F401
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  two CPU seconds, of which torch's compiler is most
+import bitsandbytes  # noqa: F401
+import deepspeed.ops
+import deepspeed.runtime.superoffload.superoffload_stage3
+import deepspeed.runtime.zero.muon.muon_optimizer  # two CPU seconds, of which torch's compiler is most
+import peft  # noqa: F401
 import torch.distributed.run  # noqa: F401
 import transformers.models.clip.modeling_clip
-import transformers.models.llama.modeling_llama  # noqa: F401
+import transformers.models.llama.modeling_llama
+import transformers.models.llava.configuration_llava  # noqa: F401
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import train  # noqa: F401
 from mini_llava.arguments import PARTS
 from mini_llava.command_line import field_texts
 from mini_llava.watch import summary
+from tests.packages_read_once import read_packages_once
 from tests.undrawn import write_undrawn
 
+read_packages_once()
+deepspeed.ops.__compatible_ops__  # noqa: B018  asked of compilers and GPUs by the first access
 get_checkpoint_conversion_mapping("llama")  # a table that every first loading makes
 for part in PARTS:
     field_texts(part)  # read from the source by every first parser

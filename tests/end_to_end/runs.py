@@ -125,12 +125,13 @@ RUNS = {f"gradients-{name}": (2, values) for name, values in CUTS.items()} | {
 RUNS |= {"stage2-lora": (2, FIVE_STEPS | LORA)}
 # All others try the longest micro-batch before step 1.
 RUNS |= {"untried-stage2-clipped": (2, FIVE_STEPS | CHANGES["clipped"] | {"longest_batch_first": False})}
-# Evaluated after every step, on so few records that one rank has none of the last batch.
-RUNS |= {"evaluated-stage2-clipped": (2, FIVE_STEPS | CHANGES["clipped"] | {"eval_steps": 1})}
+# Evaluated before, between and after the steps, on so few records that one rank has none of the last batch.
+RUNS |= {"evaluated-stage2-clipped": (2, FIVE_STEPS | CHANGES["clipped"] | {"eval_steps": 2})}
+# Either stage, clipped and unclipped, padded and packed under DDP and under ZeRO-3, not each with each of the others.
 ON_TWO_PROCESSES = {
     "ddp": [
-        *(f"gradients-{cut}" for cut in ("2-slots-padded", "4-slots-padded", "4-slots-packed")),
-        *(f"stage{stage}-{clipping}" for stage in (1, 2) for clipping in ("clipped", "unclipped")),
+        *(f"gradients-{cut}" for cut in ("2-slots-padded", "4-slots-packed")),
+        *("stage1-unclipped", "stage2-clipped"),
         *("stage2-lora", "untried-stage2-clipped", "evaluated-stage2-clipped"),
     ],
     "zero2": [
@@ -139,8 +140,7 @@ ON_TWO_PROCESSES = {
     ],
     "zero3": [
         *(f"gradients-{cut}" for cut in ("2-slots-padded", "4-slots-packed")),
-        *(f"stage{stage}-{clipping}" for stage in (1, 2) for clipping in ("clipped", "unclipped")),
-        "stage1-bf16",
+        *("stage1-clipped", "stage2-clipped", "stage2-unclipped", "stage1-bf16"),
         *("stage2-lora", "untried-stage2-clipped", "evaluated-stage2-clipped"),
     ],
     "zero3_offload": ["stage2-clipped", "untried-stage2-clipped"],

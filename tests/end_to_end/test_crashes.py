@@ -18,6 +18,7 @@ from tests.kill_points import IN_A_STATE, Kill
 ONE_KEPT = Kind(None, 1, save_steps=1, save_total_limit=1)
 ALL_KEPT = Kind(None, 1, save_steps=2, save_total_limit=None)
 ZERO3 = Kind("zero3", 2, save_steps=1, save_total_limit=1)
+EVALUATED = Kind(None, 1, save_steps=2, save_total_limit=1, workers=2, evaluated=True)
 
 pytestmark = pytest.mark.slow
 
@@ -119,6 +120,8 @@ def test_everything_in_a_checkpoint_is_flushed_to_the_disk_before_it_gets_its_na
 
 
 def test_readmes_command_says_that_all_runs_ended_as_if_nobody_had_killed_them(monkeypatch, tmp_path, capsys):
+    for groups, kind in ((crash_loop.GROUPS, ALL_KEPT), (crash_loop.SIGNALLED, EVALUATED)):  # a run of each to compare
+        monkeypatch.setitem(groups, "one", (kind,))
     monkeypatch.setattr(sys, "argv", ["crash_loop.py", "--kills", "1", "--signals", "1", "--only", "one"])
     monkeypatch.chdir(tmp_path)  # it changes to the repository itself
     code, printed = crash_loop.main(), capsys.readouterr().out

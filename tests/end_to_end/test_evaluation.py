@@ -68,7 +68,8 @@ def test_evaluation_changes_no_bit_of_a_quantised_training(tmp_path, monkeypatch
 @pytest.mark.parametrize("backend", ["ddp", "zero3"])
 def test_evaluation_changes_no_bit_of_a_training_on_two_processes(two_processes, backend):
     plain = two_processes(backend, "stage2-clipped")
-    are_equal_to_the_last_bit(two_processes(backend, "evaluated-stage2-clipped"), plain)
+    evaluated = two_processes(backend, "evaluated-stage2-clipped")
+    are_equal_to_the_last_bit(evaluated, plain, evaluated_after=(0, 2, 4, 5))
 
 
 @pytest.mark.slow

@@ -1,14 +1,17 @@
 """N steps equal k steps, SIGKILL and N - k steps in a new process, to the last bit.
 
 Every run here is real: train.py in processes of its own, two loader workers, dropout in the language model's attention,
-and SIGKILL to all of its processes while it is beyond the checkpoint. Losses and gradient norms are compared as hex and
-final weights by their sha256. An epoch of the 80 records is 10 steps.
+and SIGKILL to all of its processes one step beyond the checkpoint, where they wait for it. Losses and gradient norms
+are compared as hex and final weights by their sha256. An epoch of the 48 records is 6 steps. test_two_machines.py
+resumes under `accelerate launch`, test_crashes.py after kills at any instant.
 """
 
+import functools
 import hashlib
 import json
 import re
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +21,8 @@ import pytest
 from tests.forked_runs import ROOT, Run, start
 
 FIXTURES = ROOT / "tests" / "parity" / "fixtures"
-STEPS, SAVE_STEPS = 17, 5
-KILLED_BEYOND = (5, 10)  # the middle of the first epoch, and its end
+RECORDS, STEPS, SAVE_STEPS = 48, 11, 3
+KILLED_BEYOND = (3, 6)  # the middle of the first epoch, and its end
 
 pytestmark = pytest.mark.slow
 
@@ -33,11 +36,12 @@ class Case:
     lora: bool = False
 
     def flags(self, language_model: Path, output_dir: Path, **others) -> list[str]:
+        """Of a run on the records that lie beside the language model."""
         values = {
             "stage": self.stage,
             "model_name_or_path": language_model,
             "vision_tower": FIXTURES / "clip",
-            "data_path": FIXTURES / "data" / f"train_stage{self.stage}.json",
+            "data_path": language_model.parent / f"train_stage{self.stage}.json",
             "image_folder": FIXTURES / "data" / "images",
             "packing": self.packing,
             "bf16": False,
@@ -56,16 +60,15 @@ class Case:
         return [text for name, value in (values | others).items() for text in (f"--{name}", str(value))]
 
 
+# Every stage with either layout, on one process and partitioned on two; and each layout on both.
 CASES = {
     "stage1-packed-1rank": Case(1, packing=True),
-    "stage2-packed-1rank": Case(2, packing=True),
     "stage2-padded-1rank": Case(2, packing=False),
     "stage1-padded-zero3-2ranks": Case(1, packing=False, config="zero3", processes=2),
     "stage2-packed-zero3-2ranks": Case(2, packing=True, config="zero3", processes=2),
     "lora-packed-1rank": Case(2, packing=True, lora=True),
     "lora-padded-zero3-2ranks": Case(2, packing=False, config="zero3", processes=2, lora=True),
 }
-LAUNCHED = "stage2-packed-zero3-2ranks"  # killed and resumed under `accelerate launch`, the others as forks
 
 
 @dataclass
@@ -104,19 +107,33 @@ def is_beyond(output_dir: Path, step: int):
     return lambda: complete.exists() and log(output_dir)[-1]["step"] > step
 
 
+def wait_beyond(step: int) -> None:
+    """In a rank: once the log has the next step, it waits to be killed."""
+    from mini_llava.watch.report import Report
+
+    report = Report.step
+
+    def reports_and_waits(self, number: int, *values) -> None:
+        report(self, number, *values)
+        if number > step:
+            time.sleep(600)
+
+    Report.step = reports_and_waits
+
+
 def finish(run: Run) -> None:
     assert run.wait() == 0, run.text
 
 
-def interrupt_and_resume(case: Case, language_model: Path, directory: Path, launched: bool) -> Interrupted:
+def interrupt_and_resume(case: Case, language_model: Path, directory: Path) -> Interrupted:
     whole, killed = directory / "whole", directory / "killed"
     backend = dict(config=case.config, processes=case.processes)
     finish(start(case.flags(language_model, whole), directory / "whole.txt", **backend))
     # `latest` from the beginning, as a job that may be requeued has it: without a checkpoint it starts anew.
     flags = case.flags(language_model, killed, resume_from_checkpoint="latest")
     for step in KILLED_BEYOND:
-        by_launcher = launched and step == KILLED_BEYOND[-1]  # a run that has resumed and is killed: both there
-        run = start(flags, directory / f"killed beyond {step}.txt", **backend, launched=by_launcher)
+        inside = functools.partial(wait_beyond, step)
+        run = start(flags, directory / f"killed beyond {step}.txt", **backend, inside=inside)
         run.wait_until(is_beyond(killed, step))
         run.kill()
         assert not weights(killed), "the run was over before it was killed"
@@ -126,12 +143,16 @@ def interrupt_and_resume(case: Case, language_model: Path, directory: Path, laun
 
 @pytest.fixture(scope="module")
 def language_models(tmp_path_factory) -> dict[str, Path]:
-    """The golden language model, and the same with dropout."""
-    directory = tmp_path_factory.mktemp("language model") / "llm"
-    shutil.copytree(FIXTURES / "llm", directory)
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
-    return {"dropout": directory, "no dropout": FIXTURES / "llm"}
+    """The golden language model, and the same with dropout; the records of both stages beside them."""
+    directory = tmp_path_factory.mktemp("language models")
+    for stage in (1, 2):
+        records = json.loads((FIXTURES / "data" / f"train_stage{stage}.json").read_text(encoding="utf-8"))
+        (directory / f"train_stage{stage}.json").write_text(json.dumps(records[:RECORDS]))
+    for name, dropout in (("dropout", 0.1), ("no dropout", 0.0)):
+        shutil.copytree(FIXTURES / "llm", directory / name)
+        config = json.loads((directory / name / "config.json").read_text())
+        (directory / name / "config.json").write_text(json.dumps(config | {"attention_dropout": dropout}))
+    return {name: directory / name for name in ("dropout", "no dropout")}
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +161,7 @@ def interrupted(language_models, tmp_path_factory):
     directory = tmp_path_factory.mktemp("resume")
     with ThreadPoolExecutor(2) as pool:
         futures = {
-            name: pool.submit(
-                interrupt_and_resume, case, language_models["dropout"], directory / name, launched=name == LAUNCHED
-            )
+            name: pool.submit(interrupt_and_resume, case, language_models["dropout"], directory / name)
             for name, case in CASES.items()
         }
         yield lambda name: futures[name].result()
@@ -151,7 +170,7 @@ def interrupted(language_models, tmp_path_factory):
 @pytest.fixture
 def saved(interrupted, tmp_path) -> Path:
     """A copy of an output directory that holds checkpoints."""
-    source = interrupted("stage2-packed-1rank").killed
+    source = interrupted("stage2-padded-1rank").killed
     return Path(shutil.copytree(source, tmp_path / "saved"))
 
 
@@ -174,26 +193,26 @@ def test_final_weights_after_a_kill_are_those_of_an_uninterrupted_run(name, inte
 @pytest.mark.parametrize("name", CASES)
 def test_the_killed_run_went_on_from_its_checkpoints_and_kept_the_newest_two(name, interrupted):
     runs = interrupted(name)
-    for name, at_least in zip(("killed beyond 10", "last"), KILLED_BEYOND, strict=True):
+    for name, at_least in zip(("killed beyond 6", "last"), KILLED_BEYOND, strict=True):
         text = (runs.killed.parent / f"{name}.txt").read_text(encoding="utf-8", errors="replace")
         step, again = re.search(r"checkpoint-(\d+) at step \1\.\n(The run had come to step )?", text).groups()
         assert int(step) >= at_least and int(step) % SAVE_STEPS == 0
         assert again, "it was killed beyond its checkpoint, so that steps were lost"
-    assert checkpoints(runs.killed) == ["checkpoint-10", "checkpoint-15"]
+    assert checkpoints(runs.killed) == ["checkpoint-6", "checkpoint-9"]
 
 
 def test_what_a_kill_during_saving_leaves_behind_is_passed_over(interrupted, saved, language_models, tmp_path):
-    (saved / "checkpoint-15" / "manifest.json").unlink()  # written last: without it nothing else counts
-    half = saved / ".checkpoint-15.incomplete"
+    (saved / "checkpoint-9" / "manifest.json").unlink()  # written last: without it nothing else counts
+    half = saved / ".checkpoint-9.incomplete"
     half.mkdir()
     (half / "state-rank00000-0000.safetensors").write_bytes(b"half")
-    case = CASES["stage2-packed-1rank"]
+    case = CASES["stage2-padded-1rank"]
     flags = case.flags(language_models["dropout"], saved, resume_from_checkpoint="latest")
     run = start(flags, tmp_path / "run.txt")
     finish(run)
-    assert f"Resumed from {saved / 'checkpoint-10'} at step 10" in run.text
-    assert weights(saved) == weights(interrupted("stage2-packed-1rank").whole)
-    assert checkpoints(saved) == ["checkpoint-10", "checkpoint-15"] and not half.exists()
+    assert f"Resumed from {saved / 'checkpoint-6'} at step 6" in run.text
+    assert weights(saved) == weights(interrupted("stage2-padded-1rank").whole)
+    assert checkpoints(saved) == ["checkpoint-6", "checkpoint-9"] and not half.exists()
 
 
 # --- another number of processes -------------------------------------------------------------------------------------
@@ -234,7 +253,7 @@ def test_a_zero3_checkpoint_of_two_ranks_goes_on_elsewhere(config, processes, tw
 
 
 def test_dropout_is_on_in_the_runs_above(interrupted, two_ranks):
-    with_dropout = log(interrupted("stage2-packed-1rank").whole)
+    with_dropout = log(interrupted("stage2-padded-1rank").whole)
     assert with_dropout[0]["step"] == 1
     # In the first step weights and samples are the same: only dropout tells the losses apart.
     assert with_dropout[0]["loss"] != pytest.approx(log(two_ranks)[0]["loss"], rel=1e-5)
@@ -243,7 +262,7 @@ def test_dropout_is_on_in_the_runs_above(interrupted, two_ranks):
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-def refusal(language_models, directory: Path, output_dir: Path, case: Case = CASES["stage2-packed-1rank"], **flags):
+def refusal(language_models, directory: Path, output_dir: Path, case: Case = CASES["stage2-padded-1rank"], **flags):
     """What a run that has to fail prints after its progress: one message, no traceback."""
     run = start(
         case.flags(language_models["dropout"], output_dir, **flags),
@@ -259,22 +278,22 @@ def refusal(language_models, directory: Path, output_dir: Path, case: Case = CAS
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "one bit"])
 def test_a_damaged_checkpoint_is_refused_and_the_file_named(damage, saved, language_models, tmp_path):
-    file = next((saved / "checkpoint-15").glob("state-rank*.safetensors"))
+    file = next((saved / "checkpoint-9").glob("state-rank*.safetensors"))
     content = file.read_bytes()
     file.unlink()
     if damage == "truncated":
         file.write_bytes(content[:-100])
     elif damage == "one bit":
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    sentence = refusal(language_models, tmp_path, saved, resume_from_checkpoint=saved / "checkpoint-15")
+    sentence = refusal(language_models, tmp_path, saved, resume_from_checkpoint=saved / "checkpoint-9")
     assert str(file) in sentence and "older checkpoint" in sentence
 
 
 def test_two_ranks_refuse_a_damaged_checkpoint_together_and_say_so_once(saved, language_models, tmp_path):
-    file = next((saved / "checkpoint-15").glob("state-rank*.safetensors"))
+    file = next((saved / "checkpoint-9").glob("state-rank*.safetensors"))
     file.write_bytes(file.read_bytes()[:-100])
-    case = Case(2, packing=True, config="cpu", processes=2)
-    assert str(file) in refusal(language_models, tmp_path, saved, case, resume_from_checkpoint=saved / "checkpoint-15")
+    case = Case(2, packing=False, config="cpu", processes=2)
+    assert str(file) in refusal(language_models, tmp_path, saved, case, resume_from_checkpoint=saved / "checkpoint-9")
 
 
 def test_a_directory_that_is_no_checkpoint_is_refused(language_models, tmp_path):
@@ -284,18 +303,18 @@ def test_a_directory_that_is_no_checkpoint_is_refused(language_models, tmp_path)
 
 def test_checkpoints_of_an_earlier_run_are_not_mixed_with_a_new_one(saved, language_models, tmp_path):
     sentence = refusal(language_models, tmp_path, saved)
-    assert "checkpoint-15" in sentence and "--resume_from_checkpoint latest" in sentence and "--output_dir" in sentence
-    assert checkpoints(saved) == ["checkpoint-10", "checkpoint-15"]
+    assert "checkpoint-9" in sentence and "--resume_from_checkpoint latest" in sentence and "--output_dir" in sentence
+    assert checkpoints(saved) == ["checkpoint-6", "checkpoint-9"]
 
 
 def test_a_checkpoint_of_other_trained_parameters_is_refused(saved, language_models, tmp_path):
-    flags = dict(resume_from_checkpoint=saved / "checkpoint-10", freeze_backbone=True, resume_ignore="freeze_backbone")
+    flags = dict(resume_from_checkpoint=saved / "checkpoint-6", freeze_backbone=True, resume_ignore="freeze_backbone")
     sentence = refusal(language_models, tmp_path, tmp_path / "new", **flags)
-    assert "checkpoint-10" in sentence and "language_model." in sentence and "not trained now" in sentence
+    assert "checkpoint-6" in sentence and "language_model." in sentence and "not trained now" in sentence
 
 
 def test_a_checkpoint_of_another_order_is_refused(saved, language_models, tmp_path):
-    flags = dict(resume_from_checkpoint=saved / "checkpoint-10", seed=7, global_batch_size=16)
+    flags = dict(resume_from_checkpoint=saved / "checkpoint-6", seed=7, global_batch_size=16)
     sentence = refusal(language_models, tmp_path, tmp_path / "new", **flags)
     assert "--seed: 42 in the checkpoint, 7 now" in sentence
     assert "--global_batch_size, --gradient_accumulation_steps: 8 in the checkpoint, 16 now" in sentence

@@ -1,9 +1,10 @@
 """Two processes, then one, then two again: the run goes on as if their number had not changed.
 
 Every run is train.py's own, in fp32 or bf16, under DDP, ZeRO-2 and ZeRO-3, with limits so low that models of this size
-are really divided. The change comes in the middle of the first epoch and again near its end.
+are really divided. The change comes in the middle of the first epoch, which has 6 steps, and again near its end.
 """
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from tests.end_to_end import runs
 from tests.forked_runs import start
 
-STEPS, CHANGED_AFTER = 12, (4, 8)
+RECORDS, STEPS, CHANGED_AFTER = 48, 6, (2, 4)
 
 pytestmark = pytest.mark.slow
 
@@ -35,13 +36,16 @@ def train(backend: str, precision: str, processes: int, output_dir: Path, **valu
         config = None
     if backend != "DDP":
         config = runs.config_file(config, output_dir.parent)
+    data_path = output_dir.parent / "records.json"
+    data_path.write_text(json.dumps(runs.RECORDS[:RECORDS]))
     values = {
+        "data_path": data_path,
         "bf16": precision == "bf16",
         "learning_rate": 1e-3,
         "global_batch_size": 8,
         "per_device_train_batch_size": 2,
         "max_steps": STEPS,
-        "save_steps": 4,
+        "save_steps": 2,
         **values,
     }
     run = start(runs.flags_of(2, output_dir, values), output_dir.with_suffix(".txt"), config, processes)

@@ -58,8 +58,7 @@ def test_the_loop_follows_llavas_curve_with_its_mean_of_means(name, one_process,
     compare_with_recording(run, name, f"{name}, mean of means", golden_projector, agree)
 
 
-@pytest.mark.parametrize("size, layout", CUTS, ids=lambda value: str(value))
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage, size, layout", CUTS, ids=lambda value: str(value))
 def test_batch8_comes_out_however_the_batch_is_cut(stage, size, layout, one_process, golden_projector, agree):
     run = one_process(f"curve/stage{stage}_batch8/{size}/{layout}")
     compare_with_recording(run, f"stage{stage}_batch8", f"stage {stage} batch8, one process", golden_projector, agree)
