@@ -113,6 +113,10 @@ class ModelArguments:
     the rows there are. They are trained where the language model is trained in full. Without it such a tokenizer is
     refused."""
 
+    add_tokens: list[str] | None = flag(None, metavar="TOKEN")
+    """Tokens to add to the tokenizer, which is saved with the result: "<loc0>" "<loc1>". Word embeddings and head grow
+    by a row for each, the mean of the rows there are; with lora_enable these are trained beside the adapters."""
+
     mm_use_im_patch_token: bool = False
     """Add the token <im_patch> to the vocabulary, in which it only takes a place, as in LLaVA's first models."""
 
@@ -237,6 +241,16 @@ class TrainingArguments:
     lora_enable: bool = False
     """Train low-rank adapters on every linear layer of the language model but its head, instead of its weights."""
 
+    lora_target_modules: list[str] | None = flag(None, needs=("lora_enable", True), metavar="NAME")
+    """Linear layers of the language model that get adapters, by the end of their names or by all of it: q_proj v_proj.
+    Default, and all-linear: every one but the head."""
+
+    use_dora: bool = flag(False, needs=("lora_enable", True))
+    """DoRA: each adapted weight has a trained magnitude for every output, and the adapter changes its direction."""
+
+    use_rslora: bool = flag(False, needs=("lora_enable", True))
+    """rsLoRA: an adapter's output is multiplied by lora_alpha / sqrt(lora_r) instead."""
+
     lora_r: int = flag(64, positive=True, needs=("lora_enable", True))
     """Rank of the adapters; stage 2 with lora_enable takes 128, as LLaVA's finetune_lora.sh does."""
 
@@ -248,6 +262,10 @@ class TrainingArguments:
 
     lora_bias: str = flag("none", choices=("none", "all", "lora_only"), needs=("lora_enable", True))
     """Biases of the language model to train beside the adapters: none, all, or lora_only, those of adapted layers."""
+
+    trainable_token_indices: list[str] | None = flag(None, needs=("lora_enable", True), metavar="TOKEN")
+    """Tokens, or their ids, whose rows in word embeddings and head are trained beside the adapters, as in PEFT; those
+    of add_tokens always are. Without it LoRA trains no row."""
 
     lora_weight_path: str = flag("", needs=("lora_enable", True), decides=CONTENT)
     """Directory of an earlier LoRA run, ours or LLaVA's, to start adapters and projector from."""
@@ -578,6 +596,8 @@ def _check_model(arguments: Arguments) -> None:
             "--tune_mm_mlp_adapter (stage 1's preset) trains the projector only; --lora_enable contradicts it: use "
             "--stage 2 or --tune_mm_mlp_adapter False."
         )
+    if model.add_tokens and (model.tune_mm_mlp_adapter or model.freeze_backbone):
+        raise UserError("--add_tokens: new rows are trained with the language model, which stays frozen here.")
     if training.lora_enable and model.freeze_backbone:
         raise UserError("--freeze_backbone keeps the language model as it is; --lora_enable contradicts it.")
     if training.bits != 16 and not training.lora_enable:

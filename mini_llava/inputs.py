@@ -19,6 +19,7 @@ from .guards.records import RecordCheck
 from .model.vision_tower import tokens_per_image
 from .options.chat_template import find_template
 from .options.image_tokens import add_image_tokens, missing_rows
+from .options.token_rows import add_tokens
 
 
 def open_samples(arguments: Arguments, source: Source, cache_folder: str | os.PathLike | None = None) -> Samples:
@@ -34,6 +35,7 @@ def open_samples(arguments: Arguments, source: Source, cache_folder: str | os.Pa
     tiling = source.tiling
     tokenizer = load_tokenizer(source.name, model_flags.trust_remote_code)
     known_tokens, image_size = len(tokenizer), source.image_size()
+    add_tokens(tokenizer, model_flags.add_tokens)
     template = choose_template(model_flags, model_flags.version, tokenizer)
     rows = missing_rows(tokenizer, source.language_config) if model_flags.resize_token_embeddings else 0
     image_reader = ImageReader(

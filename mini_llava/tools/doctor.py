@@ -34,6 +34,7 @@ def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace
     add("--leave_unread", nargs="+", metavar="NAME", help="keys and marks, as train.py takes them")
     add("--allow", nargs="+", metavar="CHECK", help="contradictions that are meant, as train.py takes them")
     add("--resize_token_embeddings", action="store_true", default=None, help="train.py adds rows that are missing")
+    add("--add_tokens", nargs="+", metavar="TOKEN", help="as for train.py")
     add("--data_weights", nargs="+", type=_above_0, metavar="X", help="for the padding figures, as train.py takes them")
     add("--model_name_or_path", metavar="TEXT", help="language model, for its tokenizer")
     add(
@@ -136,6 +137,7 @@ from ..model.vision_tower import tokens_per_image
 from ..options.chat_template import find_template
 from ..options.image_tokens import missing_rows
 from ..options.tiles import Tiling, choose_tiling
+from ..options.token_rows import add_tokens
 from ..processes import map_ranges
 from ..watch.skipped import fault_table, log_skipped
 from ..words import counted
@@ -368,12 +370,15 @@ def examine(given: argparse.Namespace) -> int:
     check_given(given)
     image_tokens, tiling = (given.tokens_per_image, None) if given.tokens_per_image else _tokens_of_tower(given)
     tokenizer = load_tokenizer(given.model_name_or_path, given.trust_remote_code)
+    known_tokens = len(tokenizer)
+    add_tokens(tokenizer, given.add_tokens)
     template = find_template(given.version, tokenizer)
     findings = list(preflight.check_template(template, tokenizer))
     language_config = read_language_config(given.model_name_or_path, given.trust_remote_code)
     if language_config is not None:
         rows = language_config.get_text_config().vocab_size
-        new_tokens = missing_rows(tokenizer, language_config) if given.resize_token_embeddings else 0
+        missing = missing_rows(tokenizer, language_config) if given.resize_token_embeddings else 0
+        new_tokens = max(len(tokenizer) - known_tokens, missing)
         findings += preflight.check_token_rows(tokenizer, rows, new_tokens)
     store = RecordStore(given.data_path, given.image_folder, given.exclude)
     image_reader, check = ImageReader(image_tokens, tiling=tiling), RecordCheck(given.leave_unread or [])
