@@ -297,6 +297,9 @@ class TrainingArguments:
     warmup_ratio: float = 0.0
     """Share of all steps in which the learning rate rises from 0."""
 
+    warmup_steps: float = 0.0
+    """Steps in which it does, or below 1 their share; takes the place of warmup_ratio, as in transformers."""
+
     loss_normalization: str = flag("global_batch", choices=("global_batch", "micro_batch"))
     """global_batch: sum of token losses over the trained tokens of the global batch. micro_batch: LLaVA's mean of the
     micro-batches' means (needs --packing False)."""
@@ -422,6 +425,14 @@ PRESETS = {
 LORA_PRESET = dict(lora_r=128, lora_alpha=256, learning_rate=2e-4, mm_projector_lr=2e-5)
 
 
+# A command line with `--lazy_preprocess`, which says nothing here, is of LLaVA's scripts. What it leaves out has there
+# the default of these fields; scripts/pretrain.sh and finetune.sh, older than 1.5, leave out much.
+OF_PRESETS = (
+    *("mm_projector_type", "mm_vision_select_layer", "image_aspect_ratio", "group_by_modality_length"),
+    *("model_max_length", "learning_rate", "warmup_ratio", "lr_scheduler_type", "lora_r", "lora_alpha"),
+)
+ALSO = {"eval_strategy": "evaluation_strategy"}  # transformers' later name
+
 PARTS = (ModelArguments, DataArguments, TrainingArguments)
 
 
@@ -488,11 +499,27 @@ def resolve(stage: int | None, command_line: dict, config_file: str | None = Non
         from_file.pop("stage", None)
     explicit = from_file | command_line
     preset = PRESETS[stage] | (LORA_PRESET if stage == 2 and explicit.get("lora_enable") else {})
+    if "lazy_preprocess" in explicit:
+        _check_script(stage, preset, explicit)
     values = _give_way({f.name: f.default for f in flag_fields()} | preset | explicit, explicit.keys())
     parts = [kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)}) for kind in PARTS]
     arguments = Arguments(stage, *parts, explicit=set(explicit), is_demo=is_demo)
     _check(arguments)
     return arguments
+
+
+def _check_script(stage: int, preset: dict, given: dict) -> None:
+    """Raise UserError for a command line of LLaVA's scripts that leaves out what a preset changes."""
+    defaults = {f.name: f.default for f in flag_fields() if f.name in OF_PRESETS}
+    if "mm_projector_lr" in preset:  # without it the projector has the rate of the rest
+        defaults["mm_projector_lr"] = given.get("learning_rate", defaults["learning_rate"])
+    left = [name for name in defaults if name not in given and preset.get(name, defaults[name]) != defaults[name]]
+    if left:
+        theirs, ours = (" ".join(f"--{name} {values[name]}" for name in left) for values in (defaults, preset))
+        raise UserError(
+            f"--lazy_preprocess is of LLaVA's scripts, where what is left out means {theirs}; stage {stage} has {ours} "
+            "here, as LLaVA-1.5. Add those that you mean, or leave --lazy_preprocess out."
+        )
 
 
 def _wants_demo(given: dict) -> bool:
@@ -520,7 +547,8 @@ def read_config(path: str) -> dict:
         raise UserError(f"--config {path} must hold `flag: value` lines.")
     kinds = {f.name: kind for f, kind in _fields()} | {"stage": int}
     values = {}
-    for name, value in content.items():
+    for written, value in content.items():
+        name = ALSO.get(written, written)
         if name not in kinds:
             raise UserError(f"--config {path}: {unknown_flag(str(name), kinds)}")
         try:
@@ -729,6 +757,8 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE.yaml", default=argparse.SUPPRESS, help="file with any of these flags")
     for part in PARTS:
         add_flags(parser, part, (PRESETS[1], PRESETS[2]))
+    for other, name in ALSO.items():
+        parser.add_argument(f"--{other}", dest=name, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
 
 

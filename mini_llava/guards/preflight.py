@@ -362,7 +362,7 @@ def check_steps(
     if len(order.bad) == records:
         yield Finding("steps", f"All {records:,} records would be skipped: nothing is left to train on.", IMPOSSIBLE)
         return
-    warmup = warmup_steps(training.warmup_ratio, total)
+    warmup = warmup_steps(training.warmup_ratio, total, training.warmup_steps)
     own = {"projector": training.mm_projector_lr, "vision_tower": training.mm_vision_tower_lr}
     own["image_newline"] = own["projector"]
     peaks = [training.learning_rate if own.get(part) is None else own[part] for part in trained]
@@ -376,7 +376,8 @@ def check_steps(
         )
     if not any(peaks) or not any(factors):
         when = f"in all {total:,} steps" if total > 1 else "in the only step"
-        why = " It rises from 0: --warmup_ratio 0 leaves that out." if any(peaks) else ""
+        flag = "warmup_steps" if training.warmup_steps else "warmup_ratio"
+        why = f" It rises from 0: --{flag} 0 leaves that out." if any(peaks) else ""
         yield Finding(
             "learning_rate", f"The learning rate would be 0 {when}, and train nothing.{why}{few}", CONTRADICTION
         )
