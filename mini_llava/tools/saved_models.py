@@ -151,7 +151,7 @@ def open_saved(
             f"them cannot be read: {error} Give their places as --model_base and --vision_tower."
         ) from error
     if not own:
-        source.merge_type, source.pinpoints = tiles_in(directory, config)
+        source.merge_type, source.pinpoints, source.max_tiles = tiles_in(directory, config)
 
     has_tokenizer = find_file(directory, "tokenizer_config.json") is not None
     tokenizer = load_tokenizer(directory if has_tokenizer else source.name)
