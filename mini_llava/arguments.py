@@ -131,6 +131,10 @@ class DataArguments:
     image_folder: list[str] | None = flag(None, decides=CONTENT)
     """Image folder of each data file, in the same order; none at all for text only."""
 
+    follow_links: bool = flag(False, decides=CONTENT)
+    """Follow symbolic links in the image folders that lead out of them. Without it such images are bad samples: names
+    come with the data."""
+
     data_weights: list[float] | None = flag(None, metavar="X")
     """How often an epoch has the records of each data file, in the same order: 2 is every record twice, 0.5 a half of
     them, another half in the next epoch. Default: 1 for all."""

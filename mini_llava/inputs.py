@@ -46,7 +46,8 @@ def open_samples(arguments: Arguments, source: Source, cache_folder: str | os.Pa
         tiling,
     )
     # After all that may be refused at once: a large file takes long to read.
-    store = RecordStore(data_flags.data_path, data_flags.image_folder, data_flags.exclude, cache_folder)
+    files = data_flags.data_path, data_flags.image_folder, data_flags.exclude
+    store = RecordStore(*files, cache_folder, follow_links=data_flags.follow_links)
     check, new_tokens = RecordCheck(data_flags.leave_unread or []), max(len(tokenizer) - known_tokens, rows)
     return Samples(store, template, tokenizer, data_flags.model_max_length, image_reader, check, new_tokens)
 
@@ -56,7 +57,8 @@ def open_held_out(arguments: Arguments, samples: Samples) -> Samples | None:
     data_flags = arguments.data
     if data_flags.eval_data_path is None:
         return None
-    store = RecordStore(data_flags.eval_data_path, data_flags.eval_image_folder, flag_prefix="eval_")
+    files, links = (data_flags.eval_data_path, data_flags.eval_image_folder), data_flags.follow_links
+    store = RecordStore(*files, flag_prefix="eval_", follow_links=links)
     return replace(samples, store=store, template=held_out_template(arguments, samples.tokenizer))
 
 

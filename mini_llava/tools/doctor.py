@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..arguments import PRESETS, check_model_place, choices, read_config
+from ..command_line import boolean
 from ..data_file import check_data_files
 from ..errors import UserError
 from ..formats.layouts import MERGE_TYPES
@@ -30,6 +31,7 @@ def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace
     add("--stage", type=int, choices=(1, 2), help="whose preset fills in the flags not given [2]")
     add("--data_path", nargs="+", metavar="PATH", help="JSON or JSON-lines files of records")
     add("--image_folder", nargs="+", metavar="PATH", help="image folder of each data file, in the same order")
+    add("--follow_links", nargs="?", type=boolean, const=True, metavar="True|False", help="as for train.py")
     add("--exclude", nargs="+", metavar="PATH", help="lists of records to leave out, as train.py takes them")
     add("--leave_unread", nargs="+", metavar="NAME", help="keys and marks, as train.py takes them")
     add("--allow", nargs="+", metavar="CHECK", help="contradictions that are meant, as train.py takes them")
@@ -380,7 +382,7 @@ def examine(given: argparse.Namespace) -> int:
         missing = missing_rows(tokenizer, language_config) if given.resize_token_embeddings else 0
         new_tokens = max(len(tokenizer) - known_tokens, missing)
         findings += preflight.check_token_rows(tokenizer, rows, new_tokens)
-    store = RecordStore(given.data_path, given.image_folder, given.exclude)
+    store = RecordStore(given.data_path, given.image_folder, given.exclude, follow_links=given.follow_links)
     image_reader, check = ImageReader(image_tokens, tiling=tiling), RecordCheck(given.leave_unread or [])
     samples = Samples(store, template, tokenizer, given.model_max_length, image_reader, check)
     print(f"{counted(len(store), 'record')}, measured with the template {template.name} (--version).\n")
