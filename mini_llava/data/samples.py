@@ -98,7 +98,6 @@ class Samples(Dataset):
         """Return a digest of all that decides a sample's length except records and images, the code included."""
         digest = hashlib.blake2b(digest_size=16)
         tiling, numbers = self.image_reader.tiling, (self.image_reader.features, self.max_length)
-        numbers += (True,) * self.store.follow_links  # bad records are cached, too
         parts = [part for part in (self.template, tiling, self.check) if part is not None]
         for text in (self.tokenizer.backend_tokenizer.to_str(), *map(repr, [*parts, numbers])):
             digest.update(text.encode("utf-8") + b"\0")
