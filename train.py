@@ -112,7 +112,7 @@ def train(arguments: flags.Arguments, advice: MemoryAdvice | None = None) -> Non
         worker_init_fn=start_worker,
         stop_waiting=lambda: preemption.asked,
     )
-    warmup = warmup_steps(training.warmup_ratio, total_steps)
+    warmup = warmup_steps(training.warmup_ratio, total_steps, training.warmup_steps)
     flops = FlopCounter(accelerator.unwrap_model(model), peak_flops(accelerator))
     meter = Meter(accelerator, flops, loss_parts(data.samples.store.source_names(), data.lengths.has_image))
     report.start_progress_line()

@@ -113,6 +113,10 @@ class ModelArguments:
     the rows there are. They are trained where the language model is trained in full. Without it such a tokenizer is
     refused."""
 
+    add_tokens: list[str] | None = flag(None, metavar="TOKEN")
+    """Tokens to add to the tokenizer, which is saved with the result: "<loc0>" "<loc1>". Word embeddings and head grow
+    by a row for each, the mean of the rows there are; with lora_enable these are trained beside the adapters."""
+
     mm_use_im_patch_token: bool = False
     """Add the token <im_patch> to the vocabulary, in which it only takes a place, as in LLaVA's first models."""
 
@@ -126,6 +130,10 @@ class DataArguments:
 
     image_folder: list[str] | None = flag(None, decides=CONTENT)
     """Image folder of each data file, in the same order; none at all for text only."""
+
+    follow_links: bool = flag(False, decides=CONTENT)
+    """Follow symbolic links in the image folders that lead out of them. Without it such images are bad samples: names
+    come with the data."""
 
     data_weights: list[float] | None = flag(None, metavar="X")
     """How often an epoch has the records of each data file, in the same order: 2 is every record twice, 0.5 a half of
@@ -237,6 +245,16 @@ class TrainingArguments:
     lora_enable: bool = False
     """Train low-rank adapters on every linear layer of the language model but its head, instead of its weights."""
 
+    lora_target_modules: list[str] | None = flag(None, needs=("lora_enable", True), metavar="NAME")
+    """Linear layers of the language model that get adapters, by the end of their names or by all of it: q_proj v_proj.
+    Default, and all-linear: every one but the head."""
+
+    use_dora: bool = flag(False, needs=("lora_enable", True))
+    """DoRA: each adapted weight has a trained magnitude for every output, and the adapter changes its direction."""
+
+    use_rslora: bool = flag(False, needs=("lora_enable", True))
+    """rsLoRA: an adapter's output is multiplied by lora_alpha / sqrt(lora_r) instead."""
+
     lora_r: int = flag(64, positive=True, needs=("lora_enable", True))
     """Rank of the adapters; stage 2 with lora_enable takes 128, as LLaVA's finetune_lora.sh does."""
 
@@ -248,6 +266,10 @@ class TrainingArguments:
 
     lora_bias: str = flag("none", choices=("none", "all", "lora_only"), needs=("lora_enable", True))
     """Biases of the language model to train beside the adapters: none, all, or lora_only, those of adapted layers."""
+
+    trainable_token_indices: list[str] | None = flag(None, needs=("lora_enable", True), metavar="TOKEN")
+    """Tokens, or their ids, whose rows in word embeddings and head are trained beside the adapters, as in PEFT; those
+    of add_tokens always are. Without it LoRA trains no row."""
 
     lora_weight_path: str = flag("", needs=("lora_enable", True), decides=CONTENT)
     """Directory of an earlier LoRA run, ours or LLaVA's, to start adapters and projector from."""
@@ -278,6 +300,9 @@ class TrainingArguments:
 
     warmup_ratio: float = 0.0
     """Share of all steps in which the learning rate rises from 0."""
+
+    warmup_steps: float = 0.0
+    """Steps in which it does, or below 1 their share; takes the place of warmup_ratio, as in transformers."""
 
     loss_normalization: str = flag("global_batch", choices=("global_batch", "micro_batch"))
     """global_batch: sum of token losses over the trained tokens of the global batch. micro_batch: LLaVA's mean of the
@@ -404,6 +429,14 @@ PRESETS = {
 LORA_PRESET = dict(lora_r=128, lora_alpha=256, learning_rate=2e-4, mm_projector_lr=2e-5)
 
 
+# A command line with `--lazy_preprocess`, which says nothing here, is of LLaVA's scripts. What it leaves out has there
+# the default of these fields; scripts/pretrain.sh and finetune.sh, older than 1.5, leave out much.
+OF_PRESETS = (
+    *("mm_projector_type", "mm_vision_select_layer", "image_aspect_ratio", "group_by_modality_length"),
+    *("model_max_length", "learning_rate", "warmup_ratio", "lr_scheduler_type", "lora_r", "lora_alpha"),
+)
+ALSO = {"eval_strategy": "evaluation_strategy"}  # transformers' later name
+
 PARTS = (ModelArguments, DataArguments, TrainingArguments)
 
 
@@ -470,11 +503,27 @@ def resolve(stage: int | None, command_line: dict, config_file: str | None = Non
         from_file.pop("stage", None)
     explicit = from_file | command_line
     preset = PRESETS[stage] | (LORA_PRESET if stage == 2 and explicit.get("lora_enable") else {})
+    if "lazy_preprocess" in explicit:
+        _check_script(stage, preset, explicit)
     values = _give_way({f.name: f.default for f in flag_fields()} | preset | explicit, explicit.keys())
     parts = [kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)}) for kind in PARTS]
     arguments = Arguments(stage, *parts, explicit=set(explicit), is_demo=is_demo)
     _check(arguments)
     return arguments
+
+
+def _check_script(stage: int, preset: dict, given: dict) -> None:
+    """Raise UserError for a command line of LLaVA's scripts that leaves out what a preset changes."""
+    defaults = {f.name: f.default for f in flag_fields() if f.name in OF_PRESETS}
+    if "mm_projector_lr" in preset:  # without it the projector has the rate of the rest
+        defaults["mm_projector_lr"] = given.get("learning_rate", defaults["learning_rate"])
+    left = [name for name in defaults if name not in given and preset.get(name, defaults[name]) != defaults[name]]
+    if left:
+        theirs, ours = (" ".join(f"--{name} {values[name]}" for name in left) for values in (defaults, preset))
+        raise UserError(
+            f"--lazy_preprocess is of LLaVA's scripts, where what is left out means {theirs}; stage {stage} has {ours} "
+            "here, as LLaVA-1.5. Add those that you mean, or leave --lazy_preprocess out."
+        )
 
 
 def _wants_demo(given: dict) -> bool:
@@ -502,7 +551,8 @@ def read_config(path: str) -> dict:
         raise UserError(f"--config {path} must hold `flag: value` lines.")
     kinds = {f.name: kind for f, kind in _fields()} | {"stage": int}
     values = {}
-    for name, value in content.items():
+    for written, value in content.items():
+        name = ALSO.get(written, written)
         if name not in kinds:
             raise UserError(f"--config {path}: {unknown_flag(str(name), kinds)}")
         try:
@@ -578,6 +628,8 @@ def _check_model(arguments: Arguments) -> None:
             "--tune_mm_mlp_adapter (stage 1's preset) trains the projector only; --lora_enable contradicts it: use "
             "--stage 2 or --tune_mm_mlp_adapter False."
         )
+    if model.add_tokens and (model.tune_mm_mlp_adapter or model.freeze_backbone):
+        raise UserError("--add_tokens: new rows are trained with the language model, which stays frozen here.")
     if training.lora_enable and model.freeze_backbone:
         raise UserError("--freeze_backbone keeps the language model as it is; --lora_enable contradicts it.")
     if training.bits != 16 and not training.lora_enable:
@@ -709,6 +761,8 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE.yaml", default=argparse.SUPPRESS, help="file with any of these flags")
     for part in PARTS:
         add_flags(parser, part, (PRESETS[1], PRESETS[2]))
+    for other, name in ALSO.items():
+        parser.add_argument(f"--{other}", dest=name, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
 
 

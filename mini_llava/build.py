@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .arguments import Arguments
+from .errors import UserError
 from .formats.read import Source, load_llava
 from .model.llava import LlavaModel
 from .model.trained import apply_plan, freeze_plan, numel, trained_in_full
@@ -19,14 +20,16 @@ from .options.float8 import choose_float8, use_float8
 from .options.image_tokens import add_token_rows
 from .options.kernels import choose_fused_kernels, use_fused_kernels
 from .options.quantisation import quantisation
-from .training.backend import is_offloaded, master_dtype, parameter_dtypes
+from .options.token_rows import TokenRows, trained_ids
+from .training.backend import is_offloaded, master_dtype, parameter_dtypes, zero_stage
 from .training.optimizer import build_adamw, parameter_groups
 
 
 def plan_of(arguments: Arguments, source: Source) -> dict[str, str]:
     """Return the freeze plan of a run: part -> "full", "frozen" or "LoRA r=..."."""
     lora_r = arguments.training.lora_r if arguments.training.lora_enable else None
-    return freeze_plan(arguments.model, lora_r, source.tiling is not None and source.tiling.has_newline)
+    token_rows = bool(lora_r and (arguments.training.trainable_token_indices or arguments.model.add_tokens))
+    return freeze_plan(arguments.model, lora_r, source.tiling is not None and source.tiling.has_newline, token_rows)
 
 
 def build_model(
@@ -39,7 +42,7 @@ def build_model(
     """Build the model, not yet prepared, and its freeze plan: part -> "full", "frozen" or "LoRA r=...".
 
     Args:
-        new_tokens: how many tokens at the end of the tokenizer were added for LLaVA's image marks.
+        new_tokens: how many tokens at the end of the tokenizer are new to the language model.
 
     Raises:
         UserError: flags, model and projector do not fit together; the sentence names them.
@@ -61,6 +64,11 @@ def build_model(
         quantisation(accelerator, training.bits, training.double_quant, training.quant_type),
         model_flags.mm_use_im_start_end,
     )
+    if training.use_dora and zero_stage(accelerator) == 3:
+        raise UserError(
+            "--use_dora: it needs the whole weight of each layer, of which ZeRO-3 leaves a rank a part outside of the "
+            "layer's own forward. Use accelerate_configs/zero2.yaml, or leave DoRA out."
+        )
     if training.lora_enable:
         lora.add_lora(model.language_model, model_flags.model_name_or_path, training, master_dtype(accelerator))
     add_token_rows(
@@ -69,8 +77,10 @@ def build_model(
         new_tokens,
         (model_flags.mm_use_im_start_end, model_flags.mm_use_im_patch_token),
         model_flags.pretrain_mm_mlp_adapter,
-        master_dtype(accelerator) if "new_tokens" in plan else None,
     )
+    if "new_tokens" in plan:
+        ids, dtype = trained_ids(arguments, tokenizer), master_dtype(accelerator)
+        model.new_tokens = TokenRows(model.language_model, ids, dtype, with_head=training.lora_enable)
     if training.lora_weight_path:
         lora.start_from(model, training.lora_weight_path)
     apply_plan(model, plan)

@@ -57,13 +57,14 @@ def add_flags(parser: argparse.ArgumentParser, part: type, presets: tuple[dict, 
 def _argparse_kind(hint) -> dict:
     kind = plain(hint)
     if kind is bool:
-        return {"type": _boolean, "nargs": "?", "const": True, "metavar": "True|False"}
+        return {"type": boolean, "nargs": "?", "const": True, "metavar": "True|False"}
     if typing.get_origin(kind) is list:
         return {"type": typing.get_args(kind)[0], "nargs": "+", "metavar": "PATH"}
     return {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
 
 
-def _boolean(text: str) -> bool:
+def boolean(text: str) -> bool:
+    """Return what a flag's value says; for argparse."""
     if text.lower() in ("true", "1", "yes"):
         return True
     if text.lower() in ("false", "0", "no"):

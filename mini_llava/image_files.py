@@ -56,20 +56,31 @@ class BadImage(UserError):
     """An image cannot be used, in one sentence that does not name the record."""
 
 
+class LinkedFolder(str):
+    """An image folder whose symbolic links are followed, wherever they lead: whoever made it has put them there."""
+
+
 def image_path(folder: str | os.PathLike, name: str) -> str:
     """Return the path of an image that exists inside `folder`; its name is relative to it, or absolute.
 
-    Raises BadImage if there is no such file, or if the name leads out of the folder, as an absolute one, by `..` or by
-    a symbolic link: names come with the data, which need not come from whoever runs the training.
+    Raises BadImage if there is no such file, or if the name leads out of the folder, as an absolute one, by `..` or,
+    unless it is a LinkedFolder, by a symbolic link: names come with the data, which need not come from whoever runs the
+    training.
     """
-    root = os.path.realpath(folder)
+    follows = isinstance(folder, LinkedFolder)
+    resolve = os.path.abspath if follows else os.path.realpath
+    root = resolve(folder)
     try:
         possible = len(os.fsencode(name)) <= MAX_NAME_BYTES and "\0" not in name
     except UnicodeEncodeError:
         possible = False
-    path = os.path.realpath(os.path.join(root, name)) if possible else root
+    path = resolve(os.path.join(root, name)) if possible else root
     if os.path.commonpath([root, path]) != root:
-        raise BadImage(f"the image {shorten(name)} leads out of the image folder {folder}, to {shorten(path)}.")
+        by_link = not follows and os.path.commonpath([root, os.path.abspath(os.path.join(root, name))]) == root
+        raise BadImage(
+            f"the image {shorten(name)} leads out of the image folder {folder}, to {shorten(path)}."
+            + " It does so by a symbolic link, which --follow_links True allows." * by_link
+        )
     if not os.path.isfile(path):
         raise BadImage(f"the image {shorten(name)} is not in the image folder {folder}.")
     return path

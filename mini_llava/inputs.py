@@ -19,6 +19,7 @@ from .guards.records import RecordCheck
 from .model.vision_tower import tokens_per_image
 from .options.chat_template import find_template
 from .options.image_tokens import add_image_tokens, missing_rows
+from .options.token_rows import add_tokens
 
 
 def open_samples(arguments: Arguments, source: Source, cache_folder: str | os.PathLike | None = None) -> Samples:
@@ -34,6 +35,7 @@ def open_samples(arguments: Arguments, source: Source, cache_folder: str | os.Pa
     tiling = source.tiling
     tokenizer = load_tokenizer(source.name, model_flags.trust_remote_code)
     known_tokens, image_size = len(tokenizer), source.image_size()
+    add_tokens(tokenizer, model_flags.add_tokens)
     template = choose_template(model_flags, model_flags.version, tokenizer)
     rows = missing_rows(tokenizer, source.language_config) if model_flags.resize_token_embeddings else 0
     image_reader = ImageReader(
@@ -44,7 +46,8 @@ def open_samples(arguments: Arguments, source: Source, cache_folder: str | os.Pa
         tiling,
     )
     # After all that may be refused at once: a large file takes long to read.
-    store = RecordStore(data_flags.data_path, data_flags.image_folder, data_flags.exclude, cache_folder)
+    files = data_flags.data_path, data_flags.image_folder, data_flags.exclude
+    store = RecordStore(*files, cache_folder, follow_links=data_flags.follow_links)
     check, new_tokens = RecordCheck(data_flags.leave_unread or []), max(len(tokenizer) - known_tokens, rows)
     return Samples(store, template, tokenizer, data_flags.model_max_length, image_reader, check, new_tokens)
 
@@ -54,7 +57,8 @@ def open_held_out(arguments: Arguments, samples: Samples) -> Samples | None:
     data_flags = arguments.data
     if data_flags.eval_data_path is None:
         return None
-    store = RecordStore(data_flags.eval_data_path, data_flags.eval_image_folder, flag_prefix="eval_")
+    files, links = (data_flags.eval_data_path, data_flags.eval_image_folder), data_flags.follow_links
+    store = RecordStore(*files, flag_prefix="eval_", follow_links=links)
     return replace(samples, store=store, template=held_out_template(arguments, samples.tokenizer))
 
 

@@ -6,6 +6,7 @@ import os
 import re
 
 import pytest
+import transformers
 import yaml
 
 from mini_llava import arguments as flags
@@ -14,6 +15,7 @@ from mini_llava.elsewhere import ELSEWHERE
 from mini_llava.guards.early import check_tracker
 from mini_llava.training.backend import choose_precision
 from mini_llava.training.order import choose_batch
+from mini_llava.training.schedule import warmup_steps
 from tests.forked_runs import ROOT, start
 
 FIXTURES = ROOT / "tests" / "parity" / "fixtures"
@@ -249,7 +251,7 @@ def test_every_field_has_a_text_and_help_shows_all_of_them(capsys):
             ["--deepspeed", "zero3.json"],
             "python -m mini_llava.launch --config_file accelerate_configs/zero3.yaml train.py",
         ),
-        (["--warmup_steps=3"], "--warmup_steps is not a flag here: give the share of all steps: --warmup_ratio"),
+        (["--run_name=x"], "--run_name is not a flag here: a run is named by its --output_dir"),
         (["--save_only_model", "True"], "--save_strategy no"),
         (["--cache_dir", "d"], "HF_HOME"),
         (["--fsdp", "full_shard"], "accelerate_configs/zero3.yaml"),
@@ -302,6 +304,40 @@ def test_a_flag_that_is_answered_with_how_it_is_done_here_is_none_of_ours():
     assert not known & ELSEWHERE.keys()
     named = set(re.findall(r"--(\w+)", " ".join(ELSEWHERE.values()))) - {"config_file", "model_base"}
     assert named <= known, "an answer names a flag that is not there"
+
+
+def test_every_flag_of_transformers_is_one_here_or_is_answered():
+    known = {action.option_strings[-1].removeprefix("--") for action in flags._build_parser()._actions}
+    theirs = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+    assert not theirs - known - ELSEWHERE.keys()
+
+
+# What LLaVA's scripts/finetune.sh ("the original LLaVA, NOT FOR LLaVA V1.5") leaves out of scripts/v1_5/finetune.sh.
+LEFT_OUT = ("--mm_projector_type mlp2x_gelu", "--image_aspect_ratio pad", "--group_by_modality_length True")
+
+
+def test_llavas_older_scripts_do_not_silently_get_the_presets_of_llava_1_5(capsys):
+    pretrain = PRETRAIN_SH.replace(LEFT_OUT[0], "").split()
+    assert "means --mm_projector_type linear; stage 1 has" in parse_error(capsys, "--stage", "1", *pretrain)
+    assert flags.parse_arguments(["--stage", "1", *pretrain, "--mm_projector_type", "linear"])
+    finetune = FINETUNE_SH
+    for words in LEFT_OUT:
+        finetune = finetune.replace(words, "")
+    sentence = parse_error(capsys, "--stage", "2", *finetune.split())
+    theirs = "--mm_projector_type linear --image_aspect_ratio square --group_by_modality_length False"
+    assert f"means {theirs}; stage 2 has {' '.join(LEFT_OUT)} here" in sentence
+    arguments = flags.parse_arguments(["--stage", "2", *finetune.split(), *theirs.split()])
+    assert arguments.model.mm_projector_type == "linear" and arguments.data.image_aspect_ratio == "square"
+    sentence = parse_error(capsys, "--stage", "2", *FINETUNE_SH.split(), "--lora_enable", "True")  # its rate is 2e-5
+    assert "means --lora_r 64 --lora_alpha 16; stage 2 has --lora_r 128 --lora_alpha 256 here" in sentence
+
+
+def test_warmup_steps_and_eval_strategy_are_what_they_are_in_transformers(tmp_path):
+    assert parse("--warmup_steps", "3").training.warmup_steps == 3
+    assert warmup_steps(0.03, 100, 3) == 3 and warmup_steps(0.5, 100, 0.2) == 20 and warmup_steps(0.03, 100) == 3
+    (tmp_path / "a.yaml").write_text("eval_strategy: no\n")
+    for words in (["--eval_strategy", "no"], ["--config", str(tmp_path / "a.yaml")]):
+        assert "evaluation_strategy" in parse(*words).explicit
 
 
 def test_the_stage_may_stand_in_the_file(tmp_path, capsys):

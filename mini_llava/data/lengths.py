@@ -106,6 +106,7 @@ def measure_some(samples: Samples, cache_folder: str | os.PathLike, most: int) -
 
 def _cache_file(samples: Samples, cache_folder: str | os.PathLike) -> Path:
     name = f"{samples.store.digest()} {samples.measurement_key()}"
+    name += " with links followed" * samples.store.follow_links  # bad records are cached, too
     name = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
     return Path(cache_folder) / f"lengths-{name}.npz"
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ..data_file import CHUNK_BYTES, DataFile, check_data_files
 from ..errors import UserError
 from ..files import atomic_write
+from ..image_files import LinkedFolder
 from .templates import BadRecord
 from .tokenization import NO_IMAGE, shorten
 
@@ -35,6 +36,7 @@ class RecordStore:
         exclude: files that the doctor or `log_skipped` wrote; the records they list are not in the store.
         cache_folder: where the index of a large file is cached; None: nowhere.
         flag_prefix: `eval_` for held-out records: errors name the flags.
+        follow_links: symbolic links may lead out of the image folders.
 
     Raises FileNotFoundError, NotADirectoryError or ValueError, which names the file or folder, and for broken JSON the
     byte and line.
@@ -47,11 +49,13 @@ class RecordStore:
         exclude: list[str] | None = None,
         cache_folder: str | os.PathLike | None = None,
         flag_prefix: str = "",
+        follow_links: bool | None = False,
     ):
         check_data_files(data_path, image_folder, exclude, flag_prefix)
         image_folder, self.folder_flag = list(image_folder or []), f"--{flag_prefix}image_folder"
         self.data_path = [str(path) for path in data_path]
-        self._image_folder = [str(folder) for folder in image_folder]
+        self._image_folder = [LinkedFolder(folder) if follow_links else str(folder) for folder in image_folder]
+        self.follow_links = bool(follow_links)
         self._files = [DataFile(path) for path in self.data_path]
         spans = [_index(file, cache_folder) for file in self._files]
         self._spans = np.concatenate(spans)

@@ -83,23 +83,26 @@ def layout_of(name: str, config: dict) -> str:
             raise UserError(
                 f"{name} is a model of type {model_type} ({', '.join(architectures)}). Of those with a vision tower "
                 f"inside only LLaVA's are known here (LlavaForConditionalGeneration, type llava, and "
-                f"LlavaNextForConditionalGeneration, type llava_next), and FastVLM's (type fast_vlm)."
+                f"LlavaNextForConditionalGeneration, type llava_next), and FastVLM's (type fast_vlm). LLaVA-OneVision "
+                f"is read in the layout of LLaVA's own code (lmms-lab/llava-onevision-...)."
             )
         return "transformers"
     return "llava" if model_type.startswith("llava") or "mm_vision_tower" in config else "language_model"
 
 
-def tiles_in(name: str, config: dict) -> tuple[str | None, list | str | None]:
-    """Return merge type and pinpoints of a LLaVA configuration; None, None without tiles. Raises UserError."""
+def tiles_in(name: str, config: dict) -> tuple[str | None, list | str | None, int | None]:
+    """Return merge type, pinpoints and N of `anyres_max_N` of a LLaVA configuration; None without. Raises UserError."""
     aspect_ratio, merge_type = str(config.get("image_aspect_ratio")), config.get("mm_patch_merge_type", "flat")
     if aspect_ratio == "anyres" and merge_type in MERGE_TYPES:
-        return merge_type, config.get("image_grid_pinpoints")
+        return merge_type, config.get("image_grid_pinpoints"), None
+    if (most := re.fullmatch(r"anyres_max_(\d+)", aspect_ratio)) and merge_type == "spatial_unpad":  # LLaVA-OneVision's
+        return merge_type, config.get("image_grid_pinpoints"), int(most[1])
     if aspect_ratio.startswith("anyres") or merge_type != "flat":
         raise UserError(
             f"{name}: its config.json has image_aspect_ratio {aspect_ratio} with mm_patch_merge_type {merge_type}; "
-            f"known are anyres with {', '.join(MERGE_TYPES)}, and others with flat."
+            f"known are anyres with {', '.join(MERGE_TYPES)}, anyres_max_N with spatial_unpad, and others with flat."
         )
-    return None, None
+    return None, None, None
 
 
 def find_projector(path: str | Path) -> Path:

@@ -37,7 +37,7 @@ from ..model.vision_tower import VisionTower, empty_model, has_layers, leading_t
 from ..options.attention import CAPPED
 from ..options.fastvlm import FASTVITHD
 from ..options.image_size import resize
-from ..options.tiles import NEWLINE_KEY, ImageNewline, Tiling, choose_tiling
+from ..options.tiles import NEWLINE_KEY, ImageNewline, Tiling, beyond, choose_tiling
 from .layouts import (
     FAMILIES,
     IMAGE_TOKEN_FLAGS,
@@ -75,6 +75,7 @@ class Source:
             language model, which transformers reads by itself.
         trust_remote_code: whether code that the models bring is run; if not, UserError where it would be needed.
         merge_type, pinpoints: of images in tiles, as in LLaVA-1.6's configuration; a merge type None: images are whole.
+        max_tiles: N of `anyres_max_N`, where LLaVA interpolates the features of an image with more tiles.
         resized_to: side of the pictures that the tower is made to take, pixels; None: those it was trained with.
     """
 
@@ -91,6 +92,7 @@ class Source:
     trust_remote_code: bool = False
     merge_type: str | None = None
     pinpoints: list | str | None = None
+    max_tiles: int | None = None
     resized_to: int | None = None
 
     def describe(self, pretrained_projector: str | None = None) -> str:
@@ -104,6 +106,13 @@ class Source:
             f"projector {self.projector_type}, vision tower {tower}, its layer {self.select_layer}, "
             f"{self.select_feature}."
             + (f" Images come in tiles ({self.merge_type})." if self.merge_type else "")
+            + (
+                f" Its config.json says anyres_max_{self.max_tiles}: the features of larger grids, which LLaVA "
+                f"interpolates, are not; images come in at most {beyond(self.max_tiles)} tiles instead, or as "
+                "--image_grid_pinpoints says."
+                if self.max_tiles
+                else ""
+            )
             + (f" Its projector gives way to the one in {pretrained_projector}." if pretrained_projector else "")
         )
 
@@ -129,7 +138,7 @@ class Source:
             return None
         size = self.image_size()
         tokens = tokens_per_image(self.vision_config, self.select_feature, size)
-        return choose_tiling(size, tokens, self.merge_type, self.pinpoints)
+        return choose_tiling(size, tokens, self.merge_type, self.pinpoints, beyond(self.max_tiles))
 
     def in_tiles(self, model_flags, data_flags, explicit: Iterable[str]) -> "Source":
         """Return this with the tiles of a run, from its flags and from a LLaVA model that has some.
@@ -154,7 +163,8 @@ class Source:
             )
         chosen = self.merge_type or ((merge_type or "spatial_unpad") if aspect_ratio == "anyres" else None)
         pinpoints = data_flags.image_grid_pinpoints or self.pinpoints
-        source = dataclasses.replace(self, merge_type=chosen, pinpoints=pinpoints)
+        max_tiles = None if data_flags.image_grid_pinpoints else self.max_tiles
+        source = dataclasses.replace(self, merge_type=chosen, pinpoints=pinpoints, max_tiles=max_tiles)
         tiling = source.tiling
         for flag, given in (("mm_patch_merge_type", merge_type), ("image_grid_pinpoints", pinpoints)):
             if not tiling and given not in (None, "flat"):
@@ -392,8 +402,16 @@ def _read_llava(name: str, config: dict, model_flags, explicit: set[str]) -> Sou
     vision_config, resized_to = load_vision_config(tower, model_flags.trust_remote_code), config.get("mm_image_size")
     if "vision_tower" not in stored:
         stored |= tower_inside(tower, vision_config)
-    elif resized_to and has_layers(vision_config):
-        vision_config.image_size = resized_to
+    else:
+        if resized_to and has_layers(vision_config):
+            vision_config.image_size = resized_to
+        layers = {
+            int(found[1]) for key in stored["vision_tower"] if (found := re.match(r"encoder\.layers\.(\d+)\.", key))
+        }
+        if vision_config.model_type == "siglip_vision_model" and len(layers) < vision_config.num_hidden_layers:
+            # LLaVA-NeXT's code removes the last layer and the head, and takes the output of what is left.
+            vision_config.num_hidden_layers, vision_config.vision_use_head = len(layers), False
+            config = config | {"mm_vision_select_layer": -1}
     return Source(
         name,
         "llava",

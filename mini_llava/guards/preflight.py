@@ -29,7 +29,8 @@ from ..inputs import held_out_template
 from ..model.projector import PROJECTOR_FILE, list_some
 from ..options.chat_template import ChatTemplate
 from ..options.image_tokens import token_ids_end
-from ..options.lora import linear_layers
+from ..options.lora import adapted_layers, linear_layers
+from ..options.token_rows import trained_ids
 from ..training.order import Order
 from ..training.schedule import learning_rate_factor, warmup_steps
 from ..words import counted
@@ -72,7 +73,8 @@ def check_run(
     yield from check_positions(longest, source.language_config)
     yield check_projector(arguments.model, source)
     if training.lora_enable:
-        yield from check_adapters(source.language_config, samples.new_tokens)
+        yield from check_adapters(source.language_config, training.lora_target_modules)
+        yield from check_rows_beside_adapters(arguments, samples.tokenizer, samples.new_tokens)
     plan = plan_of(arguments, source)
     yield from check_steps(training, [part for part, method in plan.items() if method != "frozen"], order, lengths)
 
@@ -291,8 +293,8 @@ def _plain_name(name: str) -> str:
 # --- what is trained, and how long -----------------------------------------------------------------------------------
 
 
-def check_adapters(language_config: PreTrainedConfig, new_tokens: int) -> Iterator[Finding]:
-    """Yield whether LoRA adapts every weight matrix of the language model's layers.
+def check_adapters(language_config: PreTrainedConfig, targets: list[str] | None = None) -> Iterator[Finding]:
+    """Yield whether LoRA adapts every weight matrix of the language model's layers, or those that are asked for.
 
     It adapts linear layers. Mixtures of experts have a layer's experts in one tensor, so that most of the model would
     stay frozen.
@@ -300,7 +302,13 @@ def check_adapters(language_config: PreTrainedConfig, new_tokens: int) -> Iterat
     model = empty_language_model(language_config)
     if model is None:
         return
-    reached = {f"{name}.weight" for name in linear_layers(model)}
+    layers = linear_layers(model)
+    if len(chosen := adapted_layers(model, targets)) < len(layers):
+        kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in chosen))
+        where = f"{len(chosen)} of the {counted(len(layers), 'linear layer')} of the language model, {list_some(kinds)}"
+        yield Finding("adapters", f"They stand beside {where}, as --lora_target_modules says.")
+        return
+    reached = {f"{name}.weight" for name in layers}
     head = model.get_output_embeddings()
     outside = [
         f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding) or module is head
@@ -317,11 +325,33 @@ def check_adapters(language_config: PreTrainedConfig, new_tokens: int) -> Iterat
             verdict,
         )
     else:
-        layers = counted(len(reached), "linear layer")
-        yield Finding("adapters", f"They stand beside all {layers} of the language model but its head.")
-    if new_tokens:
-        what = f"The rows of {counted(new_tokens, 'new token')} stay as they are: LoRA trains no embeddings."
-        yield Finding("adapters", what, ODD)
+        beside = counted(len(layers), "linear layer")
+        yield Finding("adapters", f"They stand beside all {beside} of the language model but its head.")
+
+
+def check_rows_beside_adapters(
+    arguments: Arguments, tokenizer: PreTrainedTokenizerBase, new_tokens: int
+) -> Iterator[Finding]:
+    """Yield which rows of the word embeddings are trained beside adapters, and which may be new and are not.
+
+    That a token of the tokenizer is new to the language model shows only where its row is added here.
+    """
+    trained, end = trained_ids(arguments, tokenizer), token_ids_end(tokenizer)
+    names = tokenizer.convert_ids_to_tokens(trained)
+    if trained:
+        sentence = f"Trained beside them: the rows of {counted(len(names), 'token')}, {list_some(names)}."
+        yield Finding("adapters", sentence)
+    frozen = [index for index in sorted(tokenizer.added_tokens_decoder) if index not in trained]
+    new = [index for index in range(end - new_tokens, end) if index not in trained]
+    known = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False)
+    what, ids = ("new", new) if new else ("added", [index for index in frozen if index >= known])
+    if ids:
+        listed = list_some(tokenizer.convert_ids_to_tokens(ids))
+        sentence = (
+            f"The rows of {counted(len(ids), f'{what} token')} stay as they are ({listed}): LoRA trains no embeddings, "
+            "but those that --trainable_token_indices names."
+        )
+        yield Finding("adapters", sentence, ODD if new else FINE)
 
 
 def check_steps(
@@ -332,7 +362,7 @@ def check_steps(
     if len(order.bad) == records:
         yield Finding("steps", f"All {records:,} records would be skipped: nothing is left to train on.", IMPOSSIBLE)
         return
-    warmup = warmup_steps(training.warmup_ratio, total)
+    warmup = warmup_steps(training.warmup_ratio, total, training.warmup_steps)
     own = {"projector": training.mm_projector_lr, "vision_tower": training.mm_vision_tower_lr}
     own["image_newline"] = own["projector"]
     peaks = [training.learning_rate if own.get(part) is None else own[part] for part in trained]
@@ -346,7 +376,8 @@ def check_steps(
         )
     if not any(peaks) or not any(factors):
         when = f"in all {total:,} steps" if total > 1 else "in the only step"
-        why = " It rises from 0: --warmup_ratio 0 leaves that out." if any(peaks) else ""
+        flag = "warmup_steps" if training.warmup_steps else "warmup_ratio"
+        why = f" It rises from 0: --{flag} 0 leaves that out." if any(peaks) else ""
         yield Finding(
             "learning_rate", f"The learning rate would be 0 {when}, and train nothing.{why}{few}", CONTRADICTION
         )

@@ -43,7 +43,7 @@ class LlavaModel(nn.Module):
         # Set by options/image_tokens.py, for LLaVA's older models.
         self.use_im_start_end = self.use_im_patch_token = False
         self.added_tokens, self.first_image_token = 0, None
-        self.new_tokens: nn.Embedding | None = None
+        self.new_tokens: nn.Embedding | None = None  # stands in for single rows (options/token_rows.py)
 
     def train(self, mode: bool = True) -> "LlavaModel":
         """Set the mode of all parts but bitsandbytes' quantised layers, which stay in training mode; return the model.
@@ -92,13 +92,7 @@ class LlavaModel(nn.Module):
 
     def embed_words(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return the embeddings of tokens that are no image's: [B, L] -> [B, L, width]."""
-        word_embeddings = self.language_model.get_input_embeddings()
-        embeddings = word_embeddings(input_ids)
-        if self.new_tokens is not None:
-            number = input_ids - self.first_image_token  # 0 and 1 are <im_start> and <im_end>
-            own = self.new_tokens(number.clamp(min=0, max=1)).to(embeddings.dtype)
-            own = own * getattr(word_embeddings, "embed_scale", 1)  # Gemma scales its embeddings
-            embeddings = torch.where(((number == 0) | (number == 1))[..., None], own, embeddings)
+        embeddings = self.language_model.get_input_embeddings()(input_ids)
         if torch.is_autocast_enabled(embeddings.device.type):
             # fp32 masters give fp32 embeddings, and every layer's activations would take twice the memory.
             embeddings = embeddings.to(torch.get_autocast_dtype(embeddings.device.type))

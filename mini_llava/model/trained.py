@@ -11,11 +11,14 @@ from ..errors import UserError
 from .llava import LlavaModel
 
 
-def freeze_plan(flags: ModelArguments, lora_r: int | None = None, image_newline: bool = False) -> dict[str, str]:
+def freeze_plan(
+    flags: ModelArguments, lora_r: int | None = None, image_newline: bool = False, token_rows: bool = False
+) -> dict[str, str]:
     """Return how each child of `LlavaModel` is trained: `full`, `frozen` or, if a rank is given, `LoRA r=<rank>`.
 
     `tune_mm_mlp_adapter` is stage 1's preset: the projector alone is trained. The rows of LLaVA's legacy image tokens
     are then trained as a module of their own, `new_tokens`; otherwise they are rows of the language model's embeddings.
+    `token_rows`: so are single rows beside adapters.
     `image_newline`, for images in tiles, goes with the projector.
     """
     if flags.tune_mm_mlp_adapter:
@@ -30,6 +33,8 @@ def freeze_plan(flags: ModelArguments, lora_r: int | None = None, image_newline:
     }
     if image_newline:
         plan["image_newline"] = plan["projector"]
+    if token_rows:
+        plan["new_tokens"] = "full"
     if set(plan.values()) == {"frozen"}:
         raise UserError("--freeze_mm_mlp_adapter and --freeze_backbone leave nothing to train.")
     return plan

@@ -50,7 +50,6 @@ def add_token_rows(
     added: int,
     marks: tuple[bool, bool],
     projector: str | None = None,
-    train_in: torch.dtype | None = None,
 ) -> None:
     """Add rows for the tokenizer's last tokens to word embeddings and head, each the mean of the older rows.
 
@@ -58,15 +57,14 @@ def add_token_rows(
         added: how many tokens are new to the language model, which may have been trained with these before.
         marks: whether the tokenizer has start and end, and whether it has the patch token.
         projector: file or directory of stage 1's projector with the rows for start and end; None: the mean.
-        train_in: dtype in which these two rows are trained while the language model is frozen (stage 1).
     """
     language_model, vocabulary = model.language_model, token_ids_end(tokenizer)
-    was_trained = [matrix.requires_grad for matrix in _matrices(language_model)]
-    embeddings = _matrices(language_model)[0]
+    was_trained = [matrix.requires_grad for matrix in matrices(language_model)]
+    embeddings = matrices(language_model)[0]
     # Embeddings with spare rows are not made smaller, and without new tokens they stay unchanged.
     if added and getattr(embeddings, "ds_shape", embeddings.shape)[0] < vocabulary:
         language_model.resize_token_embeddings(vocabulary, mean_resizing=False)
-    for matrix, trained in zip(_matrices(language_model), was_trained, strict=True):
+    for matrix, trained in zip(matrices(language_model), was_trained, strict=True):
         if added:
             first = vocabulary - added
             with gathered(matrix, modified=True), torch.no_grad():
@@ -79,16 +77,11 @@ def add_token_rows(
     model.first_image_token = tokenizer.convert_tokens_to_ids(START_TOKEN)
     if projector:
         set_rows(model, read_rows(projector))
-    if train_in:
-        embeddings = _matrices(language_model)[0]
-        with gathered(embeddings):
-            rows = embeddings[model.first_image_token :][:2].detach().to(train_in, copy=True)
-        model.new_tokens = nn.Embedding.from_pretrained(rows, freeze=False)
 
 
 def set_rows(model: LlavaModel, rows: torch.Tensor) -> None:
     """Set the word embeddings of `<im_start>` and `<im_end>`, [2, width]. Raises UserError for another width."""
-    embeddings = _matrices(model.language_model)[0]
+    embeddings = matrices(model.language_model)[0]
     with gathered(embeddings, modified=True), torch.no_grad():
         place = embeddings[model.first_image_token :][:2]
         if place.shape != rows.shape:
@@ -110,7 +103,7 @@ def read_rows(projector: str | Path) -> torch.Tensor:
     return rows[0][-2:]
 
 
-def _matrices(language_model: nn.Module) -> list[nn.Parameter]:
+def matrices(language_model: nn.Module) -> list[nn.Parameter]:
     """Return word embeddings and head; one matrix if they are tied."""
     both = [language_model.get_input_embeddings().weight, language_model.get_output_embeddings().weight]
     return both[:1] if both[0] is both[1] else both

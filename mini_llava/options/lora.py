@@ -25,11 +25,13 @@ from ..model.projector import gathered, gathered_state_dict, is_main_process, li
 from ..model.vision_tower import published_name
 from .image_tokens import add_token_rows, set_rows
 from .tiles import NEWLINE_KEY
+from .token_rows import TokenRows, ids_of_setting, peft_names, peft_setting
 
 OTHERS_FILE = "non_lora_trainables.bin"
 # PEFT's names count from its own wrapper, LLaVA's others from the LlavaForCausalLM inside it.
 PREFIX = "base_model.model."
 # What `add_lora` sets: older releases of PEFT stumble over settings that they do not know.
+VARIANTS = ("use_dora", "use_rslora")
 ADAPTER_SETTINGS = ("r", "lora_alpha", "lora_dropout", "bias", "fan_in_fan_out", "base_model_name_or_path")
 PROJECTOR, TOWER, TOKENS = "mm_projector.", "vision_tower.vision_tower.", "embed_tokens.weight"
 
@@ -44,8 +46,29 @@ def linear_layers(language_model: nn.Module) -> list[str]:
     return [name for name, m in language_model.named_modules() if isinstance(m, nn.Linear) and m is not head]
 
 
+def adapted_layers(language_model: nn.Module, targets: list[str] | None) -> list[str]:
+    """Return the full names of the linear layers that `--lora_target_modules` asks for.
+
+    Raises:
+        UserError: one of `targets` is no such layer; the sentence lists those that there are.
+    """
+    layers = linear_layers(language_model)
+    if not targets or "all-linear" in targets:
+        return layers
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in layers):
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+            where = " Adapters stand in the language model only" if "vision" in target or "mm_proj" in target else ""
+            instead = ": --unfreeze_mm_vision_tower True trains the tower in full." if "vision" in target else "."
+            raise UserError(
+                f"--lora_target_modules {target}: the language model has no such linear layer; known are {known}, all "
+                f"but the head.{where and where + instead}"
+            )
+    return [name for name in layers if any(f".{name}".endswith(f".{target}") for target in targets)]
+
+
 def add_lora(language_model: nn.Module, base: str, training: TrainingArguments, dtype: torch.dtype) -> None:
-    """Put a new adapter beside every linear layer but the head, and leaves nothing else of the model trainable.
+    """Put a new adapter beside the linear layers that are asked for, and leaves nothing else of the model trainable.
 
     Every rank calls it, before the model is handed to DeepSpeed; a language model that ZeRO-3 partitioned while it was
     read is fine. The first product changes nothing, since one factor of each adapter is zero.
@@ -63,7 +86,9 @@ def add_lora(language_model: nn.Module, base: str, training: TrainingArguments, 
         lora_alpha=training.lora_alpha,
         lora_dropout=training.lora_dropout,
         bias=training.lora_bias,
-        target_modules=linear_layers(language_model),
+        target_modules=adapted_layers(language_model, training.lora_target_modules),
+        use_dora=training.use_dora,
+        use_rslora=training.use_rslora,
         base_model_name_or_path=base,
         task_type="CAUSAL_LM",
     )
@@ -112,11 +137,18 @@ def merge_lora(model: LlavaModel, dtype: torch.dtype) -> LlavaModel:
             )
         [adapter] = layer.active_adapters
         factors = layer.lora_B[adapter].weight.float() @ layer.lora_A[adapter].weight.float()
-        base.weight.data = (base.weight.float() + layer.scaling[adapter] * factors).to(dtype)
+        weight = base.weight.float() + layer.scaling[adapter] * factors
+        if adapter in layer.lora_magnitude_vector:  # DoRA
+            magnitude = layer.lora_magnitude_vector[adapter].weight.float()
+            weight *= (magnitude / torch.linalg.norm(weight, dim=1))[:, None]
+        base.weight.data = weight.to(dtype)
         model.language_model.set_submodule(name, base)
     del model.language_model.peft_config, model.language_model.base_fingerprint
-    model.requires_grad_(False)
-    return model.to(dtype)
+    model.requires_grad_(False).to(dtype)
+    if model.new_tokens is not None:
+        model.new_tokens.write_into(model.language_model)
+        model.new_tokens = None
+    return model
 
 
 def fingerprint(language_model: nn.Module) -> str:
@@ -144,7 +176,8 @@ def save_lora(directory: str | Path, model: LlavaModel, description: Description
     directory = Path(directory)
     [(adapter, config)] = model.language_model.peft_config.items()
     trained = [(name, p) for name, p in model.language_model.named_parameters() if p.requires_grad]
-    adapter_weights = [(PREFIX + name.replace(f".{adapter}.", "."), parameter) for name, parameter in trained]
+    adapter_weights = [(PREFIX + _peft_name(name, adapter), parameter) for name, parameter in trained]
+    adapter_weights += [(PREFIX + name, parameter) for name, parameter in peft_names(model).items()]
     tower = [(name, p) for name, p in model.vision_tower.model.named_parameters() if p.requires_grad]
     others = [(f"{PREFIX}model.{PROJECTOR}{name}", parameter) for name, parameter in model.projector.named_parameters()]
     if model.image_newline is not None:
@@ -169,7 +202,9 @@ def save_lora(directory: str | Path, model: LlavaModel, description: Description
         # tower too when they are read beside one.
         changed = {"target_modules": sorted(adapters(model.language_model)), "inference_mode": True}
         settings = {key: value for key, value in config.to_dict().items() if key in ADAPTER_SETTINGS}
-        write_json(directory, ADAPTER_CONFIG, {**settings, "peft_type": "LORA", "task_type": "CAUSAL_LM", **changed})
+        settings |= {key: True for key in VARIANTS if getattr(config, key)}
+        settings |= {"peft_type": "LORA", "task_type": "CAUSAL_LM"} | peft_setting(model)
+        write_json(directory, ADAPTER_CONFIG, settings | changed)
         llava = llava_config(model, description)
         llava.pop("quantization_config", None)  # the adapters fit the unquantised model as well
         llava |= {
@@ -204,12 +239,12 @@ def load_lora(model: LlavaModel, directory: str | Path, dtype: torch.dtype) -> N
 
     directory = Path(directory)
     settings = _read_json(directory, ADAPTER_CONFIG)
-    for key, only in (("peft_type", "LORA"), ("use_dora", False), ("modules_to_save", None)):
+    for key, only in (("peft_type", "LORA"), ("modules_to_save", None)):
         if settings.get(key, only) not in (only, [] if only is None else only):
             raise UserError(f"{directory / ADAPTER_CONFIG} has {key} {settings[key]}; only {only} can be read here.")
     _check_base(model, directory)
     config = LoraConfig.from_pretrained(str(directory))
-    config.inference_mode = False
+    config.inference_mode, config.trainable_token_indices = False, None
     try:
         _inject(model.language_model, config, dtype)
     except ValueError as error:  # PEFT found no layer of these names
@@ -218,6 +253,8 @@ def load_lora(model: LlavaModel, directory: str | Path, dtype: torch.dtype) -> N
     start_end, patch = (bool(llava.get(f"mm_use_im_{kind}")) for kind in ("start_end", "patch_token"))
     if added := llava.get("added_tokens", patch + 2 * start_end):
         add_token_rows(model, load_tokenizer(directory), added, (start_end, patch))
+    if ids := ids_of_setting(settings.get("trainable_token_indices"), str(directory / ADAPTER_CONFIG)):
+        model.new_tokens = TokenRows(model.language_model, ids, dtype, with_head=True)
     _fill(model, directory)
 
 
@@ -229,19 +266,28 @@ def start_from(model: LlavaModel, directory: str | Path) -> None:
     directory = Path(directory)
     _check_base(model, directory)
     settings, [config] = _read_json(directory, ADAPTER_CONFIG), model.language_model.peft_config.values()
-    for key, flag, value in (("r", "lora_r", config.r), ("lora_alpha", "lora_alpha", config.lora_alpha)):
-        if settings.get(key) != value:
+    mine = {"r": config.r, "lora_alpha": config.lora_alpha} | {key: getattr(config, key) for key in VARIANTS}
+    for key, value in mine.items():
+        flag = "lora_r" if key == "r" else key
+        if settings.get(key, False) != value:
             raise UserError(f"{directory / ADAPTER_CONFIG} has {key} {settings.get(key)}, but --{flag} is {value}.")
+    theirs = ids_of_setting(settings.get("trainable_token_indices"), str(directory / ADAPTER_CONFIG))
+    mine = model.new_tokens.ids.tolist() if model.new_tokens is not None else []
+    if theirs != mine:
+        raise UserError(
+            f"{directory / ADAPTER_CONFIG} has trainable_token_indices {theirs}, but here the rows of tokens {mine} "
+            "are trained: give the same --trainable_token_indices."
+        )
     _fill(model, directory)
 
 
 def _fill(model: LlavaModel, directory: Path) -> None:
     file = find_adapter(directory)
     [adapter] = model.language_model.peft_config
-    targets = {}
+    targets = peft_names(model)
     for name, parameter in model.language_model.named_parameters():
         if "lora_" in name or parameter.requires_grad:
-            targets[name.replace(f".{adapter}.", ".")] = parameter
+            targets[_peft_name(name, adapter)] = parameter
     found = {}
     for key, tensor in read_tensors(file).items():
         name = key.removeprefix(PREFIX)
@@ -273,6 +319,12 @@ def _fill(model: LlavaModel, directory: Path) -> None:
             if there in found or f"model.{name}" not in unused:
                 targets[there] = parameter
     _copy_all(file, targets, found)
+
+
+def _peft_name(name: str, adapter: str) -> str:
+    """Return the name that PEFT gives a parameter of an adapted language model in its files."""
+    name = name.replace(f".{adapter}.", ".")
+    return name.removesuffix(".weight") if ".lora_magnitude_vector." in name else name
 
 
 def _check_base(model: LlavaModel, directory: Path) -> None:

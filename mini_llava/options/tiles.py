@@ -7,6 +7,7 @@ come, so that texts are tokenized and batches dealt before an image is opened.
 
 import ast
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,13 +125,19 @@ class Tiling:
 
 
 def choose_tiling(
-    tile_size: int, tokens_per_tile: int, merge_type: str | None = None, pinpoints: str | Sequence | None = None
+    tile_size: int,
+    tokens_per_tile: int,
+    merge_type: str | None = None,
+    pinpoints: str | Sequence | None = None,
+    most_tiles: int | None = None,
 ) -> Tiling:
     """Return the tiling for a vision tower with `tokens_per_tile` features for `tile_size` pixels.
 
     Args:
         merge_type: None: LLaVA-1.6's.
-        pinpoints: pairs of width and height, or such a list as text; None: LLaVA-1.6's, in tiles of this tower.
+        pinpoints: pairs of width and height, or such a list as text, or a range of columns and rows as LLaVA-OneVision
+            writes it, "(1x1),...,(6x6)"; None: LLaVA-1.6's, in tiles of this tower.
+        most_tiles: leave out pinpoints of more tiles.
 
     Raises:
         UserError: the tower's features do not form a square, or a value makes no sense.
@@ -143,7 +150,24 @@ def choose_tiling(
         )
     if pinpoints is None:
         pinpoints = [(columns * tile_size, rows * tile_size) for columns, rows in LLAVA_1_6]
-    return Tiling(read_pinpoints(pinpoints), merge_type or "spatial_unpad", tile_size, grid)
+    if isinstance(pinpoints, str) and (grids := re.findall(r"\((\d+)x(\d+)\)", pinpoints)):
+        (left, top), (right, bottom) = [(int(columns), int(rows)) for columns, rows in (grids[0], grids[-1])]
+        ranges = range(left, right + 1), range(top, bottom + 1)
+        pinpoints = [(columns * tile_size, rows * tile_size) for columns in ranges[0] for rows in ranges[1]]
+    pinpoints = read_pinpoints(pinpoints)
+    if most_tiles:
+        pinpoints = tuple(pair for pair in pinpoints if pair[0] * pair[1] <= most_tiles * tile_size**2)
+        if not pinpoints:
+            raise UserError(f"--image_grid_pinpoints: none in config.json has up to {most_tiles} tiles; give some.")
+    return Tiling(pinpoints, merge_type or "spatial_unpad", tile_size, grid)
+
+
+def beyond(max_tiles: int | None) -> int | None:
+    """Return the most tiles whose features LLaVA leaves as they are under `anyres_max_N`; None: as many as one likes.
+
+    It interpolates where the features would have to shrink by more than 1.1 on a side.
+    """
+    return None if max_tiles is None else int(1.21 * max_tiles)
 
 
 def read_pinpoints(value: str | Sequence) -> tuple[tuple[int, int], ...]:

@@ -25,12 +25,13 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from ..command_line import boolean
 from ..data.templates import IMAGE_MARK, BadRecord, get_template
 from ..data.tokenization import read_conversation, shorten, template_for
 from ..errors import UserError
 from ..files import atomic_write
 from ..guards.records import RecordCheck, kind_of_name
-from ..image_files import FORMATS, BadImage, image_path
+from ..image_files import FORMATS, BadImage, LinkedFolder, image_path
 from ..watch.json_lines import read_lines
 from ..watch.skipped import count_reasons
 from ..words import counted
@@ -579,10 +580,14 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
     add("--image_column", metavar="NAME", action="append", default=[], help=image_help)
     add("--id_column", metavar="NAME", help=f"[the first of {', '.join(ID_COLUMNS)}; none: file and row]")
     add("--image_root", metavar="FOLDER", help="folder of the images that the data only name")
+    add("--follow_links", nargs="?", type=boolean, const=True, metavar="True|False", help="as for train.py")
     add("--drop_system", action="store_true", help="leave system prompts out: templates have their own")
     unread_help = "columns and marks that look like media or a prompt and are meant to be left unread, as for train.py"
     add("--leave_unread", nargs="+", default=[], metavar="NAME", help=unread_help)
-    return parser.parse_args(command_line)
+    given = parser.parse_args(command_line)
+    if given.follow_links and given.image_root:
+        given.image_root = LinkedFolder(given.image_root)
+    return given
 
 
 def main(command_line: list[str] | None = None) -> int:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..arguments import PRESETS, check_model_place, choices, read_config
+from ..command_line import boolean
 from ..data_file import check_data_files
 from ..errors import UserError
 from ..formats.layouts import MERGE_TYPES
@@ -30,10 +31,12 @@ def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace
     add("--stage", type=int, choices=(1, 2), help="whose preset fills in the flags not given [2]")
     add("--data_path", nargs="+", metavar="PATH", help="JSON or JSON-lines files of records")
     add("--image_folder", nargs="+", metavar="PATH", help="image folder of each data file, in the same order")
+    add("--follow_links", nargs="?", type=boolean, const=True, metavar="True|False", help="as for train.py")
     add("--exclude", nargs="+", metavar="PATH", help="lists of records to leave out, as train.py takes them")
     add("--leave_unread", nargs="+", metavar="NAME", help="keys and marks, as train.py takes them")
     add("--allow", nargs="+", metavar="CHECK", help="contradictions that are meant, as train.py takes them")
     add("--resize_token_embeddings", action="store_true", default=None, help="train.py adds rows that are missing")
+    add("--add_tokens", nargs="+", metavar="TOKEN", help="as for train.py")
     add("--data_weights", nargs="+", type=_above_0, metavar="X", help="for the padding figures, as train.py takes them")
     add("--model_name_or_path", metavar="TEXT", help="language model, for its tokenizer")
     add(
@@ -136,6 +139,7 @@ from ..model.vision_tower import tokens_per_image
 from ..options.chat_template import find_template
 from ..options.image_tokens import missing_rows
 from ..options.tiles import Tiling, choose_tiling
+from ..options.token_rows import add_tokens
 from ..processes import map_ranges
 from ..watch.skipped import fault_table, log_skipped
 from ..words import counted
@@ -368,14 +372,17 @@ def examine(given: argparse.Namespace) -> int:
     check_given(given)
     image_tokens, tiling = (given.tokens_per_image, None) if given.tokens_per_image else _tokens_of_tower(given)
     tokenizer = load_tokenizer(given.model_name_or_path, given.trust_remote_code)
+    known_tokens = len(tokenizer)
+    add_tokens(tokenizer, given.add_tokens)
     template = find_template(given.version, tokenizer)
     findings = list(preflight.check_template(template, tokenizer))
     language_config = read_language_config(given.model_name_or_path, given.trust_remote_code)
     if language_config is not None:
         rows = language_config.get_text_config().vocab_size
-        new_tokens = missing_rows(tokenizer, language_config) if given.resize_token_embeddings else 0
+        missing = missing_rows(tokenizer, language_config) if given.resize_token_embeddings else 0
+        new_tokens = max(len(tokenizer) - known_tokens, missing)
         findings += preflight.check_token_rows(tokenizer, rows, new_tokens)
-    store = RecordStore(given.data_path, given.image_folder, given.exclude)
+    store = RecordStore(given.data_path, given.image_folder, given.exclude, follow_links=given.follow_links)
     image_reader, check = ImageReader(image_tokens, tiling=tiling), RecordCheck(given.leave_unread or [])
     samples = Samples(store, template, tokenizer, given.model_max_length, image_reader, check)
     print(f"{counted(len(store), 'record')}, measured with the template {template.name} (--version).\n")

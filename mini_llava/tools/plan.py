@@ -92,6 +92,7 @@ from ..options import lora
 from ..options.attention import CAPPED, choose_attention
 from ..options.image_tokens import add_token_rows
 from ..options.kernels import FUSABLE, choose_fused_kernels
+from ..options.token_rows import TokenRows, trained_ids
 from ..read_data import Data
 from ..training.backend import choose_precision, complete_zero, zero_stage
 from ..training.optimizer import parameter_groups
@@ -141,8 +142,11 @@ class Planned:
             name, dtype = model_flags.model_name_or_path, self.layout.master_dtype
             lora.add_lora(model.language_model, name, training, dtype)
         marks = model_flags.mm_use_im_start_end, model_flags.mm_use_im_patch_token
-        rows_dtype = self.layout.master_dtype if "new_tokens" in plan else None
-        add_token_rows(model, self.samples.tokenizer, self.samples.new_tokens, marks, train_in=rows_dtype)
+        tokenizer, dtype = self.samples.tokenizer, self.layout.master_dtype
+        add_token_rows(model, tokenizer, self.samples.new_tokens, marks)
+        if "new_tokens" in plan:
+            ids = trained_ids(self.arguments, tokenizer)
+            model.new_tokens = TokenRows(model.language_model, ids, dtype, with_head=training.lora_enable)
         apply_plan(model, plan)
         family = self.source.language_config.model_type
         half, packing = self.layout.precision != "no", self.arguments.data.packing

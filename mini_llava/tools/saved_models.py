@@ -29,6 +29,7 @@ from ..model.llava import LlavaModel
 from ..options.chat_template import find_template
 from ..options.image_tokens import add_image_tokens, add_token_rows, missing_rows
 from ..options.lora import base_of, load_lora, merge_lora
+from ..options.token_rows import add_tokens
 from ..training.checkpoint import CheckpointError, PieceReader, read_manifest
 
 WHOLE, LORA, PROJECTOR, STATE = "whole model", "LoRA directory", "projector", "training state"
@@ -150,11 +151,13 @@ def open_saved(
             f"them cannot be read: {error} Give their places as --model_base and --vision_tower."
         ) from error
     if not own:
-        source.merge_type, source.pinpoints = tiles_in(directory, config)
+        source.merge_type, source.pinpoints, source.max_tiles = tiles_in(directory, config)
 
     has_tokenizer = find_file(directory, "tokenizer_config.json") is not None
     tokenizer = load_tokenizer(directory if has_tokenizer else source.name)
     known, version = len(tokenizer), version or config.get("conversation_version")
+    if kind == STATE and not has_tokenizer:
+        add_tokens(tokenizer, read_manifest(Path(directory))["arguments"].get("add_tokens"))
     template = find_template(version or "v1", tokenizer)
     template = add_image_tokens(tokenizer, template, *(bool(config.get(key)) for key in IMAGE_TOKEN_FLAGS))
     added = len(tokenizer) - known

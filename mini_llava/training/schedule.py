@@ -9,9 +9,12 @@ import math
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 
 
-def warmup_steps(warmup_ratio: float, total_steps: int) -> int:
-    """Return the number of warmup steps, rounded up as transformers does."""
-    return math.ceil(warmup_ratio * total_steps)
+def warmup_steps(warmup_ratio: float, total_steps: int, steps: float = 0) -> int:
+    """Return the number of warmup steps, rounded up as transformers does.
+
+    steps: as `--warmup_steps`, a number or below 1 a share of all; 0: `warmup_ratio` counts.
+    """
+    return int(steps) if steps >= 1 else math.ceil((steps or warmup_ratio) * total_steps)
 
 
 def learning_rate_factor(kind: str, step: int, total_steps: int, warmup: int) -> float:

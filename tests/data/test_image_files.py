@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import struct
 import zlib
 from pathlib import Path
@@ -22,7 +23,17 @@ from transformers import (
 
 from mini_llava.data.images import normalisation_table, normalise, pad_to_square, pixel_values, resize_padded
 from mini_llava.formats.towers import load_image_processor, load_vision_tower
-from mini_llava.image_files import CONVERTED, MODES, SCALED, BadImage, as_rgb, image_size, load_image, white_value
+from mini_llava.image_files import (
+    CONVERTED,
+    MODES,
+    SCALED,
+    BadImage,
+    LinkedFolder,
+    as_rgb,
+    image_size,
+    load_image,
+    white_value,
+)
 
 FIXTURES = Path(__file__).parent.parent / "parity" / "fixtures"
 
@@ -248,6 +259,22 @@ def test_an_absolute_name_is_taken_inside_the_folder_alone(folder):
     noise("RGB").save(beside / "a.png")
     with pytest.raises(BadImage, match="leads out of the image folder"):
         load_image(folder, str(beside / "a.png"))
+
+
+def test_links_are_followed_in_a_folder_that_says_so_and_names_still_cannot_lead_out(folder):
+    (folder / "link.png").symlink_to(folder.parent / "secret.png")
+    (folder / "linked").symlink_to(folder.parent)
+    (folder.parent / "alias").symlink_to(folder)
+    for name in ("link.png", "linked/secret.png"):
+        with pytest.raises(BadImage, match="by a symbolic link, which --follow_links True allows"):
+            load_image(folder, name)
+        for follows in (LinkedFolder(folder), pickle.loads(pickle.dumps(LinkedFolder(folder)))):
+            assert load_image(follows, name).size == (12, 8)
+            assert load_image(follows, str(folder / name)).size == (12, 8)
+    assert load_image(LinkedFolder(folder.parent / "alias"), "sub/a.png").size == (12, 8)
+    for name in ("../secret.png", "linked/../../secret.png", str(folder.parent / "secret.png")):
+        with pytest.raises(BadImage, match=r"leads out of the image folder .*secret\.png'\.$"):
+            load_image(LinkedFolder(folder), name)
 
 
 def test_names_and_links_that_stay_inside_are_fine(folder):

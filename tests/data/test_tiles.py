@@ -285,7 +285,7 @@ def test_an_image_that_is_replaced_while_it_is_read_is_a_bad_sample(textual, tmp
     ("given", "sentence"),
     [
         ({"pinpoints": "[(100, 56)]"}, "100x56 is not made up of tiles of the vision tower's 56 pixels"),
-        ({"pinpoints": "(1x1),...,(6x6)"}, r"expected a list of widths and heights"),
+        ({"pinpoints": "1x1 to 6x6"}, r"expected a list of widths and heights"),
         ({"pinpoints": "[]"}, r"expected a list of widths and heights"),
         ({"pinpoints": [(56 * 65, 56)]}, "65 tiles; at most 64"),
         ({"tokens_per_tile": 17}, "17, which is no square"),
@@ -295,3 +295,14 @@ def test_an_image_that_is_replaced_while_it_is_read_is_a_bad_sample(textual, tmp
 def test_what_makes_no_tiling_is_refused_with_the_reason(given, sentence):
     with pytest.raises(ValueError, match=sentence):
         choose_tiling(**{"tile_size": TILE, "tokens_per_tile": GRID**2} | given)
+
+
+def test_a_range_of_grids_is_written_as_llava_one_vision_does_and_large_ones_can_be_left_out():
+    tiling = choose_tiling(TILE, GRID**2, pinpoints="(1x1),...,(2x3)")
+    grids = [(width // TILE, height // TILE) for width, height in tiling.pinpoints]
+    assert grids == [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (2, 3)]
+    assert choose_tiling(TILE, GRID**2, None, "(1x1),...,(2x3)", 3).pinpoints == tuple(
+        (columns * TILE, rows * TILE) for columns, rows in grids if columns * rows <= 3
+    )
+    with pytest.raises(ValueError, match=r"none in config\.json has up to 1 tiles"):
+        choose_tiling(TILE, GRID**2, None, "(2x2)", 1)

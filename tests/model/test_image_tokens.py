@@ -12,6 +12,7 @@ from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import IMAGE_TOKEN_INDEX, tokenize_prompt
 from mini_llava.formats.tokenizers import load_tokenizer
 from mini_llava.options.image_tokens import add_image_tokens, add_token_rows, read_rows
+from mini_llava.options.token_rows import TokenRows
 from mini_llava.tools import export
 from mini_llava.tools.saved_models import open_saved
 from tests.end_to_end import runs
@@ -54,10 +55,11 @@ def test_trained_rows_are_multiplied_as_gemma_multiplies_what_it_looks_up():
                                   num_attention_heads=4, num_key_value_heads=2, head_dim=16)  # fmt: skip
     model, with_marks = build(language_model=AutoModelForCausalLM.from_config(config)), tokenizer()
     add_image_tokens(with_marks, get_template("v1"), True, True)
-    add_token_rows(model, with_marks, 3, (True, True), train_in=torch.float32)
+    add_token_rows(model, with_marks, 3, (True, True))
+    rows = TokenRows(model.language_model, [START, END], torch.float32, with_head=False)
     ids, nowhere = torch.tensor([[5, START, END]]), torch.zeros(0, dtype=torch.int64)
     beside = model.embed(ids, torch.zeros(1, 3, 56, 56), nowhere)
-    model.new_tokens = None
+    rows.write_into(model.language_model)
     assert torch.equal(beside, model.embed(ids, torch.zeros(1, 3, 56, 56), nowhere))
 
 

@@ -114,6 +114,54 @@ def test_biases_are_trained_saved_and_merged_where_asked_for(tmp_path, bias, cou
     assert not merged
 
 
+@pytest.mark.parametrize("variant", ["use_dora", "use_rslora"])
+def test_variants_of_lora_merge_into_what_was_trained_and_peft_reads_them(tmp_path, variant):
+    kept, load = [], building.load_llava
+    values = LORA | {variant: True, "max_steps": 3, "learning_rate": 1e-2, "warmup_ratio": 0, "global_batch_size": 8}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(building, "load_llava", lambda *arguments: kept.append(load(*arguments)) or kept[0])
+        runs.train_here(runs.flags_of(2, tmp_path, values))
+    expected = logits(kept[0].eval())
+    if variant == "use_dora":
+        magnitudes = {n: p for n, p in kept[0].language_model.named_parameters() if "lora_magnitude_vector" in n}
+        assert len(magnitudes) == len(ADAPTED) and all(p.requires_grad for p in magnitudes.values())
+    merged = load_merged(tmp_path, torch.float32)
+    assert (logits(merged) - expected).abs().max() < 1e-5 * expected.abs().max()
+    base = AutoModelForCausalLM.from_pretrained(runs.FIXTURES / "llm", dtype=torch.float32)
+    merged.language_model = PeftModel.from_pretrained(base, tmp_path).eval()
+    assert (logits(merged) - expected).abs().max() < 1e-5 * expected.abs().max()
+    with pytest.raises(ValueError, match=f"has {variant} True, but --{variant} is False"):
+        runs.train_here(runs.flags_of(2, tmp_path / "on", values | {"lora_weight_path": tmp_path, variant: False}))
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["self_attn.q_proj", "model.layers.1.self_attn.v_proj"]])
+def test_adapters_stand_beside_the_layers_that_are_named(tmp_path, targets):
+    values = LORA | {"lora_target_modules": targets, "max_steps": 2, "global_batch_size": 8, "learning_rate": 1e-2}
+    runs.train_here(runs.flags_of(2, tmp_path, values))
+    layers = {name.partition(".lora_")[0] for name in load_file(tmp_path / "adapter_model.safetensors")}
+    chosen = {name for name in ADAPTED if any(name.endswith(target) for target in targets)}
+    assert layers == {f"base_model.model.{name}" for name in chosen} and len(chosen) == (
+        4 if len(targets[0]) == 6 else 3
+    )
+    assert set(json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]) == chosen
+    merged = load_merged(tmp_path, torch.float32).language_model.state_dict()
+    base = AutoModelForCausalLM.from_pretrained(runs.FIXTURES / "llm", dtype=torch.float32).state_dict()
+    changed = {name.removesuffix(".weight") for name in base if not base[name].equal(merged[name])}
+    assert changed == chosen
+
+
+@pytest.mark.parametrize("target, said", [("q_prj", "known are q_proj"), ("lm_head", "all but the head"),
+                                          ("vision_tower", "--unfreeze_mm_vision_tower True")])  # fmt: skip
+def test_a_target_that_is_no_layer_of_the_language_model_is_refused(tmp_path, target, said):
+    with pytest.raises(ValueError, match=f"--lora_target_modules {target}: .*{said}"):
+        runs.train_here(runs.flags_of(2, tmp_path, LORA | {"lora_target_modules": ["v_proj", target]}))
+
+
+def test_all_linear_is_the_default():
+    model = build().language_model
+    assert lora.adapted_layers(model, ["all-linear"]) == lora.adapted_layers(model, None) == lora.linear_layers(model)
+
+
 def save_directory(directory: Path, model: LlavaModel) -> None:
     tower = str(runs.FIXTURES / "clip")
     lora.save_lora(directory, model, Description("mlp2x_gelu", tower, "pad", 512, tokenizer=tokenizer()))
@@ -275,8 +323,8 @@ def test_the_wrong_base_is_named_with_its_differences(copied, tmp_path):
 
 def test_an_adapter_of_another_kind_is_refused(copied):
     path = copied / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))
-    assert "use_dora" in refused(copied)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_type": "IA3"}))
+    assert "peft_type IA3" in refused(copied)
 
 
 # --- further runs ----------------------------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """A model whose images come in tiles: one loss however its batches are cut, and the same logits in transformers."""
 
+import json
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoProcessor, LlavaNextForConditionalGeneration
 
 from mini_llava.arguments import DataArguments, ModelArguments
@@ -23,6 +25,7 @@ from mini_llava.options.tiles import ImageNewline, choose_tiling
 from mini_llava.tools import chat, export
 from mini_llava.tools.saved_models import open_saved
 from mini_llava.watch.flops import FlopCounter
+from tests.end_to_end import runs
 from tests.launching import ROOT
 from tests.model.tiny_towers import save_tower
 
@@ -234,3 +237,72 @@ def test_layouts_that_cannot_express_it_say_so(saved, tmp_path, capsys):
         export.main([str(folder / "llava"), str(tmp_path / "out"), "--image_aspect_ratio", "pad"])
     model = build("spatial")
     assert "spatial_unpad only, not spatial" in write.why_not_transformers("mlp2x_gelu", model)
+
+
+# --- LLaVA-OneVision's -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one_vision(tmp_path_factory):
+    """(directory, the model that is in it): SigLIP without the last layer and head, which its config.json does not say,
+    and a range of grids of which anyres_max_2 leaves two tiles as they are."""
+    folder = tmp_path_factory.mktemp("one vision")
+    tower = save_tower("siglip", folder / "tower")
+    flags = ModelArguments(model_name_or_path=str(FIXTURES / "llm"), vision_tower=tower, mm_projector_type="mlp2x_gelu")
+    flags.mm_vision_select_layer = -2
+    grids = DataArguments(image_aspect_ratio="anyres", image_grid_pinpoints="[(28, 28), (28, 56), (56, 28)]")
+    source = open_source(flags, (), grids)
+    model = load_llava(source, "sdpa", dict.fromkeys(("language_model", "vision_tower", "projector"), torch.float32))
+    described = write.Description("mlp2x_gelu", tower, "anyres", 500, version="v1", **textual(), dtype=torch.float32)
+    described.image_processor, described.export_format = source.image_processor(), "llava"
+    described.include_vision_tower = True
+    write.save_whole_model(folder / "model", model.eval(), described)
+    weights = load_file(folder / "model" / "model.safetensors")
+    kept = {name: t for name, t in weights.items() if ".layers.2." not in name or "vision_tower" not in name}
+    kept = {name: t for name, t in kept.items() if "vision_model.head." not in name}
+    assert len(kept) < len(weights)
+    save_file(kept, folder / "model" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "model" / "config.json").read_text())
+    config |= {"image_aspect_ratio": "anyres_max_2", "image_grid_pinpoints": "(1x1),...,(3x3)"}
+    (folder / "model" / "config.json").write_text(json.dumps(config | {"mm_newline_position": "one_token"}))
+    return folder / "model", model
+
+
+def features(model: LlavaModel) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model.projector(model.vision_tower(torch.linspace(-1, 1, 3 * 28 * 28).view(1, 3, 28, 28)))
+
+
+def test_a_model_of_llava_one_vision_is_read_and_says_what_is_not_done(one_vision):
+    folder, model = one_vision
+    found = open_saved(str(folder))
+    assert found.source.tiling == model.tiling and found.image_aspect_ratio() == "anyres"
+    said = found.source.describe()
+    assert "anyres_max_2" in said and "at most 2 tiles" in said
+    torch.testing.assert_close(features(found.load(torch.float32)), features(model), rtol=0, atol=1e-6)
+
+
+def test_it_is_trained_on_and_exported_and_a_flag_overrules_its_grids(one_vision, tmp_path):
+    folder, _ = one_vision
+    values = {"model_name_or_path": folder, "max_steps": 2, "global_batch_size": 4, "export_format": "llava"}
+    line = runs.flags_of(2, tmp_path / "run", values)
+    at = line.index("--vision_tower")
+    del line[at : at + 2]
+    runs.train_here(line)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["image_aspect_ratio"] == "anyres" and config["mm_patch_merge_type"] == "spatial_unpad"
+    assert config["image_grid_pinpoints"] == [[28, 28], [28, 56], [56, 28]]
+    again = open_saved(str(tmp_path / "run"))
+    export.main([str(tmp_path / "run"), str(tmp_path / "exported")])
+    exported = open_saved(str(tmp_path / "exported"))
+    assert exported.source.tiling == again.source.tiling
+    expected = features(again.load(torch.float32))
+    torch.testing.assert_close(features(exported.load(torch.float32)), expected, rtol=0, atol=1e-6)
+    whole = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "exported", output_loading_info=True)[1]
+    assert not any(whole.values()), whole
+
+    flags = ModelArguments(model_name_or_path=str(folder))
+    data = DataArguments(image_aspect_ratio="anyres", image_grid_pinpoints="(1x1),...,(3x3)")
+    source = open_source(flags, {"image_aspect_ratio", "image_grid_pinpoints"}, data)
+    assert len(source.tiling.pinpoints) == 9 and "anyres_max" not in source.describe()

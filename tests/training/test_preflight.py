@@ -257,7 +257,7 @@ LORA = {"lora_enable": True, "lora_r": 4, "lora_alpha": 8, "packing": False}
 )
 def test_adapters_reach_all_layers_or_it_is_said_which_not(kind, values, missed, tmp_path):
     folder = language_model(tmp_path / "llm", kind, **values)
-    found = of("adapters", findings(tmp_path, model_name_or_path=folder, **LORA))
+    found = next(f for f in findings(tmp_path, model_name_or_path=folder, **LORA) if f.check == "adapters")
     assert found.verdict == (CONTRADICTION if missed else FINE)
     assert missed is None or missed in found.sentence
     assert not [f for f in findings(tmp_path, model_name_or_path=folder, packing=False) if f.check == "adapters"]
