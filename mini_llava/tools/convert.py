@@ -281,14 +281,17 @@ def make_record(
         raise BadEntry(str(error)) from None
     images = [image for column in columns.image for image in encoded_images(entry[column], given.image_root)]
     text = entry[columns.text]
+    are_points = bool(columns.answer) and columns.text.lower() == "points"
     if columns.answer:
-        text = pairs_of(text, entry[columns.answer], columns.text.lower() == "points")
+        text = pairs_of(text, entry[columns.answer], are_points)
     turns, in_parts = turns_of(text, not given.keep_system)
     images = images_by_marks(images, in_parts, given.image_root)
     if not images:
         _check_addresses(entry, columns, given)
         if isinstance(text, str) and len(turns) == 2 and not turns[0][1]:
             raise BadEntry("it is a caption without an image.")
+        if are_points:
+            raise BadEntry("it has points and no image.")
     if given.min_rating is not None:
         rounds = len(turns)
         turns = well_rated(turns, entry, given.min_rating)
@@ -406,7 +409,7 @@ def convert(given: argparse.Namespace) -> int:
     for line in read_lines(passed):
         passed_over[line["what"]] += line["count"]
     if +passed_over:
-        found = (f"{what} ({count:,} times)" for what, count in (+passed_over).most_common())
+        found = (f"{what} ({count:,})" for what, count in (+passed_over).most_common())
         print(f"Not in the records: {', '.join(found)}.")
     if reasons:
         which = "1 entry" if len(reasons) == 1 else f"{len(reasons):,} entries"

@@ -146,14 +146,10 @@ def input_files(source: Path, split: str | None) -> list[Path]:
         if state.get("_indices_data_files"):
             raise UserError(f"{source} was saved with a selection of rows beside it: save it with newer datasets.")
         return [source / file["filename"] for file in state["_data_files"]]
+    shown = [path for path in source.rglob("*") if not any(p.startswith(".") for p in path.relative_to(source).parts)]
     # Beside other data JSON files are notes about it.
-    files = [path for path in source.rglob("*") if _is_data(path)] or [
-        path for path in source.rglob("*") if _is_lines(path)
-    ]
-    unpacked = {path for path in files if MDS.fullmatch(path.name) and path.suffix == ".mds"}
-    files = [path for path in files if not (MDS.fullmatch(path.name) and path.with_suffix("") in unpacked)]
-    files = [path.relative_to(source) for path in files]
-    files = [path for path in files if not any(part.startswith(".") for part in path.parts)]
+    found = {path for path in shown if _is_data(path)} or {path for path in shown if _is_lines(path)}
+    files = [path.relative_to(source) for path in found if not _says_again(path, found)]
     files.sort(key=lambda path: [by_number(part) for part in path.parts])
     splits = _energon_splits(source, files) or {path: _split_of(path) for path in files}
     files = [path for path in files if path in splits]
@@ -180,6 +176,16 @@ def _is_data(path: Path) -> bool:
 
 def _is_lines(path: Path) -> bool:
     return path.name.lower().endswith(LINES) and path.is_file()
+
+
+def _says_again(path: Path, files: set[Path]) -> bool:
+    """Return whether a file repeats another one: a packed shard that was unpacked beside it, or img2dataset's notes.
+
+    Those have the rows of a shard without their images, and rows whose images could not be fetched.
+    """
+    if path.suffix.lower() == ".parquet":
+        return path.with_suffix(".tar") in files
+    return path.suffix != ".mds" and path.with_suffix("").suffix == ".mds" and path.with_suffix("") in files
 
 
 def _energon_splits(source: Path, files: list[Path]) -> dict[Path, str] | None:
@@ -255,7 +261,8 @@ def read_entries(path: Path, asked: Columns, passed_over: Counter) -> Iterator[t
     try:
         yield from reader(path, asked, passed_over)
     except ImportError as error:
-        package = {"streaming": "mosaicml-streaming"}.get(error.name, error.name)
+        name = (error.name or "").partition(".")[0]
+        package = {"streaming": "mosaicml-streaming"}.get(name, name)
         raise UserError(f"{path} needs the package {package}: pip install {package}.") from error
     except (tarfile.TarError, EOFError, zlib.error, ValueError, OSError) as error:
         raise UserError(f"{path} cannot be converted: {error}") from error
