@@ -13,12 +13,15 @@ import html
 import io
 import itertools
 import json
+import numbers
 import os
 import shutil
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import unquote
 
 from PIL import Image
 from tqdm import tqdm
@@ -51,6 +54,7 @@ ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
 }
 PAIRS = (("user", "assistant"), ("question", "answer"))
+BESIDE = ("image", "tool_calls", "function_call")  # of a message, beside what looks like media or a prompt
 WEB = ("http://", "https://", "ftp://", "s3://", "gs://")
 TEXT_PARTS, IMAGE_PARTS = ("text", "input_text", "output_text"), ("image", "image_url", "input_image")
 SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "JPEG2000": ".jp2"}  # of other formats: their name in lower case
@@ -89,7 +93,8 @@ def encoded_images(value: object, image_root: str | None) -> list[bytes]:
     if image_root is None:
         raise BadEntry(f"its image is not in the data but a file, {shorten(value)}: say where by --image_root.")
     try:
-        return [Path(image_path(image_root, value.removeprefix("file://"))).read_bytes()]
+        name = unquote(value.removeprefix("file://")) if value.startswith("file://") else value
+        return [Path(image_path(image_root, name)).read_bytes()]
     except BadImage as error:
         raise BadEntry(str(error)) from None
 
@@ -99,8 +104,16 @@ def _encoded(image: Image.Image) -> bytes:
     if isinstance(getattr(image, "fp", None), io.BytesIO):
         return image.fp.getvalue()
     content = io.BytesIO()
-    image.save(content, "PNG")
+    try:
+        image.save(content, "PNG")
+    except OSError as error:
+        raise BadEntry(f"its image of Pillow's mode {image.mode} cannot be saved: {error}.") from None
     return content.getvalue()
+
+
+def is_nothing(value: object) -> bool:
+    """Return whether a column says nothing. Arrays, which have no truth, say something."""
+    return value is None or (isinstance(value, str | list | tuple | dict) and not value)
 
 
 def suffix_of(content: bytes) -> str:
@@ -114,12 +127,16 @@ def suffix_of(content: bytes) -> str:
         raise BadEntry(f"its image of {len(content)} bytes cannot be read.") from None
 
 
-def turns_of(value: object, drop_system: bool) -> tuple[list[tuple[str, str]], list[object] | None]:
+def turns_of(
+    value: object, drop_system: bool, left_unread: Sequence[str] = ()
+) -> tuple[list[tuple[str, str]], list[object] | None]:
     """Return the turns of a text, (human, gpt or system, text), and the images that its parts hold.
 
     The keys decide: LLaVA's `from` and `value`, chat messages' `role` and `content`, or pairs of `user` and
     `assistant` or `question` and `answer`. A plain text is a caption. Images are None where no message is in parts;
-    otherwise one for each mark in the text, None where it is in a column. Raises BadEntry.
+    otherwise one for each mark in the text, None where it is in a column. A thought beside an answer comes before it.
+
+    Raises BadEntry, also for what a message has beside its text and would be missed.
     """
     if isinstance(value, str) and value.startswith("[{"):  # where a column has to be of texts
         with contextlib.suppress(ValueError, RecursionError):
@@ -131,11 +148,17 @@ def turns_of(value: object, drop_system: bool) -> tuple[list[tuple[str, str]], l
         if {"from", "value"} <= item.keys():
             said = [(item["from"], item["value"])]
         elif {"role", "content"} <= item.keys():
-            said = [(item["role"], item["content"])]
+            said = [(item["role"], _with_thought(item))]
         elif pair := next((pair for pair in PAIRS if set(pair) <= item.keys()), None):
             said = [("human", item[pair[0]]), ("gpt", item[pair[1]])]
         else:
             raise BadEntry(f"turn {number} has the keys {', '.join(map(str, item))}, which are not known.")
+        for name, beside in item.items():
+            if name not in left_unread and not is_nothing(beside) and (name in BESIDE or kind_of_name(name)):
+                raise BadEntry(
+                    f"turn {number} has {shorten(name)} beside its text, where it is not read: images are read from a "
+                    f"column or from parts of the message. Or train without it by --leave_unread {name}."
+                )
         for role, content in said:
             if drop_system and ROLES.get(role) == "system":
                 continue
@@ -147,6 +170,14 @@ def turns_of(value: object, drop_system: bool) -> tuple[list[tuple[str, str]], l
         if role not in ROLES or not isinstance(text, str):
             raise BadEntry(f"turn {number} is {shorten(text)} from {shorten(role)}, not a text from a known role.")
     return [(ROLES[role], text) for role, text in turns], images if in_parts else None
+
+
+def _with_thought(message: dict) -> object:
+    """Return a message's content behind its `reasoning_content`, if it has one, as models that think write it."""
+    thought, said = message.get("reasoning_content"), message["content"]
+    if isinstance(thought, str) and thought.strip() and isinstance(said, str):
+        return f"<think>\n{thought.strip()}\n</think>\n\n{said}"
+    return said
 
 
 def images_by_marks(in_column: list[bytes], in_parts: list[object] | None, image_root: str | None) -> list[bytes]:
@@ -211,8 +242,8 @@ def _pointing(label: object, points: object) -> tuple[str, str]:
     question = f"Point to {label}."
     if not places:
         return question, "There are none."
-    numbers = [""] if len(places) == 1 else range(1, len(places) + 1)
-    where = " ".join(f'x{number}="{x}" y{number}="{y}"' for number, (x, y) in zip(numbers, places, strict=True))
+    which = [""] if len(places) == 1 else range(1, len(places) + 1)
+    where = " ".join(f'x{number}="{x}" y{number}="{y}"' for number, (x, y) in zip(which, places, strict=True))
     tag = "point" if len(places) == 1 else "points"
     return question, f'<{tag} {where} alt="{html.escape(label)}">{label}</{tag}>'
 
@@ -237,7 +268,7 @@ def _text(content: object, number: int, images: list[object]) -> object:
 
     Raises BadEntry.
     """
-    if isinstance(content, int | float) and not isinstance(content, bool):
+    if isinstance(content, numbers.Real) and not isinstance(content, bool):
         content = str(content)
     if not isinstance(content, list):
         images += [None] * (content.count(IMAGE_MARK) if isinstance(content, str) else 0)
@@ -284,7 +315,7 @@ def make_record(
     are_points = bool(columns.answer) and columns.text.lower() == "points"
     if columns.answer:
         text = pairs_of(text, entry[columns.answer], are_points)
-    turns, in_parts = turns_of(text, not given.keep_system)
+    turns, in_parts = turns_of(text, not given.keep_system, given.leave_unread)
     images = images_by_marks(images, in_parts, given.image_root)
     if not images:
         _check_addresses(entry, columns, given)
@@ -298,8 +329,8 @@ def make_record(
         passed_over[f"round with a rating below {given.min_rating}"] += (rounds - len(turns)) // 2
     identifier = entry.get(columns.id)
     record = {"id": name if identifier is None else str(identifier)}
-    numbers = [""] if len(images) == 1 else [f"-{number}" for number in range(1, len(images) + 1)]
-    names = [f"{place}{number}{suffix_of(image)}" for number, image in zip(numbers, images, strict=True)]
+    places = [place] if len(images) == 1 else [f"{place}-{number}" for number in range(1, len(images) + 1)]
+    names = [f"{place}{suffix_of(image)}" for place, image in zip(places, images, strict=True)]
     if names:
         record["image"] = names[0] if len(names) == 1 and in_parts is None else names
     if given.keep_system and entry.get("system"):
@@ -309,7 +340,7 @@ def make_record(
     not_taken.pop("system", None)
     check_record(not_taken | record, given.check)
     read = {*columns.all, *ID_COLUMNS, *(["system"] if given.keep_system else [])}
-    left = (name for name, value in entry.items() if name not in read and value not in (None, "", [], {}))
+    left = (name for name, value in entry.items() if name not in read and not is_nothing(value))
     passed_over.update(f"column {name}" for name in left)
     return record, dict(zip(names, images, strict=True))
 

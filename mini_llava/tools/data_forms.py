@@ -202,6 +202,9 @@ def _energon_splits(source: Path, files: list[Path]) -> dict[Path, str] | None:
         }
     except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{file} cannot be read: {error!r}.") from error
+    names = {Path(name) for listed in named.values() for name in listed}
+    if absent := sorted(map(str, names - excluded - set(files))):
+        raise UserError(f"{file} lists {absent[0]}, which is not in {source}.")
     if others := sorted(map(str, excluded - set(files))):
         raise UserError(f"{file} excludes {others[0]}, which is no file of {source}: samples are not left out singly.")
     return {Path(name): split for split, names in named.items() for name in names if Path(name) not in excluded}
@@ -258,14 +261,18 @@ def read_entries(path: Path, asked: Columns, passed_over: Counter) -> Iterator[t
         if LITDATA.fullmatch(path.name)
         else read_table
     )
+    damage = (tarfile.TarError, EOFError, zlib.error, ValueError, OSError)
+    if reader in (read_mds, read_litdata):  # packages of others raise what they like
+        damage = Exception
     try:
         yield from reader(path, asked, passed_over)
     except ImportError as error:
         name = (error.name or "").partition(".")[0]
         package = {"streaming": "mosaicml-streaming"}.get(name, name)
         raise UserError(f"{path} needs the package {package}: pip install {package}.") from error
-    except (tarfile.TarError, EOFError, zlib.error, ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be converted: {error}") from error
+    except damage as error:
+        what = error if isinstance(error, ValueError | OSError) else repr(error)
+        raise UserError(f"{path} cannot be converted: {what}") from error
 
 
 def read_lines(path: Path, asked: Columns, passed_over: Counter) -> Iterator[tuple[str, dict | BadEntry]]:

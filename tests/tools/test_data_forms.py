@@ -162,6 +162,8 @@ def test_energons_shards_by_its_own_splits(tmp_path, capsys):
     file.write_text("split_parts:\n  train: ['shard_{0000..0001}.tar']\nexclude: [shard_0000.tar/sample_0000]\n")
     said = error(capsys, tmp_path / "copy", "--output", tmp_path / "none")
     assert "excludes shard_0000.tar/sample_0000, which is no file of" in said
+    file.write_text("split_parts:\n  train: [shard_0000.tar, shard_0009.tar]\n")
+    assert "lists shard_0009.tar, which is not in" in error(capsys, tmp_path / "copy", "--output", tmp_path / "none")
     file.write_text("split_parts: [")
     assert f"{file} cannot be read" in error(capsys, tmp_path / "copy", "--output", tmp_path / "none")
 
@@ -194,6 +196,11 @@ def test_shards_of_mosaicml_streaming(tmp_path, capsys):
     text = index.read_text()
     index.write_text(text.replace('"jpeg"', '"pkl"'))
     assert "contains an unsafe type: pkl" in error(capsys, tmp_path / "copy", "--output", tmp_path / "none")
+    index.write_text(text)
+    shard = tmp_path / "copy" / "shard.00001.mds"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:300])
+    assert f"{shard} cannot be converted: " in error(capsys, tmp_path / "copy", "--output", tmp_path / "torn")
     index.write_text(text.replace("shard.00001", "shard.00007"))
     said = error(capsys, tmp_path / "copy" / "shard.00001.mds", "--output", tmp_path / "none2")
     assert "index.json does not list it" in said
@@ -219,7 +226,10 @@ def test_chunks_of_litdata(tmp_path, capsys):
     assert sorted((FORMS / "litdata").rglob("*")) == before
     shutil.copytree(FORMS / "litdata" / "jpeg", tmp_path / "copy")
     index = tmp_path / "copy" / "index.json"
-    index.write_text(index.read_text().replace('"jpeg"', '"pickle"'))
+    text = index.read_text()
+    index.write_text(text.replace('"config"', '"settings"'))
+    assert "chunk-0-0.bin cannot be converted: " in error(capsys, tmp_path / "copy", "--output", tmp_path / "torn")
+    index.write_text(text.replace('"jpeg"', '"pickle"'))
     assert "it has pickled fields" in error(capsys, tmp_path / "copy", "--output", tmp_path / "none")
 
 
@@ -268,7 +278,7 @@ def test_an_image_in_a_message_is_a_name_a_file_url_or_base64(tmp_path, pictures
         {"type": "image", "path": "a.png"},
         {"type": "image", "url": str(pictures / "a.png")},
         {"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}},
-        {"type": "image_url", "image_url": {"url": f"file://{pictures}/a.png"}},
+        {"type": "image_url", "image_url": {"url": f"file://{pictures}/%61.png"}},
         {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}},
         {"type": "input_image", "image_url": f"data:image/png;base64,{encoded}"},
         {"type": "image", "image": f"data:image;base64,{encoded}"},
@@ -342,6 +352,23 @@ def test_roles_numbers_and_faults_of_chats(tmp_path):
     sentences += ["an address on the web", "is no base64", "of 3 bytes cannot be read"]
     for sentence, (_, reason) in zip(sentences, bad_entries(tmp_path / "out"), strict=True):
         assert sentence in reason
+
+
+def test_what_a_message_has_beside_its_text_is_read_or_refused(tmp_path):
+    thinking = [{"role": "user", "content": "Hi"}]
+    thinking += [{"role": "assistant", "content": "Yes", "reasoning_content": "Let me see.\n", "tool_calls": []}]
+    rows = [{"messages": thinking}]
+    names = ["images", "image", "tool_calls", "audio"]
+    for name in names:
+        rows.append({"messages": [asked("Hi")["messages"][0] | {name: ["a.png"]}, *asked("Hi")["messages"][1:]]})
+    file = write_lines(tmp_path / "a.jsonl", rows)
+    [record] = converted(tmp_path / "out", file, code=1)
+    assert record["conversations"] == turns("Hi", "<think>\nLet me see.\n</think>\n\nYes")
+    for name, (_, reason) in zip(
+        ("images", "image", "tool_calls", "audio"), bad_entries(tmp_path / "out"), strict=True
+    ):
+        assert reason.startswith(f"turn 1 has '{name}' beside its text, where it is not read")
+    assert len(converted(tmp_path / "told", file, "--leave_unread", *names)) == 5
 
 
 def test_json_of_a_directory_is_read_where_no_other_data_is(tmp_path, capsys):
