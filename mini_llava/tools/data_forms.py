@@ -293,13 +293,13 @@ def read_mds(path: Path, asked: Columns, passed_over: Counter) -> Iterator[tuple
 
     index = next((f / "index.json" for f in list(path.parents)[:2] if (f / "index.json").is_file()), None)
     if index is None:
-        raise ValueError("its index.json is not beside it.")
+        raise UserError("its index.json is not beside it.")
     name = path.relative_to(index.parent).as_posix()
     for shard in json.loads(index.read_text(encoding="utf-8"))["shards"]:
         if name in [(shard[data] or {}).get("basename") for data in ("raw_data", "zip_data")]:
             break
     else:
-        raise ValueError(f"{index} does not list it.")
+        raise UserError(f"{index} does not list it.")
     with tempfile.TemporaryDirectory() as folder:
         if path.suffix != ".mds":
             unpacked = Path(folder, shard["raw_data"]["basename"])
@@ -318,7 +318,7 @@ def read_litdata(path: Path, asked: Columns, passed_over: Counter) -> Iterator[t
 
     index = json.loads((path.parent / "index.json").read_text(encoding="utf-8"))
     if "pickle" in index["config"]["data_format"]:
-        raise ValueError("it has pickled fields, which can run any program: write texts, numbers, images and bytes.")
+        raise UserError("it has pickled fields, which can run any program: write texts, numbers, images and bytes.")
     # Images stay encoded as they are.
     encoded = {name: BytesSerializer() for name in index["config"]["data_format"] if name.startswith(("jpeg", "image"))}
     encoded = {name.partition(":")[0]: serializer for name, serializer in encoded.items() if name != "jpeg_array"}
@@ -329,7 +329,7 @@ def read_litdata(path: Path, asked: Columns, passed_over: Counter) -> Iterator[t
             break
         first += chunk["chunk_size"]
     else:
-        raise ValueError("its index.json does not list it.")
+        raise UserError("its index.json does not list it.")
     for row in range(chunk["chunk_size"]):
         sample = samples[first + row]
         yield f"sample {row}", sample if isinstance(sample, dict) else BadEntry(f"it is {shorten(sample)}, not fields.")
