@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # for data that are converted or checked it need not be impor
 IGNORE_INDEX = -100
 IMAGE_TOKEN_INDEX = -200
 NO_PROMPT = ("", "null", "[]", "{}")  # nothing, also as text
+OTHER_FORMS = "Other forms of chat are made records by python -m mini_llava.tools.convert."
 NO_IMAGE = (None, "", [], [""])  # what tables and other tools write under `image` for a record of text
 
 
@@ -188,17 +189,18 @@ def read_conversation(record: dict, template: Template) -> tuple[list[str], list
 def _turns(record: dict) -> list[tuple[str, str]]:
     conversation = record.get("conversations") if isinstance(record, dict) else None
     if not isinstance(conversation, list) or not conversation:
-        raise BadRecord("it has no list 'conversations' of turns.")
+        raise BadRecord(f"it has no list 'conversations' of turns. {OTHER_FORMS}")
     turns = []
     for number, turn in enumerate(conversation, start=1):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise BadRecord(f"turn {number} is not an object with a 'from' and a text 'value'.")
+            raise BadRecord(f"turn {number} is not an object with a 'from' and a text 'value'. {OTHER_FORMS}")
         if turn.get("from") == "system":
             if number > 1:
                 raise BadRecord(f"turn {number} is from 'system'; a system prompt is the first turn.")
             continue
         if turn.get("from") not in ("human", "gpt"):
-            raise BadRecord(f"turn {number} is from {shorten(turn.get('from'))}; known roles are 'human' and 'gpt'.")
+            role = shorten(turn.get("from"))
+            raise BadRecord(f"turn {number} is from {role}; known roles are 'human' and 'gpt'. {OTHER_FORMS}")
         turns.append((turn["from"], turn["value"]))
     return turns
 

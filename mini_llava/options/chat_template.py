@@ -80,29 +80,44 @@ class ChatTemplate:
     ) -> list[tuple[str, bool]]:
         """Return a conversation as pieces `(text, trained)`, as `Template.render` does.
 
+        A thought in an answer (`<think>...</think>`) is trained where the template writes it. An answer whose thought
+        it leaves out, as Qwen 3's does with all but the last, is context: a model is to think before it.
+
         Raises BadRecord if the template does something to this conversation that hides its answers.
         """
         turns = [turn for pair in itertools.zip_longest(questions, answers) for turn in pair if turn is not None]
         text, _ = self.write(turns, generation_prompt)
-        around, rest = _frame(self, len(questions), len(answers), generation_prompt)
-        changed = 0
-        for trims in itertools.product((str, str.strip), repeat=2):  # of questions and answers: Llama's and Gemma's do
-            pieces, written = [], 0
-            for number, (turn, (before, after)) in enumerate(zip(turns, around, strict=True)):
-                pieces.append((before + trims[number % 2](turn) + after, number % 2 == 1))
-                if not text.startswith(pieces[-1][0], written):
-                    changed = max(changed, number + 1)
-                    break
-                written += len(pieces[-1][0])
-            else:
-                if text[written:] == rest:
-                    return [piece for piece in [*pieces, (rest, False)] if piece[0]]
+        whole = [("", turn) for turn in turns]
+        apart = [_thought_and_rest(turn) if number % 2 else ("", turn) for number, turn in enumerate(turns)]
+        changed, fault = 0, None
+        for parts in (whole, apart) if apart != whole else (whole,):
+            thinks = tuple(bool(thought) for thought, _ in parts[1::2])
+            try:
+                around, rest = _frame(self, len(questions), len(answers), generation_prompt, thinks)
+            except BadRecord as error:
+                fault = fault or error
+                continue
+            pieces, turn = _filled(text, parts, around, rest)
+            if pieces is None:
+                changed = max(changed, turn)
+                continue
+            if answers and not generation_prompt and not any(trained for _, trained in pieces):
+                raise BadRecord(
+                    "the tokenizer's chat template leaves out the thoughts of all its answers, so there is nothing to "
+                    f"train on. {_WITH_THOUGHTS}"
+                )
+            return [piece for piece in pieces if piece[0]]
+        advice = f" {_WITH_THOUGHTS}" if any("</think>" in answer for answer in answers) else ""
+        if fault:
+            raise BadRecord(f"{fault}{advice}")
         raise BadRecord(
-            f"the tokenizer's chat template changes turn {changed or len(turns)}, and not only the blanks around it: "
-            f"where the answers stand is not known for sure."
+            f"the tokenizer's chat template changes turn {changed}, and not only the blanks around it: "
+            f"where the answers stand is not known for sure.{advice}"
         )
 
 
+_THOUGHT = re.compile(r"\s*<think>(.*?)</think>\n*(.*)", re.DOTALL)
+_WITH_THOUGHTS = "Named templates train thoughts as they stand: --version qwen_2 is the one with Qwen's marks."
 _DATE = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # An expression follows: behind a block Jinja would drop a newline with which the template may begin.
@@ -135,25 +150,57 @@ def own_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     template = ChatTemplate("", (), jinja, tuple(special.items()), tuple(dict.fromkeys([*added, *special.values()])))
     try:
-        [_, (lead, end)], rest = _frame(template, 1, 1, False)
+        [_, (lead, end, _)], rest = _frame(template, 1, 1, False, (False,))
         _, mark = _end_of_answer(template, end + rest)
     except BadRecord as error:
         raise UserError(f"{where} has a chat template that cannot be trained with: {error}") from None
     return replace(template, answer_lead=lead, stop=(mark,))
 
 
+def _filled(
+    text: str, parts: list[tuple[str, str]], around: list[tuple[str, str, bool]], rest: str
+) -> tuple[list[tuple[str, bool]] | None, int]:
+    """Return the pieces of a text with its thoughts and turns in their frame; None, and the turn, where they differ."""
+    changed = 0
+    for trims in itertools.product((str, str.strip), repeat=2):  # of questions and answers: Llama's and Gemma's do
+        pieces, written = [], 0
+        for number, ((thought, turn), (before, after, trained)) in enumerate(zip(parts, around, strict=True)):
+            trim = trims[number % 2]
+            if thought:
+                before = before.replace(f"thought{number}.", trim(thought))
+            pieces.append((before + trim(turn) + after, trained))
+            if not text.startswith(pieces[-1][0], written):
+                changed = max(changed, number + 1)
+                break
+            written += len(pieces[-1][0])
+        else:
+            if text[written:] == rest:
+                return [*pieces, (rest, False)], 0
+    return None, changed or len(parts)
+
+
+def _thought_and_rest(answer: str) -> tuple[str, str]:
+    """Return the thought with which an answer begins, "" for none or an empty one, and what follows."""
+    found = _THOUGHT.fullmatch(answer)
+    return (found[1].strip("\n") if found[1].strip() else "", found[2]) if found else ("", answer)
+
+
 @lru_cache(maxsize=256)
 def _frame(
-    template: ChatTemplate, questions: int, answers: int, generation_prompt: bool
-) -> tuple[list[tuple[str, str]], str]:
-    """What a template writes around each turn, (before, after), and behind all of them; around answers it is trained.
+    template: ChatTemplate, questions: int, answers: int, generation_prompt: bool, thinks: tuple[bool, ...]
+) -> tuple[list[tuple[str, str, bool]], str]:
+    """What a template writes around each turn, (before, after, trained), and behind all of them.
+
+    thinks: which answers begin with a thought; if the one of turn 1 is written, `thought1.` has its place in `before`.
 
     Found by letting it write a conversation whose turns are names that occur nowhere else. Trained is what follows the
     text that the model is asked with, up to the special token behind the answer; or what `{% generation %}` marks.
     Raises BadRecord if it is not certain which text that is.
     """
     names = [f"turn{number}." for number in range(questions + answers)]
-    text, marked = template.write(names, generation_prompt)
+    thoughts = {1 + 2 * number: f"thought{1 + 2 * number}." for number, has_one in enumerate(thinks) if has_one}
+    turns = [f"<think>\n{thoughts[n]}\n</think>\n\n{name}" if n in thoughts else name for n, name in enumerate(names)]
+    text, marked = template.write(turns, generation_prompt)
     if template.system and template.system.strip() not in text:
         raise BadRecord("it has a system prompt of its own, which the tokenizer's chat template leaves out.")
     places, end = [], 0
@@ -164,12 +211,19 @@ def _frame(
         end = start + len(name)
         places.append((start, end))
 
-    asked = names[: 2 * questions - 1]
+    asked = turns[: 2 * questions - 1]
     role = template.write(asked, generation_prompt=True)[0].rpartition(asked[-1])[2]
-    trained = []
+    trained, left_out = [], set()
     for number in range(1, len(names), 2):
         (_, question_end), (start, end) = places[number - 1 : number + 1]
         limit = places[number + 1][0] if number + 1 < len(names) else len(text)
+        if number in thoughts:
+            if thoughts[number] not in text:
+                left_out.add(number)
+                trained.append((start, end + _end_of_answer(template, text[end:limit])[0]))
+                continue
+            if text.count(thoughts[number]) > 1 or thoughts[number] not in text[question_end:start]:
+                raise BadRecord(f"the tokenizer's chat template moves or repeats the thought of turn {number + 1}.")
         if not text[question_end:start].startswith(role):
             raise BadRecord(
                 f"the tokenizer's chat template asks for an answer with {role!r}, but before the answers of a whole "
@@ -188,8 +242,8 @@ def _frame(
     # Up to where the text behind a turn is the turn's: a question's to its answer, an answer's to its end mark.
     limits = [edge for span in trained for edge in span] + [len(text)] * (questions - answers)
     around, written = [], 0
-    for (start, end), limit in zip(places, limits, strict=True):
-        around.append((text[written:start], text[end:limit]))
+    for number, ((start, end), limit) in enumerate(zip(places, limits, strict=True)):
+        around.append((text[written:start], text[end:limit], number % 2 == 1 and number not in left_out))
         written = limit
     return around, text[written:]
 

@@ -141,6 +141,8 @@ def test_whatever_turns_say_the_text_is_the_templates_and_the_answers_are_known(
         return
     about = dict(tokenize=False, date_string="26 Jul 2024")
     assert "".join(text for text, _ in pieces) == tokenizer.apply_chat_template(messages, **about)
+    if name == "qwen_3" and any("</think>" in turn for turn in turns[1::2]):  # see the tests of thoughts below
+        return
     trained = [text.removeprefix("<think>\n\n</think>\n\n") for text, is_trained in pieces if is_trained]
     answers = [turn.strip() if name in TRIMMED else turn for turn in turns[1::2]]
     assert trained == [WRITTEN[name].format(answer) for answer in answers]
@@ -151,10 +153,69 @@ def test_a_template_that_asks_for_the_date_is_told_the_same_one_every_day(tokeni
     assert "Today Date: 26 Jul 2024\n" in text
 
 
-def test_an_answer_with_thoughts_which_qwen_3_takes_out_is_a_bad_record(tokenizers):
-    turns = ["Why?", "<think>\nLet me see.\n</think>\n\nBecause.", "Sure?", "Yes."]
-    with pytest.raises(BadRecord, match=r"^the tokenizer's chat template changes turn 2, and not only the blanks"):
-        tokenize(record(turns), find_template(CHAT_TEMPLATE, tokenizers["qwen_3"]), tokenizers["qwen_3"], 4, 10_000)
+THOUGHT, EMPTY = "<think>\nLet me see.\n</think>\n\n", "<think>\n\n</think>\n\n"
+# Turns, and what is trained of them with Qwen 3's template, which writes thoughts behind the last question alone.
+THOUGHTS = {
+    "one round": (["Why?", THOUGHT + "So."], [THOUGHT + "So.<|im_end|>"]),
+    "in one line": (["Why?", "<think>Let me see.</think>So."], [THOUGHT + "So.<|im_end|>"]),
+    "two rounds": (["Why?", THOUGHT + "So.", "Sure?", THOUGHT + "Yes."], [THOUGHT + "Yes.<|im_end|>"]),
+    "then none": (["Why?", THOUGHT + "So.", "Sure?", "Yes."], [EMPTY + "Yes.<|im_end|>"]),
+    "none before": (["Why?", "So.", "Sure?", THOUGHT + "Yes."], ["So.<|im_end|>", THOUGHT + "Yes.<|im_end|>"]),
+    "empty ones": (["Why?", EMPTY + "So.", "Sure?", EMPTY + "Yes."], ["So.<|im_end|>", EMPTY + "Yes.<|im_end|>"]),
+}
+
+
+@pytest.mark.parametrize("name", THOUGHTS)
+def test_thoughts_are_trained_where_the_template_writes_them_and_no_answer_without_its_own(name, tokenizers):
+    turns, expected = THOUGHTS[name]
+    tokenizer = tokenizers["qwen_3"]
+    template = find_template(CHAT_TEMPLATE, tokenizer)
+    sample = tokenize(record(turns), template, tokenizer, 4, 10_000)
+    assert list(trained_texts(sample, tokenizer)) == expected
+    messages = [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
+    assert sample.input_ids.tolist() == tokenizer.apply_chat_template(messages, return_dict=False)
+    prompt = tokenize_prompt(record(turns), template, tokenizer, 4).tolist()
+    assert prompt == sample.input_ids[: len(prompt)].tolist()
+
+
+@pytest.mark.parametrize("family", [name for name in WITH_CHAT_TEMPLATE if name != "qwen_3" and name not in TRIMMED])
+def test_templates_that_know_no_thoughts_train_them_as_they_stand(family, tokenizers):
+    turns = THOUGHTS["two rounds"][0]
+    sample = tokenize(record(turns), find_template(CHAT_TEMPLATE, tokenizers[family]), tokenizers[family], 4, 10_000)
+    assert same_words(
+        trained_texts(sample, tokenizers[family]), [WRITTEN[family].format(turn) for turn in turns[1::2]], turns
+    )
+
+
+def test_a_template_that_asks_for_a_thought_takes_conversations_with_one_in_every_answer(tokenizers):
+    """As Qwen's models that always think."""
+    jinja = tokenizers["qwen_3"].chat_template
+    asking = "{{- '<|im_start|>assistant\\n' }}\n    {%- if enable"
+    assert asking in jinja
+    jinja = jinja.replace(asking, asking.replace("assistant\\n", "assistant\\n<think>\\n"))
+    template = find_template(CHAT_TEMPLATE, with_template(tokenizers["qwen_3"], jinja))
+    turns, _ = THOUGHTS["two rounds"]
+    pieces = template.render(turns[0::2], turns[1::2])
+    assert [text for text, trained in pieces if trained] == ["Let me see.\n</think>\n\nYes.<|im_end|>"]
+    with pytest.raises(BadRecord, match="a model would not be asked as it was trained"):
+        template.render(["Why?", "Sure?"], ["So.", "Yes."])
+
+
+def test_thoughts_that_a_template_leaves_out_moves_or_takes_apart_are_bad_records(tokenizers):
+    template = find_template(CHAT_TEMPLATE, tokenizers["qwen_3"])
+    for answers, sentence in (
+        ([THOUGHT + "So."], "leaves out the thoughts of all its answers, so there is nothing to train on"),
+        (["Well.</think>So.", "Yes."], "changes turn 2, and not only the blanks around it"),
+    ):
+        with pytest.raises(BadRecord, match=f"{sentence}.* --version qwen_2 is the one with Qwen's marks"):
+            template.render(["Why?", "Sure?"], answers)
+    behind = "{% set parts = message.content.split('</think>') %}{{ parts[1:] | join ~ parts[0] }}"
+    jinja = LOOP.replace("BODY", TURN.replace("{{ message.content }}", behind))
+    template = find_template(
+        CHAT_TEMPLATE, with_template(tokenizers["qwen_2"], jinja.replace("PROMPT", "<|im_start|>assistant\n"))
+    )
+    with pytest.raises(BadRecord, match="moves or repeats the thought of turn 2"):
+        template.render(["Why?"], [THOUGHT + "So."])
 
 
 def test_a_tokenizer_without_a_chat_template_is_an_error_that_lists_the_named_ones(tokenizers):

@@ -13,7 +13,7 @@ from PIL import Image
 from mini_llava.data.records import RecordStore
 from mini_llava.guards.records import RecordCheck
 from mini_llava.image_files import load_image
-from mini_llava.tools import convert
+from mini_llava.tools import convert, data_forms
 from tests.end_to_end import runs
 
 
@@ -459,7 +459,7 @@ def test_bad_entries_are_listed_and_counted_and_nothing_takes_their_place(tmp_pa
 
 
 def test_an_archive_cannot_write_anywhere_nor_bring_links_or_claim_sizes(tmp_path, monkeypatch):
-    monkeypatch.setattr(convert, "LARGEST_MEMBER", 10_000)
+    monkeypatch.setattr(data_forms, "LARGEST_MEMBER", 10_000)
     link = tarfile.TarInfo("link.png")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     members = [
