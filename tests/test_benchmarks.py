@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import random_setup
+from benchmarks import consumers, random_setup
 from tests import forked_runs
 from tests.launching import CONFIGS
 
 
-def printed_by(benchmark: str, words: list, folder: Path) -> str:
+def printed_by(benchmark: str, words: list, folder: Path, seconds: float = 300) -> str:
     run = forked_runs.start(list(map(str, words)), folder / "printed.txt", program=f"benchmarks/{benchmark}")
-    assert run.wait() == 0, run.text[-5000:]
+    assert run.wait(seconds) == 0, run.text[-5000:]
     return run.text
 
 
@@ -63,3 +63,24 @@ def test_training_states_are_written_while_the_run_stands_behind_its_steps_and_b
         r"^2 processes, DeepSpeed ZeRO-3.* behind the steps a save stops the run for", run.text, re.MULTILINE
     )
     assert not list((tmp_path / "states").iterdir())
+
+
+@pytest.mark.slow
+def test_consumers_trains_what_it_gives_away_and_compares_answers_with_the_chat(tmp_path):
+    printed = printed_by(
+        "consumers.py", ["--directory", tmp_path, "--questions", 4, "--steps", 6, "--only"], tmp_path, 900
+    )
+    assert re.search(r"^\| our chat, adapters \|.*\| \d of 4 \|", printed, re.MULTILINE)
+    assert printed.count("| not run |") == len(consumers.ROWS)
+
+    # Two of its tools are here, without an environment of their own.
+    for name in ("transformers' processor", "PEFT, adapters"):
+        _, tool, result = consumers.ROWS[name]
+        words = [tool, "--model", tmp_path / result, "--adapter", tmp_path / result / "adapter"]
+        words += ["--questions", tmp_path / "questions.json", "--answers", tmp_path / f"{name}.jsonl"]
+        printed_by("consumer.py", words, tmp_path)
+    rows = {row.split("|")[1].strip(): row for row in consumers.table(tmp_path)}
+    assert "| 4 of 4 |" in rows["transformers' processor"]
+    assert "tokenizer alone, with special tokens and without: 4 of 4" in rows["transformers' processor"]
+    assert "| 4 of 4 | 4 of 4 |" in rows["PEFT, adapters"]  # ids, and answers
+    assert "answers unlike the base's: 4 of 4" in rows["PEFT, adapters"]

@@ -1,4 +1,4 @@
-"""LoRA: adapters in the language model, their directories (ours and LLaVA's, which are the same), and merging.
+"""LoRA: adapters in the language model, their directories (ours and LLaVA's are the same, PEFT's others), and merging.
 
 Replaces the LoRA half of LLaVA's `train.py` and of its `load_pretrained_model`. There layers are matched by the end of
 their name (and so in the vision tower too), checkpoints lack projector and tokenizer, and loading is not strict. The
@@ -16,10 +16,11 @@ from torch import nn
 from ..arguments import TrainingArguments
 from ..errors import UserError
 from ..files import staged
-from ..formats.layouts import ADAPTER_CONFIG, ADAPTER_FILES, find_adapter
+from ..formats.adapters import PREFIX, AdapterFile, name_inside_llava, read_adapter
+from ..formats.layouts import ADAPTER_CONFIG, ADAPTER_FILES
 from ..formats.tokenizers import load_tokenizer
 from ..formats.weights import write_json
-from ..formats.write import Description, begin_directory, llava_config
+from ..formats.write import Description, begin_directory, llava_config, save_transformers
 from ..model.llava import LlavaModel
 from ..model.projector import gathered, gathered_state_dict, is_main_process, list_some, read_tensors
 from ..model.vision_tower import published_name
@@ -28,11 +29,10 @@ from .tiles import NEWLINE_KEY
 from .token_rows import TokenRows, ids_of_setting, peft_names, peft_setting
 
 OTHERS_FILE = "non_lora_trainables.bin"
-# PEFT's names count from its own wrapper, LLaVA's others from the LlavaForCausalLM inside it.
-PREFIX = "base_model.model."
 # What `add_lora` sets: older releases of PEFT stumble over settings that they do not know.
 VARIANTS = ("use_dora", "use_rslora")
 ADAPTER_SETTINGS = ("r", "lora_alpha", "lora_dropout", "bias", "fan_in_fan_out", "base_model_name_or_path")
+ADAPTER_FOLDER = "adapter"  # beside a base in transformers' layout
 PROJECTOR, TOWER, TOKENS = "mm_projector.", "vision_tower.vision_tower.", "embed_tokens.weight"
 
 
@@ -145,10 +145,15 @@ def merge_lora(model: LlavaModel, dtype: torch.dtype) -> LlavaModel:
         model.language_model.set_submodule(name, base)
     del model.language_model.peft_config, model.language_model.base_fingerprint
     model.requires_grad_(False).to(dtype)
+    write_new_tokens(model)
+    return model
+
+
+def write_new_tokens(model: LlavaModel) -> None:
+    """Put the rows of tokens that were trained beside adapters into the embeddings and the head."""
     if model.new_tokens is not None:
         model.new_tokens.write_into(model.language_model)
         model.new_tokens = None
-    return model
 
 
 def fingerprint(language_model: nn.Module) -> str:
@@ -218,6 +223,45 @@ def save_lora(directory: str | Path, model: LlavaModel, description: Description
     )
 
 
+def save_beside_base(directory: str | Path, model: LlavaModel, description: Description) -> str:
+    """Write a LoRA model for PEFT and vLLM: all but the adapters as transformers' LLaVA, them in its folder `adapter`.
+
+    The projector and whatever else was trained in full are in the base: vLLM takes no adapter that brings modules of
+    its own (PEFT's `modules_to_save`). On one process; `model` is left without its adapters. Return a line about it.
+
+    Raises:
+        UserError: transformers' layout cannot express the model.
+    """
+    directory = Path(directory)
+    [config], layers, tensors = model.language_model.peft_config.values(), adapters(model.language_model), {}
+    if config.use_dora:
+        raise UserError("--adapters: vLLM does not take DoRA's adapters; --merge adds them to their base.")
+    for name, layer in layers.items():
+        [adapter] = layer.active_adapters
+        for factor in ("lora_A", "lora_B"):
+            weight = getattr(layer, factor)[adapter].weight
+            tensors[f"{PREFIX}{name_inside_llava(name)}.{factor}.weight"] = weight.detach().contiguous()
+        model.language_model.set_submodule(name, layer.get_base_layer())
+    del model.language_model.peft_config, model.language_model.base_fingerprint
+    write_new_tokens(model)
+    save_transformers(directory, model, description)
+    (directory / ADAPTER_FOLDER).mkdir(exist_ok=True)
+    with staged(directory / ADAPTER_FOLDER) as staging:
+        save_file(tensors, staging / ADAPTER_FILES[0], metadata={"format": "pt"})
+    kept = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
+    settings = {key: value for key, value in config.to_dict().items() if key in kept and value}
+    for pattern in settings.keys() & {"rank_pattern", "alpha_pattern"}:
+        settings[pattern] = {name_inside_llava(name): value for name, value in settings[pattern].items()}
+    of_base = {"base_model_name_or_path": str(directory.resolve()), "bias": "none", "inference_mode": True}
+    # Full names: endings would fit layers of the tower, too.
+    targets = {"target_modules": sorted(name_inside_llava(name) for name in layers)}
+    write_json(directory / ADAPTER_FOLDER, ADAPTER_CONFIG, {"peft_type": "LORA", **settings, **of_base, **targets})
+    return (
+        f"The base, with the trained projector, is in {directory}, its adapters in {directory / ADAPTER_FOLDER}: for "
+        "PeftModel.from_pretrained on transformers' LLaVA, and vLLM's --lora-modules."
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
@@ -232,6 +276,8 @@ def base_of(directory: str | Path) -> str:
 def load_lora(model: LlavaModel, directory: str | Path, dtype: torch.dtype) -> None:
     """Add the adapters of a LoRA directory to `model`, its base, and reads projector and tower from there.
 
+    Of what PEFT saved on transformers' LLaVA, adapters of projector and tower are merged at once.
+
     Raises UserError or FileNotFoundError for anything missing, surplus or of another shape, and if `model` is not the
     base that the directory belongs to; the model is of no use then.
     """
@@ -239,23 +285,28 @@ def load_lora(model: LlavaModel, directory: str | Path, dtype: torch.dtype) -> N
 
     directory = Path(directory)
     settings = _read_json(directory, ADAPTER_CONFIG)
-    for key, only in (("peft_type", "LORA"), ("modules_to_save", None)):
-        if settings.get(key, only) not in (only, [] if only is None else only):
-            raise UserError(f"{directory / ADAPTER_CONFIG} has {key} {settings[key]}; only {only} can be read here.")
-    _check_base(model, directory)
-    config = LoraConfig.from_pretrained(str(directory))
+    _check_settings(directory, settings)
+    saved, config = read_adapter(directory), LoraConfig.from_pretrained(str(directory))
     config.inference_mode, config.trainable_token_indices = False, None
+    if saved.inside_llava:
+        for part in ("projector", "vision_tower"):
+            _merge_at_once(getattr(model, part), saved, part, config)
+        _name_for_language_model(config, saved)
+    else:
+        _check_base(model, directory)
     try:
         _inject(model.language_model, config, dtype)
     except ValueError as error:  # PEFT found no layer of these names
         raise UserError(f"{directory / ADAPTER_CONFIG} does not fit the language model: {error}") from None
+    if saved.inside_llava:
+        return _fill(model, directory, saved)
     llava = _read_json(directory, "config.json")
     start_end, patch = (bool(llava.get(f"mm_use_im_{kind}")) for kind in ("start_end", "patch_token"))
     if added := llava.get("added_tokens", patch + 2 * start_end):
         add_token_rows(model, load_tokenizer(directory), added, (start_end, patch))
     if ids := ids_of_setting(settings.get("trainable_token_indices"), str(directory / ADAPTER_CONFIG)):
         model.new_tokens = TokenRows(model.language_model, ids, dtype, with_head=True)
-    _fill(model, directory)
+    _fill(model, directory, saved)
 
 
 def start_from(model: LlavaModel, directory: str | Path) -> None:
@@ -264,8 +315,21 @@ def start_from(model: LlavaModel, directory: str | Path) -> None:
     Before the model is handed to DeepSpeed. Raises UserError as `load_lora` does, and for another rank or alpha.
     """
     directory = Path(directory)
-    _check_base(model, directory)
     settings, [config] = _read_json(directory, ADAPTER_CONFIG), model.language_model.peft_config.values()
+    _check_settings(directory, settings)
+    saved = read_adapter(directory)
+    if not saved.inside_llava:
+        _check_base(model, directory)
+    for key in ("rank_pattern", "alpha_pattern"):
+        if settings.get(key):
+            raise UserError(f"{directory / ADAPTER_CONFIG} has {key}, which no flag sets: merge it (tools.export).")
+    for part in ("projector", "vision_tower"):
+        if layers := saved.adapted(part):
+            raise UserError(
+                f"{saved.path} has adapters of the {part.replace('_', ' ')} ({list_some(list(layers.values()))}), "
+                "which are not trained here: python -m mini_llava.tools.export --merge makes a model of them and their "
+                "base, to start from."
+            )
     mine = {"r": config.r, "lora_alpha": config.lora_alpha} | {key: getattr(config, key) for key in VARIANTS}
     for key, value in mine.items():
         flag = "lora_r" if key == "r" else key
@@ -278,23 +342,79 @@ def start_from(model: LlavaModel, directory: str | Path) -> None:
             f"{directory / ADAPTER_CONFIG} has trainable_token_indices {theirs}, but here the rows of tokens {mine} "
             "are trained: give the same --trainable_token_indices."
         )
-    _fill(model, directory)
+    _fill(model, directory, saved)
 
 
-def _fill(model: LlavaModel, directory: Path) -> None:
-    file = find_adapter(directory)
+def _check_settings(directory: Path, settings: dict) -> None:
+    if (kind := settings.get("peft_type", "LORA")) != "LORA":
+        raise UserError(f"{directory / ADAPTER_CONFIG} has peft_type {kind}; only LORA can be read here.")
+    projector = ("multi_modal_projector", "linear_1", "linear_2")
+    if other := [name for name in settings.get("modules_to_save") or [] if name.split(".")[-1] not in projector]:
+        raise UserError(
+            f"{directory / ADAPTER_CONFIG} has modules_to_save {', '.join(other)}; of modules trained in full only the "
+            "projector (multi_modal_projector) can be read here."
+        )
+
+
+def _name_for_language_model(config, saved: AdapterFile) -> None:
+    """Make PEFT's settings for transformers' LLaVA those of the language model alone, by the names in the file.
+
+    There targets may be endings or a pattern, which fit layers of the tower too, or begin with names that are not here.
+    """
+    layers = saved.adapted("language_model")
+    config.target_modules = list(layers)
+    ranks = {name: saved.parts["language_model"][f"{name}.lora_A.weight"][1].shape[0] for name in layers}
+    alphas = {name: _alpha(config, there) for name, there in layers.items()}
+    config.rank_pattern = {name: rank for name, rank in ranks.items() if rank != config.r}
+    config.alpha_pattern = {name: alpha for name, alpha in alphas.items() if alpha != config.lora_alpha}
+    config.modules_to_save = config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+
+
+def _alpha(config, layer: str) -> float:
+    """Return an adapter's alpha, given the name that PEFT had for its layer."""
+    from peft.utils.other import get_pattern_key
+
+    return config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, layer), config.lora_alpha)
+
+
+@torch.no_grad()
+def _merge_at_once(module: nn.Module, saved: AdapterFile, part: str, config) -> None:
+    """Add the products of a part's adapters to its weights, and take them out of `saved`."""
+    names, tensors = dict(module.named_parameters()), saved.parts[part]
+    if config.use_dora and saved.adapted(part):
+        raise UserError(f"{saved.path} has DoRA adapters of the {part.replace('_', ' ')}; only LoRA can be read there.")
+    if part == "vision_tower":
+        names = {published_name(module.model.config, name): p for name, p in module.model.named_parameters()}
+        names = {name.removeprefix("vision_model."): parameter for name, parameter in names.items()}
+    for name, there in saved.adapted(part).items():
+        down, up = (tensors.pop(f"{name}.lora_{factor}.weight", (None, None))[1] for factor in "AB")
+        weight = names.get(f"{name}.weight")
+        if down is None or up is None or weight is None or weight.shape != (up.shape[0], down.shape[1]):
+            raise UserError(f"{saved.path} has an adapter of {there}, which does not fit this model's {part}.")
+        scaling = _alpha(config, there) / len(down) ** (0.5 if config.use_rslora else 1)
+        weight.copy_(weight.float() + scaling * (up.float() @ down.float()))
+
+
+def _fill(model: LlavaModel, directory: Path, saved: AdapterFile) -> None:
+    file = saved.path
     [adapter] = model.language_model.peft_config
     targets = peft_names(model)
     for name, parameter in model.language_model.named_parameters():
         if "lora_" in name or parameter.requires_grad:
             targets[_peft_name(name, adapter)] = parameter
     found = {}
-    for key, tensor in read_tensors(file).items():
-        name = key.removeprefix(PREFIX)
+    for name, (key, tensor) in saved.parts["language_model"].items():
         if name not in targets:  # older PEFT had no level between an adapted layer and its bias
             name = name.removesuffix("bias") + "base_layer.bias" if name.endswith(".bias") else name
         found[name] = key, tensor
     _copy_all(file, targets, found)
+    if saved.inside_llava:
+        if saved.parts["vision_tower"] or saved.parts["image_newline"]:
+            keys = [key for part in ("vision_tower", "image_newline") for key, _ in saved.parts[part].values()]
+            raise UserError(f"{file} also holds {list_some(keys)}, for which this model has no place.")
+        if saved.parts["projector"]:
+            _copy_all(file, dict(model.projector.named_parameters()), saved.parts["projector"])
+        return
 
     file = directory / OTHERS_FILE
     if not file.is_file():

@@ -1,8 +1,8 @@
 """Writes a LLaVA model in another layout: `python -m mini_llava.tools.export DIR OUT --export_format llava`.
 
-DIR is a whole model in any layout, a LoRA directory (with --merge), a checkpoint or a projector. It runs on the CPU. A
-whole model's weights stay in their files until they are written, one file of five gigabytes at a time; the others are
-put together in memory.
+DIR is a whole model in any layout, a LoRA directory (with --merge or --adapters), a checkpoint or a projector. It runs
+on the CPU. A whole model's weights stay in their files until they are written, one file of five gigabytes at a time;
+the others are put together in memory.
 """
 
 import argparse
@@ -21,6 +21,12 @@ def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace
     add("source", metavar="DIR", help="a LLaVA model, directory or hub name, or a trained part of one, a directory")
     add("directory", metavar="OUT", type=Path, help="where the new one is written")
     add("--merge", action="store_true", help="DIR is a LoRA directory: add the adapters to the weights of its base")
+    add(
+        "--adapters",
+        action="store_true",
+        help="DIR is a LoRA directory: write its base in transformers' layout, projector included, and the adapters "
+        "in OUT/adapter, as PEFT and vLLM take them on it",
+    )
     add("--export_format", choices=choices("export_format"), default="transformers")
     add("--dtype", choices=DTYPES, help="of the weights [as stored]")
     add("--model_base", metavar="TEXT", help="what a LoRA directory, checkpoint or projector belongs to [as it says]")
@@ -34,6 +40,8 @@ def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace
 
 def check_given(given: argparse.Namespace) -> None:
     """Raise OSError or UserError for what is wrong with DIR and OUT, as far as that shows without a model."""
+    if given.adapters and (given.merge or given.export_format != "transformers"):
+        raise UserError("--adapters leaves them beside a base in transformers' layout: no --merge, no --export_format.")
     check_empty(given.directory, given.overwrite)
     check_saved_place(given.source, given.model_base, given.vision_tower)
 
@@ -57,6 +65,7 @@ import torch
 from ..formats import write
 from ..formats.read import map_llava
 from ..guards.user_errors import USER_ERRORS
+from ..options.lora import save_beside_base
 from .saved_models import LORA, WHOLE, SavedModel, open_saved
 
 
@@ -67,12 +76,14 @@ def export(
     dtype: torch.dtype | None = None,
     image_aspect_ratio: str | None = None,
     save_vision_tower: bool = False,
+    merged: bool = True,
 ) -> str:
     """Write the model; returns a line about it.
 
     Args:
         dtype: None keeps the one stored.
         image_aspect_ratio: what the images were trained with; None takes what the directory says.
+        merged: whether adapters are added to their base; if not, both are written, side by side.
 
     Raises:
         UserError: the layout asked for has no place for the model.
@@ -85,7 +96,7 @@ def export(
         model = map_llava(saved.source)
         model.use_im_start_end, model.use_im_patch_token = saved.image_tokens()
     else:
-        model = saved.load(dtype)
+        model = saved.load(dtype, merged)
     description = write.Description(
         projector_type=saved.source.projector_type,
         vision_tower_name=saved.source.vision_tower,
@@ -99,7 +110,7 @@ def export(
         include_vision_tower=save_vision_tower or saved.tower_is_own,
         dtype=dtype,
     )
-    return write.save_whole_model(directory, model, description)
+    return (write.save_whole_model if merged else save_beside_base)(directory, model, description)
 
 
 def main(command_line: list[str] | None = None) -> None:
@@ -108,14 +119,16 @@ def main(command_line: list[str] | None = None) -> None:
         check_given(given)
         saved = open_saved(given.source, given.model_base, given.vision_tower, given.version)
         print(saved.describe())
-        if given.merge != (saved.kind == LORA):
-            advice = "There is nothing to merge." if given.merge else "--merge adds its adapters to its base."
+        if (given.merge or given.adapters) != (saved.kind == LORA):
+            advice = "--merge adds its adapters to its base, --adapters writes them beside it for PEFT and vLLM."
+            if given.merge or given.adapters:
+                advice = "There is nothing to merge." if given.merge else "It has no adapters."
             raise UserError(f"{given.source} is a {saved.kind}. {advice}")
         for base in (given.source, saved.source.name):
             flags = ModelArguments(model_name_or_path=base, vision_tower=saved.source.vision_tower)
             write.check_may_be_written(given.directory, flags, given.export_format, saved.source.vision_config)
         settings = (given.export_format, given.dtype and getattr(torch, given.dtype), given.image_aspect_ratio)
-        print(export(saved, given.directory, *settings, given.save_vision_tower))
+        print(export(saved, given.directory, *settings, given.save_vision_tower, not given.adapters))
     except USER_ERRORS as error:
         sys.exit(f"export: error: {error}")
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..arguments import ModelArguments
 from ..data.templates import Template
 from ..errors import UserError
+from ..formats.adapters import is_inside_llava
 from ..formats.layouts import (
     ADAPTER_CONFIG,
     IMAGE_TOKEN_FLAGS,
@@ -48,6 +49,7 @@ class SavedModel:
         template: the conversation template, image tokens included.
         version_is_known: whether the directory, or the caller, names the template.
         tower_is_own: whether the tower's weights differ from those of the tower's name.
+        inside_llava: whether it has adapters that PEFT saved on transformers' LLaVA; `config` is that of their base.
     """
 
     directory: str
@@ -60,9 +62,13 @@ class SavedModel:
     template: Template
     version_is_known: bool
     tower_is_own: bool
+    inside_llava: bool = False
 
-    def load(self, dtype: torch.dtype | None = None) -> LlavaModel:
-        """Return the whole model on the CPU, adapters merged, ready to generate; dtype None: that of the base."""
+    def load(self, dtype: torch.dtype | None = None, merged: bool = True) -> LlavaModel:
+        """Return the whole model on the CPU, adapters merged, ready to generate; dtype None: that of the base.
+
+        merged: False leaves adapters beside the base in its stored dtype, in fp32, as is everything else.
+        """
         dtype = dtype or self.stored_dtype()
         # Adapters are added to the base in its stored dtype, so that the sum is rounded once.
         language_dtype = self.stored_dtype() if self.kind == LORA else dtype
@@ -72,6 +78,8 @@ class SavedModel:
         model = load_llava(self.source, None, dtypes, own_projector, None, marks[0])
         if self.kind == LORA:
             load_lora(model, self.directory, torch.float32)
+            if not merged:
+                return model
             merge_lora(model, dtype)
         else:
             rows = self.directory if self.kind == PROJECTOR and marks[0] else None
@@ -88,7 +96,7 @@ class SavedModel:
 
     def image_aspect_ratio(self) -> str:
         """Return the `--image_aspect_ratio` of the training: `pad`, `square` or `anyres`."""
-        if self.kind == WHOLE:
+        if self.kind == WHOLE or self.inside_llava:
             return self.source.image_aspect_ratio()
         return self.config.get("image_aspect_ratio", "square")
 
@@ -126,6 +134,9 @@ def open_saved(
     """
     check_saved_place(directory, base, vision_tower)
     kind, config = _kind(directory), read_json(directory, "config.json")
+    inside_llava = kind == LORA and is_inside_llava(directory)
+    if inside_llava:  # PEFT says nothing of the model, and the adapters change nothing of what its base says
+        config = read_json(base or base_of(directory), "config.json")
     if not config:
         raise FileNotFoundError(f"{directory} has no config.json, which says how the {kind} belongs to its base.")
     own = kind == WHOLE
@@ -150,7 +161,9 @@ def open_saved(
             f"{directory} is a {kind} of {flags.model_name_or_path} with the vision tower {flags.vision_tower}. One of "
             f"them cannot be read: {error} Give their places as --model_base and --vision_tower."
         ) from error
-    if not own:
+    if inside_llava and source.layout == "language_model":
+        raise UserError(f"{directory} has adapters of a whole LLaVA model, and {source.name} is a language model.")
+    if not own and not inside_llava:
         source.merge_type, source.pinpoints, source.max_tiles = tiles_in(directory, config)
 
     has_tokenizer = find_file(directory, "tokenizer_config.json") is not None
@@ -174,6 +187,7 @@ def open_saved(
         template=template,
         version_is_known=bool(version),
         tower_is_own="vision_tower" in source.stored or _tower_was_trained(directory, kind, config),
+        inside_llava=inside_llava,
     )
 
 
