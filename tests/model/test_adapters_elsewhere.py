@@ -33,6 +33,7 @@ KINDS = {
         "rank_pattern": {"layers.1.self_attn.q_proj": 2, r"vision_tower\..*\.fc1": 3},
         "alpha_pattern": {"model.language_model.layers.0.self_attn.v_proj": 5, "fc1": 7},
     },
+    "with magnitudes of their own": PLAIN | {"target_modules": IN_THE_LANGUAGE_MODEL, "use_dora": True},
     "in the projector": PLAIN | {"target_modules": ["linear_1", "linear_2", "q_proj"]},
 }
 
@@ -103,6 +104,10 @@ def test_what_peft_saved_on_transformers_llava_is_read(base, kind, older, tmp_pa
 
     export.main([str(tmp_path / "adapter"), str(tmp_path / "merged"), "--merge"])
     assert_same(logits_of_transformers(load_whole(tmp_path / "merged")), expected)
+    if "use_dora" in KINDS[kind]:
+        with pytest.raises(SystemExit, match="vLLM does not take DoRA's adapters"):
+            export.main([str(tmp_path / "adapter"), str(tmp_path / "beside"), "--adapters"])
+        return
     export.main([str(tmp_path / "adapter"), str(tmp_path / "beside"), "--adapters"])
     assert_same(read_by_peft(tmp_path / "beside"), expected)
 
@@ -165,7 +170,8 @@ def test_a_run_goes_on_from_them(base, tmp_path, capsys):
 
 REFUSED = {
     "by endings, in the tower too": ({}, "has adapters of the vision tower .*--merge makes a model"),
-    "everywhere": ({}, "has use_rslora, which no flag sets"),
+    "everywhere": ({}, "has adapters of the projector .*--merge makes a model"),
+    "with magnitudes of their own": ({}, "has use_dora True, but --use_dora is False"),
 }
 
 
