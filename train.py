@@ -33,10 +33,11 @@ from mini_llava.guards import liveness, preflight
 from mini_llava.guards.longest import try_longest
 from mini_llava.guards.not_finite import why_not_taken
 from mini_llava.guards.user_errors import USER_ERRORS
+from mini_llava.options import background
 from mini_llava.read_data import read_data
 from mini_llava.saving import Saving
 from mini_llava.tools.plan import MemoryAdvice
-from mini_llava.training import backend, background
+from mini_llava.training import backend
 from mini_llava.training.lockstep import Lockstep
 from mini_llava.training.optimizer import learning_rates, set_learning_rates
 from mini_llava.training.order import choose_order

@@ -22,8 +22,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from mini_llava.options.background import BackgroundWriter
 from mini_llava.training import backend, checkpoint
-from mini_llava.training.background import BackgroundWriter
 from mini_llava.training.sharded_state import KINDS, ShardedState
 
 

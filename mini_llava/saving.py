@@ -16,9 +16,9 @@ from .guards.ownership import check_still_owned
 from .guards.resume import find_checkpoint, refuse_another_run
 from .model.trained import trained_in_full
 from .options import lora
+from .options.background import BackgroundWriter
 from .read_data import Data
 from .training import backend, checkpoint
-from .training.background import BackgroundWriter
 from .training.order import Order, steps_between_states
 from .training.sharded_state import KINDS, ShardedState
 

@@ -77,8 +77,8 @@ class _Watch:
     def begin(self) -> None:
         import safetensors.torch
 
+        from mini_llava.options.background import THREAD
         from mini_llava.saving import Saving
-        from mini_llava.training.background import THREAD
 
         fsync, write, save = os.fsync, safetensors.torch.serialize_file, Saving.save
 

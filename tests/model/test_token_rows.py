@@ -6,9 +6,10 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaForConditionalGeneration
 
 from mini_llava import build as building
+from mini_llava.tools import export
 from mini_llava.tools.saved_models import open_saved
 from tests.end_to_end import runs
 from tests.launching import train_in_turn
@@ -81,6 +82,15 @@ def test_peft_reads_the_rows_onto_the_plain_language_model(trained):
     read = PeftModel.from_pretrained(base, directory).eval()
     expected = logits(model.language_model, (5, 6, *IDS))
     assert (logits(read, (5, 6, *IDS)) - expected).abs().max() < 1e-5
+
+
+def test_beside_transformers_llava_the_rows_are_in_the_base(trained, tmp_path):
+    directory, model = trained
+    export.main([str(directory), str(tmp_path / "out"), "--adapters"])
+    whole = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    read = PeftModel.from_pretrained(whole, tmp_path / "out" / "adapter").eval()
+    expected = logits(model.language_model, (5, 6, *IDS))
+    assert (logits(read, (5, 6, *IDS))[..., :803] - expected).abs().max() < 1e-5
 
 
 def test_the_tokenizer_is_saved_with_the_tokens_and_answers_show_them(trained):

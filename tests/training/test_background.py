@@ -19,8 +19,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from mini_llava.guards.checkpoints import complete_checkpoints
-from mini_llava.training import background, checkpoint
-from mini_llava.training.background import BackgroundWriter, free_memory
+from mini_llava.options import background
+from mini_llava.options.background import BackgroundWriter, free_memory
+from mini_llava.training import checkpoint
 from tests.end_to_end import runs
 from tests.forked_runs import ROOT, start
 from tests.launching import small_disk, train_in_turn
@@ -240,7 +241,7 @@ def control_group(limit: int):
 def test_the_limit_of_a_control_group_counts():
     limit = 600 * 2**20
     program = "import sys\nopen(sys.argv[1], 'w').write('0')\n"
-    program += "from mini_llava.training.background import free_memory\nprint('free', free_memory())"
+    program += "from mini_llava.options.background import free_memory\nprint('free', free_memory())"
     with control_group(limit) as procs:
         command = [sys.executable, "-c", program, str(procs)]
         printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

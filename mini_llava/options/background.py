@@ -23,8 +23,8 @@ import psutil
 import torch
 from accelerate import Accelerator
 
-from .backend import gather_from_ranks
-from .checkpoint import Tensors
+from ..training.backend import gather_from_ranks
+from ..training.checkpoint import Tensors
 
 THREAD = "training state"
 LEFT_FREE = 0.25  # of the memory that is free before, for loader workers and files
