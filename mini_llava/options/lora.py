@@ -298,9 +298,7 @@ def load_lora(model: LlavaModel, directory: str | Path, dtype: torch.dtype) -> N
         _inject(model.language_model, config, dtype)
     except ValueError as error:  # PEFT found no layer of these names
         raise UserError(f"{directory / ADAPTER_CONFIG} does not fit the language model: {error}") from None
-    if saved.inside_llava:
-        return _fill(model, directory, saved)
-    llava = _read_json(directory, "config.json")
+    llava = {} if saved.inside_llava else _read_json(directory, "config.json")
     start_end, patch = (bool(llava.get(f"mm_use_im_{kind}")) for kind in ("start_end", "patch_token"))
     if added := llava.get("added_tokens", patch + 2 * start_end):
         add_token_rows(model, load_tokenizer(directory), added, (start_end, patch))

@@ -34,6 +34,11 @@ KINDS = {
         "alpha_pattern": {"model.language_model.layers.0.self_attn.v_proj": 5, "fc1": 7},
     },
     "with magnitudes of their own": PLAIN | {"target_modules": IN_THE_LANGUAGE_MODEL, "use_dora": True},
+    "with rows of tokens": PLAIN
+    | {
+        "target_modules": IN_THE_LANGUAGE_MODEL,
+        "trainable_token_indices": {"embed_tokens": [7, 20], "lm_head": [7, 20]},
+    },
     "in the projector": PLAIN | {"target_modules": ["linear_1", "linear_2", "q_proj"]},
 }
 
@@ -82,6 +87,7 @@ def as_before_4_52(directory) -> None:
     tensors, renamed = load_file(directory / "adapter_model.safetensors"), {}
     for key, tensor in tensors.items():
         key = key.replace("base_model.model.model.language_model.", "base_model.model.language_model.model.")
+        key = key.replace("base_model.model.lm_head.", "base_model.model.language_model.lm_head.")
         key = re.sub(r"^base_model\.model\.model\.(vision_tower|multi_modal)", r"base_model.model.\1", key)
         renamed[key.replace("vision_tower.", "vision_tower.vision_model.")] = tensor
     assert renamed.keys().isdisjoint(tensors)
