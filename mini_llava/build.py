@@ -10,7 +10,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .arguments import Arguments
-from .errors import UserError
 from .formats.read import Source, load_llava
 from .model.llava import LlavaModel
 from .model.trained import apply_plan, freeze_plan, numel, trained_in_full
@@ -21,7 +20,7 @@ from .options.image_tokens import add_token_rows
 from .options.kernels import choose_fused_kernels, use_fused_kernels
 from .options.quantisation import quantisation
 from .options.token_rows import TokenRows, trained_ids
-from .training.backend import is_offloaded, master_dtype, parameter_dtypes, zero_stage
+from .training.backend import is_offloaded, master_dtype, parameter_dtypes
 from .training.optimizer import build_adamw, parameter_groups
 
 
@@ -64,11 +63,6 @@ def build_model(
         quantisation(accelerator, training.bits, training.double_quant, training.quant_type),
         model_flags.mm_use_im_start_end,
     )
-    if training.use_dora and zero_stage(accelerator) == 3:
-        raise UserError(
-            "--use_dora: it needs the whole weight of each layer, of which ZeRO-3 leaves a rank a part outside of the "
-            "layer's own forward. Use accelerate_configs/zero2.yaml, or leave DoRA out."
-        )
     if training.lora_enable:
         lora.add_lora(model.language_model, model_flags.model_name_or_path, training, master_dtype(accelerator))
     add_token_rows(

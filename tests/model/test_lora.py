@@ -20,6 +20,7 @@ from mini_llava.model.projector import build_projector
 from mini_llava.options import lora
 from mini_llava.tools.saved_models import open_saved
 from tests.end_to_end import runs
+from tests.forked_runs import start
 from tests.launching import train_in_turn
 from tests.model.test_formats import build, save, tied_language_model, tokenizer
 
@@ -372,6 +373,14 @@ def test_quantised_runs_on_two_processes_have_the_losses_of_one(tmp_path, backen
         # The order of fp32 sums differs; the weights are the same 4 or 8 bits.
         found = [line["loss"] for line in runs.log(tmp_path / str(bits))]
         assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_dora_is_refused_under_zero3(tmp_path):
+    words = runs.flags_of(2, tmp_path / "run", LORA | {"use_dora": True, "max_steps": 1})
+    run = start(words, tmp_path / "printed.txt", runs.config_file("zero3", tmp_path))
+    assert run.wait() != 0 and "--use_dora: it needs the whole weight of each layer" in run.text
+    assert "zero2.yaml" in run.text.splitlines()[-1] and "Loading weights" not in run.text
 
 
 @pytest.mark.parametrize("bits", [4, 8])
