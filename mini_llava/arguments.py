@@ -249,6 +249,10 @@ class TrainingArguments:
     """Linear layers of the language model that get adapters, by the end of their names or by all of it: q_proj v_proj.
     Default, and all-linear: every one but the head."""
 
+    lora_vision_tower: bool = flag(False, needs=("lora_enable", True))
+    """Adapters beside the linear layers of the vision tower too, of the same rank; saved, they are part of its weights.
+    """
+
     use_dora: bool = flag(False, needs=("lora_enable", True))
     """DoRA: each adapted weight has a trained magnitude for every output, and the adapter changes its direction."""
 
@@ -630,6 +634,8 @@ def _check_model(arguments: Arguments) -> None:
         )
     if model.add_tokens and (model.tune_mm_mlp_adapter or model.freeze_backbone):
         raise UserError("--add_tokens: new rows are trained with the language model, which stays frozen here.")
+    if training.lora_vision_tower and model.unfreeze_mm_vision_tower:
+        raise UserError("--unfreeze_mm_vision_tower trains the tower in full; --lora_vision_tower contradicts it.")
     if training.lora_enable and model.freeze_backbone:
         raise UserError("--freeze_backbone keeps the language model as it is; --lora_enable contradicts it.")
     if training.bits != 16 and not training.lora_enable:

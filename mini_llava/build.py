@@ -28,7 +28,11 @@ def plan_of(arguments: Arguments, source: Source) -> dict[str, str]:
     """Return the freeze plan of a run: part -> "full", "frozen" or "LoRA r=..."."""
     lora_r = arguments.training.lora_r if arguments.training.lora_enable else None
     token_rows = bool(lora_r and (arguments.training.trainable_token_indices or arguments.model.add_tokens))
-    return freeze_plan(arguments.model, lora_r, source.tiling is not None and source.tiling.has_newline, token_rows)
+    has_newline, in_tower = (
+        source.tiling is not None and source.tiling.has_newline,
+        arguments.training.lora_vision_tower,
+    )
+    return freeze_plan(arguments.model, lora_r, has_newline, token_rows, in_tower)
 
 
 def build_model(
@@ -77,6 +81,8 @@ def build_model(
         model.new_tokens = TokenRows(model.language_model, ids, dtype, with_head=training.lora_enable)
     if training.lora_weight_path:
         lora.start_from(model, training.lora_weight_path)
+    if training.lora_vision_tower:  # after the tower's weights were read, of which the saved adapters are a part
+        lora.add_tower_lora(model.vision_tower, training, master_dtype(accelerator))
     apply_plan(model, plan)
     if choose_fused_kernels(training.use_liger_kernel, model.language_model.config.model_type, accelerator.device):
         use_fused_kernels(model.language_model)

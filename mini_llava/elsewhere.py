@@ -144,8 +144,6 @@ ELSEWHERE = {
     "image_crop_resolution": "the tower's size is --image_size.",
     "is_multimodal": "a record with an image is multimodal, one without is text.",
     "early_mix_text": "text records may stand in --data_path; --data_weights mixes files.",
-    "lora_vision_tower": "adapters stand in the language model only; the tower is trained in full by "
-    "--unfreeze_mm_vision_tower True.",
     "modules_to_save": "with adapters the projector is trained whole, and with --lora_bias biases.",
     "max_seq_length": "it is --model_max_length.",
     "per_gpu_train_batch_size": "it is --per_device_train_batch_size.",

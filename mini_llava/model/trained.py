@@ -12,13 +12,17 @@ from .llava import LlavaModel
 
 
 def freeze_plan(
-    flags: ModelArguments, lora_r: int | None = None, image_newline: bool = False, token_rows: bool = False
+    flags: ModelArguments,
+    lora_r: int | None = None,
+    image_newline: bool = False,
+    token_rows: bool = False,
+    lora_in_tower: bool = False,
 ) -> dict[str, str]:
     """Return how each child of `LlavaModel` is trained: `full`, `frozen` or, if a rank is given, `LoRA r=<rank>`.
 
     `tune_mm_mlp_adapter` is stage 1's preset: the projector alone is trained. The rows of LLaVA's legacy image tokens
     are then trained as a module of their own, `new_tokens`; otherwise they are rows of the language model's embeddings.
-    `token_rows`: so are single rows beside adapters.
+    `token_rows`: so are single rows beside adapters. `lora_in_tower`: the tower has adapters, too.
     `image_newline`, for images in tiles, goes with the projector.
     """
     if flags.tune_mm_mlp_adapter:
@@ -26,8 +30,9 @@ def freeze_plan(
         plan |= {"image_newline": "full"} if image_newline else {}
         return plan | ({"new_tokens": "full"} if flags.mm_use_im_start_end else {})
     language_model = "full" if lora_r is None else f"LoRA r={lora_r}"
+    vision_tower = "full" if flags.unfreeze_mm_vision_tower else "frozen"
     plan = {
-        "vision_tower": "full" if flags.unfreeze_mm_vision_tower else "frozen",
+        "vision_tower": language_model if lora_in_tower else vision_tower,
         "projector": "frozen" if flags.freeze_mm_mlp_adapter else "full",
         "language_model": "frozen" if flags.freeze_backbone else language_model,
     }

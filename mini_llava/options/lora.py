@@ -23,7 +23,7 @@ from ..formats.weights import write_json
 from ..formats.write import Description, begin_directory, llava_config, save_transformers
 from ..model.llava import LlavaModel
 from ..model.projector import gathered, gathered_state_dict, is_main_process, list_some, read_tensors
-from ..model.vision_tower import published_name
+from ..model.vision_tower import VisionTower, published_name
 from .image_tokens import add_token_rows, set_rows
 from .tiles import NEWLINE_KEY
 from .token_rows import TokenRows, ids_of_setting, peft_names, peft_setting
@@ -58,11 +58,10 @@ def adapted_layers(language_model: nn.Module, targets: list[str] | None) -> list
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in layers):
             known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in layers))
-            where = " Adapters stand in the language model only" if "vision" in target or "mm_proj" in target else ""
-            instead = ": --unfreeze_mm_vision_tower True trains the tower in full." if "vision" in target else "."
+            instead = " --lora_vision_tower True adds adapters to the vision tower." if "vision" in target else ""
             raise UserError(
                 f"--lora_target_modules {target}: the language model has no such linear layer; known are {known}, all "
-                f"but the head.{where and where + instead}"
+                f"but the head.{instead}"
             )
     return [name for name in layers if any(f".{name}".endswith(f".{target}") for target in targets)]
 
@@ -79,14 +78,40 @@ def add_lora(language_model: nn.Module, base: str, training: TrainingArguments, 
             global generator.
         dtype: of adapters and trained biases: fp32 where they are their own masters.
     """
+    layers = adapted_layers(language_model, training.lora_target_modules)
+    _note_base(language_model)
+    _add(language_model, layers, training, dtype, training.lora_bias, base)
+
+
+def add_tower_lora(tower: VisionTower, training: TrainingArguments, dtype: torch.dtype) -> None:
+    """Put a new adapter beside each linear layer of the tower that its features depend on, as `add_lora` does.
+
+    Raises UserError for a tower without such layers.
+    """
+    unused = tower.unused_parameters()
+    linear = [name for name, module in tower.model.named_modules() if isinstance(module, nn.Linear)]
+    layers = [name for name in linear if f"model.{name}.weight" not in unused]
+    if not layers:
+        raise UserError("--lora_vision_tower: the features of this vision tower depend on no linear layer.")
+    _add(tower.model, layers, training, dtype)
+
+
+def _add(
+    module: nn.Module,
+    layers: list[str],
+    training: TrainingArguments,
+    dtype: torch.dtype,
+    bias: str = "none",
+    base: str | None = None,
+) -> None:
     from peft import LoraConfig  # takes seconds to import, and most runs have no adapters
 
     config = LoraConfig(
         r=training.lora_r,
         lora_alpha=training.lora_alpha,
         lora_dropout=training.lora_dropout,
-        bias=training.lora_bias,
-        target_modules=adapted_layers(language_model, training.lora_target_modules),
+        bias=bias,
+        target_modules=layers,
         use_dora=training.use_dora,
         use_rslora=training.use_rslora,
         base_model_name_or_path=base,
@@ -94,32 +119,35 @@ def add_lora(language_model: nn.Module, base: str, training: TrainingArguments, 
     )
     with torch.random.fork_rng(devices=[]):  # they are drawn on the CPU
         torch.manual_seed(training.seed)
-        _inject(language_model, config, dtype)
+        _inject(module, config, dtype)
 
 
-def _inject(language_model: nn.Module, config, dtype: torch.dtype) -> None:
+def _note_base(language_model: nn.Module) -> None:
+    planned = language_model.get_input_embeddings().weight.is_meta
+    language_model.base_fingerprint = None if planned else fingerprint(language_model)
+
+
+def _inject(module: nn.Module, config, dtype: torch.dtype) -> None:
     from peft import inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
-    planned = language_model.get_input_embeddings().weight.is_meta  # by tools.plan, without values
-    digest = None if planned else fingerprint(language_model)
-    inject_adapter_in_model(config, language_model, low_cpu_mem_usage=planned)
-    language_model.base_fingerprint = digest
-    for module in language_model.modules():
-        if isinstance(module, LoraLayer):
+    planned = next(module.parameters()).is_meta  # by tools.plan, without values
+    inject_adapter_in_model(config, module, low_cpu_mem_usage=planned)
+    for layer in module.modules():
+        if isinstance(layer, LoraLayer):
             # Inputs would be cast to the adapter's fp32 and back by autocast: the same numbers at three times the
             # memory.
-            module.cast_input_dtype_enabled = False
-    for name, parameter in language_model.named_parameters():
+            layer.cast_input_dtype_enabled = False
+    for name, parameter in module.named_parameters():
         if parameter.requires_grad or "lora_" in name:
             parameter.data = parameter.data.to(dtype)
 
 
-def adapters(language_model: nn.Module) -> dict[str, nn.Module]:
-    """Return PEFT's layers by the full name of the linear layer they stand for."""
+def adapters(module: nn.Module) -> dict[str, nn.Module]:
+    """Return PEFT's layers inside a module by the full name of the linear layer they stand for."""
     from peft.tuners.lora import LoraLayer
 
-    return {name: module for name, module in language_model.named_modules() if isinstance(module, LoraLayer)}
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
 
 
 @torch.no_grad()
@@ -135,18 +163,28 @@ def merge_lora(model: LlavaModel, dtype: torch.dtype) -> LlavaModel:
                 f"{name} is a {type(base).__name__}, which has no plain weight: adapters are merged into the model as "
                 "it was before it was quantised (--bits 16)."
             )
-        [adapter] = layer.active_adapters
-        factors = layer.lora_B[adapter].weight.float() @ layer.lora_A[adapter].weight.float()
-        weight = base.weight.float() + layer.scaling[adapter] * factors
-        if adapter in layer.lora_magnitude_vector:  # DoRA
-            magnitude = layer.lora_magnitude_vector[adapter].weight.float()
-            weight *= (magnitude / torch.linalg.norm(weight, dim=1))[:, None]
-        base.weight.data = weight.to(dtype)
+        base.weight.data = _merged(layer, base.weight, _factors(layer)).to(dtype)
         model.language_model.set_submodule(name, base)
     del model.language_model.peft_config, model.language_model.base_fingerprint
     model.requires_grad_(False).to(dtype)
     write_new_tokens(model)
     return model
+
+
+def _factors(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what an adapter consists of, by kind."""
+    [adapter] = layer.active_adapters
+    kinds = {kind: getattr(layer, kind) for kind in ("lora_A", "lora_B", "lora_magnitude_vector")}
+    return {kind: of_kind[adapter].weight for kind, of_kind in kinds.items() if adapter in of_kind}
+
+
+def _merged(layer: nn.Module, weight: torch.Tensor, factors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return a weight and its adapter as one matrix, fp32."""
+    [adapter] = layer.active_adapters
+    weight = weight.float() + layer.scaling[adapter] * (factors["lora_B"].float() @ factors["lora_A"].float())
+    if "lora_magnitude_vector" in factors:  # DoRA
+        weight *= (factors["lora_magnitude_vector"].float() / torch.linalg.norm(weight, dim=1))[:, None]
+    return weight
 
 
 def write_new_tokens(model: LlavaModel) -> None:
@@ -175,27 +213,35 @@ def save_lora(directory: str | Path, model: LlavaModel, description: Description
     """Write a LoRA run as LLaVA lays it out, whole without the run: adapter, projector, config and tokenizer.
 
     `adapter_model.safetensors` and `adapter_config.json` are PEFT's; `non_lora_trainables.bin` has the projector,
-    trained or not, and the trained weights of the tower; `config.json` is the LLaVA model's. Every rank calls it
-    (ZeRO-3 gathers, one tensor at a time), the main process writes. Return a line about it.
+    trained or not, and the tower's weights if it was trained, its adapters merged: no reader of this layout knows
+    adapters there. `config.json` is the LLaVA model's. Every rank calls it (ZeRO-3 gathers, one tensor at a time), the
+    main process writes. Return a line about it.
     """
     directory = Path(directory)
     [(adapter, config)] = model.language_model.peft_config.items()
     trained = [(name, p) for name, p in model.language_model.named_parameters() if p.requires_grad]
     adapter_weights = [(PREFIX + _peft_name(name, adapter), parameter) for name, parameter in trained]
     adapter_weights += [(PREFIX + name, parameter) for name, parameter in peft_names(model).items()]
-    tower = [(name, p) for name, p in model.vision_tower.model.named_parameters() if p.requires_grad]
+    tower, in_tower = _trained_in_tower(model.vision_tower), adapters(model.vision_tower.model)
+    factors = [((name, kind), p) for name, layer in in_tower.items() for kind, p in _factors(layer).items()]
     others = [(f"{PREFIX}model.{PROJECTOR}{name}", parameter) for name, parameter in model.projector.named_parameters()]
     if model.image_newline is not None:
         others.append((f"{PREFIX}model.{NEWLINE_KEY}", model.image_newline.weight))
     if model.use_im_start_end:
         others.append((PREFIX + "model." + TOKENS, model.language_model.get_input_embeddings().weight))
-    for name, parameter in tower:
-        others.append((f"{PREFIX}model.{TOWER}{published_name(model.vision_tower.model.config, name)}", parameter))
 
+    def tower_key(name: str) -> str:
+        return f"{PREFIX}model.{TOWER}{published_name(model.vision_tower.model.config, name)}"
+
+    others += [(tower_key(name), parameter) for name, parameter in tower]
     if is_main_process():
         begin_directory(directory)
-    adapter_weights, others = dict(gathered_state_dict(adapter_weights)), dict(gathered_state_dict(others))
+    adapter_weights, others, factors = (dict(gathered_state_dict(each)) for each in (adapter_weights, others, factors))
     if is_main_process():
+        for name, layer in in_tower.items():
+            of_layer = {kind: tensor for (owner, kind), tensor in factors.items() if owner == name}
+            key = tower_key(f"{name}.weight")
+            others[key] = _merged(layer, others[key], of_layer)
         if model.use_im_start_end:  # no need of the other rows, which are the base's
             key = PREFIX + "model." + TOKENS
             others[key] = others[key][model.first_image_token :][:2].clone()
@@ -221,6 +267,15 @@ def save_lora(directory: str | Path, model: LlavaModel, description: Description
     return (
         f"Adapter, projector, config and tokenizer are in {directory}; they belong to {config.base_model_name_or_path}."
     )
+
+
+def _trained_in_tower(tower: VisionTower) -> list[tuple[str, nn.Parameter]]:
+    """Return the tower's weights that differ from the published ones; all that are used where it has adapters."""
+    named = list(tower.model.named_parameters())
+    if not adapters(tower.model):
+        return [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    named, unused = [(name.replace(".base_layer.", "."), p) for name, p in named], tower.unused_parameters()
+    return [(name, p) for name, p in named if ".lora_" not in name and f"model.{name}" not in unused]
 
 
 def save_beside_base(directory: str | Path, model: LlavaModel, description: Description) -> str:
@@ -294,6 +349,7 @@ def load_lora(model: LlavaModel, directory: str | Path, dtype: torch.dtype) -> N
         _name_for_language_model(config, saved)
     else:
         _check_base(model, directory)
+    _note_base(model.language_model)
     try:
         _inject(model.language_model, config, dtype)
     except ValueError as error:  # PEFT found no layer of these names

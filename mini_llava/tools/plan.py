@@ -141,6 +141,8 @@ class Planned:
         if training.lora_enable:
             name, dtype = model_flags.model_name_or_path, self.layout.master_dtype
             lora.add_lora(model.language_model, name, training, dtype)
+        if training.lora_vision_tower:
+            lora.add_tower_lora(model.vision_tower, training, self.layout.master_dtype)
         marks = model_flags.mm_use_im_start_end, model_flags.mm_use_im_patch_token
         tokenizer, dtype = self.samples.tokenizer, self.layout.master_dtype
         add_token_rows(model, tokenizer, self.samples.new_tokens, marks)
@@ -230,7 +232,7 @@ def longest_of(
     """Return the micro-batch of a run, or of so many of its steps, that takes most memory."""
     of_a_position = kept_of_a_position(source.language_config, recomputed_share(arguments.training))
     logits_weigh, pictures_weigh = 3 * source.language_config.get_text_config().vocab_size / of_a_position, 0.0
-    if "vision_tower" in trained_in_full(plan_of(arguments, source)):  # a frozen one keeps nothing
+    if plan_of(arguments, source)["vision_tower"] != "frozen":  # which keeps nothing
         tower = source.as_tower(empty_parts(source)["vision_tower"])
         pictures_weigh = kept_of_a_picture(tower) / of_a_position
     return longest_micro_batch(order.dealt_batches(steps), lengths, order.layout, logits_weigh, pictures_weigh)

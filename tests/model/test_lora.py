@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from mini_llava import build as building
-from mini_llava.arguments import TrainingArguments
+from mini_llava.arguments import TrainingArguments, resolve
+from mini_llava.errors import UserError
 from mini_llava.formats.towers import load_vision_tower
 from mini_llava.formats.write import Description
 from mini_llava.model.llava import LlavaModel
@@ -152,7 +153,7 @@ def test_adapters_stand_beside_the_layers_that_are_named(tmp_path, targets):
 
 
 @pytest.mark.parametrize("target, said", [("q_prj", "known are q_proj"), ("lm_head", "all but the head"),
-                                          ("vision_tower", "--unfreeze_mm_vision_tower True")])  # fmt: skip
+                                          ("vision_tower", "--lora_vision_tower True adds")])  # fmt: skip
 def test_a_target_that_is_no_layer_of_the_language_model_is_refused(tmp_path, target, said):
     with pytest.raises(ValueError, match=f"--lora_target_modules {target}: .*{said}"):
         runs.train_here(runs.flags_of(2, tmp_path, LORA | {"lora_target_modules": ["v_proj", target]}))
@@ -320,6 +321,79 @@ def test_the_wrong_base_is_named_with_its_differences(copied, tmp_path):
     wider = tied_language_model()
     wider.save_pretrained(tmp_path / "wider")
     assert "intermediate_size 128 there, 96 here" in refused(copied, tmp_path / "wider")
+
+
+IN_TOWER = LORA | {"lora_vision_tower": True, "lora_dropout": 0, "max_steps": 3, "save_steps": 2, "warmup_ratio": 0}
+IN_TOWER |= {"learning_rate": 1e-2, "global_batch_size": 8, "per_device_train_batch_size": 2}
+
+
+def changed_in_tower(directory: Path) -> set[str]:
+    """Names of the tower's weights that differ from those of the tower that it was trained from."""
+    before = load_vision_tower(str(runs.FIXTURES / "clip"), -2, "patch", torch.float32).model.state_dict()
+    after = load_merged(directory, torch.float32).vision_tower.model.state_dict()
+    return {name for name in before if not before[name].equal(after[name])}
+
+
+@pytest.fixture(scope="module")
+def in_tower(tmp_path_factory):
+    """(directory, model in memory) of three steps with adapters in the tower too."""
+    directory, kept, load = tmp_path_factory.mktemp("in_tower") / "run", [], building.load_llava
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(building, "load_llava", lambda *arguments: kept.append(load(*arguments)) or kept[0])
+        runs.train_here(runs.flags_of(2, directory, IN_TOWER))
+    return directory, kept[0].eval()
+
+
+def test_adapters_in_the_tower_stand_where_its_features_come_from_and_are_saved_as_its_weights(in_tower):
+    directory, model = in_tower
+    layers = set(lora.adapters(model.vision_tower.model))
+    linear = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2"}
+    numbers = range(model.vision_tower.model.config.num_hidden_layers - 1)  # the last one is behind the features
+    assert {name.partition("layers.")[2] for name in layers} == {
+        f"{number}.{name}" for number in numbers for name in linear
+    }
+    assert changed_in_tower(directory) == {f"{name}.weight" for name in layers}
+    assert_same(logits(load_merged(directory, torch.float32)), logits(model))
+
+
+def test_a_run_with_adapters_in_the_tower_goes_on_and_another_starts_from_it(in_tower, tmp_path):
+    directory, _ = in_tower
+    on = IN_TOWER | {"resume_from_checkpoint": directory / "checkpoint-2"}
+    runs.train_here(runs.flags_of(2, tmp_path / "on", on))
+    start_from = IN_TOWER | {"lora_weight_path": directory, "learning_rate": 0, "allow": "learning_rate"}
+    runs.train_here(runs.flags_of(2, tmp_path / "next", start_from | {"max_steps": 1, "mm_projector_lr": 0}))
+    before, resumed, following = (
+        torch.load(folder / "non_lora_trainables.bin", weights_only=True)
+        for folder in (directory, tmp_path / "on", tmp_path / "next")
+    )
+    assert all(before[name].equal(resumed[name]) and before[name].equal(following[name]) for name in before)
+
+
+def test_dora_in_the_tower_merges_into_what_was_trained(tmp_path):
+    kept, load = [], building.load_llava
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(building, "load_llava", lambda *arguments: kept.append(load(*arguments)) or kept[0])
+        runs.train_here(runs.flags_of(2, tmp_path, IN_TOWER | {"use_dora": True, "save_strategy": "no"}))
+    expected = logits(kept[0].eval())
+    assert (logits(load_merged(tmp_path, torch.float32)) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.slow
+def test_adapters_in_the_tower_under_zero3_are_those_of_one_process(in_tower, tmp_path):
+    flags = runs.flags_of(2, tmp_path / "two", IN_TOWER | {"save_strategy": "no"})
+    train_in_turn(runs.config_file("zero3", tmp_path), [flags], tmp_path)
+    expected, found = ([line["loss"] for line in runs.log(folder)] for folder in (in_tower[0], tmp_path / "two"))
+    assert found == pytest.approx(expected, rel=1e-5)  # sums of fp32 in another order, through three steps of 1e-2
+    one, two = (
+        torch.load(folder / "non_lora_trainables.bin", weights_only=True) for folder in (in_tower[0], tmp_path / "two")
+    )
+    assert one.keys() == two.keys()
+    assert all((one[name] - two[name]).abs().max() < 1e-3 for name in one)  # of 3e-2 that Adam moves a weight at most
+
+
+def test_adapters_in_a_tower_that_is_trained_in_full_are_a_contradiction():
+    with pytest.raises(UserError, match="--unfreeze_mm_vision_tower trains the tower in full"):
+        resolve(2, IN_TOWER | {"unfreeze_mm_vision_tower": True, "model_name_or_path": "m", "data_path": ["d"]})
 
 
 def test_an_adapter_of_another_kind_is_refused(copied):
