@@ -54,7 +54,8 @@ def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False) -> 
             about["config"] = PreTrainedConfig()
         with foreign_code_refused(path):
             tokenizer = AutoTokenizer.from_pretrained(path, **about)
-        file = find_file(path, "tokenizer.json")
+        own_code = trust_remote_code and "auto_map" in config  # which may differ from the file on purpose
+        file = None if own_code else find_file(path, "tokenizer.json")
         if file and tokenizer.is_fast and _splits(tokenizer.backend_tokenizer) != _splits(Tokenizer.from_file(file)):
             # transformers 5 rebuilds it as the class in its config, or of the model's type, has it: SmolLM2's and
             # Granite's (GPT2Tokenizer) then keep the digits of a number together that they were trained to split.
