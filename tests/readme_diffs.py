@@ -8,11 +8,12 @@ from pathlib import Path
 from types import ModuleType
 
 from tests.launching import ROOT
+from tests.readme import PAGES
 
 
 def patched(name: str, added: str, folder: Path) -> ModuleType:
     """The module `mini_llava/NAME.py` with the diff that adds something of this name, of ten lines at most."""
-    [diff] = re.findall(rf"^```diff\n([^`]*{added}[^`]*)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    [diff] = re.findall(rf"^```diff\n([^`]*{added}[^`]*)^```$", PAGES, re.M)
     assert len(diff.splitlines()) <= 10
     file = folder / "mini_llava" / f"{name}.py"
     file.parent.mkdir(parents=True)

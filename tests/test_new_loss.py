@@ -11,12 +11,13 @@ import torch
 from mini_llava.model.llava import LlavaModel
 from tests.end_to_end import runs
 from tests.launching import ROOT
+from tests.readme import PAGES
 
 
 @pytest.fixture(scope="module")
 def patched(tmp_path_factory):
     """`mini_llava/model/llava.py` with the diff that README shows."""
-    [diff] = re.findall(r"^```diff\n([^`]*z-loss[^`]*)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    [diff] = re.findall(r"^```diff\n([^`]*z-loss[^`]*)^```$", PAGES, re.M)
     assert len(diff.splitlines()) <= 10
     folder = tmp_path_factory.mktemp("patched")
     (folder / "mini_llava" / "model").mkdir(parents=True)

@@ -1,7 +1,7 @@
-"""What README says is so: its commands are run, and its files and messages exist.
+"""What README and docs/ say is so: their commands are run, and their files and messages exist.
 
-A command of README is run by the test or by the CI that is named here, smaller where it has to be, or is in the short
-list of those that README itself says were not run. The flags of all, and of benchmarks/README.md and the recipes, are
+A command of theirs is run by the test or by the CI that is named here, smaller where it has to be, or is in the short
+list of those that the page itself says were not run. The flags of all, and of benchmarks/README.md and the recipes, are
 read by the real parsers.
 """
 
@@ -24,7 +24,7 @@ from torch.distributed.run import get_args_parser
 from mini_llava import arguments as flags
 from tests import forked_runs
 from tests.launching import ROOT
-from tests.readme import README, block_with, blocks
+from tests.readme import DOCS, PAGES, README, block_with, blocks
 
 BENCHMARKS = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 
@@ -40,6 +40,7 @@ RUN = {
     "#SBATCH": MACHINES,
 }
 OWN = "tests/test_readme_commands.py::test_both_stages_of_ones_own_model"
+BESIDE = "tests/model/test_adapters_elsewhere.py::test_trained_biases_are_in_the_base"
 LOOK = "tests/test_readme_commands.py::test_a_look_at_a_run_and_at_its_data"
 # Commands of other blocks that are run, by how they begin, and by what.
 LAUNCH = "python -m mini_llava.launch --config_file accelerate_configs"
@@ -54,6 +55,7 @@ RUN_ALONE = {
     "python -m mini_llava.tools.doctor": LOOK,
     "python -m mini_llava.tools.convert": "tests/test_readme_commands.py::test_data_of_another_layout",
     "python -m mini_llava.demo.pretrain": "tests/test_demo_pretrain.py::made",
+    "python -m mini_llava.tools.export outputs/lora": BESIDE,
     "python -m pytest tests/parity": "tests/parity/test_model.py::test_logits_are_llavas",
     "python benchmarks/figures.py": "tests/benchmarks/test_figures.py::test_each_figure_is_drawn",
     "python benchmarks/recipe_plans.py": "tests/benchmarks/test_recipe_plans.py::test_a_row_is_what_the_plan_comes_to",
@@ -64,7 +66,11 @@ RUN_ALONE = {
         "tests/end_to_end/test_preemption.py::test_the_table_of_moments_has_a_row_for_signals_that_end_alike"
     ),
 }
-NOT_RUN = ("vllm serve", "python -m lmms_eval")
+# Other people's tools, installed and run by hand.
+NOT_RUN = (
+    *("python benchmarks/consumers.py", "vllm serve", "python -m lmms_eval"),
+    *("transformers serve", "pip install ", "python -m vllm"),
+)
 CI = {
     "python3 -m venv .venv": "python3 -m venv",
     "source .venv/bin/activate": "/bin/activate",
@@ -181,7 +187,7 @@ def check_flags(command: str, monkeypatch) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [*all_commands(README, BENCHMARKS), *heads_of_recipes()],
+    [*all_commands(PAGES, BENCHMARKS), *heads_of_recipes()],
     ids=lambda command: command[:60].replace("\n", " "),
 )
 def test_a_command_is_run_or_read_by_its_program(command, users_folder, monkeypatch):
@@ -192,12 +198,8 @@ def test_a_command_is_run_or_read_by_its_program(command, users_folder, monkeypa
         assert CI[command] in (ROOT / ".ci" / "run").read_text()
         return
     if command.startswith(NOT_RUN):
-        [after] = [
-            text
-            for block, text in re.findall(r"^```bash\n(.*?)^```\n\n(.*?)\n\n", README, re.S | re.M)
-            if command in block
-        ]
-        assert "not run" in after
+        for page in (README, *DOCS.values()):
+            assert command not in all_commands(page) or "not run by any test" in " ".join(page.split())
         return
     check_flags(command, monkeypatch)
 
@@ -218,9 +220,9 @@ def test_a_command_that_is_wrong_or_unknown_does_not_pass(command, users_folder,
         check_flags(command, monkeypatch)
 
 
-def test_every_command_of_readme_is_run_by_a_test_or_by_ci_or_said_not_to_be():
+def test_every_command_of_a_page_is_run_by_a_test_or_by_ci_or_said_not_to_be():
     run = {command for text in RUN for command in commands(block_with(text))}
-    alone = [command for command in all_commands(README) if command not in run and command not in CI]
+    alone = [command for command in all_commands(PAGES) if command not in run and command not in CI]
     assert not [command for command in alone if not command.startswith((*RUN_ALONE, *NOT_RUN))]
     assert not [start for start in RUN_ALONE if not any(command.startswith(start) for command in alone)]
 
@@ -252,7 +254,7 @@ def test_the_two_commands_train_both_stages(users_folder):
 
 def rows(first: str) -> list[list[str]]:
     """The cells of the one table with a row that begins so."""
-    tables = re.findall(r"^\|.*?\n\n", README, re.DOTALL | re.MULTILINE)
+    tables = re.findall(r"^\|.*?\n\n", PAGES, re.DOTALL | re.MULTILINE)
     [table] = [table for table in tables if f"\n| `{first}" in table]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()[2:] if line]
 
@@ -276,7 +278,7 @@ def test_the_map_has_every_file_and_every_file_is_there():
 
 @pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "benchmarks").glob("*.py")))
 def test_a_benchmark_is_named_where_benchmarks_are_explained(file):
-    assert file in README + BENCHMARKS
+    assert file in PAGES + BENCHMARKS
 
 
 def test_the_files_that_stand_for_llavas_are_there():
@@ -303,5 +305,5 @@ def texts() -> str:
 
 
 @pytest.mark.parametrize("message", [cells[0].strip("`") for cells in rows("Memory has run out")])
-def test_a_message_that_readme_explains_is_one_that_the_program_writes(message, texts):
+def test_a_message_that_a_page_explains_is_one_that_the_program_writes(message, texts):
     assert message in texts or f"{message}." in texts

@@ -20,7 +20,7 @@ import pytest
 from tests import forked_runs
 from tests.end_to_end.runs import FIXTURES
 from tests.launching import ROOT
-from tests.readme import README, blocks
+from tests.readme import PAGES, blocks
 from tests.test_readme import commands
 from tests.tools.test_convert import JPEG, chat, embedded, save_to_disk
 
@@ -55,8 +55,8 @@ def folder(tmp_path_factory) -> Path:
 
 def printed_by(start: str, folder: Path, as_fork: bool = True) -> str:
     """Runs the one command of README that begins so, as a fork that has its imports or by an interpreter of its own."""
-    inline = [" ".join(text.split()) for text in re.findall(r"`(python [^`]+)`", README)]
-    found = [text for block in blocks(README, "bash") for text in commands(block)] + inline
+    inline = [" ".join(text.split()) for text in re.findall(r"`(python [^`]+)`", PAGES)]
+    found = [text for block in blocks(PAGES, "bash") for text in commands(block)] + inline
     [command] = {text for text in found if text.startswith(start)}
     output, inside = folder / "printed.txt", functools.partial(os.chdir, folder)
     if as_fork:
@@ -80,7 +80,7 @@ def printed_by(start: str, folder: Path, as_fork: bool = True) -> str:
 
 def scalars_in_tensorboard(folder: Path) -> list[str]:
     """The names of the curves that README's command for TensorBoard serves."""
-    [command] = re.findall(r"`(tensorboard [^`]+)`", README)
+    [command] = re.findall(r"`(tensorboard [^`]+)`", PAGES)
     command = [sys.executable, "-m", "tensorboard.main", *command.split()[1:], "--port", "0"]
     with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as server:
         try:

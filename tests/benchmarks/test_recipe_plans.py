@@ -5,12 +5,12 @@ import re
 import pytest
 
 from benchmarks import recipe_plans
-from tests.readme import README
+from tests.readme import PAGES
 
 
 def in_readme() -> list[list[str]]:
     """The cells of the rows that a recipe and its GPUs begin."""
-    rows = re.findall(r"^\| `[\w.-]+` \| \d+ [A-Z]\w+ \|.*", README, re.MULTILINE)
+    rows = re.findall(r"^\| `[\w.-]+` \| \d+ [A-Z]\w+ \|.*", PAGES, re.MULTILINE)
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
