@@ -41,6 +41,7 @@ RUN = {
 }
 OWN = "tests/test_readme_commands.py::test_both_stages_of_ones_own_model"
 BESIDE = "tests/model/test_adapters_elsewhere.py::test_trained_biases_are_in_the_base"
+OWN_FILE = "tests/test_readme_commands.py::test_a_run_of_ones_own_file_and_a_talk_to_its_result"
 LOOK = "tests/test_readme_commands.py::test_a_look_at_a_run_and_at_its_data"
 # Commands of other blocks that are run, by how they begin, and by what.
 LAUNCH = "python -m mini_llava.launch --config_file accelerate_configs"
@@ -48,6 +49,8 @@ RUN_ALONE = {
     f"{LAUNCH}/zero2.yaml train.py --stage 1 --model_name_or_path": OWN,
     f"{LAUNCH}/zero3.yaml train.py --stage 2 --model_name_or_path": OWN,
     f"{LAUNCH}/zero3.yaml train.py --stage 2 --config mini_llava": OWN,
+    f"{LAUNCH}/zero3.yaml train.py --stage 2 --config my_run.yaml": OWN_FILE,
+    "python -m mini_llava.tools.chat outputs/my-run": OWN_FILE,
     "tensorboard --logdir": OWN,
     "python train.py --help": LOOK,
     "python -m mini_llava.tools.plan": LOOK,
@@ -76,6 +79,7 @@ CI = {
     "source .venv/bin/activate": "/bin/activate",
     "pip install -r requirements.txt": "-r requirements.txt",
     "python -m pytest": "python -m pytest",
+    'python -m pytest -m "not slow"': "python -m pytest",  # some of them
 }
 
 
@@ -112,8 +116,7 @@ def users_folder(tmp_path, monkeypatch) -> Path:
     """As README's reader has it: the repository, and a file of settings."""
     for name in ("mini_llava", "accelerate_configs", "benchmarks", "train.py", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
-    settings = "model_name_or_path: a/b\nvision_tower: a/c\ndata_path: [data.json]\nimage_folder: [images]\n"
-    (tmp_path / "my_run.yaml").write_text(settings)
+    (tmp_path / "my_run.yaml").write_text(block_with("# my_run.yaml"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

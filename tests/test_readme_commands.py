@@ -20,11 +20,13 @@ import pytest
 from tests import forked_runs
 from tests.end_to_end.runs import FIXTURES
 from tests.launching import ROOT
-from tests.readme import PAGES, blocks
+from tests.readme import PAGES, block_with, blocks
 from tests.test_readme import commands
 from tests.tools.test_convert import JPEG, chat, embedded, save_to_disk
 
 pytestmark = pytest.mark.slow
+
+LAUNCH = "python -m mini_llava.launch --config_file accelerate_configs"
 
 SMALLER = (
     "--max_steps 1 --warmup_ratio 0 --global_batch_size 4 --per_device_train_batch_size 2 --dataloader_num_workers 0"
@@ -46,11 +48,16 @@ def folder(tmp_path_factory) -> Path:
         shutil.copytree(FIXTURES / "data" / "images", folder / name)
     (folder / "data" / "llava_v1_5_mix665k.json").symlink_to(folder / "llava_v1_5_mix665k.json")
     save_to_disk(folder / "data" / "train", [{"image": embedded(JPEG), "conversations": chat("<image>\nWho?", "I.")}])
-    (folder / "my_run.yaml").write_text(
-        "model_name_or_path: lmsys/vicuna-7b-v1.5\nvision_tower: openai/clip-vit-large-patch14-336\n"
-        "data_path: [llava_v1_5_mix665k.json]\nimage_folder: [data]\nglobal_batch_size: 8\n"
-    )
+    (folder / "data" / "images").mkdir()
+    (folder / "data" / "images" / "000000215677.jpg").write_bytes(JPEG)
+    (folder / "my_run.yaml").write_text(block_with("# my_run.yaml") + "global_batch_size: 8\n")
     return folder
+
+
+@pytest.fixture(scope="module")
+def stage_1(folder) -> str:
+    """What stage 1 prints; its projector is one that my_run.yaml names."""
+    return printed_by(f"{LAUNCH}/zero2.yaml train.py --stage 1", folder)
 
 
 def printed_by(start: str, folder: Path, as_fork: bool = True) -> str:
@@ -95,11 +102,9 @@ def scalars_in_tensorboard(folder: Path) -> list[str]:
     raise AssertionError("TensorBoard shows no run")
 
 
-def test_both_stages_of_ones_own_model(folder):
-    launch = "python -m mini_llava.launch --config_file accelerate_configs"
-    first = f"{launch}/zero2.yaml train.py --stage 1"
-    assert "2 processes, DeepSpeed ZeRO-2, bf16" in printed_by(first, folder)
-    second = f"{launch}/zero3.yaml train.py --stage 2 --model_name_or_path"
+def test_both_stages_of_ones_own_model(folder, stage_1):
+    assert "2 processes, DeepSpeed ZeRO-2, bf16" in stage_1
+    second = f"{LAUNCH}/zero3.yaml train.py --stage 2 --model_name_or_path"
     assert "2 processes, DeepSpeed ZeRO-3, bf16" in printed_by(second, folder, as_fork=False)
     assert (folder / "outputs" / "stage2" / "model.safetensors").is_file()
     assert {"loss", "norms/gradient_norm", "speed/tokens_per_second"} <= set(scalars_in_tensorboard(folder))
@@ -109,16 +114,24 @@ def test_both_stages_of_ones_own_model(folder):
     assert (folder / "outputs" / "llava-1.5-7b-finetune" / "model.safetensors").is_file()
 
 
+def test_a_run_of_ones_own_file_and_a_talk_to_its_result(folder, stage_1):
+    printed = printed_by(f"{LAUNCH}/zero3.yaml train.py --stage 2 --config my_run.yaml", folder)
+    assert "2 processes, DeepSpeed ZeRO-3, bf16" in printed and "starts at random" not in printed
+    assert (folder / "outputs" / "my-run" / "model.safetensors").is_file()
+    assert "ASSISTANT" not in printed_by("python -m mini_llava.tools.chat outputs/my-run", folder)
+
+
 @pytest.mark.parametrize(
     ("start", "expected"),
     [
         ("python train.py --help", "--mm_projector_lr"),
         ("python -m mini_llava.tools.plan", "It fits: "),
         ("python -m mini_llava.tools.inspect --config my_run.yaml", "USER"),
-        ("python -m mini_llava.tools.doctor", "80 records"),
+        ("python -m mini_llava.tools.doctor --data_path", "80 records"),
+        ("python -m mini_llava.tools.doctor --config", "80 records"),
     ],
 )
-def test_a_look_at_a_run_and_at_its_data(start, expected, folder):
+def test_a_look_at_a_run_and_at_its_data(start, expected, folder, stage_1):
     assert expected in printed_by(start, folder, as_fork="inspect" not in start)  # the others are started elsewhere
 
 
