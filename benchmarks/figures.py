@@ -1,4 +1,4 @@
-"""Draws the figures of the README: what the sampler's batches are, what packing saves, where the memory goes.
+"""Draws the figures of docs/: what the sampler's batches are, what packing saves, where the memory goes.
 
     python benchmarks/figures.py benchmarks/figures
 

@@ -1,4 +1,4 @@
-"""Hours and memory of the published recipes on several GPUs, as `mini_llava.tools.plan` computes them: README's table.
+"""Hours and memory of the published recipes on several GPUs, for docs/planning.md, by `mini_llava.tools.plan`.
 
     python benchmarks/recipe_plans.py --directory /tmp/plans
 
@@ -46,7 +46,7 @@ class Plan(NamedTuple):
     tokens: int | None = None
 
 
-# Measured on H200s (benchmarks/README.md), nothing recomputed: stage 1 60 %, stage 2 51 %, LoRA 48 %. Recomputing all
+# Measured on H200s (docs/performance.md), nothing recomputed: stage 1 60 %, stage 2 51 %, LoRA 48 %. Recomputing all
 # layers adds work that does not count: a third in stage 2, a half in stage 1. A100s are assumed to do as well.
 PLANS = (
     Plan("llava-1.5-7b-pretrain", 1, "zero2", 8, "A100", 0.60, recomputed=False),

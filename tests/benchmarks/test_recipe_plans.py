@@ -1,4 +1,4 @@
-"""README's table of hours and memory is what `benchmarks/recipe_plans.py` computes."""
+"""The table of hours and memory is what `benchmarks/recipe_plans.py` computes."""
 
 import re
 

@@ -45,7 +45,7 @@ def model_of(plan: dict[str, str], layout: Layout, recomputed: float = 0.0, size
     return model.train()
 
 
-# `peak_memory_gib` of benchmarks/README.md, H200s: Llama 7B and CLIP-L/14-336, Liger's kernels, nothing recomputed but
+# `peak_memory_gib` of docs/performance.md, H200s: Llama 7B and CLIP-L/14-336, Liger's kernels, nothing recomputed but
 # products and norms. The shapes are those of the longest micro-batches, which the runs print.
 ALONE = Layout(1, H200)
 LORA = STAGE_2 | {"language_model": "LoRA r=128"}
