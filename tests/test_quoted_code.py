@@ -1,4 +1,4 @@
-"""Code that a page quotes is in the file that the quote names, so that no page shows a loop of the past."""
+"""Code that a page quotes or names is there, so that no page shows a loop of the past."""
 
 import re
 from textwrap import dedent
@@ -40,3 +40,38 @@ def test_a_quote_that_has_changed_is_found():
     source = "def double(x):\n    # Twice.\n    return 2 * x\n"
     assert is_in("# Twice.\nreturn 2 * x\n", source)
     assert not is_in("# Twice.\nreturn x * 2\n", source) and not is_in("def double(x):\n    return 2 * x\n", source)
+
+
+# --- what the pages on the course and on LLaVA name ------------------------------------------------------------------
+
+MODULES = {path.stem: path for path in (ROOT / "mini_llava").rglob("*.py")}
+TESTS = {path: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
+NAMES = sorted({name for page in ("llava.md", "one_step.md") for name in re.findall(r"`([\w./]+)`", DOCS[page])})
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if re.search(r"\btest_\w+(\.py)?$", name)])
+def test_a_test_that_is_named_is_there(name):
+    if name.endswith(".py"):
+        assert (ROOT / name if "/" in name else ROOT / "tests" / "parity" / name) in TESTS
+    else:
+        assert any(f"def {name}(" in text for text in TESTS.values())
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.split(".")[0] in MODULES and "/" not in name])
+def test_a_function_that_is_named_by_its_module_is_there(name):
+    module, *attributes = name.split(".")
+    if attributes[:1] in ([], ["py"], ["json"]):
+        return
+    source = MODULES[module].read_text(encoding="utf-8")
+    for attribute in attributes:
+        assert re.search(rf"^\s*(def |class )?{attribute}\b", source, re.MULTILINE), name
+
+
+PLACES = re.findall(r"((?:`[\w.]+`(?:, | and )?)+) in `(\w+/\w+\.py)`", DOCS["one_step.md"])
+
+
+@pytest.mark.parametrize(("names", "file"), PLACES)
+def test_a_function_is_in_the_file_that_the_page_says(names, file):
+    source = (ROOT / "mini_llava" / file).read_text(encoding="utf-8")
+    for name in re.findall(r"\w+", names.replace(" and ", "")):
+        assert re.search(rf"^\s*(def|class) {name}\b", source, re.MULTILINE), name
