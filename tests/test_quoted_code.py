@@ -5,6 +5,7 @@ from textwrap import dedent
 
 import pytest
 
+from mini_llava.options.attention import PACKABLE
 from tests.launching import ROOT
 from tests.readme import DOCS, README, blocks
 
@@ -75,3 +76,8 @@ def test_a_function_is_in_the_file_that_the_page_says(names, file):
     source = (ROOT / "mini_llava" / file).read_text(encoding="utf-8")
     for name in re.findall(r"\w+", names.replace(" and ", "")):
         assert re.search(rf"^\s*(def|class) {name}\b", source, re.MULTILINE), name
+
+
+def test_the_model_types_that_are_packed_are_listed():
+    [listed] = re.findall(r"Eleven model types are known to do so: (.*?)\. ", " ".join(DOCS["extending.md"].split()))
+    assert re.findall(r"`(\w+)`", listed) == list(PACKABLE) and len(PACKABLE) == 11
