@@ -8,6 +8,7 @@ training pictures by the tower's own features: what the tower alone knows.
 import argparse
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -79,6 +80,13 @@ def is_right(question: dict, answer: str, is_caption: bool) -> bool:
     return answer.strip().rstrip(".").lower() == question["conversations"][1]["value"].strip().rstrip(".").lower()
 
 
+def has_a_word(question: dict, answer: str, is_caption: bool) -> bool:
+    """Whether the answer has a word of the thing's name or keywords: what can be right of a name never trained on."""
+    if is_caption:
+        answer = first_sentence(answer)
+    return not set(re.findall(r"\w+", answer.lower())).isdisjoint(question["words"])
+
+
 def first_sentence(caption: str) -> str:
     """The name in a caption of prepare_data.py; names have dots of their own (U.S. Virgin Islands)."""
     return caption.split(". Keywords:")[0].removesuffix(".")
@@ -122,9 +130,10 @@ def table_of(scores: list[dict]) -> str:
     ]
     for row in scores:
         mean, low, high = (f"{100 * value:.1f}" for value in row["difference"])
+        commonest = "" if row["commonest"] is None else f"{row['commonest']:.1%}"
         lines.append(
             f"| {row['model']} | {FILES[row['file']]} | {row['kind']} | {row['n']:,} | {row['right']:.1%} | "
-            f"{row['exchanged']:.1%} | {mean} [{low}, {high}] | {row['commonest']:.1%} |"
+            f"{row['exchanged']:.1%} | {mean} [{low}, {high}] | {commonest} |"
         )
     return "\n".join(lines)
 
@@ -182,7 +191,7 @@ def main() -> None:
         write(given.output, scores, answers)  # now already: the next model takes a while
         print(f"{name}: {directory} has answered.", flush=True)
 
-    for file in ("new_hand", "photographs"):
+    for file in ("new_hand", "photographs", "new_things"):
         questions = [question for question in asked[file] if question["kind"] == "name"]
         written = [
             [names[image] for image in nearest(conversation, list(names), pictures, opened_as)]
@@ -201,12 +210,16 @@ def write(file: Path, scores: list[dict], answers: dict[str, dict]) -> None:
 def score(
     model: str, file: str, questions: Sequence[dict], written: Sequence[Sequence[str]], is_caption: bool
 ) -> list[dict]:
-    """One row for each kind of question. `written`: the answers with the right pictures and with others."""
+    """One row for each kind of question, and for names also one by `has_a_word`.
+
+    `written`: the answers with the right pictures and with others.
+    """
     rows = []
-    for kind in dict.fromkeys(question["kind"] for question in questions):
+    kinds = list(dict.fromkeys(question["kind"] for question in questions))
+    for kind, counts in [(kind, is_right) for kind in kinds] + [("name", has_a_word)] * ("name" in kinds):
         places = [index for index, question in enumerate(questions) if question["kind"] == kind]
         right, exchanged = (
-            np.array([is_right(questions[index], texts[index], is_caption) for index in places], dtype=float)
+            np.array([counts(questions[index], texts[index], is_caption) for index in places], dtype=float)
             for texts in written
         )
         things = [questions[index]["thing"] for index in places]
@@ -215,12 +228,13 @@ def score(
             dict(
                 model=model,
                 file=file,
-                kind=kind,
+                kind=kind if counts is is_right else "a word of it",
                 n=len(places),
                 right=right.mean(),
+                right_interval=interval(right, things),
                 exchanged=exchanged.mean(),
                 difference=interval(right - exchanged, things),
-                commonest=expected.most_common(1)[0][1] / len(places),
+                commonest=expected.most_common(1)[0][1] / len(places) if counts is is_right else None,
             )
         )
     return rows
