@@ -10,6 +10,7 @@ import ast
 import functools
 import importlib
 import inspect
+import json
 import os
 import re
 import shlex
@@ -22,6 +23,10 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
 from mini_llava import arguments as flags
+from mini_llava.data.templates import get_template
+from mini_llava.data.tokenization import read_conversation
+from mini_llava.evaluation.scoring import metric_of
+from mini_llava.guards.records import RecordCheck
 from tests import forked_runs
 from tests.launching import ROOT
 from tests.readme import DOCS, PAGES, README, block_with, blocks
@@ -52,6 +57,7 @@ RUN_ALONE = {
     f"{LAUNCH}/zero3.yaml train.py --stage 2 --config my_run.yaml": OWN_FILE,
     "python -m mini_llava.tools.chat outputs/my-run": OWN_FILE,
     "tensorboard --logdir": OWN,
+    "python train.py --stage 2 --config my_run.yaml": OWN,
     "python train.py --help": LOOK,
     "python -m mini_llava.tools.plan": LOOK,
     "python -m mini_llava.tools.inspect": LOOK,
@@ -250,6 +256,24 @@ def test_the_two_commands_train_both_stages(users_folder):
         assert run.wait() == 0, run.text[-5000:]
     assert "The projector comes from stage 1: outputs/demo-stage1/mm_projector.bin." in run.text
     assert (users_folder / "outputs" / "demo-stage2" / "model.safetensors").is_file()
+
+
+# --- records and settings --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", blocks(PAGES, "json"))
+def test_a_record_that_is_shown_can_be_trained_on(block):
+    record = json.loads(block)
+    assert RecordCheck()(record) is record
+    assert read_conversation(record, get_template("v1"))[1], "no answer"
+    assert metric_of(record) == record.get("metric", "exact_match")
+
+
+@pytest.mark.parametrize("block", blocks(PAGES, "yaml"))
+def test_settings_that_are_shown_are_known(block, users_folder):
+    """Those in comments too, which the page says may be added."""
+    (users_folder / "shown.yaml").write_text(re.sub(r"^# (\w+:)", r"\1", block, flags=re.MULTILINE))
+    flags.resolve(2, {"model_name_or_path": "a/b", "data_path": ["data.json"]}, "shown.yaml")
 
 
 # --- files and messages ----------------------------------------------------------------------------------------------

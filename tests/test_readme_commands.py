@@ -72,6 +72,8 @@ def printed_by(start: str, folder: Path, as_fork: bool = True) -> str:
         if words[:3] == ["-m", "mini_llava.launch", "--config_file"]:
             config, processes, words = folder / words[3], 2, words[4:] + SMALLER.split()
         program, *flags = words[1:] if words[0] == "-m" else words
+        if program == "train.py" and config is None:
+            flags += SMALLER.split()
         run = forked_runs.start(flags, output, config, processes, program=program, inside=inside)
         assert run.wait() == 0, run.text[-5000:]
         return run.text
@@ -112,6 +114,8 @@ def test_both_stages_of_ones_own_model(folder, stage_1):
     (folder / "outputs" / "llava-1.5-7b-pretrain").symlink_to(folder / "outputs" / "stage1")
     printed_by(second.partition(" --model")[0] + " --config mini_llava/recipes/", folder)
     assert (folder / "outputs" / "llava-1.5-7b-finetune" / "model.safetensors").is_file()
+
+    assert "1 process, no distribution" in printed_by("python train.py --stage 2 --config my_run.yaml", folder)
 
 
 def test_a_run_of_ones_own_file_and_a_talk_to_its_result(folder, stage_1):
