@@ -57,7 +57,7 @@ RUN_ALONE = {
     f"{LAUNCH}/zero3.yaml train.py --stage 2 --config my_run.yaml": OWN_FILE,
     "python -m mini_llava.tools.chat outputs/my-run": OWN_FILE,
     "tensorboard --logdir": OWN,
-    "python train.py --stage 2 --config my_run.yaml": OWN,
+    "python train.py --stage 2 --config my_run.yaml": OWN_FILE,
     "python train.py --help": LOOK,
     "python -m mini_llava.tools.plan": LOOK,
     "python -m mini_llava.tools.inspect": LOOK,
@@ -274,6 +274,25 @@ def test_settings_that_are_shown_are_known(block, users_folder):
     """Those in comments too, which the page says may be added."""
     (users_folder / "shown.yaml").write_text(re.sub(r"^# (\w+:)", r"\1", block, flags=re.MULTILINE))
     flags.resolve(2, {"model_name_or_path": "a/b", "data_path": ["data.json"]}, "shown.yaml")
+
+
+# --- links -----------------------------------------------------------------------------------------------------------
+
+
+def headings(page: str) -> set[str]:
+    """As GitHub turns them into anchors."""
+    titles = re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```", "", page, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("name", ["README.md", *(f"docs/{name}" for name in DOCS)])
+def test_a_link_leads_to_a_file_and_a_heading(name):
+    page = (ROOT / name).read_text(encoding="utf-8")
+    for link in re.findall(r"\]\((?!https?://)([^)\s]+)\)", page):
+        file, _, heading = link.partition("#")
+        target = (ROOT / name).parent / file if file else ROOT / name
+        assert target.exists(), link
+        assert not heading or heading in headings(target.read_text(encoding="utf-8")), link
 
 
 # --- files and messages ----------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def on_this_machine(command: str, folder: Path) -> str:
         "--num_processes 16": "--num_processes 2",
         "8 * SLURM_NNODES": "1 * SLURM_NNODES",
         "--nproc_per_node 8": "--nproc_per_node 1",
-        "outputs/stage2": str(folder / "run"),
+        "outputs/my-run": str(folder / "run"),
     }
     for old, new in changes.items():
         command = command.replace(old, new)
