@@ -42,7 +42,7 @@ ELSEWHERE = {
     "mini_llava.tools.plan says what would; --max_tokens_per_micro_batch bounds a micro-batch.",
     "torch_compile": "nothing is compiled; --packing and --use_liger_kernel are what makes it faster.",
     "neftune_noise_alpha": "noise on embeddings is not implemented.",
-    "label_smoothing_factor": "the loss is the plain cross entropy; README shows where another goes.",
+    "label_smoothing_factor": "the loss is the plain cross entropy; docs/extending.md shows where another one goes.",
     "remove_unused_columns": f"{_FIXED}a record is read whole.",
     **dict.fromkeys(("group_by_length", "length_column_name"), "it is --group_by_modality_length, as in LLaVA."),
     **dict.fromkeys(

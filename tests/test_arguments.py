@@ -198,10 +198,27 @@ def test_data_weights_are_numbers_one_for_each_file_on_the_command_line_and_in_a
     assert parse(*files, "--data_weights", "1", "1").data.data_weights is None  # what is done without
 
 
-def test_every_field_has_a_text_and_help_shows_all_of_them(capsys):
-    with pytest.raises(SystemExit):
-        flags.parse_arguments(["--help"])
-    shown = capsys.readouterr().out
+def help_text(capsys, flag: str) -> str:
+    with pytest.raises(SystemExit, match="0"):
+        flags.parse_arguments([flag])
+    return capsys.readouterr().out
+
+
+def test_help_shows_what_most_runs_need_in_a_line_or_two_each(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    shown = help_text(capsys, "--help")
+    common = [name for names in flags.COMMON_FLAGS.values() for name in names]
+    assert set(re.findall(r"^  --(\w+)", shown, re.MULTILINE)) == {*common, "help_all", "stage", "config"}
+    assert 20 <= len(common) <= 30 and len(shown.splitlines()) < 70
+    assert "[stage 1: 0.001, stage 2: 2e-05]" in shown and "All other flags: python train.py --help_all" in shown
+    texts = {name: text for kind in flags.PARTS for name, text in field_texts(kind).items()}
+    for name in common:
+        sentence = texts[name].split(". ")[0]
+        assert len(sentence) < 90 and sentence in " ".join(shown.split()), name
+
+
+def test_every_field_has_a_text_and_help_all_shows_all_of_them(capsys):
+    shown = help_text(capsys, "--help_all")
     for kind in (flags.ModelArguments, flags.DataArguments, flags.TrainingArguments):
         texts = field_texts(kind)
         for field in dataclasses.fields(kind):
@@ -218,7 +235,7 @@ def test_every_field_has_a_text_and_help_shows_all_of_them(capsys):
     [
         (["--learning_rte", "1"], "unknown flag --learning_rte, did you mean --learning_rate?"),
         (["--learning_rte=1"], "unknown flag --learning_rte, did you mean --learning_rate?"),
-        (["--qqq"], "unknown flag --qqq; see --help."),
+        (["--qqq"], "unknown flag --qqq; see --help_all."),
         (["--learning_rate", "fast"], "argument --learning_rate: invalid float value: 'fast'"),
         (["--image_aspect_ratio", "any"], "--image_aspect_ratio any: known values are square, pad, anyres."),
         (["--lr_scheduler_type", "cosin"], "known values are cosine, linear, constant, constant_with_warmup."),

@@ -22,7 +22,7 @@ def parse_arguments(command_line: list[str] | None = None) -> tuple[argparse.Nam
     """Return the flags that say what to show, and all others, which are train.py's."""
     parser = argparse.ArgumentParser(
         prog="python -m mini_llava.tools.tour",
-        description="What happens to records from JSON to gradients. All other flags are train.py's (its --help).",
+        description="What happens to records from JSON to gradients. All other flags are train.py's (its --help_all).",
         allow_abbrev=False,
     )
     parser.add_argument("--record", type=int, nargs="+", metavar="N", help="which, counted from 0 [two]")
