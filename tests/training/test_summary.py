@@ -149,7 +149,8 @@ def test_the_numbers_and_nouns_of_a_run_of_one_record_agree(tmp_path, capsys):
 
 
 def test_tensorboard_shows_pages_texts_and_the_samples_of_the_first_batch(run):
-    events = EventAccumulator(str(run[0] / "runs"), size_guidance={"tensors": 0, "images": 0}).Reload()
+    [folder] = (run[0] / "runs").iterdir()
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 0, "images": 0}).Reload()
     pages = {tag.split("/")[0] for tag in events.Tags()["scalars"]}
     assert pages == {"loss", "norms", "rates", "speed"}
     texts = {tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
