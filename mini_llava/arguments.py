@@ -522,7 +522,7 @@ def resolve(stage: int | None, command_line: dict, config_file: str | None = Non
         where = f"on the command line or as `stage: 2` in {config_file}" if config_file else "(see --help)"
         raise UserError(f"--stage is missing: give --stage 1 or --stage 2 {where}.")
     if stage not in PRESETS:
-        raise UserError(f"{config_file}: stage is 1 or 2, not {stage}.")
+        raise UserError(f"{config_file}: stage must be 1 or 2, not {stage}.")
     if of_file not in (None, stage):
         raise UserError(f"{config_file} is written for stage {of_file}, which contradicts --stage {stage}.")
     is_demo = config_file is None and _wants_demo(command_line)
@@ -549,8 +549,8 @@ def _check_script(stage: int, preset: dict, given: dict) -> None:
     if left:
         theirs, ours = (" ".join(f"--{name} {values[name]}" for name in left) for values in (defaults, preset))
         raise UserError(
-            f"--lazy_preprocess is of LLaVA's scripts, where what is left out means {theirs}; stage {stage} has {ours} "
-            "here, as LLaVA-1.5. Add those that you mean, or leave --lazy_preprocess out."
+            f"--lazy_preprocess comes from LLaVA's scripts, where flags that are left out mean {theirs}; here stage "
+            f"{stage} means {ours}, as LLaVA-1.5 does. Add those that you want, or leave --lazy_preprocess out."
         )
 
 
@@ -561,8 +561,8 @@ def _wants_demo(given: dict) -> bool:
         return True
     if missing := [f"--{name}" for name in needed if name not in given]:
         raise UserError(
-            f"{' and '.join(missing)} missing: give the language model with --vision_tower, or a LLaVA model, and the "
-            "data; or none of them for the embedded demo."
+            f"{' and '.join(missing)} missing: give a language model with --vision_tower, or a LLaVA model, and the "
+            "data; without any of them the embedded demo is trained."
         )
     return False
 
@@ -657,7 +657,7 @@ def _check_model(arguments: Arguments) -> None:
             "--stage 2 or --tune_mm_mlp_adapter False."
         )
     if model.add_tokens and (model.tune_mm_mlp_adapter or model.freeze_backbone):
-        raise UserError("--add_tokens: new rows are trained with the language model, which stays frozen here.")
+        raise UserError("--add_tokens: the new rows are trained along with the language model, which is frozen here.")
     if training.lora_vision_tower and model.unfreeze_mm_vision_tower:
         raise UserError("--unfreeze_mm_vision_tower trains the tower in full; --lora_vision_tower contradicts it.")
     if training.lora_enable and model.freeze_backbone:
@@ -676,12 +676,13 @@ def _check_training(arguments: Arguments) -> None:
     comparable |= {"data", "images", "model", "per_device_train_batch_size"}
     if unknown := sorted(set(training.resume_ignore or []) - comparable):
         raise UserError(
-            f"--resume_ignore {unknown[0]}: no such thing is compared; known are {', '.join(sorted(comparable))}."
+            f"--resume_ignore {unknown[0]}: it is not compared with a checkpoint; known names are "
+            f"{', '.join(sorted(comparable))}."
         )
     if not 0 < share <= 1:
         raise UserError(f"--gradient_checkpointing_share {share}: give a share of the layers above 0 and up to 1.")
     if share < 1 and not training.gradient_checkpointing:
-        raise UserError("--gradient_checkpointing_share says nothing with --gradient_checkpointing False.")
+        raise UserError("--gradient_checkpointing_share has no effect with --gradient_checkpointing False.")
     if isinstance(training.save_steps, float) and not training.save_steps < 1:
         raise UserError(f"--save_steps {training.save_steps:g}: give whole steps, or below 1 a share of all steps.")
     if training.bf16 and training.fp16:
@@ -693,7 +694,7 @@ def _check_training(arguments: Arguments) -> None:
 def _check_data(arguments: Arguments) -> None:
     data = arguments.data
     if read := sorted({"image", "conversations", "<image>"} & set(data.leave_unread or [])):
-        raise UserError(f"--leave_unread {read[0]}: that is what is read; give keys and marks that are not.")
+        raise UserError(f"--leave_unread {read[0]}: this is always read; name keys and marks that are not.")
     if not 0 <= data.max_skipped_share <= 1:
         raise UserError(f"--max_skipped_share {data.max_skipped_share}: give a share of the samples, from 0 to 1.")
     if data.data_weights is None:
@@ -704,9 +705,9 @@ def _check_data(arguments: Arguments) -> None:
             f"{counted(len(data.data_path), 'file')}; they are matched by position, so give one number for each file."
         )
     if wrong := [weight for weight in data.data_weights if not 0 < weight < math.inf]:
-        raise UserError(f"--data_weights {wrong[0]:g}: weights are above 0; a file with none is left out.")
+        raise UserError(f"--data_weights {wrong[0]:g}: weights must be above 0; leave a file out to skip it.")
     if data.sample_order:
-        raise UserError("--sample_order says which records come when; --data_weights contradicts it.")
+        raise UserError("--sample_order fixes the order of the records; --data_weights contradicts it.")
 
 
 def _check_evaluation(arguments: Arguments) -> None:
@@ -718,7 +719,7 @@ def _check_evaluation(arguments: Arguments) -> None:
         raise UserError("--evaluation_strategy steps needs --eval_steps.")
     if training.eval_steps > 0 and training.evaluation_strategy == "no":
         raise UserError(
-            f"--eval_steps {training.eval_steps} evaluates while the model trains, --evaluation_strategy no does "
+            f"--eval_steps {training.eval_steps} evaluates during training, --evaluation_strategy no does "
             "not: leave one of them out."
         )
 

@@ -249,17 +249,17 @@ def test_every_field_has_a_text_and_help_all_shows_all_of_them(capsys):
         (["--save_steps", "1.5"], "--save_steps 1.5: give whole steps, or below 1 a share of all steps."),
         (["--save_steps", "inf"], "--save_steps inf: give whole steps,"),
         (["--gradient_checkpointing_share", "0"], "--gradient_checkpointing_share 0.0: give a share of the layers"),
-        (["--gradient_checkpointing", "False", "--gradient_checkpointing_share", "0.5"], "says nothing with"),
+        (["--gradient_checkpointing", "False", "--gradient_checkpointing_share", "0.5"], "has no effect with"),
         (["--bf16", "True", "--fp16", "True"], "--bf16 and --fp16 cannot both be True."),
         (["--loss_normalization", "micro_batch", "--packing", "True"], "use --packing False."),
         (["--freeze_mm_mlp_adapter", "True"], "leave nothing to train."),
         (["--unfreeze_mm_vision_tower", "True"], "--unfreeze_mm_vision_tower contradicts it."),
         (["--data_weights", "1", "2"], "--data_weights lists 2 numbers and --data_path 1 file;"),
-        (["--data_weights", "-1"], "--data_weights -1: weights are above 0;"),
-        (["--data_weights", "nan"], "--data_weights nan: weights are above 0;"),
+        (["--data_weights", "-1"], "--data_weights -1: weights must be above 0;"),
+        (["--data_weights", "nan"], "--data_weights nan: weights must be above 0;"),
         (["--data_weights", "2", "--sample_order", "a.json"], "--data_weights contradicts it."),
-        (["--leave_unread", "video", "image"], "--leave_unread image: that is what is read; give keys and marks that"),
-        (["--leave_unread", "<image>"], "--leave_unread <image>: that is what is read"),
+        (["--leave_unread", "video", "image"], "--leave_unread image: this is always read; name keys and marks that"),
+        (["--leave_unread", "<image>"], "--leave_unread <image>: this is always read"),
         (["--eval_max_samples", "5"], "--eval_max_samples needs --eval_data_path."),
         (["--model_name_or_path", "/no/such/model"], "--model_name_or_path /no/such/model is not a directory"),
         (["--model_name_or_path", str(ROOT / "README.md")], "README.md is not a directory"),
@@ -367,7 +367,7 @@ def test_the_stage_may_stand_in_the_file(tmp_path, capsys):
     assert flags.parse_for_a_tool([*MODEL, *DATA]).stage == 2
     assert "contradicts --stage 2" in parse_error(capsys, "--stage", "2", *words)
     (tmp_path / "mine.yaml").write_text("stage: 3\n")
-    assert "stage is 1 or 2, not 3" in parse_error(capsys, *words)
+    assert "stage must be 1 or 2, not 3" in parse_error(capsys, *words)
 
 
 def test_the_stage_is_needed(capsys):

@@ -85,7 +85,7 @@ def encoded_images(value: object, image_root: str | None) -> list[bytes]:
         try:
             return [base64.b64decode(value.partition("base64,")[2] or value, validate=True)]
         except ValueError:
-            raise BadEntry(f"its image {shorten(value)} is no base64.") from None
+            raise BadEntry(f"its image {shorten(value)} is not base64.") from None
     if value.startswith(WEB):
         raise BadEntry(
             f"its image is an address on the web, {shorten(value)}, from which nothing is loaded: fetch the images "

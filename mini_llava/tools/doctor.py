@@ -89,7 +89,7 @@ def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace
     if given.image_aspect_ratio != "anyres" and (given.mm_patch_merge_type or given.image_grid_pinpoints):
         parser.error("--mm_patch_merge_type and --image_grid_pinpoints do nothing without --image_aspect_ratio anyres.")
     if given.image_size and not given.vision_tower:
-        parser.error("--image_size says something about the --vision_tower, which is not given.")
+        parser.error("--image_size applies to the --vision_tower, which is not given.")
     if given.image_aspect_ratio == "anyres" and not given.vision_tower:
         parser.error("--image_aspect_ratio anyres needs --vision_tower: its tiles are of the tower's size.")
     return given

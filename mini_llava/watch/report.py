@@ -136,4 +136,4 @@ def prepare_reports(output_dir: Path, resumed_at: int | None) -> str | None:
     again = last.get("step", 0) - resumed_at
     if again <= 0:
         return None
-    return f"The run had come to step {last['step']}: {again} of its steps {'is' if again == 1 else 'are'} done again."
+    return f"The run had reached step {last['step']}: {again} of its steps {'is' if again == 1 else 'are'} done again."

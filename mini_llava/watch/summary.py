@@ -112,7 +112,7 @@ def describe(values: dict, scores: str) -> str:
     took = ", ".join(f"{name} {duration(spent)}" for name, spent in values["seconds"].items())
     lines = [
         "",
-        f"{', '.join(counted(values[f'{noun}s'], noun) for noun in ('step', 'sample', 'token'))} in {took}.",
+        f"{', '.join(counted(values[f'{noun}s'], noun) for noun in ('step', 'sample', 'token'))}. Time: {took}.",
         f"Last logged loss {values['last_loss']:.4f}; mean over the last tenth of the log "
         f"{values['mean_loss_at_the_end']:.4f}.",
     ]

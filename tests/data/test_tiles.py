@@ -278,7 +278,7 @@ def test_an_image_that_is_replaced_while_it_is_read_is_a_bad_sample(textual, tmp
     tall = samples.image_reader.open(IMAGES, TALL)
     monkeypatch.setattr(ImageReader, "open", lambda self, folder, name: tall)
     [(index, sentence)] = RankSteps(samples, True, "skip")[[[0]]].skipped
-    assert index == 0 and "has another size than a moment ago" in sentence
+    assert index == 0 and "has changed its size since it was measured" in sentence
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_prompts_under_another_key_are_named(name, llama):
 
 
 def test_an_image_in_a_turn_is_named(llama):
-    with pytest.raises(BadRecord, match=r"its key 'image' looks like media .* from the record's 'image' alone"):
+    with pytest.raises(BadRecord, match=r"its key 'image' looks like media .* only from the record's 'image'"):
         ids(IN_A_TURN, llama)
 
 

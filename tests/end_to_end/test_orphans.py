@@ -71,7 +71,7 @@ def kill_itself(part: range) -> range:
 
 
 def test_a_process_of_a_pool_that_the_system_kills_is_a_sentence():
-    said = r"ended from outside while measuring records, after 512 of 1,500; .*out of memory.* Fewer --num_workers need"
+    said = r"was killed while measuring records, after 512 of 1,500; .*out of memory.* Fewer --num_workers need"
     with pytest.raises(WorkerKilled, match=said):
         list(map_ranges(kill_itself, 1500, 2, "measuring records"))
 

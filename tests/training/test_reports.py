@@ -134,7 +134,7 @@ def test_the_log_of_a_resumed_run_ends_at_its_checkpoint_and_says_what_is_done_a
     for name in ("log.jsonl", "eval_samples.jsonl"):
         with open(tmp_path / name, "a") as file:
             file.write(torn)
-    assert prepare_reports(tmp_path, 8) == "The run had come to step 12: 4 of its steps are done again."
+    assert prepare_reports(tmp_path, 8) == "The run had reached step 12: 4 of its steps are done again."
     log_of(tmp_path / "log.jsonl", 9)
     assert steps(tmp_path / "log.jsonl") == list(range(1, 10))
     assert steps(tmp_path / "eval_samples.jsonl") == [0, 0, 8, 8]
@@ -143,7 +143,7 @@ def test_the_log_of_a_resumed_run_ends_at_its_checkpoint_and_says_what_is_done_a
 
 def test_a_single_step_that_is_done_again_is_one(tmp_path):
     log_of(tmp_path / "log.jsonl", 1, 2, 3)
-    assert prepare_reports(tmp_path, 2) == "The run had come to step 3: 1 of its steps is done again."
+    assert prepare_reports(tmp_path, 2) == "The run had reached step 3: 1 of its steps is done again."
 
 
 def test_a_torn_last_line_is_cut_off_even_if_no_step_is_done_again(tmp_path):
