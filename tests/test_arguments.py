@@ -335,18 +335,18 @@ LEFT_OUT = ("--mm_projector_type mlp2x_gelu", "--image_aspect_ratio pad", "--gro
 
 def test_llavas_older_scripts_do_not_silently_get_the_presets_of_llava_1_5(capsys):
     pretrain = PRETRAIN_SH.replace(LEFT_OUT[0], "").split()
-    assert "means --mm_projector_type linear; stage 1 has" in parse_error(capsys, "--stage", "1", *pretrain)
+    assert "mean --mm_projector_type linear; here stage 1 means" in parse_error(capsys, "--stage", "1", *pretrain)
     assert flags.parse_arguments(["--stage", "1", *pretrain, "--mm_projector_type", "linear"])
     finetune = FINETUNE_SH
     for words in LEFT_OUT:
         finetune = finetune.replace(words, "")
     sentence = parse_error(capsys, "--stage", "2", *finetune.split())
     theirs = "--mm_projector_type linear --image_aspect_ratio square --group_by_modality_length False"
-    assert f"means {theirs}; stage 2 has {' '.join(LEFT_OUT)} here" in sentence
+    assert f"mean {theirs}; here stage 2 means {' '.join(LEFT_OUT)}," in sentence
     arguments = flags.parse_arguments(["--stage", "2", *finetune.split(), *theirs.split()])
     assert arguments.model.mm_projector_type == "linear" and arguments.data.image_aspect_ratio == "square"
     sentence = parse_error(capsys, "--stage", "2", *FINETUNE_SH.split(), "--lora_enable", "True")  # its rate is 2e-5
-    assert "means --lora_r 64 --lora_alpha 16; stage 2 has --lora_r 128 --lora_alpha 256 here" in sentence
+    assert "mean --lora_r 64 --lora_alpha 16; here stage 2 means --lora_r 128 --lora_alpha 256," in sentence
 
 
 def test_warmup_steps_and_eval_strategy_are_what_they_are_in_transformers(tmp_path):

@@ -349,7 +349,7 @@ def test_roles_numbers_and_faults_of_chats(tmp_path):
     ]
     assert [record["id"] for record in records] == [f"chats.json record {number}" for number in range(6)]
     sentences = ["not a text from a known role", "'1' from 'observation'", "neither a text nor an image"]
-    sentences += ["an address on the web", "is no base64", "of 3 bytes cannot be read"]
+    sentences += ["an address on the web", "is not base64", "of 3 bytes cannot be read"]
     for sentence, (_, reason) in zip(sentences, bad_entries(tmp_path / "out"), strict=True):
         assert sentence in reason
 

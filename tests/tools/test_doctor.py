@@ -163,7 +163,7 @@ def test_faults_and_warnings_are_counted_with_examples(checked):
         "2  the image … leads out of the image folder",
         "1  the image … leads out of the image folder",
         "1  the image … cannot be used: it has floating-point pixels, and its format does not say which",
-        "1  its key … looks like media and is not read: images are read from the record's … alone",
+        "1  its key … looks like media and is not read: images are read only from the record's …",
         "1  a question has the mark …, which is not read",
         "1  the image … has # bits, of which it uses the lowest: the model sees it nearly black.",
         "1  turn # is from …; known roles are … and ….",

@@ -445,7 +445,7 @@ def test_data_and_model_are_compared_by_content(trained, tmp_path):
     assert refused_lines(trained, tmp_path / "run", **changes) == [
         "data: file data.json has changed (was train_stage2.json)",
         "model: attention_dropout of the language model is 0.0 in the checkpoint, 0.5 now",
-        "model: the weights of the frozen vision_tower are others",
+        "model: the weights of the frozen vision_tower are different",
         "Make them equal, or let them differ: --resume_ignore data model",
     ]
 
@@ -463,7 +463,7 @@ def test_pictures_that_were_replaced_or_lost_are_listed_and_may_be_ignored(train
     # The length pass finds the lost one only if there is no cache of an earlier one.
     shutil.copytree(trained / "cache", tmp_path / "run" / "cache")
     [changed, gone, advice] = refused_lines(trained, tmp_path / "run", image_folder=images)
-    assert changed.startswith(f"images: 2 of {len(pictures)} looked at have changed, first '")
+    assert changed.startswith(f"images: 2 of {len(pictures)} compared have changed, first '")
     first = changed.split("'")[1]
     now = (images / replaced).stat().st_size
     ends = {replaced: f"({size:,} bytes in the checkpoint, {now:,} now)", other: "(of the same size)"}

@@ -73,7 +73,7 @@ def test_one_picture_in_fifty_that_was_replaced_is_noticed(data):
     for number in range(1, 600, 50):
         (data / "images" / f"{number:03}.bmp").write_bytes(b"x" * 1000)
     [line] = image_lines(before, seen(store_of(data)))
-    assert f"of {PICTURES} looked at have changed, first '" in line and line.endswith("(of the same size)")
+    assert f"of {PICTURES} compared have changed, first '" in line and line.endswith("(of the same size)")
 
 
 @pytest.mark.parametrize("place", [0, 5 * 2**20, 10 * 2**20 - 1])
