@@ -120,7 +120,7 @@ def _vicuna(name: str, system: str, image_mark: str = IMAGE_MARK) -> Template:
     return Template(
         name=name,
         opening=f"{system} USER: ",
-        next_question="USER: ",  # no blank after </s>, as Vicuna was trained
+        next_question="USER: ",  # no blank after </s>: Vicuna was trained so
         question_end=" ",
         answer_start="ASSISTANT:",
         answer_lead=" ",

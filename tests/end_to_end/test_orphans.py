@@ -116,7 +116,7 @@ def test_after_ctrl_c_the_end_of_the_launcher_is_no_second_signal(tmp_path):
     run.wait_until((tmp_path / "run" / "log.jsonl").exists)
     rank, *workers = below(run)
     rank.send_signal(signal.SIGINT)
-    run.wait_until(lambda: "SIGINT: once" in run.text)
+    run.wait_until(lambda: "SIGINT: the run" in run.text)
     rank.suspend()
     time.sleep(preemption.SECONDS_OF_ONE_PRESS + 0.2)
     os.kill(run.process.pid, signal.SIGKILL)
