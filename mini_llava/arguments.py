@@ -195,7 +195,7 @@ class DataArguments:
     """Processes that load, tokenize and preprocess samples ahead of the step."""
 
     dataloader_timeout: int = flag(300, positive=True, decides=NOTHING)
-    """Seconds that such a process may deliver nothing; then the run saves its state and ends, naming the records. NCCL
+    """Seconds such a process may take to deliver; after that the run saves its state and ends, naming the records. NCCL
     waits 600 seconds."""
 
     sample_order: str | None = None
@@ -327,7 +327,8 @@ class TrainingArguments:
     """Share of all steps over which the learning rate rises from 0."""
 
     warmup_steps: float = 0.0
-    """Steps over which it does, or, below 1, their share of all steps; overrides warmup_ratio, as in transformers."""
+    """Steps over which the learning rate rises, or, below 1, their share of all steps; overrides warmup_ratio, as in
+    transformers."""
 
     loss_normalization: str = flag("global_batch", choices=("global_batch", "micro_batch"))
     """global_batch divides the sum of token losses by the trained tokens of the global batch; micro_batch is LLaVA's
@@ -371,7 +372,7 @@ class TrainingArguments:
     work."""
 
     save_total_limit: int | None = flag(None, positive=True, decides=NOTHING)
-    """Number of training states to keep. The oldest is deleted once the newest is complete."""
+    """Number of training states to keep. The oldest is deleted once the newest is complete. Default: all are kept."""
 
     export_format: str = flag("transformers", choices=("transformers", "llava"), decides=NOTHING)
     """Layout of stage 2's result: transformers (LlavaForConditionalGeneration), or llava for LLaVA's own code. python

@@ -85,7 +85,7 @@ def add_common_flags(
 def _add_flag(group, f: dataclasses.Field, hint, text: str, presets: tuple[dict, dict]) -> None:
     first, second = (preset.get(f.name, f.default) for preset in presets)
     default = f" [stage 1: {first}, stage 2: {second}]" if first != second else f" [{first}]"
-    if first is None and second is None:
+    if not {first, second} - {None, ""}:
         default = ""
     kind = _argparse_kind(hint)
     kind["metavar"] = f.metadata.get("metavar", kind["metavar"])
