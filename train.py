@@ -187,8 +187,6 @@ def train(arguments: flags.Arguments, advice: MemoryAdvice | None = None) -> Non
         report.log(f"Stopped after step {sampler.step} as asked; --resume_from_checkpoint latest goes on.")
     else:
         report.summarise(meter.pauses)
-        if arguments.is_demo and rank == 0:
-            report.log(demo.table_of_scores(arguments.stage, output_dir, arguments.model.pretrain_mm_mlp_adapter))
     liveness.leave("finished")
     trackers.end(accelerator)
     backend.end_training(accelerator, model)

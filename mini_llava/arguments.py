@@ -16,7 +16,17 @@ from pathlib import Path
 
 import yaml
 
-from .command_line import Parser, add_flags, convert, describe, plain, unknown_flag
+from .command_line import (
+    HelpFormatter,
+    Parser,
+    ShowHelp,
+    add_common_flags,
+    add_flags,
+    convert,
+    describe,
+    plain,
+    unknown_flag,
+)
 from .errors import UserError
 from .files import atomic_write
 from .words import counted
@@ -46,79 +56,83 @@ class ModelArguments:
     """Model"""
 
     model_name_or_path: str | None = flag(None, decides=CONTENT)
-    """Language model: hub name or local directory, anything AutoModelForCausalLM loads (lmsys/vicuna-7b-v1.5). Or a
-    LLaVA model, which brings its projector and its vision tower: in the layout of LLaVA's own code
-    (liuhaotian/llava-v1.5-7b) or of transformers (llava-hf/llava-1.5-7b-hf), or an output directory of stage 2."""
+    """Language model, or a LLaVA model: a hub name or a local directory. A language model is anything that
+    AutoModelForCausalLM loads (lmsys/vicuna-7b-v1.5). A LLaVA model brings its projector and its vision tower; it has
+    the layout of LLaVA's own code (liuhaotian/llava-v1.5-7b) or of transformers (llava-hf/llava-1.5-7b-hf), or is an
+    output directory of stage 2."""
 
     vision_tower: str | None = flag(None, decides=CONTENT)
-    """Vision tower: hub name or local directory of a CLIP, SigLIP or DINOv2 model (openai/clip-vit-large-patch14-336),
-    or of a LLaVA or FastVLM model whose tower is taken (apple/FastVLM-0.5B, which needs timm). Not needed where
-    model_name_or_path is a LLaVA model."""
+    """Vision tower: a hub name or local directory of a CLIP, SigLIP or DINOv2 model. An example is
+    openai/clip-vit-large-patch14-336. The tower of a LLaVA or FastVLM model can be taken too (apple/FastVLM-0.5B, which
+    needs timm). Not needed if model_name_or_path is a LLaVA model."""
 
     version: str | None = None
-    """Conversation template the training text is rendered with; an unknown name lists the known ones. chat_template is
-    the one that the language model's tokenizer brings."""
+    """Conversation template of the training text. An unknown name lists the known ones; chat_template is the one that
+    comes with the language model's tokenizer."""
 
     mm_projector_type: str = "linear"
-    """linear, mlp2x_gelu (any depth: mlpNx_gelu) or identity."""
+    """Kind of projector: linear, mlp2x_gelu (or any depth, mlpNx_gelu) or identity."""
 
     mm_vision_select_layer: int = -1
-    """Which hidden state of the vision tower is used; LLaVA-1.5 takes -2, the one before the last. Of FastVLM's tower
-    it is the output, -1, unless another is asked for, which is refused."""
+    """Hidden state of the vision tower that the projector reads; LLaVA-1.5 uses -2, the second to last. FastVLM's tower
+    has only its output, -1, which is used unless another layer is asked for; that is refused."""
 
     mm_vision_select_feature: str = flag("patch", choices=("patch", "cls_patch"))
-    """patch drops the class token, and registers where the tower has them; cls_patch keeps them."""
+    """Tokens of the vision tower to keep: patch drops the class token, and register tokens if the tower has them;
+    cls_patch keeps them."""
 
     image_size: int | None = flag(None, positive=True)
-    """Side of the square pictures, or tiles, that the vision tower takes, pixels. Its position embeddings are
-    interpolated to it when it is read, and it is saved so. Default: what it was trained with."""
+    """Side length, in pixels, of the square images or tiles that the vision tower reads. Its position embeddings are
+    interpolated to this size when it is loaded, and it is saved that way. Default: the size that it was trained
+    with."""
 
     pretrain_mm_mlp_adapter: str | None = flag(None, decides=CONTENT)
-    """Projector to start from: an mm_projector.bin of LLaVA's or of stage 1, or the directory that holds it. Takes the
-    place of the projector that a LLaVA model has."""
+    """Projector to start from: mm_projector.bin of stage 1 or of LLaVA, or its directory. It replaces the projector of
+    a LLaVA model."""
 
     tune_mm_mlp_adapter: bool = False
-    """Train the projector only (stage 1)."""
+    """Train the projector only, as stage 1 does."""
 
     freeze_mm_mlp_adapter: bool = False
     """Keep the projector frozen."""
 
     freeze_backbone: bool = False
-    """Keep the whole language model frozen, its output head included (in LLaVA the head stays trainable)."""
+    """Keep the whole language model frozen, including its output head, which stays trainable in LLaVA."""
 
     unfreeze_mm_vision_tower: bool = False
-    """Train the vision tower too."""
+    """Train the vision tower as well."""
 
     attn_implementation: str | None = flag(
         None, choices=("sdpa", "flash_attention_2", "varlen", "eager"), decides=ROUNDING
     )
-    """Attention: sdpa, flash_attention_2, varlen (for packed batches: FlashAttention 4 where flash-attn-4 is installed,
-    else torch's own) or eager. Default: the fastest that runs here. LLaVA's flash_attn flags are spelled this way in
-    transformers."""
+    """Attention kernel: sdpa, flash_attention_2, varlen or eager; default: the fastest that runs here. varlen is for
+    packed batches: FlashAttention 4 if flash-attn-4 is installed, otherwise torch's own kernel. transformers has this
+    flag in place of LLaVA's flash_attn flags."""
 
     trust_remote_code: bool = flag(False, decides=NOTHING)
-    """Let a model's directory run the Python code that it brings. Without it such code is refused, unless transformers
-    has a class of its own for the model. It may do whatever you may: read it before you allow it."""
+    """Allow a model directory to run the Python code that it contains. Otherwise such code is refused, unless
+    transformers has its own class for the model. The code can do whatever you can: read it before you allow it."""
 
     mm_patch_merge_type: str | None = flag(None, choices=("flat", "spatial", "spatial_unpad"))
-    """How the features of an image's tiles are put together, with image_aspect_ratio anyres: flat, one tile behind the
-    other; spatial, row by row of the image; spatial_unpad, without its padding and with a trained newline behind each
-    row. Default: spatial_unpad, LLaVA-1.6's."""
+    """With image_aspect_ratio anyres: how the features of an image's tiles are arranged. flat concatenates the tiles;
+    spatial orders features by the rows of the image; spatial_unpad also removes the padding and adds a trained newline
+    embedding after each row. Default: spatial_unpad, as in LLaVA-1.6."""
 
     mm_use_im_start_end: bool = False
-    """Put the tokens <im_start> and <im_end> around each image, as LLaVA's first models have them."""
+    """Surround each image with the tokens <im_start> and <im_end>, as LLaVA's first models do."""
 
     resize_token_embeddings: bool = False
-    """Add a row to the language model's embeddings and head for each token of its tokenizer that has none, the mean of
-    the rows there are. They are trained where the language model is trained in full. Without it such a tokenizer is
-    refused."""
+    """Add rows to the language model's embeddings and head for those tokens of its tokenizer that have none. A new row
+    is the mean of the existing ones, and is trained where the language model is trained in full. Without this flag such
+    a tokenizer is refused."""
 
     add_tokens: list[str] | None = flag(None, metavar="TOKEN")
-    """Tokens to add to the tokenizer, which is saved with the result: "<loc0>" "<loc1>". Word embeddings and head grow
-    by a row for each, the mean of the rows there are; with lora_enable these are trained beside the adapters."""
+    """Tokens to add to the tokenizer, such as "<loc0>" "<loc1>"; the tokenizer is saved with the result. Embeddings and
+    head get a row for each, the mean of the existing rows; with lora_enable these rows are trained along with the
+    adapters."""
 
     mm_use_im_patch_token: bool = False
-    """Add the token <im_patch> to the vocabulary, in which it only takes a place, as in LLaVA's first models."""
+    """Add the token <im_patch> to the vocabulary, where it only takes a place, as in LLaVA's first models."""
 
 
 @dataclass
@@ -126,84 +140,88 @@ class DataArguments:
     """Data"""
 
     data_path: list[str] | None = flag(None, decides=CONTENT)
-    """One or more JSON or JSON-lines files of LLaVA's records."""
+    """Training records: one or more JSON or JSON-lines files in LLaVA's format."""
 
     image_folder: list[str] | None = flag(None, decides=CONTENT)
-    """Image folder of each data file, in the same order; none at all for text only."""
+    """Image folder of each data file, in the same order; leave it out for text-only data."""
 
     follow_links: bool = flag(False, decides=CONTENT)
-    """Follow symbolic links in the image folders that lead out of them. Without it such images are bad samples: names
-    come with the data."""
+    """Follow symbolic links that lead out of the image folders. Otherwise such images are bad samples, because their
+    names come with the data."""
 
     data_weights: list[float] | None = flag(None, metavar="X")
-    """How often an epoch has the records of each data file, in the same order: 2 is every record twice, 0.5 a half of
-    them, another half in the next epoch. Default: 1 for all."""
+    """How often an epoch contains the records of each data file, in the same order. 2 takes every record twice; 0.5
+    takes half of them, and the other half in the next epoch. Default: 1 for all."""
 
     exclude: list[str] | None = flag(None, decides=CONTENT)
-    """Lists of records to leave out from the start: mini_llava.tools.doctor writes one, and skipped.jsonl is one."""
+    """Lists of records to leave out from the start: one that mini_llava.tools.doctor writes, or a skipped.jsonl."""
 
     image_aspect_ratio: str = flag("square", choices=("square", "pad", "anyres"))
-    """square resizes and crops the middle; pad first fills up to a square with the processor's mean colour; anyres, as
-    in LLaVA-1.6, takes the whole image and tiles of it, all of the vision tower's size."""
+    """square crops the centre, pad fills up to a square, anyres adds tiles. square resizes before it crops; pad fills
+    with the processor's mean colour; anyres, as in LLaVA-1.6, takes the whole image and tiles of it, each of the
+    tower's size."""
 
     image_grid_pinpoints: str | None = None
-    """With image_aspect_ratio anyres: widths and heights, in whole tiles, of what an image may be resized to; the best
-    fitting one is taken. Default: LLaVA-1.6's, for a tower of 336 pixels "[(336, 672), (672, 336), (672, 672), (1008,
-    336), (336, 1008)]"."""
+    """With image_aspect_ratio anyres: pixel sizes (width, height), multiples of the tile, that an image may be resized
+    to; the best fitting one is used. Default: LLaVA-1.6's, for a tower of 336 pixels "[(336, 672), (672, 336), (672,
+    672), (1008, 336), (336, 1008)]"."""
 
     group_by_modality_length: bool = False
-    """Make global batches of image samples only or text samples only, of similar length."""
+    """Fill each global batch with image samples only or with text-only samples, of similar length."""
 
     model_max_length: int = flag(512, positive=True)
-    """Longest sequence in tokens, image tokens included; what is longer is cut at its end."""
+    """Longest sequence in tokens, image tokens included; longer ones are truncated."""
 
     packing: bool = flag(True, decides=ROUNDING)
-    """Concatenate the samples of a micro-batch without padding; attention never crosses samples. Changes
+    """Concatenate the samples of a micro-batch instead of padding them. Attention never crosses samples; this changes
     speed and memory, not the loss."""
 
     max_tokens_per_micro_batch: int | None = flag(None, positive=True, decides=ROUNDING)
-    """Most tokens in one micro-batch, padding included; more micro-batches are made until it holds."""
+    """Most tokens in a micro-batch, padding included. A step gets as many more micro-batches as that takes."""
 
     on_bad_sample: str = flag("error", choices=("error", "skip"), decides=NOTHING)
-    """error stops and names the record; skip leaves it out (the global batch shrinks) and lists it in skipped.jsonl."""
+    """What to do with a bad record: error stops and names it, skip leaves it out. The global batch then shrinks, and
+    the record is listed in skipped.jsonl."""
 
     max_skipped_share: float = flag(0.1, decides=NOTHING)
-    """With --on_bad_sample skip: the share of the samples of ten steps that may turn out bad. When there are more, the
-    run saves its state and ends."""
+    """With on_bad_sample skip: the share of the samples of ten steps that may be bad. Above it the run saves its state
+    and ends."""
 
     leave_unread: list[str] | None = flag(None, decides=CONTENT, metavar="NAME")
-    """Keys and marks of records that look like media or a prompt and are meant to be left unread: video "<video>"
-    system. A number in one stands for any. Without it such records are bad samples."""
+    """Keys and marks of records that look like media or a prompt and that you want ignored: video "<video>" system. A
+    number in one stands for any number. Otherwise such records are bad samples."""
 
     dataloader_num_workers: int = flag(0, decides=NOTHING)
-    """Processes that read, tokenize and open images ahead of the step."""
+    """Processes that load, tokenize and preprocess samples ahead of the step."""
 
     dataloader_timeout: int = flag(300, positive=True, decides=NOTHING)
-    """Seconds that such a process may give nothing; then the run saves its state and ends, naming the records. NCCL
-    waits 600."""
+    """Seconds such a process may take to deliver; after that the run saves its state and ends, naming the records. NCCL
+    waits 600 seconds."""
 
     sample_order: str | None = None
-    """JSON file with the recorded order of a run, a list of global batches of record indices, to replay."""
+    """JSON file with the sample order of an earlier run to replay: a list of global batches of record indices."""
 
     eval_data_path: list[str] | None = flag(None, decides=NOTHING)
-    """Held-out records, one or more files: their loss, and answers that are generated for their last question and
-    compared with the one given. A record with the key "metric": "choice" is right if it has the same letter. Done
-    before and after training, and in between as eval_steps says."""
+    """Held-out records to evaluate, one or more files. This is done before and after training, and between as
+    eval_steps says. Their loss is measured, and the model's answer to the last question of each is compared with the
+    one given. A record with the key "metric": "choice" is right if the letter is the same."""
 
     eval_image_folder: list[str] | None = flag(None, needs=("eval_data_path", None), decides=NOTHING)
     """Image folder of each file of eval_data_path, in the same order."""
 
     eval_version: str | None = flag(None, needs=("eval_data_path", None), decides=NOTHING)
-    """Template the held-out questions are asked with; default the one trained with."""
+    """Conversation template of the held-out questions. Default: the one trained with."""
 
     eval_max_samples: int | None = flag(None, positive=True, needs=("eval_data_path", None), decides=NOTHING)
-    """Take this many of the held-out records, at random; default all."""
+    """Evaluate this many of the held-out records, chosen at random. Default: all."""
 
     eval_samples_shown: int = flag(8, needs=("eval_data_path", None), decides=NOTHING)
-    """Held-out questions, the same each time, that TensorBoard and eval_samples.jsonl show with the model's answer."""
+    """Held-out questions, the same at each evaluation, that TensorBoard and eval_samples.jsonl show with the model's
+    answers."""
 
     lazy_preprocess: bool = flag(True, choices=(True,), decides=NOTHING)
-    """Accepted as True only: records are always read and tokenized when they are needed, as in LLaVA."""
+    """Accepted as True only: records are always read and tokenized when they are needed, as LLaVA does with this
+    flag."""
 
 
 @dataclass
@@ -211,109 +229,113 @@ class TrainingArguments:
     """Training"""
 
     output_dir: str | None = flag(None, decides=NOTHING)
-    """Where everything is written; default outputs/stage1 or outputs/stage2."""
+    """Directory of the run's files."""
 
     num_train_epochs: float = flag(1.0, positive=True, decides="max_steps")
-    """Passes over the data, a fraction is possible."""
+    """Passes over the data; may be a fraction."""
 
     max_steps: int = -1
-    """Optimizer steps in all; overrides num_train_epochs if positive."""
+    """Optimizer steps in total; if positive, overrides num_train_epochs."""
 
     global_batch_size: int | None = flag(None, positive=True)
-    """Samples in one optimizer step. The preset's value holds on any number of devices unless
+    """Samples per optimizer step, on all devices together. The preset's value holds on any number of devices, unless
     gradient_accumulation_steps is given."""
 
     per_device_train_batch_size: int = flag(8, positive=True, decides=ROUNDING)
-    """Samples in one micro-batch on one device; with packing their average."""
+    """Samples per micro-batch on one device. Packed, their number varies and this is its average."""
 
     gradient_accumulation_steps: int | None = flag(None, positive=True, decides="global_batch_size")
-    """Micro-batches in one optimizer step. Default: as many as the global batch needs. If given, the global batch is
+    """Micro-batches per optimizer step. Default: as many as the global batch needs. If given, the global batch is
     devices x per_device_train_batch_size x this, as in LLaVA."""
 
     learning_rate: float = 5e-5
     """Peak learning rate."""
 
     mm_projector_lr: float | None = None
-    """Peak learning rate of the projector, if another."""
+    """Peak learning rate of the projector, if different."""
 
     mm_vision_tower_lr: float | None = None
-    """Peak learning rate of the vision tower, if another."""
+    """Peak learning rate of the vision tower, if different."""
 
     weight_decay: float = 0.0
-    """Decay of all trained parameters but norms and biases."""
+    """Weight decay of all trained parameters except norms and biases."""
 
     lora_enable: bool = False
-    """Train low-rank adapters on every linear layer of the language model but its head, instead of its weights."""
+    """Train low-rank adapters (LoRA) on the language model instead of its weights. Every linear layer except the head
+    gets one."""
 
     lora_target_modules: list[str] | None = flag(None, needs=("lora_enable", True), metavar="NAME")
-    """Linear layers of the language model that get adapters, by the end of their names or by all of it: q_proj v_proj.
-    Default, and all-linear: every one but the head."""
+    """Linear layers of the language model that get adapters, by their full names or the ends of these: q_proj v_proj.
+    Default, and all-linear: all except the head."""
 
     lora_vision_tower: bool = flag(False, needs=("lora_enable", True))
-    """Adapters beside the linear layers of the vision tower too, of the same rank; saved, they are part of its weights.
-    """
+    """Train adapters of the same rank on the vision tower's linear layers too; in the saved result they are merged into
+    its weights."""
 
     use_dora: bool = flag(False, needs=("lora_enable", True))
-    """DoRA: each adapted weight has a trained magnitude for every output, and the adapter changes its direction."""
+    """DoRA: train a magnitude for each output of an adapted weight; the adapter changes the direction only."""
 
     use_rslora: bool = flag(False, needs=("lora_enable", True))
-    """rsLoRA: an adapter's output is multiplied by lora_alpha / sqrt(lora_r) instead."""
+    """rsLoRA: scale an adapter's output by lora_alpha / sqrt(lora_r) instead."""
 
     lora_r: int = flag(64, positive=True, needs=("lora_enable", True))
-    """Rank of the adapters; stage 2 with lora_enable takes 128, as LLaVA's finetune_lora.sh does."""
+    """Rank of the adapters. Stage 2 with lora_enable uses 128, as LLaVA's finetune_lora.sh does."""
 
     lora_alpha: int = flag(16, positive=True, needs=("lora_enable", True))
-    """An adapter's output is multiplied by lora_alpha / lora_r; stage 2 with lora_enable takes 256."""
+    """An adapter's output is scaled by lora_alpha / lora_r. Stage 2 with lora_enable uses 256."""
 
     lora_dropout: float = flag(0.05, needs=("lora_enable", True))
-    """Dropout in front of each adapter."""
+    """Dropout before each adapter."""
 
     lora_bias: str = flag("none", choices=("none", "all", "lora_only"), needs=("lora_enable", True))
-    """Biases of the language model to train beside the adapters: none, all, or lora_only, those of adapted layers."""
+    """Biases of the language model to train along with the adapters: none, all, or lora_only (those of adapted
+    layers)."""
 
     trainable_token_indices: list[str] | None = flag(None, needs=("lora_enable", True), metavar="TOKEN")
-    """Tokens, or their ids, whose rows in word embeddings and head are trained beside the adapters, as in PEFT; those
-    of add_tokens always are. Without it LoRA trains no row."""
+    """Tokens, or their ids, whose rows in embeddings and head are trained along with the adapters, as in PEFT. Those of
+    add_tokens always are; otherwise LoRA trains no rows."""
 
     lora_weight_path: str = flag("", needs=("lora_enable", True), decides=CONTENT)
-    """Directory of an earlier LoRA run, ours or LLaVA's, to start adapters and projector from."""
+    """Directory of an earlier LoRA run, ours or LLaVA's, whose adapters and projector to start from."""
 
     bits: int = flag(16, choices=(4, 8, 16))
-    """4 or 8 keeps the language model's frozen weights so quantised (QLoRA); needs lora_enable and bitsandbytes."""
+    """4 or 8 quantises the language model's frozen weights to as many bits (QLoRA); needs lora_enable and
+    bitsandbytes."""
 
     double_quant: bool = flag(True, needs=("bits", 4))
-    """With bits 4: quantise the quantisation constants too."""
+    """With bits 4: quantise the quantisation constants as well."""
 
     quant_type: str = flag("nf4", choices=("nf4", "fp4"), needs=("bits", 4))
-    """With bits 4: nf4 or fp4."""
+    """With bits 4: the data type, nf4 or fp4."""
 
     adam_beta1: float = 0.9
-    """AdamW's decay of the first moment."""
+    """AdamW's decay rate of the first moment."""
 
     adam_beta2: float = 0.999
-    """AdamW's decay of the second moment."""
+    """AdamW's decay rate of the second moment."""
 
     adam_epsilon: float = 1e-8
     """AdamW's epsilon."""
 
     max_grad_norm: float = 1.0
-    """Clip the gradient to this norm; 0 turns clipping off (as LLaVA's scripts on DeepSpeed did without saying so)."""
+    """Clip the gradient to this norm; 0 disables clipping, as LLaVA's scripts on DeepSpeed silently do."""
 
     lr_scheduler_type: str = flag("linear", choices=("cosine", "linear", "constant", "constant_with_warmup"))
-    """cosine, linear, constant or constant_with_warmup."""
+    """Learning rate schedule: cosine, linear, constant or constant_with_warmup."""
 
     warmup_ratio: float = 0.0
-    """Share of all steps in which the learning rate rises from 0."""
+    """Share of all steps over which the learning rate rises from 0."""
 
     warmup_steps: float = 0.0
-    """Steps in which it does, or below 1 their share; takes the place of warmup_ratio, as in transformers."""
+    """Steps over which the learning rate rises, or, below 1, their share of all steps; overrides warmup_ratio, as in
+    transformers."""
 
     loss_normalization: str = flag("global_batch", choices=("global_batch", "micro_batch"))
-    """global_batch: sum of token losses over the trained tokens of the global batch. micro_batch: LLaVA's mean of the
-    micro-batches' means (needs --packing False)."""
+    """global_batch divides the sum of token losses by the trained tokens of the global batch; micro_batch is LLaVA's
+    mean of the micro-batches' means, and needs --packing False."""
 
     bf16: bool = False
-    """Compute in bfloat16; trained parameters keep an fp32 master copy. On a GPU without bfloat16: fp16."""
+    """Compute in bfloat16; trained parameters keep an fp32 master copy. A GPU without bfloat16 uses fp16 instead."""
 
     fp16: bool = flag(False, decides="bf16")
     """Compute in float16 with loss scaling; trained parameters keep an fp32 master copy."""
@@ -322,17 +344,18 @@ class TrainingArguments:
     """Allow TF32 in fp32 matrix products (Ampere and later)."""
 
     gradient_checkpointing: bool = flag(False, decides=ROUNDING)
-    """Recompute the language model's layers in backward: less memory, up to a third more work."""
+    """Recompute the language model's layers in backward to save memory. This is up to a third more work."""
 
     gradient_checkpointing_share: float = flag(1.0, decides=ROUNDING)
-    """Share of the layers that gradient_checkpointing recomputes, spread evenly; the less memory allows the faster."""
+    """Share of the layers that gradient_checkpointing recomputes, spread evenly. The smaller the share, the faster the
+    step and the more memory it needs."""
 
     use_liger_kernel: bool | None = flag(None, decides=ROUNDING)
-    """Liger's fused RMSNorm, rotary embedding and SwiGLU. Default: where liger-kernel is installed, on a GPU, for the
-    families of models that were compared with it."""
+    """Use Liger's fused RMSNorm, rotary embedding and SwiGLU. Default: on a GPU, if liger-kernel is installed, for the
+    model families that were compared with it."""
 
     fp8: bool = flag(False, needs=("bits", 16), decides=ROUNDING)
-    """Compute the language model's linear layers, all but the head, in float8. Needs a GPU of compute capability 8.9 or
+    """Compute the language model's linear layers, except the head, in float8. Needs a GPU of compute capability 8.9 or
     later."""
 
     seed: int = 42
@@ -342,24 +365,26 @@ class TrainingArguments:
     """Steps between two log entries."""
 
     save_strategy: str = flag("steps", choices=("steps", "epoch", "no"), decides=NOTHING)
-    """steps writes a training state every save_steps, epoch after each pass over the data; no writes none."""
+    """When to write a training state: steps, every save_steps; epoch, after each pass over the data; or no."""
 
     save_steps: float = flag(500, positive=True, decides=NOTHING)
-    """Steps between two training states, or below 1 their share of all steps: the most work that a crash can cost."""
+    """Steps between two training states, or, below 1, their share of all steps. A crash costs at most this much
+    work."""
 
     save_total_limit: int | None = flag(None, positive=True, decides=NOTHING)
-    """Training states to keep; the oldest is deleted once the newest is complete."""
+    """Number of training states to keep. The oldest is deleted once the newest is complete. Default: all are kept."""
 
     export_format: str = flag("transformers", choices=("transformers", "llava"), decides=NOTHING)
-    """Layout of the result of stage 2: transformers (LlavaForConditionalGeneration), or llava for LLaVA's own code.
-    python -m mini_llava.tools.export turns one into the other."""
+    """Layout of stage 2's result: transformers (LlavaForConditionalGeneration), or llava for LLaVA's own code. python
+    -m mini_llava.tools.export turns one into the other."""
 
     save_vision_tower: bool = flag(False, decides=NOTHING)
-    """Write the vision tower's weights into LLaVA's layout although they were not trained. Transformers' layout always
-    has them."""
+    """Write the vision tower's weights in LLaVA's layout even if they were not trained. transformers' layout always has
+    them."""
 
     resume_from_checkpoint: str | None = flag(None, decides=NOTHING)
-    """latest, or the path of a checkpoint directory; latest starts anew if there is none."""
+    """Training state to resume from: latest, or the path of a checkpoint directory. latest starts anew if there is
+    none."""
 
     resume_ignore: list[str] | None = flag(None, decides=NOTHING, metavar="NAME")
     """What may differ from the run that wrote the checkpoint: names of flags, and the words data, images and model."""
@@ -367,30 +392,30 @@ class TrainingArguments:
     allow: list[str] | None = flag(
         None, choices=("template", "projector", "learning_rate", "adapters"), decides=NOTHING, metavar="CHECK"
     )
-    """Contradictions that the checks before step 1 refuse, and that are meant: template (its end mark is not a token of
-    this tokenizer), projector (it was trained with other parts), learning_rate (it is 0 in all steps), adapters (they
-    do not reach all layers)."""
+    """Contradictions that the checks before step 1 would refuse and that you intend. template: its end mark is not a
+    token of this tokenizer; projector: it was trained with other parts; learning_rate: it is 0 in all steps; adapters:
+    they do not reach all layers."""
 
     eval_steps: int = flag(0, needs=("eval_data_path", None), decides=NOTHING)
-    """Steps between two evaluations on eval_data_path; 0: only before the first step and after the last one."""
+    """Steps between two evaluations; 0: only before and after training."""
 
     evaluation_strategy: str = flag("no", choices=("no", "steps"), decides=NOTHING)
     """steps evaluates every eval_steps steps, as eval_steps alone does; no is what LLaVA's scripts say."""
 
     report_to: str = flag("tensorboard", decides=NOTHING)
-    """tensorboard, wandb or another tracker that accelerate knows, or none."""
+    """Tracker: tensorboard, wandb, another that accelerate knows, or none. log.jsonl is written in any case."""
 
     per_device_eval_batch_size: int = flag(16, positive=True, decides=NOTHING)
-    """Held-out records whose images a device reads at once. Of the questions about them as many are asked at once as
-    fit the tokens of so many records of model_max_length."""
+    """Held-out records whose images a device reads at once. Of their questions, as many are asked at once as fit the
+    tokens of that many records of model_max_length."""
 
     background_save: bool = flag(True, decides=NOTHING)
-    """Copy a training state to host memory, 12 bytes for each trained parameter, and write it behind the next steps;
-    the run waits for the writing where so much is not free, or with False."""
+    """Copy a training state to host memory, 12 bytes per trained parameter, and write it while the next steps run. With
+    False, or where that much memory is not free, the run waits until it is written."""
 
     longest_batch_first: bool = flag(True, decides=NOTHING)
-    """Before step 1 run the longest micro-batch once, forward and backward, so that a run that needs too much memory
-    ends at once and not after hours. Changes nothing of the training."""
+    """Before step 1, run the longest micro-batch once, forward and backward, so that a run that needs too much memory
+    ends at once and not after hours. This does not change the training."""
 
 
 # LLaVA-1.5's published recipe: scripts/v1_5/pretrain.sh and finetune.sh of haotian-liu/LLaVA.
@@ -498,7 +523,7 @@ def resolve(stage: int | None, command_line: dict, config_file: str | None = Non
         where = f"on the command line or as `stage: 2` in {config_file}" if config_file else "(see --help)"
         raise UserError(f"--stage is missing: give --stage 1 or --stage 2 {where}.")
     if stage not in PRESETS:
-        raise UserError(f"{config_file}: stage is 1 or 2, not {stage}.")
+        raise UserError(f"{config_file}: stage must be 1 or 2, not {stage}.")
     if of_file not in (None, stage):
         raise UserError(f"{config_file} is written for stage {of_file}, which contradicts --stage {stage}.")
     is_demo = config_file is None and _wants_demo(command_line)
@@ -525,8 +550,8 @@ def _check_script(stage: int, preset: dict, given: dict) -> None:
     if left:
         theirs, ours = (" ".join(f"--{name} {values[name]}" for name in left) for values in (defaults, preset))
         raise UserError(
-            f"--lazy_preprocess is of LLaVA's scripts, where what is left out means {theirs}; stage {stage} has {ours} "
-            "here, as LLaVA-1.5. Add those that you mean, or leave --lazy_preprocess out."
+            f"--lazy_preprocess comes from LLaVA's scripts, where flags that are left out mean {theirs}; here stage "
+            f"{stage} means {ours}, as LLaVA-1.5 does. Add those that you want, or leave --lazy_preprocess out."
         )
 
 
@@ -537,8 +562,8 @@ def _wants_demo(given: dict) -> bool:
         return True
     if missing := [f"--{name}" for name in needed if name not in given]:
         raise UserError(
-            f"{' and '.join(missing)} missing: give the language model with --vision_tower, or a LLaVA model, and the "
-            "data; or none of them for the embedded demo."
+            f"{' and '.join(missing)} missing: give a language model with --vision_tower, or a LLaVA model, and the "
+            "data; without any of them the embedded demo is trained."
         )
     return False
 
@@ -633,7 +658,7 @@ def _check_model(arguments: Arguments) -> None:
             "--stage 2 or --tune_mm_mlp_adapter False."
         )
     if model.add_tokens and (model.tune_mm_mlp_adapter or model.freeze_backbone):
-        raise UserError("--add_tokens: new rows are trained with the language model, which stays frozen here.")
+        raise UserError("--add_tokens: the new rows are trained along with the language model, which is frozen here.")
     if training.lora_vision_tower and model.unfreeze_mm_vision_tower:
         raise UserError("--unfreeze_mm_vision_tower trains the tower in full; --lora_vision_tower contradicts it.")
     if training.lora_enable and model.freeze_backbone:
@@ -652,12 +677,13 @@ def _check_training(arguments: Arguments) -> None:
     comparable |= {"data", "images", "model", "per_device_train_batch_size"}
     if unknown := sorted(set(training.resume_ignore or []) - comparable):
         raise UserError(
-            f"--resume_ignore {unknown[0]}: no such thing is compared; known are {', '.join(sorted(comparable))}."
+            f"--resume_ignore {unknown[0]}: it is not compared with a checkpoint; known names are "
+            f"{', '.join(sorted(comparable))}."
         )
     if not 0 < share <= 1:
         raise UserError(f"--gradient_checkpointing_share {share}: give a share of the layers above 0 and up to 1.")
     if share < 1 and not training.gradient_checkpointing:
-        raise UserError("--gradient_checkpointing_share says nothing with --gradient_checkpointing False.")
+        raise UserError("--gradient_checkpointing_share has no effect with --gradient_checkpointing False.")
     if isinstance(training.save_steps, float) and not training.save_steps < 1:
         raise UserError(f"--save_steps {training.save_steps:g}: give whole steps, or below 1 a share of all steps.")
     if training.bf16 and training.fp16:
@@ -669,7 +695,7 @@ def _check_training(arguments: Arguments) -> None:
 def _check_data(arguments: Arguments) -> None:
     data = arguments.data
     if read := sorted({"image", "conversations", "<image>"} & set(data.leave_unread or [])):
-        raise UserError(f"--leave_unread {read[0]}: that is what is read; give keys and marks that are not.")
+        raise UserError(f"--leave_unread {read[0]}: this is always read; name keys and marks that are not.")
     if not 0 <= data.max_skipped_share <= 1:
         raise UserError(f"--max_skipped_share {data.max_skipped_share}: give a share of the samples, from 0 to 1.")
     if data.data_weights is None:
@@ -680,9 +706,9 @@ def _check_data(arguments: Arguments) -> None:
             f"{counted(len(data.data_path), 'file')}; they are matched by position, so give one number for each file."
         )
     if wrong := [weight for weight in data.data_weights if not 0 < weight < math.inf]:
-        raise UserError(f"--data_weights {wrong[0]:g}: weights are above 0; a file with none is left out.")
+        raise UserError(f"--data_weights {wrong[0]:g}: weights must be above 0; leave a file out to skip it.")
     if data.sample_order:
-        raise UserError("--sample_order says which records come when; --data_weights contradicts it.")
+        raise UserError("--sample_order fixes the order of the records; --data_weights contradicts it.")
 
 
 def _check_evaluation(arguments: Arguments) -> None:
@@ -694,7 +720,7 @@ def _check_evaluation(arguments: Arguments) -> None:
         raise UserError("--evaluation_strategy steps needs --eval_steps.")
     if training.eval_steps > 0 and training.evaluation_strategy == "no":
         raise UserError(
-            f"--eval_steps {training.eval_steps} evaluates while the model trains, --evaluation_strategy no does "
+            f"--eval_steps {training.eval_steps} evaluates during training, --evaluation_strategy no does "
             "not: leave one of them out."
         )
 
@@ -745,30 +771,65 @@ def check_model_place(what: str, value: str | None) -> None:
 # --- the parser ------------------------------------------------------------------------------------------------------
 
 
+# What `--help` shows, each flag with the first sentence of its text and its presets.
+COMMON_FLAGS = {
+    "Model": ("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter", "version"),
+    "Data": ("data_path", "image_folder", "image_aspect_ratio", "model_max_length", "dataloader_num_workers"),
+    "What is trained": ("tune_mm_mlp_adapter", "unfreeze_mm_vision_tower", "lora_enable"),
+    "Steps": (
+        *("num_train_epochs", "max_steps", "global_batch_size", "per_device_train_batch_size"),
+        *("learning_rate", "mm_projector_lr", "bf16", "gradient_checkpointing"),
+    ),
+    "Held-out records": ("eval_data_path", "eval_image_folder", "eval_steps"),
+    "What is written": ("output_dir", "save_steps", "save_total_limit", "resume_from_checkpoint", "report_to"),
+}
+
+
 def _build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all flags, whose `--help` shows the common ones and `--help_all` all of them."""
+    parser = _parser_without_flags()
+    parser.description = parser.epilog = None  # nobody would read them around a hundred flags
+    for part in PARTS:
+        add_flags(parser, part, (PRESETS[1], PRESETS[2]))
+    for other, name in ALSO.items():
+        parser.add_argument(f"--{other}", dest=name, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    return parser
+
+
+def _build_common_parser() -> argparse.ArgumentParser:
+    parser = _parser_without_flags()
+    add_common_flags(parser, PARTS, (PRESETS[1], PRESETS[2]), COMMON_FLAGS)
+    return parser
+
+
+def _parser_without_flags() -> argparse.ArgumentParser:
     parser = Parser(
         prog="train.py",
         description=(
-            "Trains a LLaVA-1.5 style vision-language model. Stage 1 trains the projector between a frozen vision "
+            "Train a LLaVA-1.5 style vision-language model. Stage 1 trains the projector between a frozen vision "
             "tower and a frozen language model; stage 2 trains projector and language model on visual instructions."
         ),
         epilog=(
             "Without model and data flags a miniature demo is trained. Your own data: python train.py --stage 1 "
             "--model_name_or_path lmsys/vicuna-7b-v1.5 --vision_tower openai/clip-vit-large-patch14-336 "
-            "--data_path captions.json --image_folder images"
+            "--data_path captions.json --image_folder images. All other flags: python train.py --help_all"
         ),
         allow_abbrev=False,
-        usage="python train.py --stage {1,2} [flags], in several processes: "
-        "python -m mini_llava.launch --config_file accelerate_configs/FILE.yaml train.py --stage {1,2} [flags]",
+        add_help=False,
+        formatter_class=HelpFormatter,
+        usage="python train.py --stage {1,2} [flags]\n"
+        "       python -m mini_llava.launch --config_file accelerate_configs/FILE.yaml train.py --stage {1,2} [flags]",
     )
     parser.add_argument(
-        "--stage", type=int, choices=(1, 2), default=argparse.SUPPRESS, help="which preset; may stand in --config too"
+        "-h", "--help", action=ShowHelp, build=_build_common_parser, help="show the flags that most runs need, and exit"
     )
-    parser.add_argument("--config", metavar="FILE.yaml", default=argparse.SUPPRESS, help="file with any of these flags")
-    for part in PARTS:
-        add_flags(parser, part, (PRESETS[1], PRESETS[2]))
-    for other, name in ALSO.items():
-        parser.add_argument(f"--{other}", dest=name, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    parser.add_argument("--help_all", action=ShowHelp, build=_build_parser, help="show all flags, and exit")
+    parser.add_argument(
+        "--stage", type=int, choices=(1, 2), default=argparse.SUPPRESS, help="preset to use; may be in --config instead"
+    )
+    parser.add_argument(
+        "--config", metavar="FILE.yaml", default=argparse.SUPPRESS, help="YAML file with any of these flags"
+    )
     return parser
 
 

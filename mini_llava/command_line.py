@@ -8,10 +8,12 @@ import functools
 import inspect
 import itertools
 import os
+import shutil
 import textwrap
 import time
 import types
 import typing
+from collections.abc import Callable, Sequence
 
 from .elsewhere import ELSEWHERE
 
@@ -36,22 +38,59 @@ class Parser(argparse.ArgumentParser):
         return namespace
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """argparse's, with room for long flags, and lines that one can read on a wide terminal."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34, width=min(shutil.get_terminal_size().columns, 120) - 2)
+
+
+class ShowHelp(argparse.Action):
+    """Print the help of a parser, which is built when it is asked for, and end the program."""
+
+    def __init__(self, option_strings, dest, build: Callable[[], argparse.ArgumentParser], help=None):
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+        self.build = build
+
+    def __call__(self, parser, namespace, values, option_string=None) -> typing.NoReturn:
+        self.build().print_help()
+        parser.exit()
+
+
 def add_flags(parser: argparse.ArgumentParser, part: type, presets: tuple[dict, dict] = ({}, {})) -> None:
     """Add a flag for each field of a dataclass to a parser, in a group of their own; one not given is not set.
 
-    presets: of the two stages, flag name to value, which stand beside the text.
+    presets: of the two stages, flag name to value, which are shown as defaults.
     """
-    group = parser.add_argument_group(part.__doc__)
-    texts, hints = field_texts(part), typing.get_type_hints(part)
+    group, texts, hints = parser.add_argument_group(part.__doc__), field_texts(part), typing.get_type_hints(part)
     for f in dataclasses.fields(part):
-        first, second = (preset.get(f.name, f.default) for preset in presets)
-        default = f" [stage 1: {first}, stage 2: {second}]" if first != second else f" [{first}]"
-        if first is None and second is None:
-            default = ""
-        help_text = (texts[f.name] + default).replace("%", "%%")
-        kind = _argparse_kind(hints[f.name])
-        kind["metavar"] = f.metadata.get("metavar", kind["metavar"])
-        group.add_argument(f"--{f.name}", **kind, default=argparse.SUPPRESS, help=help_text)
+        _add_flag(group, f, hints[f.name], texts[f.name], presets)
+
+
+def add_common_flags(
+    parser: argparse.ArgumentParser, parts: Sequence[type], presets: tuple[dict, dict], groups: dict[str, Sequence[str]]
+) -> None:
+    """Add flags in groups, title to names, each with the first sentence of its text, for a short help.
+
+    parts: the dataclasses whose fields they are.
+    """
+    fields = {f.name: (f, part) for part in parts for f in dataclasses.fields(part)}
+    for title, names in groups.items():
+        group = parser.add_argument_group(title)
+        for f, part in map(fields.get, names):
+            text, stop, _ = field_texts(part)[f.name].partition(". ")
+            _add_flag(group, f, typing.get_type_hints(part)[f.name], text + stop.rstrip(), presets)
+
+
+def _add_flag(group, f: dataclasses.Field, hint, text: str, presets: tuple[dict, dict]) -> None:
+    first, second = (preset.get(f.name, f.default) for preset in presets)
+    default = f" [stage 1: {first}, stage 2: {second}]" if first != second else f" [{first}]"
+    if not {first, second} - {None, ""}:
+        default = ""
+    kind = _argparse_kind(hint)
+    kind["metavar"] = f.metadata.get("metavar", kind["metavar"])
+    help_text = (text + default).replace("%", "%%")
+    group.add_argument(f"--{f.name}", **kind, default=argparse.SUPPRESS, help=help_text)
 
 
 def _argparse_kind(hint) -> dict:
@@ -117,7 +156,7 @@ def unknown_flag(name: str, known) -> str:
     if name in ELSEWHERE:
         return f"--{name} is not a flag here: {ELSEWHERE[name]}"
     close = difflib.get_close_matches(name, known, n=1)
-    return f"unknown flag --{name}" + (f", did you mean --{close[0]}?" if close else "; see --help.")
+    return f"unknown flag --{name}" + (f", did you mean --{close[0]}?" if close else "; see --help_all.")
 
 
 @functools.cache

@@ -1,12 +1,12 @@
 """Flags of LLaVA's scripts and of transformers' TrainingArguments that are not here: what is done instead."""
 
 _LAUNCHER = "several processes are started by python -m mini_llava.launch --config_file accelerate_configs/... train.py"
-_FIXED = "it cannot be chosen: "
+_FIXED = "this is fixed: "
 ELSEWHERE = {
     "dry_run": "python -m mini_llava.tools.plan with the same flags plans a run.",
     **dict.fromkeys(
         ("accelerate_config", "num_gpus", "gpu_memory_gib", "gpu_name", "expected_mfu"),
-        "it is one of python -m mini_llava.tools.plan, which plans a run.",
+        "it is a flag of python -m mini_llava.tools.plan, which plans a run.",
     ),
     "deepspeed": "ZeRO is chosen by the launcher's config: python -m mini_llava.launch --config_file "
     "accelerate_configs/zero3.yaml train.py ... (also zero2.yaml, zero3_offload.yaml; a DeepSpeed JSON is named in "
@@ -42,9 +42,9 @@ ELSEWHERE = {
     "mini_llava.tools.plan says what would; --max_tokens_per_micro_batch bounds a micro-batch.",
     "torch_compile": "nothing is compiled; --packing and --use_liger_kernel are what makes it faster.",
     "neftune_noise_alpha": "noise on embeddings is not implemented.",
-    "label_smoothing_factor": "the loss is the plain cross entropy; README shows where another goes.",
+    "label_smoothing_factor": "the loss is the plain cross entropy; docs/extending.md shows where another one goes.",
     "remove_unused_columns": f"{_FIXED}a record is read whole.",
-    **dict.fromkeys(("group_by_length", "length_column_name"), "it is --group_by_modality_length, as in LLaVA."),
+    **dict.fromkeys(("group_by_length", "length_column_name"), "use --group_by_modality_length, as in LLaVA."),
     **dict.fromkeys(
         (
             "dataloader_pin_memory",
@@ -93,7 +93,7 @@ ELSEWHERE = {
     ),
     **dict.fromkeys(("debug", "skip_memory_metrics"), "log.jsonl has memory and speed; non-finite values are named."),
     "full_determinism": "--seed decides order, new weights and dropout; on a CPU runs are equal to the last bit.",
-    "half_precision_backend": "precision is --bf16 or --fp16.",
+    "half_precision_backend": "choose the precision with --bf16 or --fp16.",
     "fp16_full_eval": "evaluation computes as training does.",
     "bf16_full_eval": "evaluation computes as training does.",
     **dict.fromkeys(
@@ -105,13 +105,13 @@ ELSEWHERE = {
     ),
     "cache_dir": "models from the hub are kept where HF_HOME says: HF_HOME=DIR python train.py ...",
     "model_base": "--model_name_or_path is what a run starts from; mini_llava.tools.chat and export take --model_base.",
-    "model_path": "it is --model_name_or_path.",
+    "model_path": "use --model_name_or_path.",
     "model_max_len": "it is --model_max_length.",
     "mpt_attn_impl": "attention is --attn_implementation.",
-    "use_flash_attn": "attention is --attn_implementation flash_attention_2.",
-    "attn_impl": "it is --attn_implementation.",
-    "mm_tunable_parts": "what is trained is said by --tune_mm_mlp_adapter, --freeze_mm_mlp_adapter, --freeze_backbone, "
-    "--unfreeze_mm_vision_tower and --lora_enable.",
+    "use_flash_attn": "use --attn_implementation flash_attention_2.",
+    "attn_impl": "use --attn_implementation.",
+    "mm_tunable_parts": "what is trained is chosen by --tune_mm_mlp_adapter, --freeze_mm_mlp_adapter, "
+    "--freeze_backbone, --unfreeze_mm_vision_tower and --lora_enable.",
     "unfreeze_language_model": "it is trained in stage 2 unless --freeze_backbone True.",
     **dict.fromkeys(
         ("tune_vision_tower", "tune_mm_mlp_and_vision_tower", "tune_mm_vision"), "it is --unfreeze_mm_vision_tower."
@@ -123,7 +123,7 @@ ELSEWHERE = {
     "freeze_llm": "it is --freeze_backbone.",
     **dict.fromkeys(
         ("mm_resampler_type", "mm_perceiver_depth", "mm_qformer_depth", "tune_mm_vision_resampler"),
-        "there is no resampler; between tower and language model is --mm_projector_type.",
+        "there is no resampler; --mm_projector_type chooses the projector.",
     ),
     **dict.fromkeys(
         ("video_folder", "video_fps", "frames_upbound", "force_sample", "add_time_instruction", "add_faster_video"),
@@ -133,19 +133,21 @@ ELSEWHERE = {
     **dict.fromkeys(("hd", "image_split_resolution"), "LLaVA's own code never reads it; see --image_aspect_ratio."),
     "prompt_version": "it is --version.",
     **dict.fromkeys(("tokenizer_name", "use_fast_tokenizer", "use_fast"), "the model's own tokenizer is taken."),
-    **dict.fromkeys(("torch_dtype", "dtype", "compute_dtype"), "precision is --bf16 or --fp16; masters are fp32."),
+    **dict.fromkeys(
+        ("torch_dtype", "dtype", "compute_dtype"), "choose the precision with --bf16 or --fp16; masters are fp32."
+    ),
     **dict.fromkeys(("use_peft", "use_lora"), "it is --lora_enable."),
-    **dict.fromkeys(("load_in_4bit", "load_in_8bit"), "it is --bits, with --lora_enable True."),
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit"), "use --bits, with --lora_enable True."),
     "lora_modules_to_save": "with adapters the projector is trained whole, and --trainable_token_indices names rows.",
     "resize_vocab": "it is --resize_token_embeddings.",
     **dict.fromkeys(
-        ("s2", "s2_scales"), "S2 features are not implemented; more detail is --image_aspect_ratio anyres."
+        ("s2", "s2_scales"), "S2 features are not implemented; for more detail use --image_aspect_ratio anyres."
     ),
-    "image_crop_resolution": "the tower's size is --image_size.",
+    "image_crop_resolution": "use --image_size for the tower's size.",
     "is_multimodal": "a record with an image is multimodal, one without is text.",
     "early_mix_text": "text records may stand in --data_path; --data_weights mixes files.",
     "modules_to_save": "with adapters the projector is trained whole, and with --lora_bias biases.",
     "max_seq_length": "it is --model_max_length.",
     "per_gpu_train_batch_size": "it is --per_device_train_batch_size.",
-    "train_batch_size": "it is --global_batch_size, of all devices.",
+    "train_batch_size": "use --global_batch_size, which counts all devices.",
 }

@@ -82,6 +82,6 @@ def foreign_code_refused(path: str | os.PathLike) -> Iterator[None]:
             reason = " ".join(str(error).split("\n\n")[0].split())
             raise UserError(f"{path} cannot be read by transformers {transformers.__version__}: {reason}") from error
         raise UserError(
-            f"{path} brings Python code of its own, which was not run. Read it, and if you trust it, allow it by "
+            f"{path} contains its own Python code, which was not run. Read it, and if you trust it, allow it with "
             f"--trust_remote_code."
         ) from error

@@ -5,17 +5,49 @@ accelerate and torchrun add tracebacks and a report of their own behind it. The 
 process takes this one's place, so that signals and Ctrl-C reach it.
 """
 
+import argparse
 import logging
 import os
 import signal
 import sys
 
+import psutil
+import torch
 from accelerate.commands import launch
+from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+from accelerate.utils import get_int_from_env
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from .guards.output_streams import drop_what_cannot_be_printed
+
+# How many processes MPI has started on this machine.
+MPI_PROCESSES = ["MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"]
+
+
+def give_defaults(given: argparse.Namespace) -> None:
+    """Set what neither flags nor a config file say, to what accelerate takes: by itself it warns of each value.
+
+    Without a config these are the processes, one for each GPU, one machine, and no mixed precision (--bf16 and --fp16
+    decide that) and no compilation; on CPUs the threads of a process, unless OMP_NUM_THREADS says how many.
+    """
+    on_cpu, gpus = given.cpu, torch.cuda.device_count()
+    if given.config_file is not None or (os.path.isfile(default_config_file) and not given.cpu):
+        config = load_config_from_file(given.config_file)
+        on_cpu = config.use_cpu
+        processes, machines = given.num_processes or config.num_processes, given.num_machines or config.num_machines
+    else:
+        given.num_processes = processes = gpus if given.num_processes is None else given.num_processes
+        given.num_machines = machines = given.num_machines or 1
+        given.mixed_precision = given.mixed_precision or "no"
+        given.dynamo_backend = given.dynamo_backend or "no"
+        others = given.cpu or given.tpu or given.use_deepspeed or given.use_fsdp or given.use_megatron_lm
+        given.multi_gpu = given.multi_gpu or (min(gpus, processes) > 1 and not others)
+    threads_are_named = given.num_cpu_threads_per_process is not None or get_int_from_env(["OMP_NUM_THREADS"], 0)
+    if on_cpu and processes >= 1 and not threads_are_named:
+        of_machine = get_int_from_env(MPI_PROCESSES, max(1, processes // machines))
+        given.num_cpu_threads_per_process = max(1, (psutil.cpu_count(logical=False) or 1) // of_machine)
 
 
 def become(given) -> None:
@@ -42,6 +74,7 @@ def main() -> None:
             logging.getLogger(name).setLevel(logging.CRITICAL)
     launch.simple_launcher = become
     try:
+        give_defaults(given)
         launch.launch_command(given)
     except SignalException as error:
         sys.exit(128 + error.sigval)

@@ -116,7 +116,7 @@ def map_ranges(
                 for process in set(multiprocessing.active_children()).difference(others):
                     process.kill()
                 raise WorkerKilled(
-                    f"A process was ended from outside while {what}, after {progress.n:,} of {count:,}; the system's "
+                    f"A process was killed while {what}, after {progress.n:,} of {count:,}; the system's "
                     f"log (dmesg: out of memory?) may say why. Fewer {workers_flag} need less memory."
                 ) from None
     else:

@@ -170,7 +170,7 @@ class Saving:
     def _warning(self, error: Exception) -> str:
         present = complete_checkpoints(self.output_dir)
         return (
-            f"Warning: {error} The run goes on, and the next save is the next try; a crash before it loses the work "
+            f"Warning: {error} The run goes on and the next save tries again; a crash before that loses the work "
             f"since {present[-1].name if present else 'the beginning'}."
         )
 

@@ -198,10 +198,27 @@ def test_data_weights_are_numbers_one_for_each_file_on_the_command_line_and_in_a
     assert parse(*files, "--data_weights", "1", "1").data.data_weights is None  # what is done without
 
 
-def test_every_field_has_a_text_and_help_shows_all_of_them(capsys):
-    with pytest.raises(SystemExit):
-        flags.parse_arguments(["--help"])
-    shown = capsys.readouterr().out
+def help_text(capsys, flag: str) -> str:
+    with pytest.raises(SystemExit, match="0"):
+        flags.parse_arguments([flag])
+    return capsys.readouterr().out
+
+
+def test_help_shows_what_most_runs_need_in_a_line_or_two_each(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    shown = help_text(capsys, "--help")
+    common = [name for names in flags.COMMON_FLAGS.values() for name in names]
+    assert set(re.findall(r"^  --(\w+)", shown, re.MULTILINE)) == {*common, "help_all", "stage", "config"}
+    assert 20 <= len(common) <= 30 and len(shown.splitlines()) < 70
+    assert "[stage 1: 0.001, stage 2: 2e-05]" in shown and "All other flags: python train.py --help_all" in shown
+    texts = {name: text for kind in flags.PARTS for name, text in field_texts(kind).items()}
+    for name in common:
+        sentence = texts[name].split(". ")[0]
+        assert len(sentence) < 90 and sentence in " ".join(shown.split()), name
+
+
+def test_every_field_has_a_text_and_help_all_shows_all_of_them(capsys):
+    shown = help_text(capsys, "--help_all")
     for kind in (flags.ModelArguments, flags.DataArguments, flags.TrainingArguments):
         texts = field_texts(kind)
         for field in dataclasses.fields(kind):
@@ -218,7 +235,7 @@ def test_every_field_has_a_text_and_help_shows_all_of_them(capsys):
     [
         (["--learning_rte", "1"], "unknown flag --learning_rte, did you mean --learning_rate?"),
         (["--learning_rte=1"], "unknown flag --learning_rte, did you mean --learning_rate?"),
-        (["--qqq"], "unknown flag --qqq; see --help."),
+        (["--qqq"], "unknown flag --qqq; see --help_all."),
         (["--learning_rate", "fast"], "argument --learning_rate: invalid float value: 'fast'"),
         (["--image_aspect_ratio", "any"], "--image_aspect_ratio any: known values are square, pad, anyres."),
         (["--lr_scheduler_type", "cosin"], "known values are cosine, linear, constant, constant_with_warmup."),
@@ -232,17 +249,17 @@ def test_every_field_has_a_text_and_help_shows_all_of_them(capsys):
         (["--save_steps", "1.5"], "--save_steps 1.5: give whole steps, or below 1 a share of all steps."),
         (["--save_steps", "inf"], "--save_steps inf: give whole steps,"),
         (["--gradient_checkpointing_share", "0"], "--gradient_checkpointing_share 0.0: give a share of the layers"),
-        (["--gradient_checkpointing", "False", "--gradient_checkpointing_share", "0.5"], "says nothing with"),
+        (["--gradient_checkpointing", "False", "--gradient_checkpointing_share", "0.5"], "has no effect with"),
         (["--bf16", "True", "--fp16", "True"], "--bf16 and --fp16 cannot both be True."),
         (["--loss_normalization", "micro_batch", "--packing", "True"], "use --packing False."),
         (["--freeze_mm_mlp_adapter", "True"], "leave nothing to train."),
         (["--unfreeze_mm_vision_tower", "True"], "--unfreeze_mm_vision_tower contradicts it."),
         (["--data_weights", "1", "2"], "--data_weights lists 2 numbers and --data_path 1 file;"),
-        (["--data_weights", "-1"], "--data_weights -1: weights are above 0;"),
-        (["--data_weights", "nan"], "--data_weights nan: weights are above 0;"),
+        (["--data_weights", "-1"], "--data_weights -1: weights must be above 0;"),
+        (["--data_weights", "nan"], "--data_weights nan: weights must be above 0;"),
         (["--data_weights", "2", "--sample_order", "a.json"], "--data_weights contradicts it."),
-        (["--leave_unread", "video", "image"], "--leave_unread image: that is what is read; give keys and marks that"),
-        (["--leave_unread", "<image>"], "--leave_unread <image>: that is what is read"),
+        (["--leave_unread", "video", "image"], "--leave_unread image: this is always read; name keys and marks that"),
+        (["--leave_unread", "<image>"], "--leave_unread <image>: this is always read"),
         (["--eval_max_samples", "5"], "--eval_max_samples needs --eval_data_path."),
         (["--model_name_or_path", "/no/such/model"], "--model_name_or_path /no/such/model is not a directory"),
         (["--model_name_or_path", str(ROOT / "README.md")], "README.md is not a directory"),
@@ -318,18 +335,18 @@ LEFT_OUT = ("--mm_projector_type mlp2x_gelu", "--image_aspect_ratio pad", "--gro
 
 def test_llavas_older_scripts_do_not_silently_get_the_presets_of_llava_1_5(capsys):
     pretrain = PRETRAIN_SH.replace(LEFT_OUT[0], "").split()
-    assert "means --mm_projector_type linear; stage 1 has" in parse_error(capsys, "--stage", "1", *pretrain)
+    assert "mean --mm_projector_type linear; here stage 1 means" in parse_error(capsys, "--stage", "1", *pretrain)
     assert flags.parse_arguments(["--stage", "1", *pretrain, "--mm_projector_type", "linear"])
     finetune = FINETUNE_SH
     for words in LEFT_OUT:
         finetune = finetune.replace(words, "")
     sentence = parse_error(capsys, "--stage", "2", *finetune.split())
     theirs = "--mm_projector_type linear --image_aspect_ratio square --group_by_modality_length False"
-    assert f"means {theirs}; stage 2 has {' '.join(LEFT_OUT)} here" in sentence
+    assert f"mean {theirs}; here stage 2 means {' '.join(LEFT_OUT)}," in sentence
     arguments = flags.parse_arguments(["--stage", "2", *finetune.split(), *theirs.split()])
     assert arguments.model.mm_projector_type == "linear" and arguments.data.image_aspect_ratio == "square"
     sentence = parse_error(capsys, "--stage", "2", *FINETUNE_SH.split(), "--lora_enable", "True")  # its rate is 2e-5
-    assert "means --lora_r 64 --lora_alpha 16; stage 2 has --lora_r 128 --lora_alpha 256 here" in sentence
+    assert "mean --lora_r 64 --lora_alpha 16; here stage 2 means --lora_r 128 --lora_alpha 256," in sentence
 
 
 def test_warmup_steps_and_eval_strategy_are_what_they_are_in_transformers(tmp_path):
@@ -350,7 +367,7 @@ def test_the_stage_may_stand_in_the_file(tmp_path, capsys):
     assert flags.parse_for_a_tool([*MODEL, *DATA]).stage == 2
     assert "contradicts --stage 2" in parse_error(capsys, "--stage", "2", *words)
     (tmp_path / "mine.yaml").write_text("stage: 3\n")
-    assert "stage is 1 or 2, not 3" in parse_error(capsys, *words)
+    assert "stage must be 1 or 2, not 3" in parse_error(capsys, *words)
 
 
 def test_the_stage_is_needed(capsys):

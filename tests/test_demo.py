@@ -251,7 +251,7 @@ def test_after_stage_1_the_table_names_the_command_of_stage_2(tmp_path):
     write_scores(tmp_path / "demo-stage1", (0, 0.6, 0.55), (40, 0.9, 0.5))
     table = demo.table_of_scores(1, tmp_path / "demo-stage1", None)
     assert cells(table)[1:3] == [["before stage 1", "60.0%", "55.0%"], ["after stage 1", "90.0%", "50.0%"]]
-    assert table.endswith("\nThe next stage adds its row: python train.py --stage 2")
+    assert table.endswith("\nStage 2 adds the next row: python train.py --stage 2")
     assert "Missing" not in table
 
 
@@ -267,7 +267,9 @@ def test_the_readmes_commands_make_models_that_answer_held_out_questions(data, t
     monkeypatch.chdir(tmp_path)
     shorter = ["--eval_max_samples", "20"]
     runs.train_here(["--stage", "2", "--max_steps", "24", *shorter])
-    assert "after stage 1: this run did not start from one." in capsys.readouterr().out.splitlines()[-1]
+    printed = capsys.readouterr().out
+    assert "after stage 1: this run did not start from one." in printed
+    assert printed.splitlines()[-1].startswith("  python -m mini_llava.tools.chat outputs/demo-stage2 --image outputs/")
     answers = []
     for program, *words in commands:
         if words[0] == "train.py":

@@ -38,7 +38,7 @@ class OwnModel(LlamaForCausalLM):
 class OwnTokenizer(LlamaTokenizer):
     pass
 """
-SENTENCE = r"brings Python code of its own, which was not run\. .*--trust_remote_code"
+SENTENCE = r"contains its own Python code, which was not run\. .*--trust_remote_code"
 
 
 def change_json(file: Path, **values) -> None:

@@ -1,6 +1,7 @@
 """Behind the sentence in which a run ends nothing is printed, and its exit code is the launcher's."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -50,6 +51,23 @@ def test_a_sentence_in_mid_run_is_the_last_thing_printed(tmp_path):
 def test_what_is_wrong_with_the_launchers_own_flags_is_a_sentence():
     code, lines = launched(["--config_file", "none.yaml"], [])
     assert code == 1 and lines[0].startswith("launch: error: ") and "none.yaml" in lines[0] and len(lines) == 1
+
+
+@pytest.mark.parametrize(
+    "launcher", [[], ["--cpu", "--num_processes", "1"], ONE], ids=["no config", "--cpu", "cpu.yaml"]
+)
+def test_nothing_is_said_about_defaults_and_they_are_accelerates(launcher, tmp_path):
+    (tmp_path / "show.py").write_text("import os, json\nprint(json.dumps(dict(os.environ)))")
+    without = ("ACCELERATE_", "OMP_NUM_THREADS")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(without)}
+    environment |= {"HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    given = []
+    for program in ("mini_llava.launch", "accelerate.commands.launch"):
+        command = [sys.executable, "-m", program, *launcher, str(tmp_path / "show.py")]
+        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+        assert run.returncode == 0 and ("not passed" in run.stderr) == (program != "mini_llava.launch"), run.stderr
+        given.append({name: value for name, value in json.loads(run.stdout).items() if name.startswith(without)})
+    assert given[0] == given[1] and "OMP_NUM_THREADS" in given[0]
 
 
 def test_ctrl_c_at_the_launcher_saves_and_the_runs_sentence_is_the_last(tmp_path):

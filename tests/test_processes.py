@@ -32,7 +32,7 @@ def test_a_process_that_the_system_kills_in_the_length_pass_ends_the_run_with_a_
     time.sleep(0.5)  # for both to take their part
     killed.kill()
     assert run.wait(60) == 1 and not other.is_running()
-    assert "train.py: error: A process was ended from outside while measuring records, after 0 of 1,024;" in run.text
+    assert "train.py: error: A process was killed while measuring records, after 0 of 1,024;" in run.text
     assert "Traceback" not in run.text, run.text
 
 
@@ -47,5 +47,5 @@ def test_a_run_outlives_a_parent_that_is_no_launcher(tmp_path):
     time.sleep(2)
     logged = log.stat().st_size
     time.sleep(1)
-    assert log.stat().st_size > logged and "once this step" not in run.text, run.text
+    assert log.stat().st_size > logged and "ends after this step" not in run.text, run.text
     run.wait_until_all_have_ended(grace=0)

@@ -181,7 +181,7 @@ def check_flags(command: str, monkeypatch) -> None:
     else:
         assert words[0] == "python", f"{command}: neither run nor read by a parser; add it to this file"
         script, words = words[1], words[2:]
-    if words == ["--help"]:
+    if words in (["--help"], ["--help_all"]):
         with pytest.raises(SystemExit, match="0"):
             read_by_train(words)
         return

@@ -64,7 +64,7 @@ def printed_by(start: str, folder: Path, as_fork: bool = True) -> str:
     """Runs the one command of README that begins so, as a fork that has its imports or by an interpreter of its own."""
     inline = [" ".join(text.split()) for text in re.findall(r"`(python [^`]+)`", PAGES)]
     found = [text for block in blocks(PAGES, "bash") for text in commands(block)] + inline
-    [command] = {text for text in found if text.startswith(start)}
+    [command] = {start} & set(found) or {text for text in found if text.startswith(start)}
     output, inside = folder / "printed.txt", functools.partial(os.chdir, folder)
     if as_fork:
         _, *words = shlex.split(command)

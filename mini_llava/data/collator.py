@@ -32,8 +32,8 @@ def collate(samples: Sequence[Sample], image_size: int, packed: bool) -> MicroBa
         cu_seqlens     int32 [samples + 1], bounds of the samples in the packed row; None when padded
         max_seqlen     int, the longest sample
         pixel_values   uint8 [images or tiles, 3, image_size, image_size]; if the samples have none, one blank image of
-                       float32 zeros, as LLaVA has it: tower and projector run on every rank, which all call the same
-                       collectives; its features have no place
+                       float32 zeros, as in LLaVA, so that tower and projector run on every rank and all ranks call the
+                       same collectives; its features are not used
         feature_rows   int64 [image tokens], which feature goes to each image position; None: they come in order
         image_positions int64 [image tokens], where the features go in the B x L positions counted row by row
         logit_positions int64 [K], the columns in which some row has a token to predict
@@ -76,7 +76,7 @@ def collate(samples: Sequence[Sample], image_size: int, packed: bool) -> MicroBa
 
 
 def sample_of_targets(batch: MicroBatch) -> torch.Tensor:
-    """Return to which sample of a micro-batch each of its targets belongs, int64 [B, K]."""
+    """Return the sample of a micro-batch that each of its targets belongs to, int64 [B, K]."""
     if batch["cu_seqlens"] is None:
         rows, columns = batch["targets"].shape
         return torch.arange(rows)[:, None].expand(rows, columns)

@@ -25,11 +25,11 @@ NEWLINE = -1  # in the order of a picture's features: the learned embedding that
 
 @dataclass(frozen=True)
 class Picture:
-    """What the vision tower gets of an image, and which of its features go to the image's placeholders.
+    """The pixels of an image for the vision tower, and which features go to the image's placeholders.
 
     Attributes:
         pixels: uint8 [tiles, 3, S, S]; one tile, unless options/tiles.py has split the image up.
-        features: how many the tower makes of all tiles.
+        features: number of features that the tower computes for all tiles.
         order: int32 [tokens], for each placeholder the number of its feature, counted through the tiles, or NEWLINE;
             None: all features as they come.
     """
@@ -46,10 +46,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class ImageReader:
-    """How image files become what the vision tower takes.
+    """Reads image files as input for the vision tower.
 
     Attributes:
-        features: how many the tower makes of an image of `size` pixels square.
+        features: number of features that the tower computes for an image of `size` x `size` pixels.
         processor: the tower's image processor, None like `size` where no image is opened.
         aspect_ratio: "pad", "square", or "anyres" with a tiling.
         tiling: what splits images into tiles (`options.tiles.Tiling`); None: they stay whole.
@@ -75,7 +75,7 @@ class ImageReader:
         return Picture(pixels[None], self.features)
 
     def tokens(self, folder: str | None, name: str) -> int:
-        """Return how many placeholders an image takes; of images in tiles the header is read. Raises BadImage."""
+        """Return how many placeholders an image takes; for images in tiles this reads the header. Raises BadImage."""
         return self.features if self.tiling is None else self.tiling.tokens(folder, name)
 
     def tiles(self, folder: str | None, name: str) -> int:
@@ -99,8 +99,8 @@ def pixel_values(image: Image.Image, processor: BaseImageProcessor, aspect_ratio
     pixels = resize_and_crop(image, shape, processor)
     if pixels.dtype != np.uint8:
         raise UserError(
-            f"The image processor {type(processor).__name__} gives {pixels.dtype} where bytes should be: it does more "
-            f"than resize, crop, rescale and normalise, which is all that can be done to images here."
+            f"The image processor {type(processor).__name__} returns {pixels.dtype} instead of bytes: it does more "
+            f"than resize, crop, rescale and normalise, and more is not supported."
         )
     return torch.from_numpy(np.ascontiguousarray(pixels))
 

@@ -185,7 +185,7 @@ def _next_step(
                 failed = True
                 if str(error).startswith("DataLoader worker"):
                     raise LoaderError(
-                        f"A worker of the loader was ended from outside ({error}), while "
+                        f"A data loader worker was killed ({error}) while "
                         f"{_describe(samples, requested)} were to be read; the system's log (dmesg: out of memory?) "
                         "may say why. Fewer --dataloader_num_workers need less memory."
                     ) from None
@@ -196,9 +196,9 @@ def _next_step(
             if (waited := time.monotonic() - began) > patience:
                 worker = steps._rcvd_idx % len(steps._workers)  # they take turns
                 raise LoaderError(
-                    f"Worker {worker} of the loader (pid {steps._workers[worker].pid}) has given nothing for "
-                    f"{waited:.0f} s, as long as --dataloader_timeout waits, while {_describe(samples, requested)} "
-                    "were to be read. Does their storage answer?"
+                    f"Worker {worker} of the loader (pid {steps._workers[worker].pid}) has delivered nothing for "
+                    f"{waited:.0f} s, the limit of --dataloader_timeout, while {_describe(samples, requested)} "
+                    "were to be read. Does their storage respond?"
                 )
     finally:
         for worker in getattr(steps, "_workers", []) if failed else []:

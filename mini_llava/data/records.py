@@ -76,7 +76,7 @@ class RecordStore:
         """Return a record. Raises BadRecord if it is not a JSON object, DataFileError if the file has changed."""
         try:
             record = json.loads(self._content(index).decode("utf-8"))
-        except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8, and nesting without end
+        except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8, and endless nesting
             start, end = self._spans[self.position(index)].tolist()
             raise BadRecord(f"it is not JSON: {error} (bytes {start} to {end} of the file).") from error
         if not isinstance(record, dict):
@@ -163,7 +163,7 @@ class RecordStore:
                     ) from None
                 if not 0 <= index < len(self) or self.record_digest(index) != digest:
                     raise UserError(
-                        f"--exclude {path}, line {number}: record {index} of this data is another one than was listed. "
+                        f"--exclude {path}, line {number}: record {index} of this data is not the one that was listed. "
                         f"The file belongs to other data, or the data has changed: run the doctor again."
                     )
                 listed.append(index)
@@ -174,15 +174,15 @@ class RecordStore:
         return [file.digest() for file in self._files]
 
     def digest(self) -> str:
-        """Return a digest of the content of all files, in order, and of what is excluded, not of names and dates."""
+        """Return a digest of the files' content, in order, and of what is excluded; names and dates do not count."""
         parts = " ".join(self.digests()).encode() + self._kept_before.tobytes()
         return hashlib.blake2b(parts, digest_size=16).hexdigest()
 
 
 def _index(file: DataFile, cache_folder: str | os.PathLike | None) -> np.ndarray:
-    """Return the spans of a file, of a large one from the cache if the unchanged file was indexed before.
+    """Return the spans of a file; for a large file from the cache, if it was indexed before and has not changed.
 
-    The file then has a digest, by which one that is only touched is distinguished from one that has changed.
+    The file then has a digest, which tells a changed file from one that was only touched.
     """
     if cache_folder is None or file.size < INDEX_CACHED_FROM:
         file.digest()

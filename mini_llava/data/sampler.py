@@ -230,7 +230,7 @@ class GlobalBatchSampler:
             if key not in ("step", "empty_steps") and state.get(key) != mine.get(key)
         ]
         if differing and not order_may_differ:
-            raise OrderError(f"The checkpoint's sample order is not the one of this run: {'; '.join(differing)}.")
+            raise OrderError(f"The checkpoint's sample order is not this run's: {'; '.join(differing)}.")
         self.step, self.empty_steps = state["step"], state.get("empty_steps", 0)
 
 

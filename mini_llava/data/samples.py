@@ -31,7 +31,7 @@ class Samples(Dataset):
 
     Attributes:
         max_length: tokens, images included; a longer sample is truncated.
-        check: gives a record back as it is to be read, or raises BadRecord if it shall not be trained on
+        check: returns a record in the form in which it is read, or raises BadRecord if it must not be trained on
             (`guards.records.RecordCheck`).
         new_tokens: how many tokens at the end of the tokenizer get new rows in the language model.
     """
@@ -54,16 +54,16 @@ class Samples(Dataset):
         # An image in tiles got its places by the size in its header; a whole one always has as many.
         if sum(picture.tokens for picture in pictures) != np.count_nonzero(sample.input_ids == IMAGE_TOKEN_INDEX):
             names = ", ".join(map(shorten, sample.images))
-            raise BadImage(f"one of its images has another size than a moment ago: {names}.")
+            raise BadImage(f"one of its images has changed its size since it was measured: {names}.")
         return replace(sample, pictures=pictures)
 
     def record(self, index: int) -> dict:
-        """Return a record that `check` lets pass, as it gives it back. Raises BadRecord and DataFileError."""
+        """Return a record as `check` returns it. Raises BadRecord and DataFileError."""
         record = self.store[index]
         return record if self.check is None else self.check(record)
 
     def tokenize(self, index: int, max_length: int | None = None) -> Sample:
-        """Return the sample without opening a picture; of images in tiles the headers are read.
+        """Return the sample without opening a picture; for images in tiles this reads the headers.
 
         max_length: instead of the dataset's. Raises BadRecord, DataFileError, and BadImage where headers are read.
         """
@@ -79,7 +79,7 @@ class Samples(Dataset):
         return sum(self.image_reader.tiles(self.store.image_folder(index), name) for name in names)
 
     def missing_image(self, index: int, names: list[str]) -> str | None:
-        """Return why images of a record cannot be opened, as far as paths tell; None: nothing speaks against it."""
+        """Return why images of a record cannot be opened, as far as their paths tell, or None."""
         folder = self.store.image_folder(index)
         if names and folder is None:
             return f"it has the image {names[0]!r}, but no {self.store.folder_flag} is given."

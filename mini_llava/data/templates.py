@@ -52,15 +52,15 @@ class Template:
     captions_only: bool = False
     """Stage 1: one question, of which only the image is kept, and one answer, the caption."""
     system: str = ""
-    """The system prompt in `opening`, whose place a record's own one takes."""
+    """The system prompt in `opening`, which a record's own system prompt replaces."""
 
     def with_system(self, prompt: str) -> "Template":
         """Return the template with another system prompt. Raises BadRecord if it has none."""
         if not self.system:
             known = ", ".join(sorted(name for name, template in TEMPLATES.items() if template.system))
             raise BadRecord(
-                f"it has a system prompt of its own, and the template {self.name} has no place for one: take a "
-                f"--version that has ({known}), or train without it by --leave_unread system."
+                f"it has its own system prompt, and the template {self.name} has no place for one: choose a "
+                f"--version that has ({known}), or train without it: --leave_unread system."
             )
         return replace(self, opening=self.opening.replace(self.system, prompt, 1), system=prompt)
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # for data that are converted or checked it need not be impor
 IGNORE_INDEX = -100
 IMAGE_TOKEN_INDEX = -200
 NO_PROMPT = ("", "null", "[]", "{}")  # nothing, also as text
-OTHER_FORMS = "Other forms of chat are made records by python -m mini_llava.tools.convert."
+OTHER_FORMS = "python -m mini_llava.tools.convert converts other chat formats."
 NO_IMAGE = (None, "", [], [""])  # what tables and other tools write under `image` for a record of text
 
 
@@ -68,7 +68,7 @@ def tokenize(
     of it whether or not the tokenizer makes it a token of its own. A last question without an answer stays, untrained.
 
     Args:
-        tokens_per_image: a number, or what gives it for an image name, and raises what it likes.
+        tokens_per_image: a number, or a function from image name to number, whose exceptions are passed on.
 
     Raises BadRecord for anything that is not a conversation, for image marks that do not match the images, and if no
     trained token is left.
@@ -123,10 +123,10 @@ def expand_images(input_ids: np.ndarray, image_tokens: Sequence[int]) -> np.ndar
 
 
 def template_for(record: dict, template: Template) -> Template:
-    """Return the template, with the system prompt that a record has of its own in place of the template's.
+    """Return the template, with a record's own system prompt, if it has one, in place of the template's.
 
-    It stands under `system` or in a first turn from `system`; one without text is none. Raises BadRecord if it is no
-    text, if there are two, and if the template has no place for it.
+    A record has it under `system` or in a first turn from `system`; an empty one does not count. Raises BadRecord if it
+    is not a text, if there are two, or if the template has no place for it.
     """
     first = record["conversations"][0]
     prompts = [record.get("system"), first["value"] if first["from"] == "system" else None]
@@ -135,7 +135,7 @@ def template_for(record: dict, template: Template) -> Template:
         if not isinstance(prompt, str):
             raise BadRecord(f"its 'system' is {shorten(prompt)}; expected a text, the system prompt.")
         if IMAGE_MARK in prompt:
-            raise BadRecord(f"its system prompt contains {IMAGE_MARK}, which is read in questions alone.")
+            raise BadRecord(f"its system prompt contains {IMAGE_MARK}, which is only read in questions.")
     if len(set(prompts)) > 1:
         raise BadRecord("it has two system prompts, one under 'system' and another in its first turn.")
     return template.with_system(prompts[0]) if prompts else template
@@ -164,7 +164,7 @@ def read_conversation(record: dict, template: Template) -> tuple[list[str], list
         if role != ("human", "gpt")[index % 2]:
             raise BadRecord(f"two turns of {role!r} follow each other; human and gpt must alternate.")
         if role == "gpt" and IMAGE_MARK in text:
-            raise BadRecord(f"an answer contains {IMAGE_MARK}: a model that writes text cannot give an image.")
+            raise BadRecord(f"an answer contains {IMAGE_MARK}: a model that writes text cannot produce an image.")
 
     questions, answers = [text for _, text in turns[0::2]], [text for _, text in turns[1::2]]
     marks = sum(text.count(IMAGE_MARK) for text in questions)
@@ -175,7 +175,7 @@ def read_conversation(record: dict, template: Template) -> tuple[list[str], list
         )
     if template.captions_only:
         if not marks:
-            raise BadRecord(f"the template {template.name} wants an image, this record has none.")
+            raise BadRecord(f"the template {template.name} needs an image, but this record has none.")
         questions = [IMAGE_MARK * marks]
     elif not in_place:
         questions = [_image_first(text) if IMAGE_MARK in text else text for text in questions]

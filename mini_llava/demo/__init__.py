@@ -90,6 +90,11 @@ def prepare_run(arguments) -> tuple:
         "--model_name_or_path, --vision_tower, --data_path and --image_folder (see --help).",
         f"Guessing its test answers from the questions alone gets {question_only_baseline():.1%} right.",
     ]
+    if arguments.stage == 2:
+        lines.append(
+            "Global batches of text-only questions begin with a loss near 0: the language model already knows the "
+            "answers."
+        )
     projector = model_flags.pretrain_mm_mlp_adapter
     if projector and Path(projector).exists():
         lines.append(f"The projector comes from stage 1: {projector}.")
@@ -124,7 +129,7 @@ def table_of_scores(stage: int, output_dir: str | Path, projector: str | None) -
             missing.append(f"Missing {name}: {why}")
     rows.append(("best guess from the question alone", f"{question_only_baseline():.1%}", ""))
     lines = [f"  {row[0]:<35} {row[1]:>15}  {row[2]:>15}".rstrip() for row in rows]
-    after = [] if stage == 2 else ["The next stage adds its row: python train.py --stage 2"]
+    after = [] if stage == 2 else ["Stage 2 adds the next row: python train.py --stage 2"]
     return "\n".join(["", "Held-out questions answered exactly:", *lines, *missing, *after])
 
 

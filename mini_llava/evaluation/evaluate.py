@@ -158,7 +158,8 @@ class Evaluation:
         """Return the newest evaluation for the progress line; empty before there is one."""
         if not self.history:
             return ""
-        return f"held out {self.history[-1]['eval/loss']:.4f} {self.share_right(self.history[-1]):.0%}"
+        newest = self.history[-1]
+        return f"held-out loss {newest['eval/loss']:.4f}, {self.share_right(newest):.0%} right"
 
     @contextmanager
     def _evaluation_mode(self) -> Iterator[None]:

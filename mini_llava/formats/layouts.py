@@ -81,10 +81,10 @@ def layout_of(name: str, config: dict) -> str:
     if "text_config" in config and "vision_config" in config:
         if model_type not in ("llava", "llava_next", "fast_vlm"):
             raise UserError(
-                f"{name} is a model of type {model_type} ({', '.join(architectures)}). Of those with a vision tower "
-                f"inside only LLaVA's are known here (LlavaForConditionalGeneration, type llava, and "
-                f"LlavaNextForConditionalGeneration, type llava_next), and FastVLM's (type fast_vlm). LLaVA-OneVision "
-                f"is read in the layout of LLaVA's own code (lmms-lab/llava-onevision-...)."
+                f"{name} is a model of type {model_type} ({', '.join(architectures)}). Of the models with a "
+                f"vision tower, only LLaVA's (LlavaForConditionalGeneration, type llava, and "
+                f"LlavaNextForConditionalGeneration, type llava_next) and FastVLM's (type fast_vlm) can be read. "
+                f"LLaVA-OneVision is read in the layout of LLaVA's own code (lmms-lab/llava-onevision-...)."
             )
         return "transformers"
     return "llava" if model_type.startswith("llava") or "mm_vision_tower" in config else "language_model"

@@ -284,7 +284,7 @@ def open_source(model_flags, explicit: Iterable[str] = (), data_flags=None) -> S
     name = model_flags.model_name_or_path
     config = read_json(name, "config.json")
     if not config:
-        raise FileNotFoundError(f"{name} has no config.json, so it is no model. {what_else(name)}")
+        raise FileNotFoundError(f"{name} has no config.json, so it is not a model. {what_else(name)}")
     layout = layout_of(name, config)
     if layout == "language_model":
         if not model_flags.vision_tower:
@@ -360,7 +360,7 @@ def map_llava(source: Source) -> LlavaModel:
         UserError: the source is a plain language model.
     """
     if source.layout == "language_model":
-        raise UserError(f"{source.name} is a language model ({source.language_config.model_type}), no LLaVA model.")
+        raise UserError(f"{source.name} is a language model ({source.language_config.model_type}), not a LLaVA model.")
     parts = empty_parts(source)
     for part, tensors in source.stored.items():
         # strict=False: of tied weights one is stored; everything else has been compared.
@@ -547,7 +547,7 @@ def _resize(source: Source, image_size: int | None) -> None:
         return
     stride = source.vision_config.patch_size
     if image_size % stride:
-        raise UserError(f"--image_size {image_size} is no multiple of {stride}, the vision tower's patch size.")
+        raise UserError(f"--image_size {image_size} is not a multiple of {stride}, the vision tower's patch size.")
     source.resized_to = image_size
 
 

@@ -51,7 +51,7 @@ def load_vision_config(path: str, trust_remote_code: bool = False) -> PreTrained
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     config = getattr(config, "vision_config", config)
     if config.model_type not in KINDS:
-        naflex = " Of SigLIP 2 the models with one fixed resolution are, the NaFlex ones are not."
+        naflex = " SigLIP 2 models with a fixed resolution are supported, NaFlex ones are not."
         raise UserError(
             f"{path}: the model type of its vision tower is {config.model_type}. Known are {', '.join(KINDS)}."
             + (naflex if config.model_type == "siglip2_vision_model" else "")

@@ -113,7 +113,7 @@ def what_else(name: str) -> str:
             )
     if find_file(name, PROJECTOR_FILE):
         return (
-            f"It holds a projector ({PROJECTOR_FILE}) and no language model, as stage 1 leaves it: give the language "
+            f"It holds a projector ({PROJECTOR_FILE}) and no language model, as stage 1 writes it: give the language "
             f"model as --model_name_or_path, and this as --pretrain_mm_mlp_adapter."
         )
     return f"Expected one of {', '.join(WEIGHT_FILES)}."

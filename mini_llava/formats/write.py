@@ -118,7 +118,7 @@ def check_may_be_written(
             )
         if export_format == "llava" and vision_config is not None and vision_config.model_type == "timm_wrapper":
             raise UserError(
-                "--export_format llava: apple's code has FastVLM's tower under names of its own. Leave the flag out: "
+                "--export_format llava: apple's code has FastVLM's tower under its own names. Leave the flag out: "
                 "transformers' FastVlmForConditionalGeneration is what is written then."
             )
         if export_format == "llava" and not model_flags.vision_tower:
@@ -150,7 +150,7 @@ def why_not_transformers(projector_type: str, model: LlavaModel) -> str | None:
     if tiling and (image_size := tower.model.config.image_size) != tiling.tile_size:
         return (
             f"transformers' LLaVA-NeXT takes tiles of the {image_size} pixels in the vision tower's config.json, "
-            f"trained were tiles of {tiling.tile_size}."
+            f"but it was trained on tiles of {tiling.tile_size}."
         )
     if tower.select_feature == "patch" and tower.leading_tokens > 1:
         return (

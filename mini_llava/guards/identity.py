@@ -120,9 +120,9 @@ def _data_lines(theirs: dict, mine: dict) -> list[str]:
     changed = [(was, now) for (was, old), (now, new) in pairs if old != new]
     lines = [f"file {now} has changed" + (f" (was {was})" if was != now else "") for was, now in changed]
     if not lines and theirs["all"] != mine["all"]:
-        lines.append("other records are left out by --exclude")
+        lines.append("--exclude leaves out other records")
     if not lines and theirs["lengths"] != mine["lengths"]:
-        lines.append("the samples have other lengths: through other flags, another tokenizer or images missing now")
+        lines.append("the samples have different lengths, because of other flags, another tokenizer or missing images")
     return lines
 
 
@@ -136,9 +136,9 @@ def _image_lines(theirs: list[dict], mine: list[dict]) -> list[str]:
         name, was, now = changed[0]
         sizes = f"{counted(was, 'byte')} in the checkpoint, {now:,} now" if was != now else "of the same size"
         verb = "has" if len(changed) == 1 else "have"
-        lines.append(f"{len(changed)} of {len(both)} looked at {verb} changed, first {shorten(name)} ({sizes})")
+        lines.append(f"{len(changed)} of {len(both)} compared {verb} changed, first {shorten(name)} ({sizes})")
     if gone:
-        lines.append(f"{len(gone)} of {len(both)} looked at cannot be read now, first {shorten(gone[0])}")
+        lines.append(f"{len(gone)} of {len(both)} compared cannot be read now, first {shorten(gone[0])}")
     return lines
 
 
@@ -148,9 +148,9 @@ def _model_lines(theirs: dict, mine: dict) -> list[str]:
         now = mine["frozen"].get(part, was)
         # In another precision the same weights are other numbers; the precision itself is among the flags.
         if was != now and was.split()[0] == now.split()[0]:
-            lines.append(f"the weights of the frozen {part} are others")
+            lines.append(f"the weights of the frozen {part} are different")
     if theirs["tokenizer"] != mine["tokenizer"]:
-        lines.append("the tokenizer is another one")
+        lines.append("the tokenizer is a different one")
     for part in ("image processor", "language model", "vision tower"):
         was, now = theirs[part], mine[part]
         # Settings that only one of the two knows came or went with a version of transformers.
@@ -176,20 +176,20 @@ def resume_notes(manifest: dict, identity: dict) -> list[str]:
     notes = []
     if differing:
         listed = "; ".join(f"{name}: {theirs[name]} then, {mine[name]} now" for name in differing)
-        dropout = " Dropout, where there is any, draws other masks." if "processes" in differing else ""
+        dropout = " Dropout, if there is any, draws different masks." if "processes" in differing else ""
         notes.append(
-            f"Resumed, but not to the last bit, because it is computed in another way ({listed}): the numbers may "
+            f"Resumed, but not to the last bit, because it is computed differently ({listed}): the numbers may "
             f"differ from an uninterrupted run's by rounding.{dropout}"
         )
     was, now = known.get("held out"), identity["held out"]
     if was and now:
         changed = _image_lines(was["images"], now["images"])
         if was["questions"] != now["questions"]:
-            changed = ["the questions are others"]
+            changed = ["the questions are different"]
         if changed:
             notes.append(
-                f"Held-out scores from here on are of something else than those up to step {manifest['step']:,}, with "
-                f"which log.jsonl and the curves show them as one ({'; '.join(changed)})."
+                f"Held-out scores from here on do not measure the same as those up to step {manifest['step']:,}, "
+                f"though log.jsonl and the curves show them as one series ({'; '.join(changed)})."
             )
     return notes
 

@@ -102,7 +102,7 @@ def _accept_all(listener: socket.socket, token: str, world_size: int) -> None:
         names = ", ".join(map(str, sorted(missing)))
         print(
             f"Ranks that did not reach {_me['host']}, port {port}, within {PATIENCE} s: {names}. Training goes on, but "
-            "if one of them dies, the others will notice only when a collective times out; look at the firewall.",
+            "if one of them dies, the others will notice only when a collective times out; check the firewall.",
             file=sys.stderr,
         )
 

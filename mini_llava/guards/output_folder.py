@@ -94,9 +94,9 @@ def _try_a_save(output_dir: Path, name: str) -> str | None:
     if no_flush is None:
         return None
     return (
-        f"Warning: {output_dir} is on a file system that does not flush files and directories when it is told to "
-        f"({no_flush}). The run goes on without: a training state is whole after a crash of the run, but perhaps not "
-        "after one of the machine."
+        f"Warning: {output_dir} is on a file system that does not flush files and directories when asked to "
+        f"({no_flush}). The run goes on: its training states survive a crash of the run, but perhaps not one of the "
+        "machine."
     )
 
 
@@ -155,7 +155,7 @@ def writing_the_result(output_dir: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         present = complete_checkpoints(output_dir)
-        since = f"goes on from {present[-1].name}" if present else "starts anew, for there is no training state"
+        since = f"goes on from {present[-1].name}" if present else "starts anew, as there is no training state"
         raise OSError(
             f"The result could not be written to {output_dir}: {error}. Make room, or give permission; "
             f"--resume_from_checkpoint latest then {since}."

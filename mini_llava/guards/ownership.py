@@ -144,7 +144,7 @@ def _lock(descriptor: int, output_dir: Path) -> None:
             f"{output_dir} (--output_dir) was last owned by {owner}, and this file system has no locks that would tell "
             f"whether it has ended. If it has, delete {output_dir / NAME}; else choose another --output_dir."
         )
-    who = owner or "a run that has not written who it is yet"
+    who = owner or "a run that has not identified itself yet"
     raise BlockingIOError(f"{output_dir} (--output_dir) is owned by {who}. End it, or choose another --output_dir.")
 
 

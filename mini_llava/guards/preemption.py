@@ -99,8 +99,8 @@ class Preemption:
                 why = "The launcher of this run has ended" if number == LAUNCHER_HAS_ENDED else name
                 second = "Ctrl-C" if self.interrupted else "signal"
                 say_before_the_end(
-                    f"{why}: once this step or the next, this save or this batch of an evaluation is done, the run "
-                    f"saves its state and ends; a second {second} ends it at once."
+                    f"{why}: the run saves its state and ends after this step or the next, this save or this batch of "
+                    f"an evaluation; a second {second} ends it at once."
                 )
             elif number == LAUNCHER_HAS_ENDED:
                 pass  # ended by the same Ctrl-C

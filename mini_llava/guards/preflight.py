@@ -82,18 +82,18 @@ def check_run(
 def refusals(findings: Iterable[Finding], allowed: Iterable[str] = ()) -> list[str]:
     """Return a sentence for each finding that ends the run. allowed: the checks that `--allow` names."""
     return [
-        found.sentence + (f" If it is meant so: --allow {found.check}." if found.verdict == CONTRADICTION else "")
+        found.sentence + (f" If that is intended: --allow {found.check}." if found.verdict == CONTRADICTION else "")
         for found in findings
         if found.verdict == IMPOSSIBLE or (found.verdict == CONTRADICTION and found.check not in allowed)
     ]
 
 
 def report(findings: Iterable[Finding], allowed: Iterable[str] | None = None) -> list[str]:
-    """Return a line for each finding. Raises UserError with those that end the run."""
+    """Return a heading and a line for each finding. Raises UserError with those that end the run."""
     findings = list(findings)
     if refused := refusals(findings, allowed or ()):
         raise UserError("\n".join(refused))
-    return [found.line() for found in findings]
+    return ["Checks before the first step:", *(found.line() for found in findings)]
 
 
 # --- template and tokenizer ------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def check_positions(longest: int, language_config: PreTrainedConfig) -> Iterator
         return
     sentence = (
         f"The longest sample has {longest:,} tokens, more than the {positions:,} positions that the language model "
-        f"({language_config.model_type}) was made for: --model_max_length {positions} cuts at them."
+        f"({language_config.model_type}) was made for: --model_max_length {positions} truncates it to them."
     )
     yield Finding("positions", sentence, IMPOSSIBLE if _has_position_table(language_config, positions) else ODD)
 
@@ -218,15 +218,15 @@ def check_projector(flags: ModelArguments, source: Source) -> Finding:
     """Return where the projector comes from, and whether its config.json names the other parts of this run."""
     given = flags.pretrain_mm_mlp_adapter
     if not given and "projector" in source.stored:
-        return Finding("projector", f"It starts as it is in {source.name}.")
+        return Finding("projector", f"It starts from the one in {source.name}.")
     if not given and flags.tune_mm_mlp_adapter:
-        return Finding("projector", "It starts at random.")
+        return Finding("projector", "It starts from random weights.")
     if not given:
-        why = "It starts at random, without a stage 1: --pretrain_mm_mlp_adapter takes the projector of one."
+        why = "It starts from random weights, without a stage 1; --pretrain_mm_mlp_adapter takes the projector of one."
         return Finding("projector", why, ODD)
     file = Path(given) / PROJECTOR_FILE if Path(given).is_dir() else Path(given)
     if not file.exists():  # in a plan; a run has checked
-        return Finding("projector", f"It starts as {given}, which is not there yet.", ODD)
+        return Finding("projector", f"It starts from {given}, which does not exist yet.", ODD)
     config = file.with_name("config.json")
     said = read_json(file.parent, config.name) if config.is_file() else {}
     if differing := list(_projector_differences(said, flags, source)):
@@ -235,11 +235,13 @@ def check_projector(flags: ModelArguments, source: Source) -> Finding:
         )
         return Finding("projector", why, CONTRADICTION)
     if "mm_vision_tower" not in said and "vision_config" not in said:
-        why = f"It starts as {given}; no config.json beside that says which model it was trained for."
+        why = f"It starts from {given}; no config.json next to it says which model it was trained for."
         return Finding("projector", why, ODD)
     if said.get("tune_mm_mlp_adapter"):
-        return Finding("projector", f"It starts as {given}, trained for {said.get('_name_or_path') or 'such a model'}.")
-    why = f"It starts as {given}, which was trained together with a language model that is not the one here."
+        return Finding(
+            "projector", f"It starts from {given}, trained for {said.get('_name_or_path') or 'such a model'}."
+        )
+    why = f"It starts from {given}, which was trained together with a different language model."
     return Finding("projector", why, ODD)
 
 
@@ -306,7 +308,7 @@ def check_adapters(language_config: PreTrainedConfig, targets: list[str] | None 
     if len(chosen := adapted_layers(model, targets)) < len(layers):
         kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in chosen))
         where = f"{len(chosen)} of the {counted(len(layers), 'linear layer')} of the language model, {list_some(kinds)}"
-        yield Finding("adapters", f"They stand beside {where}, as --lora_target_modules says.")
+        yield Finding("adapters", f"They are on {where}, as --lora_target_modules says.")
         return
     reached = {f"{name}.weight" for name in layers}
     head = model.get_output_embeddings()
@@ -320,13 +322,13 @@ def check_adapters(language_config: PreTrainedConfig, targets: list[str] | None 
         names = list(dict.fromkeys(name.rpartition(".layers.")[2].partition(".")[2] or name for name, _ in missed))
         yield Finding(
             "adapters",
-            f"--lora_enable puts adapters beside linear layers; {list_some(names)} of each layer, {share:.0%} of the "
-            f"language model ({language_config.model_type}), are none and would stay as they are.",
+            f"--lora_enable adapts linear layers; {list_some(names)} of each layer, {share:.0%} of the language model "
+            f"({language_config.model_type}), are not linear layers and would stay as they are.",
             verdict,
         )
     else:
         beside = counted(len(layers), "linear layer")
-        yield Finding("adapters", f"They stand beside all {beside} of the language model but its head.")
+        yield Finding("adapters", f"They are on all {beside} of the language model except its head.")
 
 
 def check_rows_beside_adapters(
@@ -339,7 +341,7 @@ def check_rows_beside_adapters(
     trained, end = trained_ids(arguments, tokenizer), token_ids_end(tokenizer)
     names = tokenizer.convert_ids_to_tokens(trained)
     if trained:
-        sentence = f"Trained beside them: the rows of {counted(len(names), 'token')}, {list_some(names)}."
+        sentence = f"Trained along with them: the rows of {counted(len(names), 'token')}, {list_some(names)}."
         yield Finding("adapters", sentence)
     frozen = [index for index in sorted(tokenizer.added_tokens_decoder) if index not in trained]
     new = [index for index in range(end - new_tokens, end) if index not in trained]
@@ -348,8 +350,8 @@ def check_rows_beside_adapters(
     if ids:
         listed = list_some(tokenizer.convert_ids_to_tokens(ids))
         sentence = (
-            f"The rows of {counted(len(ids), f'{what} token')} stay as they are ({listed}): LoRA trains no embeddings, "
-            "but those that --trainable_token_indices names."
+            f"The rows of {counted(len(ids), f'{what} token')} stay as they are ({listed}): LoRA trains no embeddings "
+            "except those that --trainable_token_indices names."
         )
         yield Finding("adapters", sentence, ODD if new else FINE)
 
@@ -382,7 +384,8 @@ def check_steps(
             "learning_rate", f"The learning rate would be 0 {when}, and train nothing.{why}{few}", CONTRADICTION
         )
     else:
-        rises = f"; the learning rate rises in the first {warmup:,}" if warmup else ""
+        first = "step" if warmup == 1 else f"{warmup:,} steps"
+        rises = f"; the learning rate rises in the first {first}" if warmup else ""
         yield Finding("steps", f"{counted(total, 'step')}{rises}.{few}", ODD if few else FINE)
 
 

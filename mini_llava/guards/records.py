@@ -129,16 +129,16 @@ def _of_unread(found: dict[str, str]) -> str:
     if kind == "mark":
         return (
             f"a question has the mark {shown}, which is not read: an image's place is marked by {IMAGE_MARK}, other "
-            f"media are not known. Write {IMAGE_MARK} for an image, or leave it in the text by {flag}."
+            f"media are not known. Write {IMAGE_MARK} for an image, or leave it in the text with {flag}."
         )
     if kind == "prompt":
         return (
-            f"its key {shown} looks like a prompt and is not read: a system prompt is read from the record's 'system' "
-            f"alone. Put it there or into the first question, or train without it by {flag}."
+            f"its key {shown} looks like a prompt and is not read: a system prompt is read only from the record's "
+            f"'system'. Put it there or into the first question, or train without it with {flag}."
         )
     return (
-        f"its key {shown} looks like media and is not read: images are read from the record's 'image' alone, other "
-        f"media not at all. Put the name of an image under 'image', or train without it by {flag}."
+        f"its key {shown} looks like media and is not read: images are read only from the record's 'image', other "
+        f"media not at all. Put the name of an image under 'image', or train without it with {flag}."
     )
 
 

@@ -71,6 +71,6 @@ def _has_flash_4() -> bool:  # pragma: no cover, needs a GPU
     """Return whether flash-attn-4, written for Hopper and Blackwell, is installed: 1.6 times as fast as torch's."""
     if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
         return False
-    # Its compiler warns about an argument of its own at every new kernel, in the middle of the progress line.
+    # Its compiler warns about one of its own arguments at every new kernel, in the middle of the progress line.
     warnings.filterwarnings("ignore", message=".* cannot be converted to a JitArgument")
     return torch.cuda.get_device_capability()[0] in (9, 10)

@@ -70,8 +70,8 @@ class LlavaModel(nn.Module):
         The features of all images or tiles, followed by a newline if the model has one, are a table whose rows
         `feature_rows` assigns to the positions; None: in order.
 
-        A micro-batch without images has one blank image and no position: tower and projector run nevertheless, so that
-        every rank makes the same collective calls, and the projector's gradient is zero rather than absent (AdamW still
+        A micro-batch without images has one blank image and no position: tower and projector still run, so that every
+        rank makes the same collective calls, and the projector's gradient is zero rather than absent (AdamW still
         decays its moments, as in LLaVA). Features are not scaled where Gemma scales its word embeddings, as in
         transformers' own LLaVA, PaliGemma and Gemma 3.
         """
@@ -91,7 +91,7 @@ class LlavaModel(nn.Module):
         return embeddings.flatten(0, 1).index_copy(0, image_positions, features).view_as(embeddings)
 
     def embed_words(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Return the embeddings of tokens that are no image's: [B, L] -> [B, L, width]."""
+        """Return the embeddings of tokens that are not an image's: [B, L] -> [B, L, width]."""
         embeddings = self.language_model.get_input_embeddings()(input_ids)
         if torch.is_autocast_enabled(embeddings.device.type):
             # fp32 masters give fp32 embeddings, and every layer's activations would take twice the memory.

@@ -75,7 +75,7 @@ def is_main_process() -> bool:
 def gathered_state_dict(
     named_parameters: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, whole tensor on the CPU) one after the other, on the main process only.
+    """Yield (name, full tensor on the CPU) one at a time, on the main process only.
 
     Under ZeRO-3 a rank holds a slice of each parameter, and gathering is a collective: every rank must run this
     generator to its end, although only the main process receives anything. One parameter is gathered at a time, so that
@@ -104,7 +104,7 @@ def save_projector(
 ) -> None:
     """Write LLaVA's `mm_projector.bin`: a dict of `model.mm_projector.0.weight` and so on, in `dtype` or as trained.
 
-    Every rank calls it (ZeRO-3 gathers), the main process writes. The file appears whole or not at all.
+    Every rank calls it (ZeRO-3 gathers), the main process writes. The file is written atomically.
 
     Args:
         path: the file, or a directory that gets `mm_projector.bin`.
@@ -135,7 +135,7 @@ def load_projector(projector: nn.Module, path: str | Path, others: tuple[str, ..
     """Copy the weights in `path` into `projector`, in place and in the projector's own dtype; all of them or none.
 
     Reads LLaVA's `mm_projector.bin`, a `.safetensors` file with the same names, or a directory that holds the former.
-    The names count from after `mm_projector.`, so that files written by way of PEFT or a wrapper fit too. Call it
+    Names are compared from after `mm_projector.` on, so that files written by way of PEFT or a wrapper fit too. Call it
     before the model is handed to DeepSpeed, which leaves only slices to write to.
 
     Args:

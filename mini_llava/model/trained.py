@@ -22,7 +22,7 @@ def freeze_plan(
 
     `tune_mm_mlp_adapter` is stage 1's preset: the projector alone is trained. The rows of LLaVA's legacy image tokens
     are then trained as a module of their own, `new_tokens`; otherwise they are rows of the language model's embeddings.
-    `token_rows`: so are single rows beside adapters. `lora_in_tower`: the tower has adapters, too.
+    `token_rows`: so are single rows along with adapters. `lora_in_tower`: the tower has adapters, too.
     `image_newline`, for images in tiles, goes with the projector.
     """
     if flags.tune_mm_mlp_adapter:
@@ -51,7 +51,7 @@ def trained_in_full(plan: dict[str, str]) -> set[str]:
 
 
 def apply_plan(model: LlavaModel, plan: dict[str, str]) -> None:
-    """Set `requires_grad` of every parameter; nothing behind the tower's selected layer can get a gradient.
+    """Set `requires_grad` of every parameter; nothing after the tower's selected layer can get a gradient.
 
     Where adapters were added, PEFT has already set it: adapters, and biases if they were asked for.
     """

@@ -1,8 +1,8 @@
 """The vision encoder behind one small interface: pixel values in, patch features out.
 
-Replaces `llava/model/multimodal_encoder/`, where every tower is a class of its own whose forward always runs under
+Replaces `llava/model/multimodal_encoder/`, where every tower is its own class whose forward always runs under
 `no_grad`, so that unfreezing it trains nothing. Here a tower is a line of data about a model of transformers, and
-gradients flow if and only if one of its parameters is trained. Which parameters the features depend on is asked of
+gradients flow if and only if one of its parameters is trained. Which parameters the features depend on is found with
 autograd, on a copy on the meta device.
 """
 
@@ -187,7 +187,8 @@ def tokens_per_image(config: PreTrainedConfig, select_feature: str, image_size: 
     image_size = image_size or config.image_size
     if not has_layers(config) and image_size % config.patch_size:
         raise UserError(
-            f"The image size {image_size} is no multiple of {config.patch_size}, the stride of {config.architecture}."
+            f"The image size {image_size} is not a multiple of {config.patch_size}, the stride of "
+            f"{config.architecture}."
         )
     return (image_size // config.patch_size) ** 2 + (leading_tokens(config) if select_feature == "cls_patch" else 0)
 

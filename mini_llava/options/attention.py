@@ -55,7 +55,7 @@ def choose_attention(
             return "eager" if model_type in CAPPED else "sdpa"
         if model_type in CAPPED and not is_flash_attn_2_available():
             raise UserError(
-                f"To pack samples for models of type {model_type!r} on a GPU takes the package flash-attn: torch's "
+                f"To pack samples for models of type {model_type!r} on a GPU needs the package flash-attn: torch's "
                 f"kernels cannot cap attention scores, and eager attention would hold those of a whole row. Install it "
                 f"or use --packing False."
             )

@@ -59,9 +59,9 @@ class BackgroundWriter:
             free = min(free for other, _, free, _ in everyone if other == host)
             if needed > free * (1 - LEFT_FREE):
                 return (
-                    f"Each save will stop the run until it is written: the copy that is written behind the steps would "
-                    f"take {needed / 1e9:,.3f} GB of memory on {host}, which has {free / 1e9:,.3f} GB free and "
-                    f"shall keep {LEFT_FREE:.0%} of that."
+                    f"Each save will stop the run until it is written: a copy to write while the run goes on would "
+                    f"take {needed / 1e9:,.3f} GB of memory on {host}, which has {free / 1e9:,.3f} GB free, and "
+                    f"{LEFT_FREE:.0%} of that is to stay free."
                 )
         # Large pages are faster. A fork would copy what is pinned at once: a loader's worker needs nothing of it.
         for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):

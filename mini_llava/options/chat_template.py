@@ -112,7 +112,7 @@ class ChatTemplate:
             raise BadRecord(f"{fault}{advice}")
         raise BadRecord(
             f"the tokenizer's chat template changes turn {changed}, and not only the blanks around it: "
-            f"where the answers stand is not known for sure.{advice}"
+            f"so it is not certain where the answers are.{advice}"
         )
 
 
@@ -252,7 +252,7 @@ def _end_of_answer(template: ChatTemplate, after: str) -> tuple[int, str]:
     """Where in the text behind an answer its end mark ends, and which special token that is."""
     found = [(after.index(mark), -len(mark), mark) for mark in template.end_marks if mark in after]
     if not found:
-        raise BadRecord("the tokenizer's chat template puts no special token behind an answer, so nothing ends it.")
+        raise BadRecord("the tokenizer's chat template puts no special token after an answer, so nothing ends it.")
     start, _, mark = min(found)
     return start + len(mark), mark
 

@@ -542,6 +542,6 @@ def _read_json(directory: Path, name: str) -> dict:
     try:
         return json.loads((directory / name).read_text(encoding="utf-8"))
     except OSError:
-        raise FileNotFoundError(f"{directory} has no {name}: it is no LoRA directory.") from None
+        raise FileNotFoundError(f"{directory} has no {name}: it is not a LoRA directory.") from None
     except ValueError as error:
         raise UserError(f"{directory / name} is not valid JSON: {error}.") from None

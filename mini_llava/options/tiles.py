@@ -145,8 +145,8 @@ def choose_tiling(
     grid = math.isqrt(tokens_per_tile)
     if grid**2 != tokens_per_tile:
         raise UserError(
-            f"--image_aspect_ratio anyres puts features in their place in the picture, but the vision tower gives "
-            f"{tokens_per_tile}, which is no square: leave out the class token by --mm_vision_select_feature patch."
+            f"--image_aspect_ratio anyres arranges features by their place in the picture, but the vision tower gives "
+            f"{tokens_per_tile}, not a square number: drop the class token with --mm_vision_select_feature patch."
         )
     if pinpoints is None:
         pinpoints = [(columns * tile_size, rows * tile_size) for columns, rows in LLAVA_1_6]

@@ -36,7 +36,7 @@ def trained_ids(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> lis
         if index not in vocabulary.values():
             raise UserError(
                 f"--trainable_token_indices {name}: {tokenizer.name_or_path} has no such token; give tokens or ids, or "
-                "add tokens by --add_tokens."
+                "add tokens with --add_tokens."
             )
         found.add(index)
     return sorted(found)

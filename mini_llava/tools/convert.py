@@ -85,7 +85,7 @@ def encoded_images(value: object, image_root: str | None) -> list[bytes]:
         try:
             return [base64.b64decode(value.partition("base64,")[2] or value, validate=True)]
         except ValueError:
-            raise BadEntry(f"its image {shorten(value)} is no base64.") from None
+            raise BadEntry(f"its image {shorten(value)} is not base64.") from None
     if value.startswith(WEB):
         raise BadEntry(
             f"its image is an address on the web, {shorten(value)}, from which nothing is loaded: fetch the images "
@@ -453,19 +453,32 @@ def convert(given: argparse.Namespace) -> int:
 def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m mini_llava.tools.convert", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("sources", nargs="+", metavar="SOURCE", help="directory of datasets' save_to_disk, directory of files, or file")
-    add("--output", required=True, metavar="FOLDER", help="where records.jsonl and images/ go")
-    add("--split", metavar="NAME", help="which split of a directory that has several")
-    add("--text_column", metavar="NAME", help=f"conversations or caption [the first of {', '.join(TEXT_COLUMNS)}]")
-    image_help = f"images, once for each column [the first of {', '.join(IMAGE_COLUMNS)}, or image_1, image_2, ...]"
+    add(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="a directory written by datasets' save_to_disk, a directory of files, or a file",
+    )
+    add("--output", required=True, metavar="FOLDER", help="folder for records.jsonl and images/")
+    add("--split", metavar="NAME", help="split to convert, if the source has several")
+    add(
+        "--text_column",
+        metavar="NAME",
+        help=f"column with conversations or captions [the first of {', '.join(TEXT_COLUMNS)}]",
+    )
+    image_help = (
+        f"column with images; repeat for several [the first of {', '.join(IMAGE_COLUMNS)}, or image_1, image_2, ...]"
+    )
     add("--image_column", metavar="NAME", action="append", default=[], help=image_help)
-    add("--id_column", metavar="NAME", help=f"[the first of {', '.join(ID_COLUMNS)}; none: file and row]")
-    add("--image_root", metavar="FOLDER", help="folder of the images that the data only name")
+    add(
+        "--id_column", metavar="NAME", help=f"column with ids [the first of {', '.join(ID_COLUMNS)}, else file and row]"
+    )
+    add("--image_root", metavar="FOLDER", help="folder of images that the data refer to by name")
     add("--follow_links", nargs="?", type=boolean, const=True, metavar="True|False", help="as for train.py")
-    rating_help = f"leave out rounds of which a rating is lower (columns that end with {RATINGS}, as FineVision's)"
+    rating_help = f"leave out rounds with a lower rating (columns that end with {RATINGS}, as FineVision's)"
     add("--min_rating", type=int, metavar="NUMBER", help=rating_help)
-    add("--drop_system", action="store_true", help="leave system prompts out: templates have their own")
-    unread_help = "columns and marks that look like media or a prompt and are meant to be left unread, as for train.py"
+    add("--drop_system", action="store_true", help="leave out system prompts, as templates have their own")
+    unread_help = "columns and marks to ignore although they look like media or a prompt, as in train.py"
     add("--leave_unread", nargs="+", default=[], metavar="NAME", help=unread_help)
     given = parser.parse_args(command_line)
     if given.follow_links and given.image_root:

@@ -133,7 +133,7 @@ KNOWN = (
 def input_files(source: Path, split: str | None) -> list[Path]:
     """Return a source's files: itself, or those of a directory. Raises UserError if the split is ambiguous."""
     if split and (source.is_file() or (source / "state.json").is_file()):
-        raise UserError(f"{source} has no splits, so --split {split} says nothing about it.")
+        raise UserError(f"{source} has no splits, so --split {split} has no effect.")
     if _is_data(source) or _is_lines(source):
         return [source]
     if not source.is_dir():
@@ -238,7 +238,7 @@ def _only(source: Path, splits: list[str], split: str | None) -> str:
         return splits[0]
     if split in splits:
         return split
-    found = f"it has {', '.join(splits)}" if splits else "no name there tells of a split"
+    found = f"it has {', '.join(splits)}" if splits else "no name there indicates a split"
     raise UserError(f"{source}: say which split to convert by --split; {found}.")
 
 

@@ -27,41 +27,65 @@ from ..guards.early import refuse_at_once
 def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m mini_llava.tools.doctor", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--config", metavar="FILE.yaml", help="train.py's: what is in it need not be given here; other flags are left")
-    add("--stage", type=int, choices=(1, 2), help="whose preset fills in the flags not given [2]")
+    add(
+        "--config",
+        metavar="FILE.yaml",
+        help="a config file of train.py; it may also hold flags that are of no use here",
+    )
+    add("--stage", type=int, choices=(1, 2), help="use the preset of this stage for flags that are not given [2]")
     add("--data_path", nargs="+", metavar="PATH", help="JSON or JSON-lines files of records")
     add("--image_folder", nargs="+", metavar="PATH", help="image folder of each data file, in the same order")
     add("--follow_links", nargs="?", type=boolean, const=True, metavar="True|False", help="as for train.py")
-    add("--exclude", nargs="+", metavar="PATH", help="lists of records to leave out, as train.py takes them")
-    add("--leave_unread", nargs="+", metavar="NAME", help="keys and marks, as train.py takes them")
-    add("--allow", nargs="+", metavar="CHECK", help="contradictions that are meant, as train.py takes them")
-    add("--resize_token_embeddings", action="store_true", default=None, help="train.py adds rows that are missing")
+    add("--exclude", nargs="+", metavar="PATH", help="lists of records to leave out, as in train.py")
+    add("--leave_unread", nargs="+", metavar="NAME", help="keys and marks to ignore, as in train.py")
+    add("--allow", nargs="+", metavar="CHECK", help="contradictions to accept, as in train.py")
+    add("--resize_token_embeddings", action="store_true", default=None, help="train.py will add missing rows")
     add("--add_tokens", nargs="+", metavar="TOKEN", help="as for train.py")
-    add("--data_weights", nargs="+", type=_above_0, metavar="X", help="for the padding figures, as train.py takes them")
-    add("--model_name_or_path", metavar="TEXT", help="language model, for its tokenizer")
+    add(
+        "--data_weights",
+        nargs="+",
+        type=_above_0,
+        metavar="X",
+        help="weights of the data files in the padding figures, as in train.py",
+    )
+    add("--model_name_or_path", metavar="TEXT", help="language model whose tokenizer is used")
     add(
         "--trust_remote_code",
         action="store_true",
         default=None,
-        help="let the models' own Python code run, where they bring any",
+        help="run Python code that the models' directories contain",
     )
     add("--version", metavar="TEXT", help="conversation template [stage 1: plain, stage 2: v1]")
     tower = parser.add_mutually_exclusive_group()
-    tower.add_argument("--vision_tower", metavar="TEXT", help="vision tower, for the number of tokens an image takes")
-    tower.add_argument("--tokens_per_image", type=_positive, metavar="N", help="this number, without a tower (576)")
+    tower.add_argument(
+        "--vision_tower", metavar="TEXT", help="vision tower, which decides how many tokens an image takes"
+    )
+    tower.add_argument(
+        "--tokens_per_image", type=_positive, metavar="N", help="give that number (576) instead of a tower"
+    )
     add("--mm_vision_select_feature", metavar="TEXT", help="patch or cls_patch [patch]")
     add("--model_max_length", type=_positive, metavar="N", help="longest sequence in tokens [2048]")
-    add("--image_size", type=_positive, metavar="N", help="of the tower's pictures, pixels [as it was trained]")
+    add("--image_size", type=_positive, metavar="N", help="side of the tower's images in pixels [as it was trained]")
     aspect_ratios = choices("image_aspect_ratio")
     add("--image_aspect_ratio", choices=aspect_ratios, help="[stage 1: square, stage 2: pad]")
     add("--mm_patch_merge_type", choices=MERGE_TYPES, help="with anyres [spatial_unpad]")
     add("--image_grid_pinpoints", metavar="TEXT", help="with anyres [LLaVA-1.6's]")
-    add("--global_batch_size", type=_positive, metavar="N", help="for the padding figures [256, 128]")
-    add("--per_device_train_batch_size", type=_positive, metavar="N", help="for the padding figures [32, 16]")
-    add("--check_images", choices=("all", "exist"), default="all", help="open all of them, or only look for them [all]")
-    add("--num_workers", type=_positive, default=os.cpu_count(), metavar="N", help="processes [one for each core]")
-    add("--plot", metavar="FILE.png", help="draw the histogram of token counts")
-    add("--output", default="bad_records.jsonl", metavar="FILE", help="where the bad records go [bad_records.jsonl]")
+    add("--global_batch_size", type=_positive, metavar="N", help="used in the padding figures [256, 128]")
+    add("--per_device_train_batch_size", type=_positive, metavar="N", help="used in the padding figures [32, 16]")
+    add(
+        "--check_images",
+        choices=("all", "exist"),
+        default="all",
+        help="open every image, or only check that it exists [all]",
+    )
+    add("--num_workers", type=_positive, default=os.cpu_count(), metavar="N", help="worker processes [one per core]")
+    add("--plot", metavar="FILE.png", help="write a histogram of token counts")
+    add(
+        "--output",
+        default="bad_records.jsonl",
+        metavar="FILE",
+        help="file for the list of bad records [bad_records.jsonl]",
+    )
     given = parser.parse_args(command_line)
     try:
         from_file = read_config(given.config) if given.config else {}
@@ -89,7 +113,7 @@ def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace
     if given.image_aspect_ratio != "anyres" and (given.mm_patch_merge_type or given.image_grid_pinpoints):
         parser.error("--mm_patch_merge_type and --image_grid_pinpoints do nothing without --image_aspect_ratio anyres.")
     if given.image_size and not given.vision_tower:
-        parser.error("--image_size says something about the --vision_tower, which is not given.")
+        parser.error("--image_size applies to the --vision_tower, which is not given.")
     if given.image_aspect_ratio == "anyres" and not given.vision_tower:
         parser.error("--image_aspect_ratio anyres needs --vision_tower: its tiles are of the tower's size.")
     return given

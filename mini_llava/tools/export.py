@@ -18,23 +18,25 @@ from ..guards.early import check_place, refuse_at_once
 def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m mini_llava.tools.export", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("source", metavar="DIR", help="a LLaVA model, directory or hub name, or a trained part of one, a directory")
-    add("directory", metavar="OUT", type=Path, help="where the new one is written")
+    add(
+        "source", metavar="DIR", help="a LLaVA model (directory or hub name), or the directory of a trained part of one"
+    )
+    add("directory", metavar="OUT", type=Path, help="directory to write")
     add("--merge", action="store_true", help="DIR is a LoRA directory: add the adapters to the weights of its base")
     add(
         "--adapters",
         action="store_true",
         help="DIR is a LoRA directory: write its base in transformers' layout, projector included, and the adapters "
-        "in OUT/adapter, as PEFT and vLLM take them on it",
+        "in OUT/adapter, where PEFT and vLLM can read them",
     )
     add("--export_format", choices=choices("export_format"), default="transformers")
-    add("--dtype", choices=DTYPES, help="of the weights [as stored]")
-    add("--model_base", metavar="TEXT", help="what a LoRA directory, checkpoint or projector belongs to [as it says]")
+    add("--dtype", choices=DTYPES, help="dtype of the weights [as stored]")
+    add("--model_base", metavar="TEXT", help="base of a LoRA directory, checkpoint or projector [as DIR says]")
     add("--version", metavar="TEXT", help="conversation template [as DIR says]")
     add("--image_aspect_ratio", choices=choices("image_aspect_ratio"), help="[as DIR says]")
-    add("--vision_tower", metavar="TEXT", help="name of the tower, for LLaVA's layout, where DIR does not say it")
-    add("--save_vision_tower", action="store_true", help="the tower's weights too, in LLaVA's layout")
-    add("--overwrite", action="store_true", help="write into OUT although it holds something")
+    add("--vision_tower", metavar="TEXT", help="name of the vision tower for LLaVA's layout, if DIR does not give it")
+    add("--save_vision_tower", action="store_true", help="write the tower's weights in LLaVA's layout too")
+    add("--overwrite", action="store_true", help="write into OUT even if it is not empty")
     return parser.parse_args(command_line)
 
 

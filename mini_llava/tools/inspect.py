@@ -25,8 +25,10 @@ def parse_arguments(command_line: Sequence[str] | None = None) -> tuple[argparse
         allow_abbrev=False,
     )
     parser.add_argument("--samples", type=int, default=3, metavar="N", help="show the first N records [3]")
-    parser.add_argument("--record", type=int, nargs="+", metavar="N", help="show these, counted from 0, instead")
-    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="[auto: in a terminal]")
+    parser.add_argument("--record", type=int, nargs="+", metavar="N", help="show these records instead, counted from 0")
+    parser.add_argument(
+        "--color", choices=("auto", "always", "never"), default="auto", help="colour the output [auto: in a terminal]"
+    )
     given, of_train = parser.parse_known_args(command_line)
     return given, flags.parse_for_a_tool(of_train)
 

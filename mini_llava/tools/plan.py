@@ -27,28 +27,28 @@ class PlanArguments:
     """Plan"""
 
     accelerate_config: str | None = None
-    """Plan for this file of accelerate_configs/; default: for what the launcher started."""
+    """Plan for this file of accelerate_configs/. Default: what the launcher started."""
 
     num_gpus: int | None = flags.flag(None, positive=True)
-    """Plan for so many GPUs in all; default what accelerate_config or the launcher says."""
+    """Number of GPUs to plan for. Default: what accelerate_config or the launcher says."""
 
     gpu_memory_gib: float | None = flags.flag(None, positive=True)
-    """Plan for GPUs of this memory; default that of the GPU here, or 79 without one (cards of 80 GB)."""
+    """Memory of each GPU. Default: that of the GPU here, or 79 without one (cards of 80 GB)."""
 
     gpu_name: str | None = None
-    """Plan hours for this kind of GPU (A100, H100, ...); default the GPU here, or H100 without one."""
+    """Kind of GPU (A100, H100, ...) to estimate hours for. Default: the GPU here, or H100 without one."""
 
     expected_mfu: float = flags.flag(0.5, positive=True)
-    """The share of the GPUs' peak that goes into arithmetic, for the hours: `mfu` of a run's log."""
+    """Share of the GPUs' peak that is used, to estimate hours: `mfu` in a run's log."""
 
 
 def split_flags(command_line: Sequence[str] | None = None) -> tuple[PlanArguments, list[str]]:
     """Return what a run is planned for, and the other flags, which are train.py's."""
     parser = argparse.ArgumentParser(
         prog="python -m mini_llava.tools.plan",
-        description="What a run will train, steps, memory by part, hours and disk, without reading a weight or needing "
-        "a GPU. What cannot fit ends with an error that names the first change that makes it fit. All other flags are "
-        "those of train.py.",
+        description="Shows what a run will train, its steps, memory by part, hours and disk, without reading weights "
+        "or needing a GPU. What cannot fit ends with an error that names the first change that makes it fit. All other "
+        "flags are those of train.py.",
         allow_abbrev=False,
     )
     add_flags(parser, PlanArguments)

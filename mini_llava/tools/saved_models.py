@@ -110,7 +110,7 @@ class SavedModel:
         if self.kind != WHOLE:
             text = f"{self.directory} is a {self.kind}; the rest of the model comes from {self.source.name}."
         if not self.version_is_known:
-            text += " It does not say which conversation template it was trained with: taken is v1 (--version)."
+            text += " It does not say which conversation template it was trained with, so v1 is used (--version)."
         return text
 
     def image_tokens(self) -> tuple[bool, bool]:
@@ -141,7 +141,7 @@ def open_saved(
         raise FileNotFoundError(f"{directory} has no config.json, which says how the {kind} belongs to its base.")
     own = kind == WHOLE
     if own and layout_of(directory, config) == "language_model":
-        raise UserError(f"{directory} is a language model ({config.get('model_type')}), no LLaVA model.")
+        raise UserError(f"{directory} is a language model ({config.get('model_type')}), not a LLaVA model.")
     if own and base:
         raise UserError(f"{directory} is a whole model: --model_base {base} has no part in it.")
     flags = ModelArguments(model_name_or_path=directory if own else base or _recorded_base(directory, kind, config))

@@ -22,10 +22,10 @@ def parse_arguments(command_line: list[str] | None = None) -> tuple[argparse.Nam
     """Return the flags that say what to show, and all others, which are train.py's."""
     parser = argparse.ArgumentParser(
         prog="python -m mini_llava.tools.tour",
-        description="What happens to records from JSON to gradients. All other flags are train.py's (its --help).",
+        description="Shows what happens to records from JSON to gradients. All other flags are those of train.py.",
         allow_abbrev=False,
     )
-    parser.add_argument("--record", type=int, nargs="+", metavar="N", help="which, counted from 0 [two]")
+    parser.add_argument("--record", type=int, nargs="+", metavar="N", help="records to show, counted from 0 [two]")
     given, words = parser.parse_known_args(command_line)
     # The demo pads its rows on the CPU; packed they show more. A --packing among the words wins, being later.
     return given, flags.parse_for_a_tool(["--packing", "True", *words])

@@ -131,8 +131,8 @@ def start(arguments: Arguments) -> Accelerator:
     accelerator = build_accelerator(precision, training.max_grad_norm, training.report_to, Path(training.output_dir))
     if training.use_dora and zero_stage(accelerator) == 3:
         raise UserError(
-            "--use_dora: it needs the whole weight of each layer, of which ZeRO-3 leaves a rank a part outside of the "
-            "layer's own forward. Use accelerate_configs/zero2.yaml, or leave DoRA out."
+            "--use_dora needs the whole weight of each layer, of which a rank has only a part under ZeRO-3, outside of "
+            "the layer's own forward. Use accelerate_configs/zero2.yaml, or leave DoRA out."
         )
     if training.tf32 is not None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = training.tf32

@@ -1,7 +1,7 @@
 """Training states: written whole or not at all, read back bit for bit, by any number of processes.
 
 Each trained parameter has an fp32 master and AdamW's two moments. However they are distributed, each rank holds flat
-pieces of named parameters (`sharded_state.py`). It writes them to safetensors files of its own, without gathering
+pieces of named parameters (`sharded_state.py`). It writes them to its own safetensors files, without gathering
 anything, and a loading rank copies the ranges it holds out of all files. So there is one format, no pickle, no
 dependence on the number of processes, and all ranks write in parallel. Frozen weights are not in it: they come from the
 model the run was started from.
@@ -257,7 +257,7 @@ def rename_into_place(temporary: Path, final: Path) -> None:
 
 def _refuse_to_replace(final: Path) -> None:
     if os.path.lexists(final) and not is_ours(final):
-        raise CheckpointError(f"{final} is there, which this program did not write. Move it away.")
+        raise CheckpointError(f"{final} exists, and this program did not write it. Move it away.")
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

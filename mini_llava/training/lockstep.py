@@ -40,7 +40,7 @@ class Lockstep:
     def __init__(self, accelerator: Accelerator, preemption, max_skipped: float):
         """
         Args:
-            preemption: has `asked`, whether this rank shall stop, and `interrupted`, whether by Ctrl-C.
+            preemption: has `asked`, whether this rank should stop, and `interrupted`, whether by Ctrl-C.
             max_skipped: samples per step, averaged over `STEPS_LOOKED_AT` steps; if more are skipped the run ends.
         """
         self.accelerator, self.preemption, self.max_skipped = accelerator, preemption, max_skipped * STEPS_LOOKED_AT

@@ -32,7 +32,7 @@ def is_ours(checkpoint: Path) -> bool:
 
 
 def read_manifest(directory: Path) -> dict:
-    """Return the manifest of a checkpoint whose files are all there in their sizes; raise CheckpointError else."""
+    """Return the manifest of a checkpoint whose files are all there in their sizes; otherwise raise CheckpointError."""
     file = directory / "manifest.json"
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))

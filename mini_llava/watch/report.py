@@ -5,6 +5,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from .. import demo
 from ..arguments import Arguments, save_arguments
 from ..guards import output_folder
 from ..guards.never_fatal import never_fatal
@@ -72,7 +73,9 @@ class Report:
 
     def start_progress_line(self) -> None:
         """Show the progress line."""
-        self.progress = ProgressLine(self.order.total_steps, self.order.sampler.step, enabled=self.is_first)
+        # The plain template drops the questions, so that what is predicted are captions.
+        loss = "caption loss" if self.arguments.model.version == "plain" else "answer loss"
+        self.progress = ProgressLine(self.order.total_steps, self.order.sampler.step, self.is_first, loss)
 
     def is_due(self, step: int) -> bool:
         """Return whether this step is logged."""
@@ -103,13 +106,16 @@ class Report:
                 self.log(f"skipped: {line}")
 
     def summarise(self, pauses: dict[str, float]) -> None:
-        """Write and print the summary, and draw the curves.
+        """Write and print the summary, of the demo with its table of scores, and draw the curves.
 
         pauses: seconds after the last entry of the log, see `write_summary`.
         """
         if self.is_first:
             every, store = self.arguments.training.logging_steps, self.data.samples.store
-            self.log(write_summary(self.output_dir, every, pauses, store))
+            projector = self.arguments.model.pretrain_mm_mlp_adapter
+            is_demo = self.arguments.is_demo
+            scores = demo.table_of_scores(self.arguments.stage, self.output_dir, projector) if is_demo else ""
+            self.log(write_summary(self.output_dir, every, pauses, store, scores))
 
 
 def prepare_reports(output_dir: Path, resumed_at: int | None) -> str | None:
@@ -130,4 +136,4 @@ def prepare_reports(output_dir: Path, resumed_at: int | None) -> str | None:
     again = last.get("step", 0) - resumed_at
     if again <= 0:
         return None
-    return f"The run had come to step {last['step']}: {again} of its steps {'is' if again == 1 else 'are'} done again."
+    return f"The run had reached step {last['step']}: {again} of its steps {'is' if again == 1 else 'are'} done again."

@@ -24,21 +24,24 @@ RECORDS_WITH_IMAGES = 1000  # that are looked through for an image to ask about
 PAUSES = {"eval/seconds": "evaluation", "save_seconds": "saving", "norm_seconds": "norms"}
 
 
-def write_summary(output_dir: Path, logging_steps: int, pauses: dict[str, float], store: RecordStore) -> str:
+def write_summary(
+    output_dir: Path, logging_steps: int, pauses: dict[str, float], store: RecordStore, scores: str = ""
+) -> str:
     """Write `summary.json` and `curves.png` on rank 0; return the summary as text. A failure is a warning.
 
     Args:
         logging_steps: steps before the first entry of the log, if the run continues another directory's checkpoint.
         pauses: seconds after the last entry of the log.
         store: the training records, one of whose images is in the command to chat.
+        scores: a table that the text has before the command to chat.
     """
     with never_fatal(f"{output_dir}/curves.png is not there"):
         draw_curves(output_dir / "log.jsonl", output_dir / "curves.png")
-    text = ""
+    text = scores
     with never_fatal(f"{output_dir}/summary.json is not there"):
         values = summarise(list(read_lines(output_dir / "log.jsonl")), logging_steps, pauses)
         values |= {"output_dir": str(output_dir), "talk_to_it": talk_command(output_dir, store)}
-        text = describe(values)
+        text = describe(values, scores)
         with atomic_write(output_dir / "summary.json") as file:
             file.write(json.dumps(values, indent=1).encode() + b"\n")
     return text
@@ -104,18 +107,19 @@ def talk_command(output_dir: Path, store: RecordStore) -> str:
     return shlex.join(command)
 
 
-def describe(values: dict) -> str:
-    """Return the summary as text."""
+def describe(values: dict, scores: str) -> str:
+    """Return the summary as text: figures, the table of scores if there is one, and last the command to chat."""
     took = ", ".join(f"{name} {duration(spent)}" for name, spent in values["seconds"].items())
     lines = [
         "",
-        f"{', '.join(counted(values[f'{noun}s'], noun) for noun in ('step', 'sample', 'token'))} in {took}.",
-        f"Loss {values['last_loss']:.4f} in the last entry of the log, {values['mean_loss_at_the_end']:.4f} on average "
-        "over its last tenth.",
+        f"{', '.join(counted(values[f'{noun}s'], noun) for noun in ('step', 'sample', 'token'))}. Time: {took}.",
+        f"Last logged loss {values['last_loss']:.4f}; mean over the last tenth of the log "
+        f"{values['mean_loss_at_the_end']:.4f}.",
     ]
     for name, best in values.get("best_held_out", {}).items():
         lines.append(f"Best {name} {best['value']:.4g} at step {best['step']:,}.")
-    lines.append(f"Everything is in {values['output_dir']}, the curves in curves.png. Talk to it:")
+    lines += [scores] if scores else []
+    lines += ["", f"All files are in {values['output_dir']}; curves.png shows the run. Chat with the model:"]
     return "\n".join([*lines, f"  {values['talk_to_it']}"])
 
 

@@ -1,4 +1,11 @@
-"""Trackers of `--report_to`: TensorBoard, or another that accelerate knows. Their failures are warnings."""
+"""Trackers of `--report_to`: TensorBoard, or another that accelerate knows. Their failures are warnings.
+
+TensorBoard names a run by the path of its folder. Each run has its own folder in `runs/` of the output directory,
+called by the time it started and by that directory; a resumed run goes on in the folder in which it began.
+"""
+
+from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
@@ -13,12 +20,15 @@ def start(accelerator: Accelerator, values: dict, resumed_at: int | None = None,
     resumed_at: the step of the checkpoint; TensorBoard hides what was logged beyond it.
     """
     text = {key: str(value) for key, value in values.items()}
-    # TensorBoard would show a configuration as two more runs.
-    config = None if accelerator.log_with == [LoggerType.TENSORBOARD] else text
+    project, config = "runs", text
+    if accelerator.log_with == [LoggerType.TENSORBOARD]:
+        # The name of a project is a folder to TensorBoard alone, and it would show a configuration as two more runs.
+        project = f"runs/{run_folder(Path(accelerator.project_dir), resumed_at is not None)}"
+        config = None
     purge_step = 0 if resumed_at is None else resumed_at + 1
     names = ", ".join(str(tracker) for tracker in accelerator.log_with)
     try:
-        accelerator.init_trackers("runs", config=config, init_kwargs={"tensorboard": {"purge_step": purge_step}})
+        accelerator.init_trackers(project, config=config, init_kwargs={"tensorboard": {"purge_step": purge_step}})
         for tracker in accelerator.trackers:
             if tracker.name == "tensorboard" and accelerator.is_main_process:
                 rows = "\n".join(f"| {key} | {value} |" for key, value in text.items())
@@ -27,6 +37,13 @@ def start(accelerator: Accelerator, values: dict, resumed_at: int | None = None,
     except Exception as error:
         accelerator.trackers = []
         warn_once(f"{names} could not be started; log.jsonl has the same values", f"{type(error).__name__}: {error}")
+
+
+def run_folder(output_dir: Path, is_resumed: bool) -> str:
+    """Return the name of the run's folder in `output_dir/runs`: of a resumed run the newest one there."""
+    if is_resumed and (earlier := sorted(path.name for path in (output_dir / "runs").glob("*/"))):
+        return earlier[-1]
+    return f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{output_dir.absolute().name}"
 
 
 # TensorBoard groups names by their beginning and opens the first two groups: held-out values and losses.

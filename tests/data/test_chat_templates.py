@@ -234,7 +234,7 @@ REFUSED = {
     ),
     "nothing ends an answer": (
         LOOP.replace("BODY", "{{ message.role }}: {{ message.content }}\n").replace("PROMPT", "assistant: "),
-        "puts no special token behind an answer, so nothing ends it",
+        "puts no special token after an answer, so nothing ends it",
     ),
     "it leaves questions out": (
         LOOP.replace("BODY", TURN.replace("message.content", "'' if message.role == 'user' else message.content")),

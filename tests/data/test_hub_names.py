@@ -97,7 +97,7 @@ def test_what_the_hub_says_of_a_name_is_said(hub, tmp_path):
         assert len(answers) == 4
         for text in answers.values():
             assert text.startswith(sentence), answers
-    assert empty["source"].startswith("some/data has no config.json, so it is no model.")
+    assert empty["source"].startswith("some/data has no config.json, so it is not a model.")
     assert empty["tower"].startswith("some/data has no config.json, so it is not a vision tower")
     assert empty["load_tokenizer"] == empty["doctors"]
     assert empty["doctors"].startswith("some/data has no tokenizer: none of tokenizer.json, ")

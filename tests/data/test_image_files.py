@@ -448,7 +448,7 @@ def test_a_processor_that_does_more_than_a_table_can_is_refused():
         pixels = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=28)(**settings)["pixel_values"]
         return {"pixel_values": np.array(pixels) * 0.5}
 
-    with pytest.raises(ValueError, match="gives float64 where bytes should be"):
+    with pytest.raises(ValueError, match="returns float64 instead of bytes"):
         pixel_values(noise("RGB"), processor, "square")
 
 

@@ -278,7 +278,7 @@ def test_an_image_that_is_replaced_while_it_is_read_is_a_bad_sample(textual, tmp
     tall = samples.image_reader.open(IMAGES, TALL)
     monkeypatch.setattr(ImageReader, "open", lambda self, folder, name: tall)
     [(index, sentence)] = RankSteps(samples, True, "skip")[[[0]]].skipped
-    assert index == 0 and "has another size than a moment ago" in sentence
+    assert index == 0 and "has changed its size since it was measured" in sentence
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_an_image_that_is_replaced_while_it_is_read_is_a_bad_sample(textual, tmp
         ({"pinpoints": "1x1 to 6x6"}, r"expected a list of widths and heights"),
         ({"pinpoints": "[]"}, r"expected a list of widths and heights"),
         ({"pinpoints": [(56 * 65, 56)]}, "65 tiles; at most 64"),
-        ({"tokens_per_tile": 17}, "17, which is no square"),
+        ({"tokens_per_tile": 17}, "17, not a square number"),
         ({"merge_type": "spatial_pad"}, "--mm_patch_merge_type spatial_pad: known values are flat, spatial"),
     ],
 )

@@ -264,7 +264,7 @@ def test_an_empty_image_is_none(nothing, llama, tmp_path):
 
 def test_plain_wants_an_image_and_its_caption(llama):
     plain = get_template("plain")
-    with pytest.raises(BadRecord, match="wants an image"):
+    with pytest.raises(BadRecord, match="needs an image"):
         tokenize(conversation("Describe it.", "A cat."), plain, llama, 4, 1000)
     with pytest.raises(BadRecord, match=r"found 4 turns\."):
         tokenize(conversation("<image>", "A cat.", "More?", "No.", image="a.png"), plain, llama, 4, 1000)

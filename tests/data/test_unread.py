@@ -65,7 +65,7 @@ IN_A_TURN["conversations"][0]["image"] = "b.png"
 @pytest.mark.parametrize("name", MEDIA)
 def test_media_under_another_key_are_named(name, llama):
     [key] = MEDIA[name].keys() - {"id", "image", "conversations"}
-    sentence = re.escape(f"its key '{key}' looks like media and is not read: ") + f".* by --leave_unread {key}\\.$"
+    sentence = re.escape(f"its key '{key}' looks like media and is not read: ") + f".* with --leave_unread {key}\\.$"
     with pytest.raises(BadRecord, match=sentence):
         ids(MEDIA[name], llama)
 
@@ -77,7 +77,7 @@ def test_prompts_under_another_key_are_named(name, llama):
 
 
 def test_an_image_in_a_turn_is_named(llama):
-    with pytest.raises(BadRecord, match=r"its key 'image' looks like media .* from the record's 'image' alone"):
+    with pytest.raises(BadRecord, match=r"its key 'image' looks like media .* only from the record's 'image'"):
         ids(IN_A_TURN, llama)
 
 
@@ -166,7 +166,7 @@ def test_what_is_left_unread_is_as_if_it_were_not_there(llama):
     assert ids(turn, llama, named) == ids(conversation(), llama) != ids(turn, llama)
     for keys in ({"images": ["a.png"], "system": "Be short."}, {"image_7": "a.png"}):
         assert ids(conversation(**keys), llama, named) == ids(conversation(), llama)
-    with pytest.raises(BadRecord, match=r"its key 'video' .* by --leave_unread video '<video>'\.$"):
+    with pytest.raises(BadRecord, match=r"its key 'video' .* with --leave_unread video '<video>'\.$"):
         ids(conversation("<video>\nWhat?", images=["a.png"], video="v"), llama, named)
 
 

@@ -134,14 +134,16 @@ def test_a_held_out_picture_that_is_deleted_in_mid_run_costs_no_step(data, monke
 def test_a_loader_worker_that_is_killed_is_a_sentence_and_costs_no_step(data, monkeypatch):
     trainer = os.getpid()
     at_step(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGKILL) if os.getpid() != trainer else None)
-    with pytest.raises(LoaderError, match=r"ended from outside .* while .*records\.json, record \d+ .*out of memory"):
+    with pytest.raises(LoaderError, match=r"was killed .* while .*records\.json, record \d+ .*out of memory"):
         runs.train_here(flags(data, dataloader_num_workers=1))
     assert saved_steps(data / "run") in ([2], [3])  # what it had ready for step 3 may have died with it
 
 
 def test_a_loader_worker_that_hangs_is_named_with_its_records_and_costs_no_step(data, monkeypatch):
     at_step(monkeypatch, 4, lambda: time.sleep(600))
-    named = r"Worker 0 of the loader \(pid \d+\) has given nothing for \d s, .*--dataloader_timeout.* record 1[2-5] "
+    named = (
+        r"Worker 0 of the loader \(pid \d+\) has delivered nothing for \d s, .*--dataloader_timeout.* record 1[2-5] "
+    )
     with pytest.raises(LoaderError, match=named):
         runs.train_here(flags(data, dataloader_num_workers=1, dataloader_timeout=1))
     assert saved_steps(data / "run") == [3]

@@ -71,7 +71,7 @@ def kill_itself(part: range) -> range:
 
 
 def test_a_process_of_a_pool_that_the_system_kills_is_a_sentence():
-    said = r"ended from outside while measuring records, after 512 of 1,500; .*out of memory.* Fewer --num_workers need"
+    said = r"was killed while measuring records, after 512 of 1,500; .*out of memory.* Fewer --num_workers need"
     with pytest.raises(WorkerKilled, match=said):
         list(map_ranges(kill_itself, 1500, 2, "measuring records"))
 
@@ -116,7 +116,7 @@ def test_after_ctrl_c_the_end_of_the_launcher_is_no_second_signal(tmp_path):
     run.wait_until((tmp_path / "run" / "log.jsonl").exists)
     rank, *workers = below(run)
     rank.send_signal(signal.SIGINT)
-    run.wait_until(lambda: "SIGINT: once" in run.text)
+    run.wait_until(lambda: "SIGINT: the run" in run.text)
     rank.suspend()
     time.sleep(preemption.SECONDS_OF_ONE_PRESS + 0.2)
     os.kill(run.process.pid, signal.SIGKILL)

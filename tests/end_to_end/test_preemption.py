@@ -24,8 +24,7 @@ from tests.signal_points import Signal
 pytestmark = pytest.mark.slow
 
 ANSWER = (
-    "once this step or the next, this save or this batch of an evaluation is done, the run saves its state and ends; "
-    "a second "
+    "the run saves its state and ends after this step or the next, this save or this batch of an evaluation; a second "
 )
 STEPS = 12
 SETTINGS = {

@@ -195,7 +195,7 @@ def test_the_killed_run_went_on_from_its_checkpoints_and_kept_the_newest_two(nam
     runs = interrupted(name)
     for name, at_least in zip(("killed beyond 6", "last"), KILLED_BEYOND, strict=True):
         text = (runs.killed.parent / f"{name}.txt").read_text(encoding="utf-8", errors="replace")
-        step, again = re.search(r"checkpoint-(\d+) at step \1\.\n(The run had come to step )?", text).groups()
+        step, again = re.search(r"checkpoint-(\d+) at step \1\.\n(The run had reached step )?", text).groups()
         assert int(step) >= at_least and int(step) % SAVE_STEPS == 0
         assert again, "it was killed beyond its checkpoint, so that steps were lost"
     assert checkpoints(runs.killed) == ["checkpoint-6", "checkpoint-9"]

@@ -188,7 +188,7 @@ def story(shell):
 
 
 def test_a_slurm_job_that_is_stopped_saves_and_is_queued_again(story):
-    assert "SIGUSR1: once this step" in story["slurm"]
+    assert "SIGUSR1: the run saves its state" in story["slurm"]
     assert 1 <= story["marker"]["step"] < STEPS and story["requeued"] == "requeue 17\n"
 
 

@@ -136,7 +136,7 @@ def test_the_full_tower_gives_256_tokens_of_width_3072_at_1024_pixels():
     """Read from a copy without memory, under the name that apple's checkpoints have for it."""
     config = load_vision_config("mobileclip_l_1024")
     assert (config.hidden_size, config.patch_size, tokens_per_image(config, "patch", 1024)) == (3072, 64, 256)
-    with pytest.raises(ValueError, match="1000 is no multiple of 64, the stride of fastvit_mci3"):
+    with pytest.raises(ValueError, match="1000 is not a multiple of 64, the stride of fastvit_mci3"):
         tokens_per_image(config, "patch", 1000)
     with pytest.raises(ValueError, match="has no class token"):
         tokens_per_image(config, "cls_patch", 1024)
@@ -206,7 +206,7 @@ def test_it_is_read_back_whole_and_as_a_tower(tower_folder, language_model, mode
     assert torch.equal(alone.vision_tower(pictures()), model.vision_tower(pictures()))
 
     flags = ModelArguments(model_name_or_path=str(tmp_path))
-    with pytest.raises(ValueError, match="--export_format llava: apple's code has FastVLM's tower under names of its"):
+    with pytest.raises(ValueError, match="--export_format llava: apple's code has FastVLM's tower under its own names"):
         write.check_may_be_written(tmp_path / "out", flags, "llava", open_source(flags).vision_config)
 
 

@@ -107,5 +107,5 @@ def test_a_projectors_directory_says_the_size_that_it_was_trained_with(towers, t
 
 
 def test_a_size_that_is_cut_through_a_patch_is_refused(towers):
-    with pytest.raises(ValueError, match="--image_size 57 is no multiple of 14, the vision tower's patch size"):
+    with pytest.raises(ValueError, match="--image_size 57 is not a multiple of 14, the vision tower's patch size"):
         llava(towers["clip"], image_size=57)

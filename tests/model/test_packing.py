@@ -127,7 +127,7 @@ def test_families_that_ignore_the_bounds_of_samples_are_refused():
 @pytest.mark.skipif(is_flash_attn_2_available(), reason="flash-attn, which can cap attention scores, is installed")
 def test_gemma_2_is_packed_on_a_gpu_only_by_a_kernel_that_caps_scores():
     gpu = dict(model_type="gemma2", device=torch.device("cuda"), half_precision=True)
-    with pytest.raises(ValueError, match=r"type 'gemma2' on a GPU takes the package flash-attn.*--packing False"):
+    with pytest.raises(ValueError, match=r"type 'gemma2' on a GPU needs the package flash-attn.*--packing False"):
         choose_attention(None, packing=True, **gpu)
     assert choose_attention(None, packing=False, **gpu) is None
     assert choose_attention("eager", packing=True, **gpu) == "eager"

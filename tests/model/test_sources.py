@@ -378,7 +378,7 @@ def test_a_stage_1_directory_says_what_it_is(tmp_path):
     folder = like_liuhaotian(tmp_path / "stage1")
     for file in folder.glob("pytorch_model*"):
         file.unlink()
-    with pytest.raises(FileNotFoundError, match=r"holds a projector .*as stage 1 leaves it.*--pretrain_mm_mlp_adapter"):
+    with pytest.raises(FileNotFoundError, match=r"holds a projector .*as stage 1 writes it.*--pretrain_mm_mlp_adapter"):
         open_here(folder)
 
 
@@ -414,7 +414,7 @@ def test_llavas_models_that_are_not_known_are_refused_with_the_reason(tmp_path, 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"model_type": "llava_onevision"}, "only LLaVA's are known"),
+        ({"model_type": "llava_onevision"}, "only LLaVA's .LlavaForConditionalGeneration"),
         ({"model_type": "llava_next", "image_grid_pinpoints": [[56, 112]]}, "lacks image_newline"),
         ({"projector_hidden_act": "relu"}, "projector_hidden_act 'relu'; known here: gelu"),
         ({"vision_feature_layer": [-2, -5]}, r"vision_feature_layer \[-2, -5\]"),

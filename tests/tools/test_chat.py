@@ -192,10 +192,10 @@ def refused(capsys, *words) -> str:
 
 def test_what_cannot_be_talked_to_is_refused_in_a_sentence(folder, capsys, tmp_path):
     assert "holds no model" in refused(capsys, tmp_path)
-    assert "is a language model (llama), no LLaVA model" in refused(capsys, runs.FIXTURES / "llm")
+    assert "is a language model (llama), not a LLaVA model" in refused(capsys, runs.FIXTURES / "llm")
     assert "has no part in it" in refused(capsys, folder / "transformers", "--model_base", runs.FIXTURES / "llm")
     assert "nowhere.png" in refused(capsys, folder / "transformers", "--image", "nowhere.png", "--prompt", "What?")
-    assert "wants an image" in refused(capsys, folder / "projector", "--prompt", "What?")
+    assert "needs an image" in refused(capsys, folder / "projector", "--prompt", "What?")
     assert "--top_p 0.5 does nothing" in refused(capsys, folder / "transformers", "--top_p", "0.5")
     (tmp_path / "run").mkdir()
     shutil.copytree(folder / "llava" / "checkpoint-3", tmp_path / "run" / "checkpoint-3")

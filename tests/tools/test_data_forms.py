@@ -349,7 +349,7 @@ def test_roles_numbers_and_faults_of_chats(tmp_path):
     ]
     assert [record["id"] for record in records] == [f"chats.json record {number}" for number in range(6)]
     sentences = ["not a text from a known role", "'1' from 'observation'", "neither a text nor an image"]
-    sentences += ["an address on the web", "is no base64", "of 3 bytes cannot be read"]
+    sentences += ["an address on the web", "is not base64", "of 3 bytes cannot be read"]
     for sentence, (_, reason) in zip(sentences, bad_entries(tmp_path / "out"), strict=True):
         assert sentence in reason
 
@@ -396,7 +396,7 @@ def test_a_chat_in_json_is_refused_by_the_trainer_with_the_command_that_makes_it
     for data, form in ((file, "no list 'conversations' of turns"), (None, "known roles are 'human' and 'gpt'")):
         users = [{"conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Yes"}]}]
         data = data or write_lines(tmp_path / "users.jsonl", users)
-        with pytest.raises(ValueError, match=rf"{form}[\s\S]* records by python -m mini_llava\.tools\.convert"):
+        with pytest.raises(ValueError, match=rf"{form}[\s\S]* python -m mini_llava\.tools\.convert converts"):
             runs.train_here(
                 runs.flags_of(2, tmp_path / "refused", {**values, "data_path": data, "image_folder": pictures})
             )

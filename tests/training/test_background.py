@@ -118,7 +118,7 @@ def test_a_write_that_fails_behind_the_steps_is_said_while_the_run_goes_on_and_t
         printed = capsys.readouterr().out
         [warning] = re.findall(r"Warning: .*checkpoint-2 could not be written.*", printed)
         assert "No space left on device" in warning
-        assert "The run goes on, and the next save is the next try" in warning
+        assert "The run goes on and the next save tries again" in warning
         assert not complete_checkpoints(disk) and not list(disk.glob(".checkpoint*")) and runs.saved_weights(disk)
 
 

@@ -108,8 +108,8 @@ def test_one_process_trains_to_its_end_on_a_disk_with_room_for_one_state(tmp_pat
         assert re.search(r"checkpoint-2 is written: 0.002 GB in \d+\.\d s", printed)
         [warning] = re.findall(r"Warning: .*checkpoint-4 could not be written.*", printed)
         assert "No space left on device" in warning
-        assert "The run goes on, and the next save is the next try" in warning
-        assert "a crash before it loses the work since checkpoint-2." in warning
+        assert "The run goes on and the next save tries again" in warning
+        assert "a crash before that loses the work since checkpoint-2." in warning
         assert [path.name for path in complete_checkpoints(disk)] == ["checkpoint-2"] and not hidden(disk)
         assert runs.saved_weights(disk)
         entries = runs.log(disk)
@@ -271,7 +271,7 @@ def test_one_that_appears_in_mid_run_stays_and_the_save_fails(accelerator, save,
     with pytest.raises(CheckpointError) as failed:
         save(tmp_path, 2)
     assert str(failed.value) == (
-        f"{there} could not be written: {there} is there, which this program did not write. Move it away."
+        f"{there} could not be written: {there} exists, and this program did not write it. Move it away."
     )
     assert contents(there) == before and not hidden(tmp_path)
     save(tmp_path, 3)
@@ -445,7 +445,7 @@ def test_data_and_model_are_compared_by_content(trained, tmp_path):
     assert refused_lines(trained, tmp_path / "run", **changes) == [
         "data: file data.json has changed (was train_stage2.json)",
         "model: attention_dropout of the language model is 0.0 in the checkpoint, 0.5 now",
-        "model: the weights of the frozen vision_tower are others",
+        "model: the weights of the frozen vision_tower are different",
         "Make them equal, or let them differ: --resume_ignore data model",
     ]
 
@@ -463,12 +463,12 @@ def test_pictures_that_were_replaced_or_lost_are_listed_and_may_be_ignored(train
     # The length pass finds the lost one only if there is no cache of an earlier one.
     shutil.copytree(trained / "cache", tmp_path / "run" / "cache")
     [changed, gone, advice] = refused_lines(trained, tmp_path / "run", image_folder=images)
-    assert changed.startswith(f"images: 2 of {len(pictures)} looked at have changed, first '")
+    assert changed.startswith(f"images: 2 of {len(pictures)} compared have changed, first '")
     first = changed.split("'")[1]
     now = (images / replaced).stat().st_size
     ends = {replaced: f"({size:,} bytes in the checkpoint, {now:,} now)", other: "(of the same size)"}
     assert changed.endswith(ends[first])
-    assert gone == f"images: 1 of {len(pictures)} looked at cannot be read now, first '{lost}'"
+    assert gone == f"images: 1 of {len(pictures)} compared cannot be read now, first '{lost}'"
     assert advice == "Make them equal, or let them differ: --resume_ignore images"
     shutil.copyfile(runs.FIXTURES / "data" / "images" / lost, images / lost)
     resume(trained, tmp_path / "run", image_folder=images, resume_ignore="images")
@@ -484,7 +484,7 @@ def test_what_a_resumed_run_computes_in_another_way_is_said_and_not_refused(trai
     finally:
         torch.set_num_threads(threads)
     assert (
-        f"Resumed, but not to the last bit, because it is computed in another way (CPU threads: {threads} then, "
+        f"Resumed, but not to the last bit, because it is computed differently (CPU threads: {threads} then, "
         f"{threads + 1} now; --packing: True then, False now): the numbers may differ from an uninterrupted run's by "
         "rounding.\n"
     ) in capsys.readouterr().out
@@ -550,7 +550,7 @@ def test_where_nothing_is_flushed_the_run_says_so_once_and_saves(code, of, accel
     stage = 1 if code == errno.ENOSYS else 2
     runs.train_here(runs.flags_of(stage, tmp_path, FOUR_STEPS))
     printed = capsys.readouterr().out
-    sentence = f"Warning: {tmp_path} is on a file system that does not flush files and directories when it is told to "
+    sentence = f"Warning: {tmp_path} is on a file system that does not flush files and directories when asked to "
     assert printed.count(f"{sentence}({os.strerror(code)}). The run goes on") == 1
     assert len(failed) > 4 and "could not be written" not in printed
     for step in (2, 4):

@@ -64,7 +64,7 @@ def test_the_best_evaluation_has_most_questions_right_and_then_the_lowest_loss(m
     held_out.history.append(held_out.best | {"step": 20})
     assert held_out.best["step"] == 20, "no earlier model is better"
     held_out.history.pop()
-    assert held_out.in_a_word() == "held out 1.0000 29%"
+    assert held_out.in_a_word() == "held-out loss 1.0000, 29% right"
 
 
 def test_without_an_evaluation_there_is_no_best_one(make):

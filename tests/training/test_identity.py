@@ -73,7 +73,7 @@ def test_one_picture_in_fifty_that_was_replaced_is_noticed(data):
     for number in range(1, 600, 50):
         (data / "images" / f"{number:03}.bmp").write_bytes(b"x" * 1000)
     [line] = image_lines(before, seen(store_of(data)))
-    assert f"of {PICTURES} looked at have changed, first '" in line and line.endswith("(of the same size)")
+    assert f"of {PICTURES} compared have changed, first '" in line and line.endswith("(of the same size)")
 
 
 @pytest.mark.parametrize("place", [0, 5 * 2**20, 10 * 2**20 - 1])
@@ -99,7 +99,7 @@ def test_pictures_that_cannot_be_read_are_named_and_those_that_came_back_are_not
     os.remove(data / "images" / name)
     (data / "images" / name).mkdir()
     gone = seen(store)
-    assert image_lines(before, gone) == [f"images: 1 of {PICTURES} looked at cannot be read now, first '{name}'"]
+    assert image_lines(before, gone) == [f"images: 1 of {PICTURES} compared cannot be read now, first '{name}'"]
     assert image_lines(gone, before) == []  # the record was left out, and the lengths of the samples tell
 
 
@@ -134,7 +134,7 @@ def test_held_out_questions_that_are_others_are_said_because_the_curves_do_not_t
         (data / "images" / "003.bmp").write_bytes(b"another")
     manifest = {"identity": was, "versions": {}, "world_size": 1, "step": 1500}
     notes = resume_notes(manifest, held_out("that" if change == "an answer" else "this"))
-    reasons = {"an answer": "the questions are others", "a picture": "1 of 1 looked at has changed, first '003.bmp'"}
+    reasons = {"an answer": "the questions are different", "a picture": "1 of 1 compared has changed, first '003.bmp'"}
     assert len(notes) == (change != "nothing")
     for note in notes:
         assert "up to step 1,500" in note and reasons[change] in note

@@ -157,13 +157,26 @@ def test_the_log_keeps_every_bit(tmp_path):
 
 @pytest.mark.parametrize(
     ("loss", "shown"),
-    [(1.23456, "loss 1.2346 "), (0.0, "loss 0.0000 "), (2.2e-6, "loss 2.2e-06 "), (math.nan, "loss nan ")],
+    [(1.23456, "loss 1.2346,"), (0.0, "loss 0.0000,"), (2.2e-6, "loss 2.2e-06,"), (math.nan, "loss nan,")],
 )
 def test_a_loss_that_is_small_is_not_shown_as_none(loss, shown, capfd):
     line = ProgressLine(total_steps=2, first_step=0, enabled=True)
     line.update(1, VALUES | {"loss": loss})
     line.close()
     assert shown in capfd.readouterr().err
+
+
+def test_the_line_says_which_loss_it_shows(capfd):
+    """Global batches of text alone begin with a loss near 0 where the language model knows the answers."""
+    line = ProgressLine(total_steps=3, first_step=0, enabled=True, loss="answer loss")
+    image, text = {"loss_by_modality/image": 1.5}, {"loss_by_modality/text": 0.25}
+    for step, parts in enumerate((image, text, image | text), start=1):
+        line.update(step, VALUES | parts)
+        line.bar.refresh()
+    line.close()
+    shown = capfd.readouterr().err
+    for loss in ("answer loss 1.5000 (images), lr", "answer loss 1.5000 (text only), lr", "answer loss 1.5000, lr"):
+        assert loss in shown
 
 
 def screen(written: str) -> list[str]:
@@ -218,7 +231,7 @@ def test_on_a_terminal_the_bar_of_questions_stands_below_the_progress_line_and_g
             bar.update(3)
             bar.refresh()
             progress, of_questions = shown()
-            assert [progress] == before and progress.startswith(" 50% step 2/4, loss 1.5000 ")
+            assert [progress] == before and progress.startswith(" 50% step 2/4 [") and ", loss 1.5000, lr " in progress
             assert of_questions.startswith("held-out answers:  43%|") and " 3/7 " in of_questions
             bar.update(4)
         assert shown() == before
@@ -226,7 +239,7 @@ def test_on_a_terminal_the_bar_of_questions_stands_below_the_progress_line_and_g
         line.update(3, VALUES)
         line.close()
         said, progress = shown()
-        assert said == "7 held-out questions after step 2: all right." and progress.startswith(" 75% step 3/4, ")
+        assert said == "7 held-out questions after step 2: all right." and progress.startswith(" 75% step 3/4 [")
 
 
 def test_in_a_file_the_bar_of_questions_moves_no_cursor_and_stays(capsys, monkeypatch):

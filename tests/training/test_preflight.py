@@ -230,10 +230,10 @@ def test_a_language_model_may_be_the_directory_that_one_stands_in(stage1, tmp_pa
 def test_a_projector_about_which_nothing_is_known_is_said_to_be_one(stage1, tmp_path):
     shutil.copy(stage1 / "mm_projector.bin", tmp_path)
     found = of("projector", findings(tmp_path, pretrain_mm_mlp_adapter=tmp_path / "mm_projector.bin"))
-    assert found.verdict == ODD and "no config.json beside" in found.sentence
+    assert found.verdict == ODD and "no config.json next to it" in found.sentence
     for planned in (tmp_path / "later" / "mm_projector.bin", FIXTURES / "data"):  # a folder may be there already
         found = of("projector", findings(tmp_path, pretrain_mm_mlp_adapter=planned))
-        assert found.verdict == ODD and found.sentence == f"It starts as {planned}, which is not there yet."
+        assert found.verdict == ODD and found.sentence == f"It starts from {planned}, which does not exist yet."
 
 
 # --- what is trained, and how long -----------------------------------------------------------------------------------
@@ -271,7 +271,7 @@ def test_a_run_whose_every_rate_is_0_is_refused_and_few_records_are_said(tmp_pat
     assert found.verdict == CONTRADICTION
     assert "0 in the only step" in found.sentence and "20 records are fewer than a global batch" in found.sentence
     found = of("steps", findings(tmp_path, **twenty, num_train_epochs=3))
-    assert found.verdict == ODD and "3 steps; the learning rate rises in the first 1." in found.sentence
+    assert found.verdict == ODD and "3 steps; the learning rate rises in the first step." in found.sentence
     assert of("steps", findings(tmp_path, data_path=tmp_path / "twenty.json", global_batch_size=4)).verdict == FINE
     found = of("steps", findings(tmp_path, **twenty, warmup_ratio=0))
     assert found.verdict == ODD and found.sentence.endswith("raise --num_train_epochs.")

@@ -5,6 +5,8 @@ import json
 import os
 import resource
 import warnings
+from datetime import datetime
+from types import SimpleNamespace
 
 import pytest
 from accelerate import Accelerator
@@ -59,7 +61,8 @@ def tensorboard(folder, resumed_at=None) -> Accelerator:
 
 
 def curve(folder) -> list[tuple[int, float]]:
-    events = EventAccumulator(str(folder / "runs")).Reload()
+    [run] = (folder / "runs").iterdir()
+    events = EventAccumulator(str(run)).Reload()
     return [(event.step, event.value) for event in events.Scalars("loss")]
 
 
@@ -67,7 +70,7 @@ def curve(folder) -> list[tuple[int, float]]:
 def test_tensorboard_without_room_costs_one_warning(tmp_path):
     accelerator = tensorboard(tmp_path)
     trackers.log(accelerator, {"loss": 1.0}, 1)
-    [file] = (tmp_path / "runs").iterdir()
+    [file] = (tmp_path / "runs").glob("*/*")
     with files_up_to(file.stat().st_size + 5), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step in range(2, 40):
@@ -131,7 +134,7 @@ def test_the_log_of_a_resumed_run_ends_at_its_checkpoint_and_says_what_is_done_a
     for name in ("log.jsonl", "eval_samples.jsonl"):
         with open(tmp_path / name, "a") as file:
             file.write(torn)
-    assert prepare_reports(tmp_path, 8) == "The run had come to step 12: 4 of its steps are done again."
+    assert prepare_reports(tmp_path, 8) == "The run had reached step 12: 4 of its steps are done again."
     log_of(tmp_path / "log.jsonl", 9)
     assert steps(tmp_path / "log.jsonl") == list(range(1, 10))
     assert steps(tmp_path / "eval_samples.jsonl") == [0, 0, 8, 8]
@@ -140,7 +143,7 @@ def test_the_log_of_a_resumed_run_ends_at_its_checkpoint_and_says_what_is_done_a
 
 def test_a_single_step_that_is_done_again_is_one(tmp_path):
     log_of(tmp_path / "log.jsonl", 1, 2, 3)
-    assert prepare_reports(tmp_path, 2) == "The run had come to step 3: 1 of its steps is done again."
+    assert prepare_reports(tmp_path, 2) == "The run had reached step 3: 1 of its steps is done again."
 
 
 def test_a_torn_last_line_is_cut_off_even_if_no_step_is_done_again(tmp_path):
@@ -165,13 +168,24 @@ def test_the_curves_of_a_resumed_run_do_not_zigzag(tmp_path):
     for step in range(1, 8):  # the run is killed here, without a word to TensorBoard
         trackers.log(accelerator, {"loss": 1.0}, step)
     # Event files are read in the order of their names, which begin with the second they were made in.
-    [file] = (tmp_path / "runs").iterdir()
-    file.rename(tmp_path / "runs" / "events.out.tfevents.1.first")
+    [file] = (tmp_path / "runs").glob("*/*")
+    file.rename(file.with_name("events.out.tfevents.1.first"))
     resumed = tensorboard(tmp_path, resumed_at=4)
     for step in range(5, 9):
         trackers.log(resumed, {"loss": 2.0}, step)
     trackers.end(resumed)
     assert curve(tmp_path) == [(step, 1.0 if step <= 4 else 2.0) for step in range(1, 9)]
+
+
+def test_tensorboard_tells_runs_apart_by_when_and_where_they_were_started(tmp_path, monkeypatch):
+    """A run that starts anew in a directory has a folder of its own there; a resumed one has that of the newest."""
+    moments = iter(datetime(2026, 1, day, 12, 30, 5) for day in (9, 10, 11))
+    monkeypatch.setattr(trackers, "datetime", SimpleNamespace(now=lambda: next(moments)))
+    for folder, resumed_at in (("a", None), ("a", None), ("b", 7), ("a", 7)):  # b: from a checkpoint in another one
+        trackers.end(tensorboard(tmp_path / folder, resumed_at))
+    names = sorted(str(run.relative_to(tmp_path)) for run in tmp_path.glob("*/runs/*"))
+    assert names == ["a/runs/2026-01-09_12-30-05_a", "a/runs/2026-01-10_12-30-05_a", "b/runs/2026-01-11_12-30-05_b"]
+    assert len(list((tmp_path / names[1]).iterdir())) == 2, "the resumed run went on in it"
 
 
 @pytest.fixture

@@ -141,7 +141,7 @@ def test_the_numbers_and_nouns_of_a_run_of_one_record_agree(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert re.search(r"Tried the longest micro-batch \([\d,]+ tokens, 1 image through the tower\)", printed)
     assert "\n1 held-out question before training: " in printed
-    assert re.search(r"\n1 step, 1 sample, [\d,]+ tokens in ", printed)
+    assert re.search(r"\n1 step, 1 sample, [\d,]+ tokens\. Time: training ", printed)
     plan_here(flags_of(2, tmp_path / "plan", one | {"num_gpus": 1, "gpu_memory_gib": 80}))
     printed = capsys.readouterr().out
     assert "Global batch: 1 sample on 1 GPU, " in printed and " tokens, 1 image through the tower." in printed
@@ -149,7 +149,8 @@ def test_the_numbers_and_nouns_of_a_run_of_one_record_agree(tmp_path, capsys):
 
 
 def test_tensorboard_shows_pages_texts_and_the_samples_of_the_first_batch(run):
-    events = EventAccumulator(str(run[0] / "runs"), size_guidance={"tensors": 0, "images": 0}).Reload()
+    [folder] = (run[0] / "runs").iterdir()
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 0, "images": 0}).Reload()
     pages = {tag.split("/")[0] for tag in events.Tags()["scalars"]}
     assert pages == {"loss", "norms", "rates", "speed"}
     texts = {tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
