@@ -246,7 +246,7 @@ def test_what_is_said_to_run_commands_is_there(place):
 def test_the_two_commands_train_both_stages(users_folder):
     """As they stand, but in this environment, with fewer steps and fewer questions."""
     command = block_with("python train.py --stage 1 && ")
-    command = command.split("requirements.txt && ")[1].strip()
+    command = " ".join(command.replace("\\\n", " ").split()).split("requirements.txt && ")[1]
     assert command.count("python train.py --stage") == 2
     for stage in command.split(" && "):
         _, program, *words = stage.split()
