@@ -94,12 +94,10 @@ def draw_scores(axis: plt.Axes, rows: list[dict]) -> None:
 
 def draw_examples(data: Path, answers: dict[str, dict]) -> plt.Figure:
     """Held-out pictures drawn at random, not chosen: question, and answers of the models "before" and "stage 2"."""
-    figure, axes = plt.subplots(3, 4, figsize=(13, 11))
+    figure, axes = plt.subplots(3, 4, figsize=(13, 11.5))
     places = iter(axes.flat)
     for file, count in EXAMPLES:
-        models = {
-            name: texts for name, texts in answers[file].items() if name == "before" or name.startswith("stage 2")
-        }
+        models = {name: texts for name, texts in answers[file].items() if name in ("before", "stage 2")}
         questions = json.loads((data / f"{file}.json").read_text(encoding="utf-8"))
         questions = [question for question in questions if all(question["id"] in texts for texts in models.values())]
         for question in random.Random(1).sample(questions, count):
@@ -120,7 +118,7 @@ def draw_examples(data: Path, answers: dict[str, dict]) -> plt.Figure:
                 style = dict(color=colour, weight=weight, fontsize=9, va="top", ha="center", transform=axis.transAxes)
                 axis.text(0.5, height, "\n".join(wrapped), **style)
                 height -= 0.075 * len(wrapped)
-    figure.subplots_adjust(left=0.01, right=0.99, top=0.99, bottom=0.12, hspace=0.55, wspace=0.1)
+    figure.subplots_adjust(left=0.01, right=0.99, top=0.99, bottom=0.14, hspace=0.6, wspace=0.1)
     return figure
 
 
