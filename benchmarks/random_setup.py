@@ -42,7 +42,7 @@ QWEN2_HALF_B = dict(  # Qwen2-0.5B
     **dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14),
     **dict(num_key_value_heads=2, vocab_size=151_936, tie_word_embeddings=True, rope_theta=1e6),
 )
-SHAPES = (*LANGUAGE_MODELS, "0.5b")
+SHAPES = (*LANGUAGE_MODELS, "0.5b", "0.5b-384")
 CLIP_L_336 = dict(
     hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336
 )
@@ -58,16 +58,17 @@ PICTURES, PICTURE_SIZE = 512, (640, 480)  # the pixels of a COCO photograph
 def make_models(directory: Path, shape: str, layers: int | None = None) -> None:
     """Writes `language_model` and `vision_tower`: weights in bf16, made where there is a GPU on it.
 
-    `shape`: tiny, 7b and 13b are Llama's with CLIP-L/14-336, 0.5b is Qwen2's with SigLIP-B/16-512.
+    `shape`: tiny, 7b and 13b are Llama's with CLIP-L/14-336, 0.5b is Qwen2's with SigLIP-B/16-512 (1,024 tokens an
+    image), 0.5b-384 with SigLIP-B/16-384 (576).
     `layers`: of the language model, if not as many as that shape has.
     """
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     changed = dict(max_position_embeddings=4096) | ({"num_hidden_layers": layers} if layers else {})
-    if shape == "0.5b":
+    if shape.startswith("0.5b"):
+        size = 384 if shape == "0.5b-384" else SIGLIP_B_512["image_size"]
         language_model = Qwen2ForCausalLM, Qwen2Config(**QWEN2_HALF_B | changed)
-        vision_tower = SiglipVisionModel, SiglipVisionConfig(**SIGLIP_B_512)
-        size = vision_tower[1].image_size
+        vision_tower = SiglipVisionModel, SiglipVisionConfig(**SIGLIP_B_512 | {"image_size": size})
         image_processor = SiglipImageProcessorPil(size={"height": size, "width": size})
     else:
         language_model = LlamaForCausalLM, LlamaConfig(vocab_size=VOCABULARY, **LANGUAGE_MODELS[shape] | changed)

@@ -28,6 +28,7 @@ def test_all_systems_of_the_field_have_their_recipes():
     expected |= {f"llava-llama-3-8b-{stage}" for stage in stages[:3]} | {"llava-13b-scienceqa"}
     stages = ["1-projector", "2-resolution", "3-instruct"]
     expected |= {f"fastvlm-{size}-{stage}" for size in ("0.5b", "1.5b", "7b") for stage in stages}
+    expected |= {f"qwen2-0.5b-{card}gb-{stage}" for card in (12, 24) for stage in ("pretrain", "finetune")}
     assert RECIPES.keys() == expected
 
 
@@ -40,8 +41,13 @@ def test_a_recipe_is_launched_by_the_command_at_its_head(name):
     arguments = flags.parse_arguments(
         [word.replace("mini_llava/recipes", str(RECIPES[name].parent)) for word in words[6:]]
     )
-    # One global batch on eight GPUs without accumulation, as the scripts have it.
-    assert choose_batch(arguments, 8) == (arguments.training.global_batch_size, 1, None)
+    # One global batch on eight GPUs without accumulation, as the scripts have it; or LLaVA-1.5's on a single one.
+    wanted = arguments.training.global_batch_size
+    if "single_gpu" in words[4]:
+        of_llava = resolved(f"llava-1.5-7b-{name.rsplit('-', 1)[1]}").training
+        assert wanted == of_llava.global_batch_size and wanted % arguments.training.per_device_train_batch_size == 0
+    else:
+        assert choose_batch(arguments, 8) == (wanted, 1, None)
     assert arguments.training.output_dir == f"outputs/{name}"
 
 

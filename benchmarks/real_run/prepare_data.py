@@ -134,8 +134,10 @@ def read_icons(package: Path, things: dict[str, Thing]) -> Iterator[tuple[str, b
     by_code = {name: same_key(code) for code, name in reversed(chars.items()) if same_key(code) in things}
     by_name = {letters(thing.name): thing.key for thing in things.values()}
     for name, icon in icons["icons"].items():
-        plain = letters(re.sub(r"-\d$", "", name.replace("flag-for-flag-", "flag-").replace("flag-for-", "flag-")))
-        key = by_code.get(name) or by_name.get(plain) or by_name.get(plain.removesuffix("face"))
+        name_here = name.replace("flag-for-flag-", "flag-").replace("flag-for-", "flag-")
+        plain = letters(re.sub(r"-\d$", "", name_here))
+        candidates = letters(name_here), plain, plain.removesuffix("face")
+        key = by_code.get(name) or next((by_name[found] for found in candidates if found in by_name), None)
         if key is None:
             continue
         left, top, width, height = (

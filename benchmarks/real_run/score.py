@@ -9,6 +9,7 @@ import argparse
 import json
 import random
 import re
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -93,7 +94,7 @@ def first_sentence(caption: str) -> str:
 
 
 def interval(
-    values: Sequence[float], things: Sequence[str], seed: int = 0, resamples: int = 10_000
+    values: Sequence[float], things: Sequence[str], seed: int = 0, resamples: int = 2_000
 ) -> tuple[float, float, float]:
     """Mean and its 95 % interval, by resampling whole things with all that was asked about them."""
     names = {thing: index for index, thing in enumerate(dict.fromkeys(things))}
@@ -178,6 +179,7 @@ def main() -> None:
             opened_as = open_pictures(conversation, given.data / "images", sorted(images))
         is_caption = conversation.template.captions_only
         for file, questions in asked.items():
+            started = time.perf_counter()
             if is_caption:  # which has no question: the name is what it should begin with
                 questions = [question for question in questions if question["kind"] == "name"]
             if not questions:
@@ -187,9 +189,10 @@ def main() -> None:
                 for pictures in ([question["image"] for question in questions], exchange(questions, seed=0))
             ]
             answers[file][name] = {q["id"]: both for q, both in zip(questions, zip(*written, strict=True), strict=True)}
+            seconds = time.perf_counter() - started
+            print(f"{name}: {2 * len(questions):,} answers about {FILES[file]} in {seconds:.0f} s.", flush=True)
             scores += score(name, file, questions, written, is_caption)
-        write(given.output, scores, answers)  # now already: the next model takes a while
-        print(f"{name}: {directory} has answered.", flush=True)
+            write(given.output, scores, answers)  # now already: the rest takes a while
 
     for file in ("new_hand", "photographs", "new_things"):
         questions = [question for question in asked[file] if question["kind"] == "name"]
