@@ -100,6 +100,7 @@ def test_a_denied_denial_tells_the_shape_and_elimination_tells_the_colour():
     assert demo.shape_and_colour([("what is the red shape?", "circle")]) == ("circle", "red")
 
 
+@pytest.mark.slow
 def test_preparing_again_changes_nothing_and_another_place_gets_the_same_bytes(data, tmp_path):
     root = data.images.parent.parent
     before = {path: path.stat().st_mtime_ns for path in (data.stage1, data.stage2, data.test)}
@@ -111,6 +112,7 @@ def test_preparing_again_changes_nothing_and_another_place_gets_the_same_bytes(d
         assert getattr(again, name).read_bytes() == getattr(data, name).read_bytes()
 
 
+@pytest.mark.slow
 def test_an_interrupted_conversion_leaves_no_data_folder(tmp_path, monkeypatch):
     def interrupt(source, target):
         raise KeyboardInterrupt
