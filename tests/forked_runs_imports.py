@@ -1,5 +1,6 @@
 """What the server of forked_runs.py imports once for all runs, with what else they would all begin with."""
 
+import functools
 import gc
 import os
 
@@ -11,6 +12,7 @@ import bitsandbytes  # noqa: F401
 import deepspeed.ops
 import deepspeed.runtime.superoffload.superoffload_stage3
 import deepspeed.runtime.zero.muon.muon_optimizer  # two CPU seconds, of which torch's compiler is most
+import deepspeed.utils.numa
 import peft  # noqa: F401
 import torch.distributed.run  # noqa: F401
 import transformers.models.clip.modeling_clip
@@ -26,7 +28,10 @@ from tests.packages_read_once import read_packages_once
 from tests.undrawn import write_undrawn
 
 read_packages_once()
-deepspeed.ops.__compatible_ops__  # noqa: B018  asked of compilers and GPUs by the first access
+# Asked of a program, `numactl`, for each gradient that ZeRO-3 divides: a hundred starts in a tiny run.
+deepspeed.utils.numa.get_numa_cores = functools.cache(deepspeed.utils.numa.get_numa_cores)
+# Asked of compilers and GPUs by the first access. train.py says the same; the Trainer of a benchmark would compile it.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 get_checkpoint_conversion_mapping("llama")  # a table that every first loading makes
 for part in PARTS:
     field_texts(part)  # read from the source by every first parser

@@ -84,6 +84,7 @@ builtins.__import__ = watched
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "files, script",
     [

@@ -12,6 +12,8 @@ from mini_llava.arguments import ModelArguments
 from mini_llava.demo import pretrain
 from mini_llava.formats.read import open_source
 
+pytestmark = pytest.mark.slow  # one tokenizer and two models are made for all
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):

@@ -95,6 +95,7 @@ def test_trainer_and_doctor_refuse_it_at_once(brought, tmp_path, capsys):
     assert not mark.exists()
 
 
+@pytest.mark.slow
 def test_with_the_flag_it_runs_and_trains(brought, tmp_path):
     """In a process of its own, because the code stays in the one that ran it."""
     folder, mark = brought

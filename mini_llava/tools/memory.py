@@ -234,15 +234,19 @@ def weigh_step(model: LlavaModel, layout: Layout, shape: Shape, several: bool, f
         head = model.language_model.get_output_embeddings()
         head.register_forward_pre_hook(functools.partial(_logits_begin, scale))
         half = layout.compute_dtype != torch.float32
-        for _ in range(2 if several else 1):
-            scale.label = "activations"
-            # accelerate's autocast; under DeepSpeed the weights themselves are in half precision.
-            with scale, torch.autocast("cpu", torch.bfloat16, enabled=half and not layout.zero_stage):
-                loss = model(**batch)
+        if several and not layout.zero_stage:  # those of the micro-batch before
+            scale.label = "gradients"
             with scale:
-                loss.backward()
-            del loss
-    return {label: float(size) for label, size in scale.at_peak.items() if size > 0}
+                for parameter in parameters:
+                    parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        scale.label = "activations"
+        # accelerate's autocast; under DeepSpeed the weights themselves are in half precision.
+        with scale, torch.autocast("cpu", torch.bfloat16, enabled=half and not layout.zero_stage):
+            loss = model(**batch)
+        with scale:
+            loss.backward()
+    in_order = sorted(scale.at_peak.items(), key=lambda part: part[0] == "gradients")  # last, as a step makes them
+    return {label: float(size) for label, size in in_order if size > 0}
 
 
 def float8_copies(config: PretrainedConfig, shape: Shape) -> float:

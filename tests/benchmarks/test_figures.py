@@ -1,6 +1,7 @@
 """The figures of README and docs/ show what the trainer's own functions do."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from benchmarks import figures
@@ -23,6 +24,7 @@ def test_the_record_that_is_drawn_has_an_image_token_for_each_patch_and_trains_i
     assert [text for text, colour in drawn if colour == figures.IMAGE] == ["1", "2", "3", "…", "64"]
 
 
+@pytest.mark.slow
 def test_each_figure_is_drawn(tmp_path, monkeypatch):
     monkeypatch.setitem(figures.LANGUAGE_MODELS, "7b", figures.LANGUAGE_MODELS["tiny"] | {"num_hidden_layers": 1})
     monkeypatch.setattr(figures, "CLIP_L_336", {**figures.CLIP_L_336, "num_hidden_layers": 2})

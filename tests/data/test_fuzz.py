@@ -132,6 +132,7 @@ def store(tmp_path_factory):
     return RecordStore([str(path)], [str(FIXTURES / "data" / "images")])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version, tokenizer", [("v1", "llama"), ("plain", "llama"), ("qwen_2", "qwen")])
 def test_ten_thousand_mutated_records_are_trained_on_or_named(version, tokenizer, store):
     """`measure` lets nothing but BadRecord pass; any other exception would end it. The doctor finds the same."""

@@ -11,6 +11,8 @@ import pytest
 
 from tests.launching import ROOT
 
+pytestmark = pytest.mark.slow
+
 # What each of these says when it is given a name, on a line of its own.
 ASK = """
 import contextlib, io, json, sys

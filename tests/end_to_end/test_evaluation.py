@@ -49,11 +49,13 @@ def with_dropout(tmp_path_factory):
     return folder, lines["evaluated"]
 
 
+@pytest.mark.slow
 def test_evaluation_changes_no_bit_of_a_training_with_dropout(with_dropout):
     folder, _ = with_dropout
     are_equal_to_the_last_bit(folder / "evaluated", folder / "plain")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_evaluation_changes_no_bit_of_a_quantised_training(tmp_path, monkeypatch, bits):
     # On CPUs that have AVX512-BF16 bitsandbytes packs 4-bit weights anew for products in evaluation. The packing itself
@@ -113,6 +115,7 @@ def test_the_held_out_loss_of_the_training_records_is_the_loss_of_the_step_that_
     assert len(of_records) == 11 and before["eval/loss"] != pytest.approx(sum(of_records) / 11, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_images_are_shuffled_before_and_after_training_alone(with_dropout):
     found = evaluations(with_dropout[0] / "evaluated")
     shuffled = {"eval/exact_match_shuffled", "eval/choice_shuffled"}
@@ -121,6 +124,7 @@ def test_images_are_shuffled_before_and_after_training_alone(with_dropout):
     assert found[5]["eval/loss"] < found[0]["eval/loss"], "it learns to answer"
 
 
+@pytest.mark.slow
 def test_the_same_questions_are_shown_at_every_evaluation_with_what_is_expected_and_written(with_dropout):
     shown = samples(with_dropout[0] / "evaluated")
     assert [sample["step"] for sample in shown] == [step for step in range(6) for _ in SHOWN]
@@ -133,6 +137,7 @@ def test_the_same_questions_are_shown_at_every_evaluation_with_what_is_expected_
         assert sample["right"] is (sample["answer"] == answer) and sample["loss"] > 0
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_scores_the_pictures_and_the_answers_of_every_evaluation(with_dropout):
     [folder] = (with_dropout[0] / "evaluated" / "runs").iterdir()
     events = EventAccumulator(str(folder), {"images": 0}).Reload()
@@ -147,6 +152,7 @@ def test_tensorboard_has_the_scores_the_pictures_and_the_answers_of_every_evalua
     assert len(texts) == 6 and all(text.count("A or B? | B |") == 2 for text in texts)
 
 
+@pytest.mark.slow
 def test_the_time_of_an_evaluation_is_logged_and_is_not_the_trainings(with_dropout):
     run = with_dropout[0] / "evaluated"
     [folder] = (run / "runs").iterdir()
@@ -157,6 +163,7 @@ def test_the_time_of_an_evaluation_is_logged_and_is_not_the_trainings(with_dropo
     assert evaluating > 0 and training + evaluating < passed + 0.01, "no second counts twice"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_evaluations_and_makes_up_for_one_that_a_kill_took(with_dropout):
     folder, command_line = with_dropout
     whole, resumed = folder / "evaluated", folder / "resumed"
@@ -175,6 +182,7 @@ def test_a_resumed_run_keeps_the_evaluations_and_makes_up_for_one_that_a_kill_to
     assert samples(resumed) == samples(whole) and bits(resumed) == bits(whole)
 
 
+@pytest.mark.slow
 def test_who_knows_the_answers_by_heart_gets_all_of_them_right_and_is_seen_to(tmp_path, capsys):
     held_out = runs.held_out_flags(tmp_path)
     learnt = {"data_path": held_out["eval_data_path"], "image_folder": held_out["eval_image_folder"]}
@@ -198,6 +206,7 @@ def test_who_knows_the_answers_by_heart_gets_all_of_them_right_and_is_seen_to(tm
     assert f"held-out loss {between['eval/loss']:.4f}" in err
 
 
+@pytest.mark.slow
 def test_an_evaluation_shows_how_many_questions_are_done(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(progress, "SHOWN_AFTER", 0)
     values = {"max_steps": 2, "eval_steps": 1, "save_strategy": "no"} | runs.held_out_flags(tmp_path)
@@ -207,6 +216,7 @@ def test_an_evaluation_shows_how_many_questions_are_done(tmp_path, capsys, monke
     assert bars == [with_shuffled, ("held-out questions", "7", "7"), with_shuffled]
 
 
+@pytest.mark.slow
 def test_a_training_that_spoils_the_model_is_told_when_it_was_best(tmp_path, capsys):
     values = {"max_steps": 2, "learning_rate": 1, "warmup_ratio": 0, "save_strategy": "no", "eval_samples_shown": 0}
     runs.train_here(runs.flags_of(2, tmp_path / "run", values | runs.held_out_flags(tmp_path)))

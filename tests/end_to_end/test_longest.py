@@ -5,6 +5,8 @@ import torch
 
 from tests.end_to_end import runs
 
+pytestmark = pytest.mark.slow
+
 # Everything that can be random or kept: dropout, moments, several micro-batches a step, recomputation, half precision.
 WITH_DROPOUT = runs.FIVE_STEPS | runs.LORA | {"lora_dropout": 0.2, "bf16": True}
 
@@ -30,7 +32,6 @@ def test_the_curve_is_bit_equal_with_and_without_on_one_process(tmp_path, capsys
     are_equal_to_the_last_bit(tmp_path / "True", tmp_path / "False")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("backend", runs.ON_TWO_PROCESSES)
 def test_the_curve_is_bit_equal_with_and_without_on_two_processes(two_processes, backend):
     untried = two_processes(backend, "untried-stage2-clipped")

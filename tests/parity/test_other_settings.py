@@ -183,6 +183,7 @@ def compare_with_reference(ours, reference, route, golden_projector, agree):
             agree(f"change of each tensor, relative, {route}", REFERENCE, difference, 3e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_other_settings_give_the_plain_loops_curve(name, one_process, reference, golden_projector, agree):
     run = one_process(f"setting/{name}")

@@ -129,6 +129,7 @@ def listed(file):
     return {entry["index"]: entry["reason"] for entry in map(json.loads, file.read_text().splitlines())}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aspect_ratio", ["pad", "square"])
 def test_the_doctor_finds_the_faults_that_training_would_find_and_no_others(
     aspect_ratio, data, samples, checked, tmp_path
@@ -151,6 +152,7 @@ def test_images_that_are_only_looked_for_are_those_that_the_trainer_looks_for(da
     assert listed(tmp_path / "bad.jsonl") == measure(samples, 1, None).bad
 
 
+@pytest.mark.slow
 def test_faults_and_warnings_are_counted_with_examples(checked):
     code, text = checked
     assert code == 1
@@ -180,6 +182,7 @@ def test_faults_and_warnings_are_counted_with_examples(checked):
     assert "b.jsonl, record 4 (id r24): the image 'named.jpg' holds PNG, not JPEG; it is read all the same." in text
 
 
+@pytest.mark.slow
 def test_the_histogram_counts_every_good_record_once(checked, data):
     lines = [line.split() for line in checked[1].split("good records: ")[1].split("\n\n")[0].splitlines()[1:]]
     assert sum(int(line[2] if line[0] == ">" else line[1]) for line in lines) == RECORDS - FAULTS
@@ -220,6 +223,7 @@ def test_the_padding_figures_are_those_of_the_mixture():
 # --- --exclude -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_excluded_is_not_there_at_all(data, samples, checked, tmp_path, capsys):
     bad, store = listed(data / "bad.jsonl"), samples.store
     left = RecordStore(store.data_path, [str(data / "images")] * 2, [str(data / "bad.jsonl")])

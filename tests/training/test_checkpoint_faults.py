@@ -476,6 +476,7 @@ def test_pictures_that_were_replaced_or_lost_are_listed_and_may_be_ignored(train
     assert "not to the last bit" not in capsys.readouterr().out  # nothing else differs
 
 
+@pytest.mark.slow
 def test_what_a_resumed_run_computes_in_another_way_is_said_and_not_refused(trained, tmp_path, capsys):
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)

@@ -59,6 +59,7 @@ MEASURED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", MEASURED)
 def test_the_estimate_is_the_peak_measured_on_an_h200(run):
     measured, plan, layout, shape = MEASURED[run]

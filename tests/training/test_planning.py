@@ -81,6 +81,7 @@ def test_a_plan_says_what_is_trained_how_long_it_takes_and_what_it_needs(without
     assert not (without_weights / "output").exists()  # nothing is written
 
 
+@pytest.mark.slow
 def test_what_cannot_fit_is_refused_with_a_change_after_which_it_fits(without_weights, capsys):
     advised = []
     for too_little in (24, 15):

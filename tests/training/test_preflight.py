@@ -398,6 +398,7 @@ def test_with_adapters_new_rows_stay_the_mean_wherever_they_are_read(with_new_to
 # --- started from a training state -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_training_state_names_the_command_that_makes_a_model_of_it(tmp_path):
     train_here(flags_of(2, tmp_path / "run", {"max_steps": 2, "save_steps": 2}))
     state = tmp_path / "run" / "checkpoint-2"
