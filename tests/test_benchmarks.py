@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,12 @@ def test_training_states_are_written_while_the_run_stands_behind_its_steps_and_b
         r"^2 processes, DeepSpeed ZeRO-3.* behind the steps a save stops the run for", run.text, re.MULTILINE
     )
     assert not list((tmp_path / "states").iterdir())
+
+
+def test_a_tool_that_cannot_be_run_says_where_its_words_are(tmp_path):
+    with pytest.raises(RuntimeError, match=r"ended with 3, see .*tool\.txt"):
+        consumers.run_into(tmp_path / "tool.txt", [sys.executable, "-c", "print('why'); raise SystemExit(3)"])
+    assert (tmp_path / "tool.txt").read_text() == "why\n"
 
 
 @pytest.mark.slow

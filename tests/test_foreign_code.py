@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
 import train
 from mini_llava import arguments as flags
@@ -116,6 +119,47 @@ def test_with_the_flag_it_runs_and_trains(brought, tmp_path):
         "in the layout of LLaVA's own code: transformers' LLaVA would not run the code that came with OwnM"
         in run.stdout
     )
+
+
+# Its tokenizer.json splits numbers into digits, and this class does not.
+OWN_SPLITS = """
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
+
+
+class WholeNumbers(PreTrainedTokenizerFast):
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+"""
+
+
+def pieces(tokenizer) -> list[str]:
+    """What of a text is split before its bytes are merged."""
+    return [piece for piece, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("2026")]
+
+
+def test_a_tokenizer_whose_own_code_is_trusted_splits_as_its_code_does(tmp_path):
+    """Others are loaded as their tokenizer.json has them, where transformers makes another of it."""
+    backend = Tokenizer(BPE({letter: number for number, letter in enumerate(ByteLevel.alphabet())}, []))
+    backend.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    change_json(tmp_path / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    assert pieces(load_tokenizer(tmp_path)) == ["2", "0", "2", "6"]
+
+    (tmp_path / "own.py").write_text(OWN_SPLITS)
+    own = {"tokenizer_class": "WholeNumbers", "auto_map": {"AutoTokenizer": [None, "own.WholeNumbers"]}}
+    change_json(tmp_path / "tokenizer_config.json", **own)
+    with pytest.raises(ValueError, match=SENTENCE):
+        load_tokenizer(tmp_path)
+    # In a process of its own, because the code stays in the one that ran it.
+    program = "import sys; from tests.test_foreign_code import load_tokenizer, pieces; "
+    program += "print(pieces(load_tokenizer(sys.argv[1], trust_remote_code=True)))"
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == "['2026']"
 
 
 class Malicious:

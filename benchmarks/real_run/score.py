@@ -116,7 +116,7 @@ def nearest(
     def features(names: Sequence[str]) -> torch.Tensor:
         parts = []
         for start in range(0, len(names), 128):
-            images, _ = join_pictures([opened_as[name] for name in names[start : start + 128]], tower.image_size)
+            images, *_ = join_pictures([opened_as[name] for name in names[start : start + 128]], tower.image_size)
             parts.append(tower(images.to(conversation.device)).float().mean(1))
         return torch.nn.functional.normalize(torch.cat(parts), dim=-1)
 

@@ -35,6 +35,8 @@ def collate(samples: Sequence[Sample], image_size: int, packed: bool) -> MicroBa
                        float32 zeros, as in LLaVA, so that tower and projector run on every rank and all ranks call the
                        same collectives; its features are not used
         feature_rows   int64 [image tokens], which feature goes to each image position; None: they come in order
+        feature_weights float32 [image tokens, 4] where some picture's features are interpolated: each image position
+                       takes the sum of four, and feature_rows is [image tokens, 4]; otherwise None
         image_positions int64 [image tokens], where the features go in the B x L positions counted row by row
         logit_positions int64 [K], the columns in which some row has a token to predict
         targets        int64 [B, K], the token that follows each of these columns, IGNORE_INDEX where none is trained
@@ -56,7 +58,8 @@ def collate(samples: Sequence[Sample], image_size: int, packed: bool) -> MicroBa
         positions = np.tile(np.arange(columns), (len(lengths), 1))
         attention_mask, cu_seqlens = torch.from_numpy(mask), None
 
-    pixel_values, feature_rows = join_pictures([picture for each in samples for picture in each.pictures], image_size)
+    pictures = [picture for each in samples for picture in each.pictures]
+    pixel_values, feature_rows, feature_weights = join_pictures(pictures, image_size)
     is_image = ids == IMAGE_TOKEN_INDEX
     columns_to_predict = np.flatnonzero((next_labels != IGNORE_INDEX).any(axis=0))
     if len(columns_to_predict) == 0:  # nothing is trained here, but the language model's head must run on every rank
@@ -69,6 +72,7 @@ def collate(samples: Sequence[Sample], image_size: int, packed: bool) -> MicroBa
         "max_seqlen": max(lengths),
         "pixel_values": pixel_values,
         "feature_rows": feature_rows,
+        "feature_weights": feature_weights,
         "image_positions": torch.from_numpy(np.flatnonzero(is_image)),
         "logit_positions": torch.from_numpy(columns_to_predict),
         "targets": torch.from_numpy(np.ascontiguousarray(next_labels[:, columns_to_predict])),
@@ -83,19 +87,32 @@ def sample_of_targets(batch: MicroBatch) -> torch.Tensor:
     return torch.searchsorted(batch["cu_seqlens"][1:], batch["logit_positions"], right=True)[None]
 
 
-def join_pictures(pictures: Sequence[Picture], image_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return `pixel_values` and `feature_rows` as `collate` describes them; a newline is the row after the last."""
+def join_pictures(
+    pictures: Sequence[Picture], image_size: int
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Return `pixel_values`, `feature_rows` and `feature_weights` as `collate` describes them.
+
+    A newline is the row after the last feature.
+    """
     if not pictures:
-        return torch.zeros(1, 3, image_size, image_size), None
+        return torch.zeros(1, 3, image_size, image_size), None, None
     pixel_values = torch.cat([picture.pixels for picture in pictures])
     if pictures[0].order is None:
-        return pixel_values, None
+        return pixel_values, None, None
     first = np.cumsum([0, *(picture.features for picture in pictures)])
     rows = [
         np.where(picture.order == NEWLINE, first[-1], picture.order + start)
         for picture, start in zip(pictures, first, strict=False)
     ]
-    return pixel_values, torch.from_numpy(np.concatenate(rows))
+    if all(picture.weights is None for picture in pictures):
+        return pixel_values, torch.from_numpy(np.concatenate(rows)), None
+    # A feature that is taken as it is are four quarters of it.
+    rows = [row if row.ndim == 2 else np.tile(row[:, None], 4) for row in rows]
+    weights = [
+        np.full((picture.tokens, 4), 1 / 4, np.float32) if picture.weights is None else picture.weights
+        for picture in pictures
+    ]
+    return pixel_values, torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(weights))
 
 
 def _pad(rows: list[np.ndarray], columns: int, value: int) -> np.ndarray:

@@ -32,11 +32,14 @@ class Picture:
         features: number of features that the tower computes for all tiles.
         order: int32 [tokens], for each placeholder the number of its feature, counted through the tiles, or NEWLINE;
             None: all features as they come.
+        weights: float32 [tokens, 4], for a picture whose features are interpolated: each placeholder takes the sum of
+            four, so weighted, and `order` is [tokens, 4]; None: they are taken as they are.
     """
 
     pixels: torch.Tensor
     features: int
     order: np.ndarray | None = None
+    weights: np.ndarray | None = None
 
     @property
     def tokens(self) -> int:

@@ -37,7 +37,7 @@ from ..model.vision_tower import VisionTower, empty_model, has_layers, leading_t
 from ..options.attention import CAPPED
 from ..options.fastvlm import FASTVITHD
 from ..options.image_size import resize
-from ..options.tiles import NEWLINE_KEY, ImageNewline, Tiling, beyond, choose_tiling
+from ..options.tiles import NEWLINE_KEY, ImageNewline, Tiling, choose_tiling
 from .layouts import (
     FAMILIES,
     IMAGE_TOKEN_FLAGS,
@@ -75,7 +75,7 @@ class Source:
             language model, which transformers reads by itself.
         trust_remote_code: whether code that the models bring is run; if not, UserError where it would be needed.
         merge_type, pinpoints: of images in tiles, as in LLaVA-1.6's configuration; a merge type None: images are whole.
-        max_tiles: N of `anyres_max_N`, where LLaVA interpolates the features of an image with more tiles.
+        max_tiles: N of `anyres_max_N`: the features of an image with many more tiles are interpolated.
         resized_to: side of the pictures that the tower is made to take, pixels; None: those it was trained with.
     """
 
@@ -107,9 +107,8 @@ class Source:
             f"{self.select_feature}."
             + (f" Images come in tiles ({self.merge_type})." if self.merge_type else "")
             + (
-                f" Its config.json says anyres_max_{self.max_tiles}: the features of larger grids, which LLaVA "
-                f"interpolates, are not; images come in at most {beyond(self.max_tiles)} tiles instead, or as "
-                "--image_grid_pinpoints says."
+                f" Features of images in more than {self.max_tiles} tiles are interpolated "
+                f"(anyres_max_{self.max_tiles})."
                 if self.max_tiles
                 else ""
             )
@@ -138,7 +137,7 @@ class Source:
             return None
         size = self.image_size()
         tokens = tokens_per_image(self.vision_config, self.select_feature, size)
-        return choose_tiling(size, tokens, self.merge_type, self.pinpoints, beyond(self.max_tiles))
+        return choose_tiling(size, tokens, self.merge_type, self.pinpoints, self.max_tiles)
 
     def in_tiles(self, model_flags, data_flags, explicit: Iterable[str]) -> "Source":
         """Return this with the tiles of a run, from its flags and from a LLaVA model that has some.
@@ -163,8 +162,7 @@ class Source:
             )
         chosen = self.merge_type or ((merge_type or "spatial_unpad") if aspect_ratio == "anyres" else None)
         pinpoints = data_flags.image_grid_pinpoints or self.pinpoints
-        max_tiles = None if data_flags.image_grid_pinpoints else self.max_tiles
-        source = dataclasses.replace(self, merge_type=chosen, pinpoints=pinpoints, max_tiles=max_tiles)
+        source = dataclasses.replace(self, merge_type=chosen, pinpoints=pinpoints)
         tiling = source.tiling
         for flag, given in (("mm_patch_merge_type", merge_type), ("image_grid_pinpoints", pinpoints)):
             if not tiling and given not in (None, "flat"):

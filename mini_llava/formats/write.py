@@ -152,6 +152,11 @@ def why_not_transformers(projector_type: str, model: LlavaModel) -> str | None:
             f"transformers' LLaVA-NeXT takes tiles of the {image_size} pixels in the vision tower's config.json, "
             f"but it was trained on tiles of {tiling.tile_size}."
         )
+    if tiling and tiling.max_tiles:
+        return (
+            f"transformers' LLaVA-NeXT does not interpolate features of images in more than {tiling.max_tiles} tiles, "
+            f"as anyres_max_{tiling.max_tiles} asks."
+        )
     if tower.select_feature == "patch" and tower.leading_tokens > 1:
         return (
             f"transformers' LLaVA drops the first of the tower's {tower.leading_tokens} tokens in front of the "
@@ -403,6 +408,8 @@ def llava_config(model: LlavaModel, description: Description) -> dict:
         config["mm_image_size"] = model.vision_tower.image_size
     if model.tiling:
         config["image_grid_pinpoints"] = [list(pair) for pair in model.tiling.pinpoints]
+        if model.tiling.max_tiles:
+            config["image_aspect_ratio"] += f"_max_{model.tiling.max_tiles}"
     return _portable(config, next(model.language_model.parameters()).dtype)
 
 

@@ -64,11 +64,13 @@ class LlavaModel(nn.Module):
         pixel_values: torch.Tensor,
         image_positions: torch.Tensor,
         feature_rows: torch.Tensor | None = None,
+        feature_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return word embeddings [B, L, width] with the projected image features at `image_positions`.
 
         The features of all images or tiles, followed by a newline if the model has one, are a table whose rows
-        `feature_rows` assigns to the positions; None: in order.
+        `feature_rows` assigns to the positions; None: in order. With `feature_weights` a position gets the sum of its
+        four rows, so weighted.
 
         A micro-batch without images has one blank image and no position: tower and projector still run, so that every
         rank makes the same collective calls, and the projector's gradient is zero rather than absent (AdamW still
@@ -83,6 +85,8 @@ class LlavaModel(nn.Module):
             features = self.image_newline(features)
         if feature_rows is not None:  # index_select's backward would sum the newlines' gradients in half precision
             features = F.embedding(feature_rows, features)
+        if feature_weights is not None:
+            features = (features * feature_weights[..., None]).sum(1)  # in fp32, as torch interpolates
         if image_positions.numel() == 0:
             features = features[:0]  # of the blank image, which has no place
         elif len(features) != image_positions.numel():
@@ -110,6 +114,7 @@ class LlavaModel(nn.Module):
         attention_mask: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         feature_rows: torch.Tensor | None = None,
+        feature_weights: torch.Tensor | None = None,
         reduction: str = "sum",
     ) -> torch.Tensor:
         """Return the sum of the losses of all trained tokens, fp32 scalar; shapes of the inputs are in `collate`.
@@ -126,7 +131,7 @@ class LlavaModel(nn.Module):
                 "max_length_k": max_seqlen,
             }
         logits = self.language_model(
-            inputs_embeds=self.embed(input_ids, pixel_values, image_positions, feature_rows),
+            inputs_embeds=self.embed(input_ids, pixel_values, image_positions, feature_rows, feature_weights),
             attention_mask=attention_mask,
             # With a cache transformers treats a packed row as one long sequence, and samples attend to each other.
             use_cache=False,

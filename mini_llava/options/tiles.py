@@ -27,6 +27,7 @@ from ..model.projector import read_tensors
 NEWLINE_KEY = "image_newline"  # its name in a projector's file
 # LLaVA-1.6's resolutions, as columns and rows of tiles.
 LLAVA_1_6 = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+MOST_RATIO = 1.1  # on a side, by which LLaVA-OneVision lets features be too many
 MOST_TILES = 64  # of one image: far more than any model was trained with, and far less than would fill a GPU
 
 
@@ -40,12 +41,15 @@ class Tiling:
             padding, and with a newline at the end of each row.
         tile_size: side of a tile, pixels.
         grid: features on a side of a tile.
+        max_tiles: N of LLaVA-OneVision's `anyres_max_N`: the features of a picture that has many more than N tiles have
+            are interpolated to about as many; None: never.
     """
 
     pinpoints: tuple[tuple[int, int], ...]
     merge_type: str
     tile_size: int
     grid: int
+    max_tiles: int | None = None
 
     def __post_init__(self):
         if self.merge_type not in MERGE_TYPES:
@@ -67,7 +71,7 @@ class Tiling:
         """Return how many image tokens a file has; only its header is read. Raises BadImage."""
         if folder is None:
             raise BadImage(f"it has the image {name!r}, but no --image_folder is given.")
-        return len(self.order(image_size(folder, name)))
+        return len(self.arrange(image_size(folder, name))[0])
 
     def tiles(self, folder: str, name: str) -> int:
         """Return how many tiles a file has, the whole image among them; only its header is read."""
@@ -84,7 +88,7 @@ class Tiling:
         """Return an image as tiles, the whole image first, resized with the image processor's filter."""
         pixels = np.stack([np.asarray(tile) for tile in self.cut(image, resample)]).transpose(0, 3, 1, 2)
         tiles = torch.from_numpy(np.ascontiguousarray(pixels))
-        return Picture(tiles, len(tiles) * self.grid**2, self.order(image.size))
+        return Picture(tiles, len(tiles) * self.grid**2, *self.arrange(image.size))
 
     def cut(self, image: Image.Image, resample: Image.Resampling) -> list[Image.Image]:
         """Return the whole image resized to one tile, then the tiles row by row, padded with black."""
@@ -99,19 +103,28 @@ class Tiling:
         corners = [(x, y) for y in range(0, height, side) for x in range(0, width, side)]
         return [image.resize((side, side), resample), *(canvas.crop((x, y, x + side, y + side)) for x, y in corners)]
 
-    def order(self, size: tuple[int, int]) -> np.ndarray:
-        """Return `Picture.order`, int32 [tokens], for an image of (width, height)."""
+    def arrange(self, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return `Picture.order` and `Picture.weights` for an image of (width, height)."""
         grid, (width, height) = self.grid, self.resolution(size)
         columns, rows = width // self.tile_size, height // self.tile_size
         of_whole = np.arange(grid**2, dtype=np.int32)
         numbers = np.arange(grid**2, (1 + rows * columns) * grid**2, dtype=np.int32)
         if self.merge_type == "flat":
-            return np.concatenate([of_whole, numbers])
+            return np.concatenate([of_whole, numbers]), None
         picture = numbers.reshape(rows, columns, grid, grid).swapaxes(1, 2).reshape(rows * grid, columns * grid)
         if self.merge_type == "spatial_unpad":
             picture = self._unpadded(picture, size)
+            if shape := self._interpolated_shape(*picture.shape):
+                return _interpolated(of_whole, picture, shape)
             picture = np.concatenate([picture, np.full((len(picture), 1), NEWLINE, np.int32)], axis=1)
-        return np.concatenate([of_whole, picture.reshape(-1)])
+        return np.concatenate([of_whole, picture.reshape(-1)]), None
+
+    def _interpolated_shape(self, rows: int, columns: int) -> tuple[int, int] | None:
+        """Return to which rows and columns of features LLaVA-OneVision interpolates so many; None: it leaves them."""
+        if self.max_tiles is None:
+            return None
+        ratio = math.sqrt(rows * columns / (self.max_tiles * self.grid**2))
+        return (int(rows // ratio), int(columns // ratio)) if ratio > MOST_RATIO else None
 
     @staticmethod
     def _unpadded(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -129,7 +142,7 @@ def choose_tiling(
     tokens_per_tile: int,
     merge_type: str | None = None,
     pinpoints: str | Sequence | None = None,
-    most_tiles: int | None = None,
+    max_tiles: int | None = None,
 ) -> Tiling:
     """Return the tiling for a vision tower with `tokens_per_tile` features for `tile_size` pixels.
 
@@ -137,7 +150,7 @@ def choose_tiling(
         merge_type: None: LLaVA-1.6's.
         pinpoints: pairs of width and height, or such a list as text, or a range of columns and rows as LLaVA-OneVision
             writes it, "(1x1),...,(6x6)"; None: LLaVA-1.6's, in tiles of this tower.
-        most_tiles: leave out pinpoints of more tiles.
+        max_tiles: see `Tiling`.
 
     Raises:
         UserError: the tower's features do not form a square, or a value makes no sense.
@@ -155,19 +168,36 @@ def choose_tiling(
         ranges = range(left, right + 1), range(top, bottom + 1)
         pinpoints = [(columns * tile_size, rows * tile_size) for columns in ranges[0] for rows in ranges[1]]
     pinpoints = read_pinpoints(pinpoints)
-    if most_tiles:
-        pinpoints = tuple(pair for pair in pinpoints if pair[0] * pair[1] <= most_tiles * tile_size**2)
-        if not pinpoints:
-            raise UserError(f"--image_grid_pinpoints: none in config.json has up to {most_tiles} tiles; give some.")
-    return Tiling(pinpoints, merge_type or "spatial_unpad", tile_size, grid)
+    if max_tiles and all(w * h <= MOST_RATIO**2 * max_tiles * tile_size**2 for w, h in pinpoints):
+        max_tiles = None  # of which no picture has so many
+    return Tiling(pinpoints, merge_type or "spatial_unpad", tile_size, grid, max_tiles)
 
 
-def beyond(max_tiles: int | None) -> int | None:
-    """Return the most tiles whose features LLaVA leaves as they are under `anyres_max_N`; None: as many as one likes.
+def _interpolated(of_whole: np.ndarray, picture: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return order and weights of a picture whose features, [rows, columns], are interpolated to another shape.
 
-    It interpolates where the features would have to shrink by more than 1.1 on a side.
+    As `torch.nn.functional.interpolate` does with mode "bilinear": a place of the new grid takes the four features
+    around it. A feature that is taken as it is, and a newline, are four quarters of it.
     """
-    return None if max_tiles is None else int(1.21 * max_tiles)
+    (upper, lower, down), (left, right, across) = (
+        _neighbours(*sides) for sides in zip(picture.shape, shape, strict=True)
+    )
+    corners = [(upper, left), (upper, right), (lower, left), (lower, right)]
+    order = np.stack([picture[rows[:, None], columns] for rows, columns in corners], axis=-1)
+    shares = [(rows, columns) for rows in (1 - down, down) for columns in (1 - across, across)]
+    weights = np.stack([np.outer(rows, columns) for rows, columns in shares], axis=-1).astype(np.float32)
+    at_row_ends = ((0, 0), (0, 1), (0, 0))
+    order = np.pad(order, at_row_ends, constant_values=NEWLINE).reshape(-1, 4)
+    weights = np.pad(weights, at_row_ends, constant_values=1 / 4).reshape(-1, 4)
+    before = ((len(of_whole), 0), (0, 0))
+    return np.concatenate([np.tile(of_whole[:, None], 4), order]), np.pad(weights, before, constant_values=1 / 4)
+
+
+def _neighbours(side: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return for each of `new` places on a side of features the feature before it, the one after, and its share."""
+    place = np.maximum((np.arange(new) + 0.5) * side / new - 0.5, 0)
+    before = place.astype(np.int32)
+    return before, np.minimum(before + 1, side - 1), place - before
 
 
 def read_pinpoints(value: str | Sequence) -> tuple[tuple[int, int], ...]:

@@ -291,6 +291,7 @@ def _empty_batch(model: LlavaModel, shape: Shape) -> MicroBatch:
     tower, rows = model.vision_tower, (shape.rows, shape.columns)
     whole_numbers = functools.partial(torch.empty, dtype=torch.int64)
     image_tokens = min(shape.images * tower.tokens_per_image, shape.tokens)
+    four = (4,) if model.tiling and model.tiling.max_tiles else ()
     return {
         "input_ids": whole_numbers(rows),
         "position_ids": whole_numbers(rows),
@@ -299,7 +300,8 @@ def _empty_batch(model: LlavaModel, shape: Shape) -> MicroBatch:
         "max_seqlen": shape.columns,
         "pixel_values": torch.empty(shape.images, 3, tower.image_size, tower.image_size, dtype=torch.uint8),
         "image_positions": whole_numbers(image_tokens),
-        "feature_rows": whole_numbers(image_tokens) if model.tiling else None,
+        "feature_rows": whole_numbers(image_tokens, *four) if model.tiling else None,
+        "feature_weights": torch.empty(image_tokens, *four) if four else None,
         "logit_positions": whole_numbers(shape.logits),
         "targets": whole_numbers(shape.rows, shape.logits),
     }

@@ -96,7 +96,7 @@ class SavedModel:
 
     def image_aspect_ratio(self) -> str:
         """Return the `--image_aspect_ratio` of the training: `pad`, `square` or `anyres`."""
-        if self.kind == WHOLE or self.inside_llava:
+        if self.kind == WHOLE or self.inside_llava or self.source.merge_type:
             return self.source.image_aspect_ratio()
         return self.config.get("image_aspect_ratio", "square")
 

@@ -3,14 +3,25 @@
 import json
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextProcessor
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionProcessor,
+)
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
 from mini_llava.data.collator import join_pictures
 from mini_llava.data.images import NEWLINE, ImageReader, normalisation_table, normalise
@@ -71,7 +82,7 @@ def test_an_image_takes_as_many_tokens_as_for_llava_next(tiling):
     of_sizes = sizes(200)
     processor = llava_next_processor(tiling)
     expected = processor._get_num_multimodal_tokens(image_sizes=[(height, width) for width, height in of_sizes])
-    assert [len(tiling.order(size)) for size in of_sizes] == expected["num_image_tokens"]
+    assert [len(tiling.arrange(size)[0]) for size in of_sizes] == expected["num_image_tokens"]
     assert len({tiling.resolution(size) for size in of_sizes}) == len(tiling.pinpoints), "every pinpoint should occur"
 
 
@@ -95,7 +106,7 @@ def test_features_come_in_the_order_of_llava_next(tiling):
         [packed], _ = model.pack_image_features(
             [numbers], [[height, width]], "default", image_newline=torch.tensor([float(NEWLINE)])
         )
-        assert tiling.order((width, height)).tolist() == packed.flatten().long().tolist(), (width, height)
+        assert tiling.arrange((width, height))[0].tolist() == packed.flatten().long().tolist(), (width, height)
 
 
 @TILINGS
@@ -121,12 +132,12 @@ def test_flat_and_spatial_lay_out_all_features_as_llava_does(merge_type):
                 of_tiles[row, column, line] for row in range(rows) for line in range(GRID) for column in range(columns)
             ]
             numbers = torch.cat([numbers[: GRID**2], *lines])
-        assert tiling.order(size).tolist() == numbers.tolist()
+        assert tiling.arrange(size)[0].tolist() == numbers.tolist()
 
 
 def test_images_are_joined_behind_each_other_with_one_newline_for_all():
     pictures = [TILING.open(picture(*size), Image.Resampling.BICUBIC) for size in ((50, 90), (30, 30), (300, 60))]
-    tiles, rows = join_pictures(pictures, TILE)
+    tiles, rows, weights = join_pictures(pictures, TILE)
     assert len(tiles) == sum(len(opened.pixels) for opened in pictures)
     total = len(tiles) * GRID**2
     start, features = 0, 0
@@ -135,7 +146,7 @@ def test_images_are_joined_behind_each_other_with_one_newline_for_all():
         assert ((mine == total) == (opened.order == NEWLINE)).all()
         assert (mine[mine < total] == opened.order[opened.order != NEWLINE] + features).all()
         start, features = start + len(opened.order), features + opened.features
-    assert start == len(rows) and rows.dtype == torch.int64
+    assert start == len(rows) and rows.dtype == torch.int64 and weights is None
 
 
 # --- headers ---------------------------------------------------------------------------------------------------------
@@ -297,12 +308,69 @@ def test_what_makes_no_tiling_is_refused_with_the_reason(given, sentence):
         choose_tiling(**{"tile_size": TILE, "tokens_per_tile": GRID**2} | given)
 
 
-def test_a_range_of_grids_is_written_as_llava_one_vision_does_and_large_ones_can_be_left_out():
+def test_a_range_of_grids_is_written_as_llava_one_vision_does():
     tiling = choose_tiling(TILE, GRID**2, pinpoints="(1x1),...,(2x3)")
     grids = [(width // TILE, height // TILE) for width, height in tiling.pinpoints]
     assert grids == [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (2, 3)]
-    assert choose_tiling(TILE, GRID**2, None, "(1x1),...,(2x3)", 3).pinpoints == tuple(
-        (columns * TILE, rows * TILE) for columns, rows in grids if columns * rows <= 3
+
+
+# --- LLaVA-OneVision's, whose large grids are interpolated -----------------------------------------------------------
+
+ONE_VISION = choose_tiling(TILE, GRID**2, pinpoints="(1x1),...,(3x4)", max_tiles=2)
+
+
+def height_first(tiling) -> list[list[int]]:
+    return [[height, width] for width, height in tiling.pinpoints]
+
+
+def test_an_image_takes_as_many_tokens_as_for_llava_one_vision():
+    processor = LlavaOnevisionProcessor.__new__(LlavaOnevisionProcessor)  # __init__ needs torchvision, for videos
+    processor.image_processor = SimpleNamespace(image_grid_pinpoints=height_first(ONE_VISION))
+    processor.num_image_tokens, processor.vision_aspect_ratio = GRID**2, "anyres_max_2"
+    seen = set()
+    for width, height in sizes(300):
+        order, weights = ONE_VISION.arrange((width, height))
+        assert len(order) == processor._get_number_of_features(height, width, TILE, TILE), (width, height)
+        seen.add((ONE_VISION.resolution((width, height)), weights is not None))
+    assert {resolution for resolution, _ in seen} == set(ONE_VISION.pinpoints)
+    assert {interpolated for _, interpolated in seen} == {True, False}
+
+
+def test_features_are_joined_and_interpolated_as_by_llava_one_vision():
+    """Random features go through transformers' own packing, and those of all pictures at once through ours."""
+    vision = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    config = LlavaOnevisionConfig(
+        vision_config=CLIPVisionConfig(**vision, image_size=TILE, patch_size=14),
+        text_config=LlamaConfig(vocab_size=8, **vision, pad_token_id=None),
+        image_grid_pinpoints=height_first(ONE_VISION),
+        image_token_index=7,
     )
-    with pytest.raises(ValueError, match=r"none in config\.json has up to 1 tiles"):
-        choose_tiling(TILE, GRID**2, None, "(2x2)", 1)
+    model, newline = LlavaOnevisionModel(config), torch.randn(8)
+    of_sizes = sizes(30)
+    pictures = [ONE_VISION.open(picture(*size), Image.Resampling.BICUBIC) for size in of_sizes]
+    features = [torch.randn(len(opened.pixels), GRID**2, 8) for opened in pictures]
+    [*packed], counts = model.pack_image_features(features, [size[::-1] for size in of_sizes], newline, "anyres_max_2")
+    assert counts.tolist() == [opened.tokens for opened in pictures]
+
+    _, rows, weights = join_pictures(pictures, TILE)
+    table = torch.cat([*(of_image.flatten(0, 1) for of_image in features), newline[None]])
+    found = (table[rows] * weights[..., None]).sum(1)
+    torch.testing.assert_close(found, torch.cat(packed), rtol=0, atol=5e-6)  # where to interpolate, rounded in fp32
+
+
+def test_the_tiles_are_those_of_llava_one_vision_to_the_bit():
+    settings = clip_processor().to_dict() | {"size": {"height": TILE, "width": TILE}, "do_center_crop": False}
+    del settings["image_processor_type"], settings["crop_size"]
+    processor = LlavaOnevisionImageProcessorPil(**settings, image_grid_pinpoints=height_first(ONE_VISION))
+    table = normalisation_table(clip_processor())
+    for size in sizes(30):
+        image = picture(*size)
+        found = ONE_VISION.open(image, clip_processor().resample)
+        assert torch.equal(normalise(found.pixels, table), processor(image, return_tensors="pt")["pixel_values"][0])
+
+
+def test_a_limit_that_no_grid_goes_beyond_is_left_out():
+    assert choose_tiling(TILE, GRID**2, pinpoints="(1x1),...,(2x2)", max_tiles=4).max_tiles is None
+    # 11 tiles for 9: 1.106 times too many on a side; 10 for 9: 1.05 times.
+    for tiles, kept in ((11, 9), (10, None)):
+        assert choose_tiling(TILE, GRID**2, pinpoints=[(tiles * TILE, TILE)], max_tiles=9).max_tiles == kept

@@ -1,5 +1,6 @@
 """A model whose images come in tiles: one loss however its batches are cut, and the same logits in transformers."""
 
+import dataclasses
 import json
 from functools import partial
 
@@ -8,7 +9,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoProcessor, LlavaNextForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoProcessor,
+    LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+)
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from mini_llava.arguments import DataArguments, ModelArguments
 from mini_llava.data.collator import collate, join_pictures
@@ -245,13 +253,13 @@ def test_layouts_that_cannot_express_it_say_so(saved, tmp_path, capsys):
 @pytest.fixture(scope="module")
 def one_vision(tmp_path_factory):
     """(directory, the model that is in it): SigLIP without the last layer and head, which its config.json does not say,
-    and a range of grids of which anyres_max_2 leaves two tiles as they are."""
+    and a range of grids of which anyres_max_2 interpolates those of more than two tiles."""
     folder = tmp_path_factory.mktemp("one vision")
     tower = save_tower("siglip", folder / "tower")
     flags = ModelArguments(model_name_or_path=str(FIXTURES / "llm"), vision_tower=tower, mm_projector_type="mlp2x_gelu")
     flags.mm_vision_select_layer = -2
-    grids = DataArguments(image_aspect_ratio="anyres", image_grid_pinpoints="[(28, 28), (28, 56), (56, 28)]")
-    source = open_source(flags, (), grids)
+    grids = DataArguments(image_aspect_ratio="anyres", image_grid_pinpoints="(1x1),...,(3x3)")
+    source = dataclasses.replace(open_source(flags, (), grids), max_tiles=2)
     model = load_llava(source, "sdpa", dict.fromkeys(("language_model", "vision_tower", "projector"), torch.float32))
     described = write.Description("mlp2x_gelu", tower, "anyres", 500, version="v1", **textual(), dtype=torch.float32)
     described.image_processor, described.export_format = source.image_processor(), "llava"
@@ -274,22 +282,97 @@ def features(model: LlavaModel) -> torch.Tensor:
         return model.projector(model.vision_tower(torch.linspace(-1, 1, 3 * 28 * 28).view(1, 3, 28, 28)))
 
 
-def test_a_model_of_llava_one_vision_is_read_and_says_what_is_not_done(one_vision):
+def test_a_model_of_llava_one_vision_is_read(one_vision):
     folder, model = one_vision
     found = open_saved(str(folder))
     assert found.source.tiling == model.tiling and found.image_aspect_ratio() == "anyres"
-    said = found.source.describe()
-    assert "anyres_max_2" in said and "at most 2 tiles" in said
+    assert "images in more than 2 tiles are interpolated (anyres_max_2)" in found.source.describe()
     torch.testing.assert_close(features(found.load(torch.float32)), features(model), rtol=0, atol=1e-6)
 
 
-def test_it_is_trained_on_and_exported_and_a_flag_overrules_its_grids(one_vision, tmp_path):
+def test_transformers_llava_one_vision_gives_its_logits(one_vision):
+    """For pictures of 2 to 10 tiles; the features of the larger ones are interpolated."""
+    folder, _ = one_vision
+    source = open_saved(str(folder)).source
+    model = open_saved(str(folder)).load(torch.float32).eval()
+    config = LlavaOnevisionConfig(
+        text_config=model.language_model.config,
+        vision_config=model.vision_tower.model.config,
+        vision_feature_layer=model.vision_tower.select_layer,
+        image_token_index=0,
+        image_grid_pinpoints=[[height, width] for width, height in model.tiling.pinpoints],
+        vision_aspect_ratio="anyres_max_2",
+    )
+    whole = LlavaOnevisionForConditionalGeneration(config).eval()
+    weights = {f"model.language_model.{n}": t for n, t in model.language_model.model.state_dict().items()}
+    weights |= {f"model.vision_tower.{n}": t for n, t in model.vision_tower.model.state_dict().items()}
+    for layer, name in (("0", "linear_1"), ("2", "linear_2")):
+        of_layer = getattr(model.projector, layer).state_dict()
+        weights |= {f"model.multi_modal_projector.{name}.{part}": t for part, t in of_layer.items()}
+    weights |= {
+        "lm_head.weight": model.language_model.lm_head.weight,
+        "model.image_newline": model.image_newline.weight,
+    }
+    whole.load_state_dict(weights)
+
+    tile = model.tiling.tile_size
+    settings = source.image_processor().to_dict() | {"size": {"height": tile, "width": tile}}
+    del settings["image_processor_type"]
+    processor = LlavaOnevisionImageProcessorPil(**settings, image_grid_pinpoints=config.image_grid_pinpoints)
+    interpolated = []
+    for size in ((28, 28), (28, 56), (80, 84), (56, 30), (60, 84)):
+        picture = Image.open(IMAGES / WIDE).convert("RGB").resize(size)
+        opened = model.tiling.open(picture, source.image_processor().resample)
+        ids = torch.tensor([[1, 5, *[0] * opened.tokens, 6, 7]])
+        places = (ids[0] == 0).nonzero().flatten()
+        pixel_values, *which = join_pictures([opened], tile)
+        with torch.no_grad():
+            embeddings = model.embed(ids, pixel_values, places, *which)
+            expected = model.language_model(inputs_embeds=embeddings, use_cache=False).logits
+            found = whole(input_ids=ids, **processor(picture, return_tensors="pt")).logits
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # the same kernels in fp32, logits up to 10
+        interpolated.append(opened.weights is not None)
+    assert interpolated == [False, False, True, False, True], "both kinds should occur"
+
+
+def test_interpolated_pictures_too_give_one_loss_packed_padded_and_one_by_one():
+    model = build()
+    pinpoints = [(TILE, TILE), (3 * TILE, TILE), (2 * TILE, 3 * TILE)]
+    model.tiling = choose_tiling(TILE, GRID**2, pinpoints=pinpoints, max_tiles=2)
+    batches = [batch_of(model, [each], packed=False) for each in RECORDS]
+    assert {batch["feature_weights"] is None for batch in batches} == {True, False}
+    loss, gradients = loss_and_gradients(model, batches)
+    for packed in (True, False):
+        found, found_gradients = loss_and_gradients(model, [batch_of(model, RECORDS, packed)])
+        # fp32 sums in another order, over losses of size 100 and gradients of size 1.
+        torch.testing.assert_close(found, loss, rtol=1e-6, atol=0)
+        for name, gradient in gradients.items():
+            scale = gradient.abs().max().item()
+            torch.testing.assert_close(found_gradients[name], gradient, rtol=0, atol=2e-5 * scale, msg=name)
+
+
+def test_it_is_trained_on_and_keeps_its_grids(one_vision, tmp_path):
+    folder, model = one_vision
+    values = {"model_name_or_path": folder, "max_steps": 2, "global_batch_size": 4}
+    line = runs.flags_of(2, tmp_path / "run", values)
+    at = line.index("--vision_tower")
+    del line[at : at + 2]
+    runs.train_here([*line, "--vision_tower", str(folder.parent / "tower")])
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["image_aspect_ratio"] == "anyres_max_2" and config["mm_patch_merge_type"] == "spatial_unpad"
+    assert config["image_grid_pinpoints"] == [[28 * across, 28 * down] for across in (1, 2, 3) for down in (1, 2, 3)]
+    again = open_saved(str(tmp_path / "run"))
+    assert again.source.tiling == model.tiling
+    assert "does not interpolate" in write.why_not_transformers("mlp2x_gelu", again.load(torch.float32))
+
+
+def test_a_flag_overrules_its_grids_and_transformers_takes_those_that_are_not_interpolated(one_vision, tmp_path):
     folder, _ = one_vision
     values = {"model_name_or_path": folder, "max_steps": 2, "global_batch_size": 4, "export_format": "llava"}
     line = runs.flags_of(2, tmp_path / "run", values)
     at = line.index("--vision_tower")
     del line[at : at + 2]
-    runs.train_here(line)
+    runs.train_here([*line, "--image_grid_pinpoints", "[(28, 28), (28, 56), (56, 28)]"])
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["image_aspect_ratio"] == "anyres" and config["mm_patch_merge_type"] == "spatial_unpad"
     assert config["image_grid_pinpoints"] == [[28, 28], [28, 56], [56, 28]]
@@ -301,8 +384,3 @@ def test_it_is_trained_on_and_exported_and_a_flag_overrules_its_grids(one_vision
     torch.testing.assert_close(features(exported.load(torch.float32)), expected, rtol=0, atol=1e-6)
     whole = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "exported", output_loading_info=True)[1]
     assert not any(whole.values()), whole
-
-    flags = ModelArguments(model_name_or_path=str(folder))
-    data = DataArguments(image_aspect_ratio="anyres", image_grid_pinpoints="(1x1),...,(3x3)")
-    source = open_source(flags, {"image_aspect_ratio", "image_grid_pinpoints"}, data)
-    assert len(source.tiling.pinpoints) == 9 and "anyres_max" not in source.describe()
