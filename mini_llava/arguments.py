@@ -503,9 +503,9 @@ class Arguments:
         return self.replace(**source.fixed_flags())
 
 
-def parse_arguments(command_line: list[str] | None = None) -> Arguments:
+def parse_arguments(command_line: list[str] | None = None, program: str = "train.py") -> Arguments:
     """Resolve command line over `--config` file over preset over default; a fault ends the program with a sentence."""
-    parser = _build_parser()
+    parser = _build_parser(program)
     given = vars(parser.parse_args(command_line))
     stage, config_file = given.pop("stage", None), given.pop("config", None)
     try:
@@ -591,15 +591,15 @@ def read_config(path: str) -> dict:
     return values
 
 
-def parse_for_a_tool(command_line: list[str]) -> Arguments:
+def parse_for_a_tool(command_line: list[str], tool: str) -> Arguments:
     """Return `train.py`'s arguments for a tool that shows what a run does: of stage 2 if no stage is named."""
-    parser = _build_parser()
+    parser = _build_parser(tool)
     named, file = (getattr(parser.parse_args(command_line), name, None) for name in ("stage", "config"))
     try:
         named = named or (file and read_config(file).get("stage"))
     except ValueError as error:
         parser.error(str(error))
-    return parse_arguments(command_line if named else ["--stage", "2", *command_line])
+    return parse_arguments(command_line if named else ["--stage", "2", *command_line], tool)
 
 
 def check_values(*parts) -> None:
@@ -785,9 +785,13 @@ COMMON_FLAGS = {
 }
 
 
-def _build_parser() -> argparse.ArgumentParser:
-    """Return the parser of all flags, whose `--help` shows the common ones and `--help_all` all of them."""
+def _build_parser(program: str = "train.py") -> argparse.ArgumentParser:
+    """Return the parser of all flags, whose `--help` shows the common ones and `--help_all` all of them.
+
+    program: which its errors are signed with.
+    """
     parser = _parser_without_flags()
+    parser.prog = program
     parser.description = parser.epilog = None  # nobody would read them around a hundred flags
     for part in PARTS:
         add_flags(parser, part, (PRESETS[1], PRESETS[2]))

@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 
 from .elsewhere import ELSEWHERE
 
+TOOL = "python -m mini_llava.tools."  # in front of a tool's name, with which its errors begin
+
 
 class Parser(argparse.ArgumentParser):
     """argparse's, whose errors are one sentence."""
@@ -25,7 +27,7 @@ class Parser(argparse.ArgumentParser):
         """End the program with one sentence, which the usage of a hundred flags would hide."""
         if int(os.environ.get("RANK", 0)) > 0:
             time.sleep(5)  # rank 0 says the same, and the launcher then ends this process
-        self.exit(2, f"train.py: error: {message}\n")
+        self.exit(2, f"{self.prog.removeprefix(TOOL)}: error: {message}\n")
 
     def parse_args(self, args=None, namespace=None):
         namespace, unknown = self.parse_known_args(args, namespace)

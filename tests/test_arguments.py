@@ -363,8 +363,8 @@ def test_the_stage_may_stand_in_the_file(tmp_path, capsys):
     for command_line in (words, ["--stage", "1", *words]):
         arguments = flags.parse_arguments(command_line)
         assert (arguments.stage, arguments.training.learning_rate, arguments.training.seed) == (1, 1e-3, 3)
-    assert flags.parse_for_a_tool(words).stage == 1
-    assert flags.parse_for_a_tool([*MODEL, *DATA]).stage == 2
+    assert flags.parse_for_a_tool(words, "tour").stage == 1
+    assert flags.parse_for_a_tool([*MODEL, *DATA], "tour").stage == 2
     assert "contradicts --stage 2" in parse_error(capsys, "--stage", "2", *words)
     (tmp_path / "mine.yaml").write_text("stage: 3\n")
     assert "stage must be 1 or 2, not 3" in parse_error(capsys, *words)

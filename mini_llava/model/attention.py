@@ -10,6 +10,7 @@ import inspect
 import warnings
 
 import torch
+from torch.nn.attention.varlen import varlen_attn
 
 from ..errors import UserError
 
@@ -51,14 +52,12 @@ def varlen_attention(  # pragma: no cover, needs a GPU
         # Some versions return the log-sum-exp of each row too.
         return (output[0] if isinstance(output, tuple) else output).unsqueeze(0), None
 
-    from torch.nn.attention.varlen import varlen_attn
-
     query, key, value = tensors
     grouped = {}
     if key.shape[1] != query.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        if torch_groups_heads():
             grouped = {"enable_gqa": True}
-        else:  # torch 2.11 and before
+        else:
             key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
     window_size = (window - 1 if window else -1, 0)
     limits = (bounds, bounds, longest, longest)
@@ -67,9 +66,19 @@ def varlen_attention(  # pragma: no cover, needs a GPU
 
 
 @functools.cache
+def torch_groups_heads() -> bool:
+    """Return whether torch's kernel takes fewer heads of keys than of queries; up to torch 2.11 they are repeated."""
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def flash_4_is_installed() -> bool:
+    return all(importlib.util.find_spec(name) is not None for name in ("flash_attn", "flash_attn.cute"))
+
+
+@functools.cache
 def _has_flash_4() -> bool:  # pragma: no cover, needs a GPU
-    """Return whether flash-attn-4, written for Hopper and Blackwell, is installed: 1.6 times as fast as torch's."""
-    if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
+    """Return whether flash-attn-4, written for Hopper and Blackwell, can be used: 1.6 times as fast as torch's."""
+    if not flash_4_is_installed():
         return False
     # Its compiler warns about one of its own arguments at every new kernel, in the middle of the progress line.
     warnings.filterwarnings("ignore", message=".* cannot be converted to a JitArgument")

@@ -12,12 +12,13 @@ import sys
 import warnings
 from pathlib import Path
 
+from ..command_line import Parser
 from ..formats.layouts import DTYPES, check_saved_place
 from ..guards.early import refuse_at_once
 
 
 def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m mini_llava.tools.chat", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="python -m mini_llava.tools.chat", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("directory", metavar="DIR", help="model, LoRA directory, checkpoint or projector; a hub name for a whole model")
     add("--image", metavar="FILE", nargs="+", default=[], help="images for the first question")

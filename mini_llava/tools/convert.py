@@ -26,7 +26,7 @@ from urllib.parse import unquote
 from PIL import Image
 from tqdm import tqdm
 
-from ..command_line import boolean
+from ..command_line import Parser, boolean
 from ..data.templates import IMAGE_MARK, BadRecord, get_template
 from ..data.tokenization import read_conversation, shorten, template_for
 from ..errors import UserError
@@ -451,7 +451,7 @@ def convert(given: argparse.Namespace) -> int:
 
 
 def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m mini_llava.tools.convert", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="python -m mini_llava.tools.convert", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add(
         "sources",

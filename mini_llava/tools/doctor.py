@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..arguments import PRESETS, check_model_place, choices, read_config
-from ..command_line import boolean
+from ..command_line import Parser, boolean
 from ..data_file import check_data_files
 from ..errors import UserError
 from ..formats.layouts import MERGE_TYPES
@@ -25,7 +25,7 @@ from ..guards.early import refuse_at_once
 
 
 def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m mini_llava.tools.doctor", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="python -m mini_llava.tools.doctor", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add(
         "--config",
@@ -100,7 +100,7 @@ def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace
     given.mm_vision_select_feature = given.mm_vision_select_feature or "patch"
     for name in ("data_path", "model_name_or_path"):
         if not getattr(given, name):
-            parser.error(f"--{name} is missing.")
+            parser.error(f"--{name} is missing: give it here or in --config.")
     if not (given.vision_tower or given.tokens_per_image):
         parser.error("--vision_tower is missing, or --tokens_per_image instead of it.")
     for name, value in vars(given).items():

@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 
 from ..arguments import ModelArguments, choices
+from ..command_line import Parser
 from ..errors import UserError
 from ..formats.layouts import DTYPES, check_saved_place
 from ..guards.early import check_place, refuse_at_once
 
 
 def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m mini_llava.tools.export", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="python -m mini_llava.tools.export", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add(
         "source", metavar="DIR", help="a LLaVA model (directory or hub name), or the directory of a trained part of one"

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 
 from .. import arguments as flags
 from .. import demo
+from ..command_line import Parser
 from ..errors import UserError
 from ..guards.early import check_files, refuse_at_once
 
 
 def parse_arguments(command_line: Sequence[str] | None = None) -> tuple[argparse.Namespace, flags.Arguments]:
     """Return the flags that say what to show, and all others, which are train.py's."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m mini_llava.tools.inspect",
         description=__doc__.split("\n\n")[0] + " All other flags are those of train.py.",
         allow_abbrev=False,
@@ -30,7 +31,7 @@ def parse_arguments(command_line: Sequence[str] | None = None) -> tuple[argparse
         "--color", choices=("auto", "always", "never"), default="auto", help="colour the output [auto: in a terminal]"
     )
     given, of_train = parser.parse_known_args(command_line)
-    return given, flags.parse_for_a_tool(of_train)
+    return given, flags.parse_for_a_tool(of_train, "inspect")
 
 
 if __name__ == "__main__":  # before the imports below, which take seconds

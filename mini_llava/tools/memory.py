@@ -20,6 +20,7 @@ from transformers import AttentionInterface, PretrainedConfig
 
 from ..data.collator import MicroBatch
 from ..guards.longest import Shape
+from ..model.attention import flash_4_is_installed, torch_groups_heads
 from ..model.llava import LlavaModel
 from ..model.trained import numel
 from ..model.vision_tower import VisionTower, has_layers
@@ -313,7 +314,8 @@ def _empty_batch(model: LlavaModel, shape: Shape) -> MicroBatch:
 def keep_what_kernels_keep(model: LlavaModel, fused: bool) -> None:
     """Replace attention, and if `fused` norms and MLPs, by functions that keep tensors of the same sizes."""
     asked = model.language_model.config._attn_implementation
-    model.language_model.set_attn_implementation(f"weighed_{asked if asked in ('sdpa', 'eager') else 'varlen'}")
+    weighed = asked if asked in ("varlen", "sdpa", "eager") else "grouped"
+    model.language_model.set_attn_implementation(f"weighed_{weighed}")
     _attend_as_kernels_do(model.vision_tower)
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
@@ -332,7 +334,7 @@ def keep_what_kernels_keep(model: LlavaModel, fused: bool) -> None:
 
 def _attend_as_kernels_do(tower: VisionTower) -> None:
     if has_layers(tower.model.config):  # FastViTHD's few attentions are PyTorch's own, which run as they are
-        tower.model.set_attn_implementation("weighed_varlen")
+        tower.model.set_attn_implementation("weighed_grouped")
 
 
 class _Attention(torch.autograd.Function):
@@ -357,6 +359,13 @@ def _flash(module, query, key, value, attention_mask, **keywords):
     return _Attention.apply(query, key, value), None
 
 
+def _varlen(module, query, key, value, attention_mask, **keywords):
+    """Keys and values for each head of the queries, where torch's kernel does not share them (`model/attention.py`)."""
+    if not (torch_groups_heads() or flash_4_is_installed()):
+        key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
+    return _Attention.apply(query, key, value), None
+
+
 def _masked(module, query, key, value, attention_mask, **keywords):
     """PyTorch's with a mask: each layer makes numbers of it, and keeps them for backward."""
     mask = query.new_empty(query.shape[0], 1, query.shape[2], query.shape[2])
@@ -369,7 +378,7 @@ def _eager(module, query, key, value, attention_mask, **keywords):
     return _Attention.apply(query, key, value, weights.float(), weights), None
 
 
-for _name, _function in (("varlen", _flash), ("sdpa", _masked), ("eager", _eager)):
+for _name, _function in (("grouped", _flash), ("varlen", _varlen), ("sdpa", _masked), ("eager", _eager)):
     AttentionInterface.register(f"weighed_{_name}", _function)
 
 

@@ -5,7 +5,6 @@ for eight cards of 80 GB. Where memory does not suffice, in the plan or in a run
 named.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ from pathlib import Path
 from .. import arguments as flags
 from .. import demo
 from ..arguments import Arguments, TrainingArguments
-from ..command_line import add_flags
+from ..command_line import Parser, add_flags
 from ..guards.early import check_files, refuse_at_once
 from ..processes import launched_rank
 
@@ -44,7 +43,7 @@ class PlanArguments:
 
 def split_flags(command_line: Sequence[str] | None = None) -> tuple[PlanArguments, list[str]]:
     """Return what a run is planned for, and the other flags, which are train.py's."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m mini_llava.tools.plan",
         description="Shows what a run will train, its steps, memory by part, hours and disk, without reading weights "
         "or needing a GPU. What cannot fit ends with an error that names the first change that makes it fit. All other "
@@ -59,7 +58,7 @@ def split_flags(command_line: Sequence[str] | None = None) -> tuple[PlanArgument
 def parse_arguments(command_line: Sequence[str] | None = None) -> tuple[Arguments, PlanArguments]:
     """Return the run's arguments, and what it is planned for. A fault ends the program with one sentence."""
     planning, of_train = split_flags(command_line)
-    return flags.parse_arguments(of_train), planning
+    return flags.parse_arguments(of_train, "plan"), planning
 
 
 def check_given(arguments: Arguments, planning: PlanArguments) -> None:

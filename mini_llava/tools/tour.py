@@ -15,12 +15,13 @@ from pathlib import Path
 
 from .. import arguments as flags
 from .. import demo
+from ..command_line import Parser
 from ..guards.early import check_files, refuse_at_once
 
 
 def parse_arguments(command_line: list[str] | None = None) -> tuple[argparse.Namespace, flags.Arguments]:
     """Return the flags that say what to show, and all others, which are train.py's."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m mini_llava.tools.tour",
         description="Shows what happens to records from JSON to gradients. All other flags are those of train.py.",
         allow_abbrev=False,
@@ -28,7 +29,7 @@ def parse_arguments(command_line: list[str] | None = None) -> tuple[argparse.Nam
     parser.add_argument("--record", type=int, nargs="+", metavar="N", help="records to show, counted from 0 [two]")
     given, words = parser.parse_known_args(command_line)
     # The demo pads its rows on the CPU; packed they show more. A --packing among the words wins, being later.
-    return given, flags.parse_for_a_tool(["--packing", "True", *words])
+    return given, flags.parse_for_a_tool(["--packing", "True", *words], "tour")
 
 
 if __name__ == "__main__":  # before the imports below, which take seconds

@@ -327,8 +327,14 @@ def test_the_flags_of_a_run_come_from_its_file_and_the_template_is_said(tmp_path
     ("words", "sentence"),
     [
         (["--config", "none.yaml"], "--config none.yaml: No such file or directory."),
-        (["--model_name_or_path", "a/b", "--tokens_per_image", "4"], "--data_path is missing."),
-        (["--data_path", "a.json", "--tokens_per_image", "4"], "--model_name_or_path is missing."),
+        (
+            ["--model_name_or_path", "a/b", "--tokens_per_image", "4"],
+            "--data_path is missing: give it here or in --config.",
+        ),
+        (
+            ["--data_path", "a.json", "--tokens_per_image", "4"],
+            "--model_name_or_path is missing: give it here or in --config.",
+        ),
         (["--data_path", "a.json", "--model_name_or_path", "a/b"], "--vision_tower is missing, or --tokens_per_image"),
     ],
 )

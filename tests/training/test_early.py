@@ -219,4 +219,5 @@ def test_accelerate_is_asked_for_two_processes_on_a_cpu(tmp_path):
 
 
 def test_every_tool_takes_a_stage_from_the_file():
-    assert flags.parse_for_a_tool(["--config", str(ROOT / "mini_llava/recipes/llava-1.5-7b-pretrain.yaml")]).stage == 1
+    recipe = str(ROOT / "mini_llava/recipes/llava-1.5-7b-pretrain.yaml")
+    assert flags.parse_for_a_tool(["--config", recipe], "tour").stage == 1

@@ -133,6 +133,18 @@ def test_recomputing_leaves_the_inputs_of_the_layers():
     assert peaks[0] > peaks[1] > peaks[2] > 4 * shape.tokens * width * 2  # four layers, bf16
 
 
+def test_keys_and_values_count_for_every_head_where_torch_repeats_them(monkeypatch):
+    shape, tiny = Shape(1, 20_000, 1, 800), LANGUAGE_MODELS["tiny"]
+    monkeypatch.setitem(tiny, "num_key_value_heads", 1)  # for four heads
+    found = []
+    for shared in (True, False):
+        monkeypatch.setattr(memory, "torch_groups_heads", lambda shared=shared: shared)
+        model = model_of(STAGE_1, ALONE, size="tiny")
+        found.append(estimate(model, ALONE, shape, several=False, fused=True).parts["activations"])
+    repeated = 2 * shape.tokens * tiny["hidden_size"] * 3 / 4 * 2  # keys and values, bf16
+    assert found[1] - found[0] == pytest.approx(tiny["num_hidden_layers"] * repeated, rel=0.01)
+
+
 def test_sdpa_keeps_a_mask_of_every_layer_and_varlen_none():
     length, found = 20_000, {}
     for attention in ("varlen", "sdpa"):

@@ -19,7 +19,7 @@ from mini_llava.data.lengths import Lengths
 from mini_llava.guards.longest import kept_of_a_position, longest_micro_batch
 from mini_llava.model.vision_tower import VisionTower
 from mini_llava.tools.memory import kept_of_a_picture
-from mini_llava.tools.plan import MemoryAdvice, PlanArguments, main, read_layout
+from mini_llava.tools.plan import MemoryAdvice, PlanArguments, main, parse_arguments, read_layout
 from tests import forked_runs
 from tests.end_to_end.runs import FIXTURES, flags_of, plan_here
 from tests.families import FAMILIES, write_family
@@ -180,6 +180,9 @@ def test_the_command_says_what_it_refuses_and_plans_on_the_first_rank_alone(with
     words = ["--stage", "1", "--num_gpus", "0"]
     assert main(words) == 1
     assert capsys.readouterr().err == "plan: error: --num_gpus must be positive, not 0.\n"
+    with pytest.raises(SystemExit):
+        parse_arguments(["--stage", "2", "--learning_rat", "1"])
+    assert capsys.readouterr().err == "plan: error: unknown flag --learning_rat, did you mean --learning_rate?\n"
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert main(words) == 0 and not any(capsys.readouterr())
