@@ -184,8 +184,8 @@ class DataArguments:
     the record is listed in skipped.jsonl."""
 
     max_skipped_share: float = flag(0.1, decides=NOTHING)
-    """With on_bad_sample skip: the share of the samples of ten steps that may be bad. Above it the run saves its state
-    and ends."""
+    """With on_bad_sample skip: the share of the samples of ten steps that may turn out bad while training. Above it the
+    run saves its state and ends."""
 
     leave_unread: list[str] | None = flag(None, decides=CONTENT, metavar="NAME")
     """Keys and marks of records that look like media or a prompt and that you want ignored: video "<video>" system. A

@@ -1,4 +1,4 @@
-"""The frozen language model in 4 or 8 bits, by bitsandbytes: `--bits`, for LoRA and for stage 1."""
+"""The frozen language model in 4 or 8 bits, by bitsandbytes: `--bits`, with LoRA."""
 
 import torch
 from accelerate import Accelerator
