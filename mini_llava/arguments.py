@@ -503,9 +503,17 @@ class Arguments:
         return self.replace(**source.fixed_flags())
 
 
-def parse_arguments(command_line: list[str] | None = None, program: str = "train.py") -> Arguments:
-    """Resolve command line over `--config` file over preset over default; a fault ends the program with a sentence."""
+def parse_arguments(
+    command_line: list[str] | None = None, program: str = "train.py", of_tool: Collection[str] = ()
+) -> Arguments:
+    """Resolve command line over `--config` file over preset over default; a fault ends the program with a sentence.
+
+    Args:
+        program: what its errors are signed with.
+        of_tool: flags that a tool has taken from the line before, see `Parser`.
+    """
     parser = _build_parser(program)
+    parser.of_tool = of_tool
     given = vars(parser.parse_args(command_line))
     stage, config_file = given.pop("stage", None), given.pop("config", None)
     try:
@@ -591,15 +599,16 @@ def read_config(path: str) -> dict:
     return values
 
 
-def parse_for_a_tool(command_line: list[str], tool: str) -> Arguments:
+def parse_for_a_tool(command_line: list[str], tool: str, of_tool: Collection[str] = ()) -> Arguments:
     """Return `train.py`'s arguments for a tool that shows what a run does: of stage 2 if no stage is named."""
     parser = _build_parser(tool)
+    parser.of_tool = of_tool
     named, file = (getattr(parser.parse_args(command_line), name, None) for name in ("stage", "config"))
     try:
         named = named or (file and read_config(file).get("stage"))
     except ValueError as error:
         parser.error(str(error))
-    return parse_arguments(command_line if named else ["--stage", "2", *command_line], tool)
+    return parse_arguments(command_line if named else ["--stage", "2", *command_line], tool, of_tool)
 
 
 def check_values(*parts) -> None:
@@ -785,7 +794,7 @@ COMMON_FLAGS = {
 }
 
 
-def _build_parser(program: str = "train.py") -> argparse.ArgumentParser:
+def _build_parser(program: str = "train.py") -> Parser:
     """Return the parser of all flags, whose `--help` shows the common ones and `--help_all` all of them.
 
     program: which its errors are signed with.
@@ -806,7 +815,7 @@ def _build_common_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _parser_without_flags() -> argparse.ArgumentParser:
+def _parser_without_flags() -> Parser:
     parser = Parser(
         prog="train.py",
         description=(

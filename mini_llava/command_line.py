@@ -13,7 +13,7 @@ import textwrap
 import time
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from .elsewhere import ELSEWHERE
 
@@ -21,22 +21,28 @@ TOOL = "python -m mini_llava.tools."  # in front of a tool's name, with which it
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose errors are one sentence."""
+    """argparse's, whose errors are one sentence.
+
+    Attributes:
+        of_tool: flags that a tool has taken from the line before; one that is mistyped is named, too.
+    """
+
+    of_tool: Collection[str] = ()
 
     def error(self, message: str) -> typing.NoReturn:
         """End the program with one sentence, which the usage of a hundred flags would hide."""
-        if int(os.environ.get("RANK", 0)) > 0:
+        if os.environ.get("RANK", "0").strip("0"):
             time.sleep(5)  # rank 0 says the same, and the launcher then ends this process
         self.exit(2, f"{self.prog.removeprefix(TOOL)}: error: {message}\n")
 
     def parse_args(self, args=None, namespace=None):
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            flags = {action.dest for action in self._actions}
+            flags = {action.dest for action in self._actions}.union(self.of_tool)
             name = unknown[0].split("=")[0]
-            self.error(
-                unknown_flag(name.lstrip("-"), flags) if name.startswith("-") else f"{name!r} belongs to no flag."
-            )
+            if not name.startswith("-"):
+                self.error(f"{name!r} belongs to no flag.")
+            self.error(unknown_flag(name.lstrip("-"), flags, "--help_all" if "help_all" in flags else "--help"))
         return namespace
 
 
@@ -153,12 +159,15 @@ def describe(kind) -> str:
     return known.get(kind, "a list of numbers" if kind == list[float] else "a list of texts")
 
 
-def unknown_flag(name: str, known) -> str:
-    """Return what is done instead of a flag that is none of the known ones, or which of these is like it."""
+def unknown_flag(name: str, known, shown_by: str = "--help_all") -> str:
+    """Return what is done instead of a flag that is none of the known ones, or which of these is like it.
+
+    shown_by: the flag that shows the known ones.
+    """
     if name in ELSEWHERE:
         return f"--{name} is not a flag here: {ELSEWHERE[name]}"
     close = difflib.get_close_matches(name, known, n=1)
-    return f"unknown flag --{name}" + (f", did you mean --{close[0]}?" if close else "; see --help_all.")
+    return f"unknown flag --{name}" + (f", did you mean --{close[0]}?" if close else f"; see {shown_by}.")
 
 
 @functools.cache

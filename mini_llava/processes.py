@@ -57,7 +57,7 @@ def end_worker_with_parent() -> None:
 
 def launched_rank() -> tuple[int, int]:
     """Return rank and number of processes from the launcher's variables, before any process group exists."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def launcher() -> int | None:

@@ -13,6 +13,7 @@ from mini_llava import arguments as flags
 from mini_llava.command_line import field_texts
 from mini_llava.elsewhere import ELSEWHERE
 from mini_llava.guards.early import check_tracker
+from mini_llava.tools import chat, doctor, inspect, plan, tour
 from mini_llava.training.backend import choose_precision
 from mini_llava.training.order import choose_batch
 from mini_llava.training.schedule import warmup_steps
@@ -225,6 +226,32 @@ def test_every_field_has_a_text_and_help_all_shows_all_of_them(capsys):
             assert len(texts[field.name]) > 10, field.name
             assert f"--{field.name} " in shown
     assert "[stage 1: 0.001, stage 2: 2e-05]" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    "tool, words, sentence",
+    [
+        (plan, ["--gpu_nmae", "H100"], "plan: error: unknown flag --gpu_nmae, did you mean --gpu_name?"),
+        (inspect, ["--smaples", "3"], "inspect: error: unknown flag --smaples, did you mean --samples?"),
+        (tour, ["--recrod", "3"], "tour: error: unknown flag --recrod, did you mean --record?"),
+        (tour, ["--qqq"], "tour: error: unknown flag --qqq; see --help_all."),
+        (doctor, ["--learning_rate", "1"], "doctor: error: unknown flag --learning_rate; see --help."),
+        (chat, ["somewhere", "--qqq"], "chat: error: unknown flag --qqq; see --help."),
+    ],
+)
+def test_a_tool_names_its_own_flags_and_a_help_that_it_has(tool, words, sentence, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        tool.parse_arguments(words)
+    assert capsys.readouterr().err == f"{sentence}\n"
+
+
+@pytest.mark.parametrize("rank", ["", "0", "none"])
+def test_a_rank_that_is_no_number_hides_no_sentence(rank, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with pytest.raises(SystemExit, match="2"):
+        flags.parse_arguments(["--qqq"])
+    assert capsys.readouterr().err == "train.py: error: unknown flag --qqq; see --help_all.\n"
 
 
 # --- faults that the parser finds ------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def parse_arguments(command_line: Sequence[str] | None = None) -> tuple[argparse
         "--color", choices=("auto", "always", "never"), default="auto", help="colour the output [auto: in a terminal]"
     )
     given, of_train = parser.parse_known_args(command_line)
-    return given, flags.parse_for_a_tool(of_train, "inspect")
+    return given, flags.parse_for_a_tool(of_train, "inspect", vars(given))
 
 
 if __name__ == "__main__":  # before the imports below, which take seconds

@@ -58,7 +58,7 @@ def split_flags(command_line: Sequence[str] | None = None) -> tuple[PlanArgument
 def parse_arguments(command_line: Sequence[str] | None = None) -> tuple[Arguments, PlanArguments]:
     """Return the run's arguments, and what it is planned for. A fault ends the program with one sentence."""
     planning, of_train = split_flags(command_line)
-    return flags.parse_arguments(of_train, "plan"), planning
+    return flags.parse_arguments(of_train, "plan", vars(planning)), planning
 
 
 def check_given(arguments: Arguments, planning: PlanArguments) -> None:

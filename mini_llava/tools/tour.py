@@ -29,7 +29,7 @@ def parse_arguments(command_line: list[str] | None = None) -> tuple[argparse.Nam
     parser.add_argument("--record", type=int, nargs="+", metavar="N", help="records to show, counted from 0 [two]")
     given, words = parser.parse_known_args(command_line)
     # The demo pads its rows on the CPU; packed they show more. A --packing among the words wins, being later.
-    return given, flags.parse_for_a_tool(["--packing", "True", *words], "tour")
+    return given, flags.parse_for_a_tool(["--packing", "True", *words], "tour", vars(given))
 
 
 if __name__ == "__main__":  # before the imports below, which take seconds
