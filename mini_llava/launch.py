@@ -13,6 +13,7 @@ import sys
 
 import psutil
 import torch
+import yaml
 from accelerate.commands import launch
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.utils import get_int_from_env
@@ -31,23 +32,51 @@ def give_defaults(given: argparse.Namespace) -> None:
 
     Without a config these are the processes, one for each GPU, one machine, and no mixed precision (--bf16 and --fp16
     decide that) and no compilation; on CPUs the threads of a process, unless OMP_NUM_THREADS says how many.
+
+    Raises:
+        ValueError: a config file or an environment variable that accelerate would end over with a traceback.
     """
     on_cpu, gpus = given.cpu, torch.cuda.device_count()
     if given.config_file is not None or (os.path.isfile(default_config_file) and not given.cpu):
-        config = load_config_from_file(given.config_file)
+        config = _read_config(given.config_file)
         on_cpu = config.use_cpu
-        processes, machines = given.num_processes or config.num_processes, given.num_machines or config.num_machines
+        processes = config.num_processes if given.num_processes is None else given.num_processes
+        machines = config.num_machines if given.num_machines is None else given.num_machines
     else:
-        given.num_processes = processes = gpus if given.num_processes is None else given.num_processes
-        given.num_machines = machines = given.num_machines or 1
+        processes = gpus if given.num_processes is None else given.num_processes
+        if not given.multi_gpu:  # with which accelerate takes a single process if nobody names it
+            given.num_processes = processes
+        given.num_machines = machines = 1 if given.num_machines is None else given.num_machines
         given.mixed_precision = given.mixed_precision or "no"
         given.dynamo_backend = given.dynamo_backend or "no"
         others = given.cpu or given.tpu or given.use_deepspeed or given.use_fsdp or given.use_megatron_lm
         given.multi_gpu = given.multi_gpu or (min(gpus, processes) > 1 and not others)
-    threads_are_named = given.num_cpu_threads_per_process is not None or get_int_from_env(["OMP_NUM_THREADS"], 0)
+    if not isinstance(processes, int) or not isinstance(machines, int) or machines < 1:
+        given_as = f"num_processes is {processes!r} and num_machines {machines!r}"
+        raise ValueError(f"{given_as}: both must be whole numbers, with at least one machine.")
+    threads_are_named = given.num_cpu_threads_per_process is not None or _number(["OMP_NUM_THREADS"], 0)
     if on_cpu and processes >= 1 and not threads_are_named:
-        of_machine = get_int_from_env(MPI_PROCESSES, max(1, processes // machines))
+        of_machine = max(1, _number(MPI_PROCESSES, processes // machines))
         given.num_cpu_threads_per_process = max(1, (psutil.cpu_count(logical=False) or 1) // of_machine)
+
+
+def _read_config(path: str | None):
+    """Return accelerate's config of a file, None: of its default one. Raises ValueError, which names the file."""
+    try:
+        return load_config_from_file(path)
+    except (yaml.YAMLError, AttributeError, TypeError) as error:  # broken, or not `name: value` lines
+        is_yaml = not isinstance(error, yaml.YAMLError)
+        reason = "it must hold `name: value` lines" if is_yaml else " ".join(str(error).split())
+        raise ValueError(f"{path or default_config_file} is not a config of accelerate: {reason}.") from None
+
+
+def _number(names: list[str], default: int) -> int:
+    """Return accelerate's number of the first of these environment variables that is one; ValueError names it."""
+    try:
+        return get_int_from_env(names, default)
+    except ValueError:
+        values = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+        raise ValueError(f"{values}: accelerate takes a whole number; set one, or unset the variable.") from None
 
 
 def become(given) -> None:
