@@ -124,7 +124,8 @@ class Tiling:
         if self.max_tiles is None:
             return None
         ratio = math.sqrt(rows * columns / (self.max_tiles * self.grid**2))
-        return (int(rows // ratio), int(columns // ratio)) if ratio > MOST_RATIO else None
+        # Where LLaVA-OneVision's code would fail, a strip keeps one row or column.
+        return (max(1, int(rows // ratio)), max(1, int(columns // ratio))) if ratio > MOST_RATIO else None
 
     @staticmethod
     def _unpadded(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:

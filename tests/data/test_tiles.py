@@ -336,6 +336,14 @@ def test_an_image_takes_as_many_tokens_as_for_llava_one_vision():
     assert {interpolated for _, interpolated in seen} == {True, False}
 
 
+def test_a_strip_that_is_interpolated_keeps_a_column():
+    """LLaVA-OneVision's code fails at it, asked for a size of 0."""
+    strips = choose_tiling(TILE, 3**2, pinpoints=[(TILE, 40 * TILE)], max_tiles=1)
+    order, weights = strips.arrange((1, 10000))
+    features, newlines = (order >= 9).all(axis=1).sum(), (order == NEWLINE).all(axis=1).sum()
+    assert weights is not None and features == newlines > 0
+
+
 def test_features_are_joined_and_interpolated_as_by_llava_one_vision():
     """Random features go through transformers' own packing, and those of all pictures at once through ours."""
     vision = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
