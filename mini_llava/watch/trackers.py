@@ -1,7 +1,8 @@
 """Trackers of `--report_to`: TensorBoard, or another that accelerate knows. Their failures are warnings.
 
 TensorBoard names a run by the path of its folder. Each run has its own folder in `runs/` of the output directory,
-called by the time it started and by that directory; a resumed run goes on in the folder in which it began.
+called by the time it started and by that directory; a resumed run goes on in the folder in which it began. Beside other
+trackers (`--report_to all`) that folder is `runs/` itself, since `runs` names the project for all of them.
 """
 
 from datetime import datetime
@@ -40,9 +41,15 @@ def start(accelerator: Accelerator, values: dict, resumed_at: int | None = None,
 
 
 def run_folder(output_dir: Path, is_resumed: bool) -> str:
-    """Return the name of the run's folder in `output_dir/runs`: of a resumed run the newest one there."""
-    if is_resumed and (earlier := sorted(path.name for path in (output_dir / "runs").glob("*/"))):
-        return earlier[-1]
+    """Return the name of the run's folder in `output_dir/runs`: of a resumed run the newest one there.
+
+    That may be `runs` itself, ".", which runs before there were such folders and runs with `--report_to all` wrote to.
+    """
+    events, runs = "events.out.tfevents.*", output_dir / "runs"
+    # Such a file's name goes on with its seconds since 1970; a folder's hour may be that of another time zone.
+    written = [*runs.glob(events), *runs.glob(f"????-??-??_??-??-??_*/{events}")]
+    if is_resumed and written:
+        return str(max(written, key=lambda path: path.name).parent.relative_to(runs))
     return f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{output_dir.absolute().name}"
 
 

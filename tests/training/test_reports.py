@@ -66,6 +66,18 @@ def curve(folder) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars("loss")]
 
 
+@pytest.mark.parametrize("folder", [".", "2026-01-02_03-04-05_out"])
+def test_a_resumed_run_goes_on_in_the_folder_that_was_written_last(folder, tmp_path):
+    """Which is `runs` itself for a run that began before runs had folders, or beside another tracker."""
+    files = {"2026-10-25_02-30-00_out": 1000000001, folder: 1000000002, "1767323045.12": 1000000003}
+    for name, second in files.items():  # the hour of the first one was summer's, and TensorBoard's own is no run's
+        (tmp_path / "runs" / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "runs" / name / f"events.out.tfevents.{second}.host.1.0").touch()
+    (tmp_path / "runs" / "2027-01-01_00-00-00_notes").mkdir()
+    assert trackers.run_folder(tmp_path, is_resumed=True) == folder
+    assert trackers.run_folder(tmp_path, is_resumed=False) not in files
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's writer is a thread
 def test_tensorboard_without_room_costs_one_warning(tmp_path):
     accelerator = tensorboard(tmp_path)
