@@ -339,7 +339,7 @@ def test_an_image_takes_as_many_tokens_as_for_llava_one_vision():
 def test_a_strip_that_is_interpolated_keeps_a_column():
     """LLaVA-OneVision's code fails at it, asked for a size of 0."""
     strips = choose_tiling(TILE, 3**2, pinpoints=[(TILE, 40 * TILE)], max_tiles=1)
-    order, weights = strips.arrange((1, 10000))
+    order, weights = strips.arrange((1, 200))
     features, newlines = (order >= 9).all(axis=1).sum(), (order == NEWLINE).all(axis=1).sum()
     assert weights is not None and features == newlines > 0
 
