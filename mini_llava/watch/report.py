@@ -7,6 +7,7 @@ from accelerate import Accelerator
 
 from .. import demo
 from ..arguments import Arguments, save_arguments
+from ..data.templates import TEMPLATES
 from ..guards import output_folder
 from ..guards.never_fatal import never_fatal
 from ..read_data import Data
@@ -73,8 +74,9 @@ class Report:
 
     def start_progress_line(self) -> None:
         """Show the progress line."""
+        template = TEMPLATES.get(self.arguments.model.version)  # None: the tokenizer's own
         # The plain template drops the questions, so that what is predicted are captions.
-        loss = "caption loss" if self.arguments.model.version == "plain" else "answer loss"
+        loss = "caption loss" if template and template.captions_only else "answer loss"
         self.progress = ProgressLine(self.order.total_steps, self.order.sampler.step, self.is_first, loss)
 
     def is_due(self, step: int) -> bool:

@@ -16,7 +16,7 @@ from mini_llava import arguments
 from mini_llava.data.records import RecordStore
 from mini_llava.watch import trackers
 from mini_llava.watch.json_lines import append_json_line, append_lines, read_lines
-from mini_llava.watch.report import prepare_reports
+from mini_llava.watch.report import Report, prepare_reports
 from mini_llava.watch.skipped import count_skipped, log_skipped
 from tests.end_to_end.runs import flags_of
 from tests.forked_runs import start
@@ -64,6 +64,24 @@ def curve(folder) -> list[tuple[int, float]]:
     [run] = (folder / "runs").iterdir()
     events = EventAccumulator(str(run)).Reload()
     return [(event.step, event.value) for event in events.Scalars("loss")]
+
+
+@pytest.mark.parametrize(
+    "version, name",
+    [
+        ("plain", "caption"),
+        ("v0_plain", "caption"),
+        ("v1", "answer"),
+        ("chat_template", "answer"),
+        ("llava_llama_3", "answer"),
+    ],
+)
+def test_the_progress_line_says_what_the_loss_is_of(version, name):
+    order = SimpleNamespace(total_steps=1, sampler=SimpleNamespace(step=0))
+    arguments = SimpleNamespace(model=SimpleNamespace(version=version))
+    report = SimpleNamespace(arguments=arguments, order=order, is_first=False)
+    Report.start_progress_line(report)
+    assert report.progress.loss == f"{name} loss"
 
 
 @pytest.mark.parametrize("folder", [".", "2026-01-02_03-04-05_out"])
