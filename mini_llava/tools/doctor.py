@@ -20,7 +20,7 @@ from ..arguments import PRESETS, check_model_place, choices, read_config
 from ..command_line import Parser, boolean
 from ..data_file import check_data_files
 from ..errors import UserError
-from ..formats.layouts import MERGE_TYPES
+from ..formats.layouts import MERGE_TYPES, layout_of, tiles_in
 from ..guards.early import refuse_at_once
 
 
@@ -67,9 +67,9 @@ def parse_arguments(command_line: list[str] | None = None) -> argparse.Namespace
     add("--model_max_length", type=_positive, metavar="N", help="longest sequence in tokens [2048]")
     add("--image_size", type=_positive, metavar="N", help="side of the tower's images in pixels [as it was trained]")
     aspect_ratios = choices("image_aspect_ratio")
-    add("--image_aspect_ratio", choices=aspect_ratios, help="[stage 1: square, stage 2: pad]")
+    add("--image_aspect_ratio", choices=aspect_ratios, help="[the model's anyres, or stage 1: square, stage 2: pad]")
     add("--mm_patch_merge_type", choices=MERGE_TYPES, help="with anyres [spatial_unpad]")
-    add("--image_grid_pinpoints", metavar="TEXT", help="with anyres [LLaVA-1.6's]")
+    add("--image_grid_pinpoints", metavar="TEXT", help="with anyres [the model's, or LLaVA-1.6's]")
     add("--global_batch_size", type=_positive, metavar="N", help="used in the padding figures [256, 128]")
     add("--per_device_train_batch_size", type=_positive, metavar="N", help="used in the padding figures [32, 16]")
     add(
@@ -158,6 +158,7 @@ from ..formats.towers import load_vision_config, tower_image_size
 from ..guards import preflight
 from ..guards.records import RecordCheck
 from ..guards.user_errors import USER_ERRORS
+from ..hub import read_json
 from ..image_files import MODES, SCALED, BadImage, image_path, load_image
 from ..model.vision_tower import tokens_per_image
 from ..options.chat_template import find_template
@@ -386,9 +387,25 @@ def _tokens_of_tower(given: argparse.Namespace) -> tuple[int, Tiling | None]:
     config = load_vision_config(given.vision_tower, given.trust_remote_code)
     image_size = given.image_size or tower_image_size(given.vision_tower, config)
     tokens = tokens_per_image(config, given.mm_vision_select_feature, image_size)
-    if given.image_aspect_ratio != "anyres":
+    merge_type, pinpoints, max_tiles = _tiles_of_model(given.model_name_or_path)
+    if not merge_type and given.image_aspect_ratio != "anyres":
         return tokens, None
-    return tokens, choose_tiling(image_size, tokens, given.mm_patch_merge_type, given.image_grid_pinpoints)
+    merge_type, pinpoints = merge_type or given.mm_patch_merge_type, given.image_grid_pinpoints or pinpoints
+    return tokens, choose_tiling(image_size, tokens, merge_type, pinpoints, max_tiles)
+
+
+def _tiles_of_model(name: str) -> tuple[str | None, list | str | None, int | None]:
+    """Return what a LLaVA model fixes in a run that starts from it: merge type, pinpoints, and tiles not interpolated.
+
+    All are None for a language model, and for a LLaVA model that takes images whole.
+    """
+    config = read_json(name, "config.json")
+    layout = layout_of(name, config)
+    if layout == "llava":
+        return tiles_in(name, config)
+    if layout == "transformers" and config["model_type"] == "llava_next":
+        return "spatial_unpad", [pair[::-1] for pair in config.get("image_grid_pinpoints") or []] or None, None
+    return None, None, None
 
 
 def examine(given: argparse.Namespace) -> int:

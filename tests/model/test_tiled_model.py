@@ -30,7 +30,7 @@ from mini_llava.formats.towers import load_image_processor, load_vision_tower
 from mini_llava.model.llava import LlavaModel
 from mini_llava.model.projector import build_projector
 from mini_llava.options.tiles import ImageNewline, choose_tiling
-from mini_llava.tools import chat, export
+from mini_llava.tools import chat, doctor, export
 from mini_llava.tools.saved_models import open_saved
 from mini_llava.watch.flops import FlopCounter
 from tests.end_to_end import runs
@@ -159,11 +159,17 @@ def saved(tmp_path_factory):
     return folder, model
 
 
+def tiling_of_the_doctor(model, tower, *words):
+    words = ["--model_name_or_path", str(model), "--vision_tower", str(tower), "--data_path", "r.json", *words]
+    return doctor._tokens_of_tower(doctor.parse_arguments(words))[1]
+
+
 @pytest.mark.parametrize("layout", ["transformers", "llava", "llava from transformers", "transformers from llava"])
 def test_every_layout_brings_back_weights_and_tiles(saved, layout):
     folder, model = saved
     found = open_saved(str(folder / layout))
     assert found.image_aspect_ratio() == "anyres" and found.source.tiling == model.tiling
+    assert tiling_of_the_doctor(folder / layout, FIXTURES / "clip") == model.tiling
     loaded, expected = found.load(torch.float32).state_dict(), model.state_dict()
     assert loaded.keys() == expected.keys()
     for name, tensor in expected.items():  # transformers' layout has more rows, for <image>
@@ -286,6 +292,9 @@ def test_a_model_of_llava_one_vision_is_read(one_vision):
     folder, model = one_vision
     found = open_saved(str(folder))
     assert found.source.tiling == model.tiling and found.image_aspect_ratio() == "anyres"
+    assert tiling_of_the_doctor(folder, folder.parent / "tower") == model.tiling
+    other = ["--image_aspect_ratio", "anyres", "--image_grid_pinpoints", "[(28, 28), (56, 84)]"]
+    assert tiling_of_the_doctor(folder, folder.parent / "tower", *other).pinpoints == ((28, 28), (56, 84))
     assert "images in more than 2 tiles are interpolated (anyres_max_2)" in found.source.describe()
     torch.testing.assert_close(features(found.load(torch.float32)), features(model), rtol=0, atol=1e-6)
 
