@@ -21,6 +21,7 @@ from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from .errors import UserError
 from .guards.output_streams import drop_what_cannot_be_printed
 
 # How many processes MPI has started on this machine.
@@ -34,7 +35,7 @@ def give_defaults(given: argparse.Namespace) -> None:
     decide that) and no compilation; on CPUs the threads of a process, unless OMP_NUM_THREADS says how many.
 
     Raises:
-        ValueError: a config file or an environment variable that accelerate would end over with a traceback.
+        UserError: a config file or an environment variable that accelerate would end over with a traceback.
     """
     on_cpu, gpus = given.cpu, torch.cuda.device_count()
     if given.config_file is not None or (os.path.isfile(default_config_file) and not given.cpu):
@@ -53,7 +54,7 @@ def give_defaults(given: argparse.Namespace) -> None:
         given.multi_gpu = given.multi_gpu or (min(gpus, processes) > 1 and not others)
     if not isinstance(processes, int) or not isinstance(machines, int) or machines < 1:
         given_as = f"num_processes is {processes!r} and num_machines {machines!r}"
-        raise ValueError(f"{given_as}: both must be whole numbers, with at least one machine.")
+        raise UserError(f"{given_as}: both must be whole numbers, with at least one machine.")
     threads_are_named = given.num_cpu_threads_per_process is not None or _number(["OMP_NUM_THREADS"], 0)
     if on_cpu and processes >= 1 and not threads_are_named:
         of_machine = max(1, _number(MPI_PROCESSES, processes // machines))
@@ -61,22 +62,22 @@ def give_defaults(given: argparse.Namespace) -> None:
 
 
 def _read_config(path: str | None):
-    """Return accelerate's config of a file, None: of its default one. Raises ValueError, which names the file."""
+    """Return accelerate's config of a file, None: of its default one. Raises UserError, which names the file."""
     try:
         return load_config_from_file(path)
     except (yaml.YAMLError, AttributeError, TypeError) as error:  # broken, or not `name: value` lines
         is_yaml = not isinstance(error, yaml.YAMLError)
         reason = "it must hold `name: value` lines" if is_yaml else " ".join(str(error).split())
-        raise ValueError(f"{path or default_config_file} is not a config of accelerate: {reason}.") from None
+        raise UserError(f"{path or default_config_file} is not a config of accelerate: {reason}.") from None
 
 
 def _number(names: list[str], default: int) -> int:
-    """Return accelerate's number of the first of these environment variables that is one; ValueError names it."""
+    """Return what accelerate reads from the first of these environment variables that is set. Raises UserError."""
     try:
         return get_int_from_env(names, default)
     except ValueError:
         values = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
-        raise ValueError(f"{values}: accelerate takes a whole number; set one, or unset the variable.") from None
+        raise UserError(f"{values}: accelerate takes a whole number; set one, or unset the variable.") from None
 
 
 def become(given) -> None:
