@@ -50,7 +50,8 @@ def run_folder(output_dir: Path, is_resumed: bool) -> str:
     written = [*runs.glob(events), *runs.glob(f"????-??-??_??-??-??_*/{events}")]
     if is_resumed and written:
         return str(max(written, key=lambda path: path.name).parent.relative_to(runs))
-    return f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{output_dir.absolute().name}"
+    name = output_dir.absolute().name.encode()[:200].decode(errors="ignore")  # a file system's names have 255 bytes
+    return f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{name}"
 
 
 # TensorBoard groups names by their beginning and opens the first two groups: held-out values and losses.

@@ -96,6 +96,11 @@ def test_a_resumed_run_goes_on_in_the_folder_that_was_written_last(folder, tmp_p
     assert trackers.run_folder(tmp_path, is_resumed=False) not in files
 
 
+def test_a_run_whose_directory_has_the_longest_name_has_a_folder(tmp_path):
+    output_dir = tmp_path / ("é" * 127)
+    (output_dir / "runs" / trackers.run_folder(output_dir, is_resumed=False)).mkdir(parents=True)
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's writer is a thread
 def test_tensorboard_without_room_costs_one_warning(tmp_path):
     accelerator = tensorboard(tmp_path)
