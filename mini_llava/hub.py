@@ -9,7 +9,12 @@ from pathlib import Path
 
 import transformers
 from huggingface_hub import constants, try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    StrictDataclassError,
+)
 from transformers.utils import cached_file
 
 from .errors import UserError
@@ -77,7 +82,7 @@ def foreign_code_refused(path: str | os.PathLike) -> Iterator[None]:
         ) from error
     except UserError:
         raise
-    except ValueError as error:
+    except (ValueError, StrictDataclassError) as error:  # the second one of a configuration that contradicts itself
         if "trust_remote_code" not in str(error):
             reason = " ".join(str(error).split("\n\n")[0].split())
             raise UserError(f"{path} cannot be read by transformers {transformers.__version__}: {reason}") from error

@@ -1,6 +1,7 @@
 """What a person can fix ends the program with a sentence, and a bug with its traceback: they are other classes."""
 
 import ast
+import json
 import pickle
 
 import pytest
@@ -59,6 +60,15 @@ def test_a_damaged_configuration_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": ')
     with pytest.raises(UserError, match=r"config\.json is not valid JSON \(.*\)\. Fetch or write it again\."):
         read_json(tmp_path, "config.json")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "llava_llama"])
+def test_a_configuration_that_contradicts_itself_is_a_sentence(model_type, tmp_path):
+    config = {"model_type": model_type, "hidden_size": 64, "num_attention_heads": 7}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"cannot be read by transformers .*64. is not a multiple of") as error:
+        read_language_config(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_model_that_transformers_does_not_know_is_a_sentence(tmp_path):

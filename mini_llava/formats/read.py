@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
@@ -447,18 +448,19 @@ def _language_config(name: str, config: dict) -> PreTrainedConfig:
         architecture = re.fullmatch(r"Llava(\w+)ForCausalLM", (config.get("architectures") or [""])[0])
         family = architecture[1].lower() if architecture else ""
     family = FAMILIES.get(family, family)
-    try:
-        return AutoConfig.for_model(family, **{key: config[key] for key in config if not OF_LLAVA.search(key)})
-    except ValueError:
+    if family not in CONFIG_MAPPING:
         raise UserError(
             f"{name}: its config.json has model_type {config['model_type']!r} and architectures "
             f"{config.get('architectures')}, which name no language model that transformers knows."
-        ) from None
+        )
+    with foreign_code_refused(name):
+        return AutoConfig.for_model(family, **{key: config[key] for key in config if not OF_LLAVA.search(key)})
 
 
 def _read_transformers(name: str, config: dict, model_flags, explicit: set[str]) -> Source:
     vision_config = load_vision_config(name)
-    outer = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    with foreign_code_refused(name):
+        outer = AutoConfig.from_pretrained(name, trust_remote_code=False)
     strategies, tiled = _strategies(vision_config), config["model_type"] == "llava_next"
     for key, value, known in (
         ("projector_hidden_act", outer.projector_hidden_act, ("gelu",)),
