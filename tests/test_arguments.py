@@ -580,16 +580,17 @@ def test_what_a_person_can_mend_ends_the_run_with_a_sentence_and_no_traceback(na
 
 @pytest.mark.slow
 def test_a_bug_keeps_its_traceback(tmp_path):
-    # A language model whose configuration contradicts its weights is nothing that a sentence was written about.
+    # An activation that transformers does not know is nothing that a sentence was written about.
     model = tmp_path / "llm"
     model.mkdir()
     for file in (FIXTURES / "llm").iterdir():
         os.symlink(file, model / file.name)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").unlink()
-    (model / "config.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
+    (model / "config.json").write_text(json.dumps(config | {"hidden_act": "no_such_activation"}))
     words = f"--stage 2 --model_name_or_path {model} --vision_tower {FIXTURES / 'clip'} --bf16 False --report_to none"
     words += f" --data_path {FIXTURES / 'data/train_stage2.json'} --image_folder {FIXTURES / 'data/images'}"
+    words += " --max_steps 40"  # more than one, whose learning rate would be 0
     run = start([*words.split(), "--output_dir", str(tmp_path / "output")], tmp_path / "bug.txt")
     assert run.wait() == 1
     assert "Traceback" in run.text

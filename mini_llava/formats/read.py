@@ -109,7 +109,8 @@ class Source:
             + (f" Images come in tiles ({self.merge_type})." if self.merge_type else "")
             + (
                 f" Features of images in more than {self.max_tiles} tiles are interpolated "
-                f"(anyres_max_{self.max_tiles})."
+                f"(anyres_max_{self.max_tiles}). Where a record has several images, each comes in tiles too; "
+                "LLaVA-OneVision's code shows each of them whole."
                 if self.max_tiles
                 else ""
             )

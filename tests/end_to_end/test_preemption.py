@@ -223,10 +223,11 @@ def test_a_signal_while_a_state_is_written_behind_the_steps_ends_the_run_with_th
 ):
     kind = kind_of(signal_points.BEHIND, processes)
     end = end_in(crashes, kind, Signal(signal.SIGTERM, signal_points.BEHIND, rank=processes - 1))
-    # It is held while the main threads come as far as the next save, which waits for it.
-    assert end.code == 143 and end.marked_step == end.newest in (3, 4), end.printed
+    # It is held while the main threads come as far as the next save, which waits for it; or no further than the step of
+    # that state, where they are asked before they have begun another.
+    assert end.code == 143 and end.marked_step == end.newest in (2, 3, 4), end.printed
     assert "checkpoint-2 is written: " in end.printed and "Traceback" not in end.printed
-    assert end.printed.count("is written: ") == 2
+    assert end.printed.count("is written: ") == (1 if end.newest == 2 else 2)
 
 
 @pytest.mark.parametrize("moment", [signal_points.SAVE, signal_points.EVALUATION])
