@@ -28,11 +28,8 @@ def plan_of(arguments: Arguments, source: Source) -> dict[str, str]:
     """Return the freeze plan of a run: part -> "full", "frozen" or "LoRA r=..."."""
     lora_r = arguments.training.lora_r if arguments.training.lora_enable else None
     token_rows = bool(lora_r and (arguments.training.trainable_token_indices or arguments.model.add_tokens))
-    has_newline, in_tower = (
-        source.tiling is not None and source.tiling.has_newline,
-        arguments.training.lora_vision_tower,
-    )
-    return freeze_plan(arguments.model, lora_r, has_newline, token_rows, in_tower)
+    has_newline = source.tiling is not None and source.tiling.has_newline
+    return freeze_plan(arguments.model, lora_r, has_newline, token_rows, arguments.training.lora_vision_tower)
 
 
 def build_model(

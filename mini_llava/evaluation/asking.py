@@ -234,12 +234,12 @@ class Asker:
         ids, labels = (_rows(rows, columns, value, left=True) for rows, value in ((ids, 0), (labels, IGNORE_INDEX)))
         is_image = ids == IMAGE_TOKEN_INDEX
         mask = np.arange(columns) >= columns - np.array(self.lengths)[:, None]
-        pixel_values, *which = join_pictures(opened, self.model.vision_tower.image_size)
+        pixel_values, *placement = join_pictures(opened, self.model.vision_tower.image_size)
         embeddings = self.model.embed(
             self._to_device(np.where(is_image, 0, ids)),
             pixel_values.to(self.device),
             self._to_device(np.flatnonzero(is_image)),
-            *(None if tensor is None else tensor.to(self.device) for tensor in which),
+            *(None if tensor is None else tensor.to(self.device) for tensor in placement),
         )
         # A cache for sliding windows would forget what others still ask for; attention masks keep to the window anyway.
         self.cache = DynamicCache(**({} if self.shares else {"config": self.config}))

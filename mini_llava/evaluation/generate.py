@@ -41,12 +41,12 @@ def generate(
     input_ids = pad_sequence(rows, batch_first=True, padding_side="left")
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
     is_image = input_ids == IMAGE_TOKEN_INDEX
-    pixel_values, *which = join_pictures(pictures, model.vision_tower.image_size)
+    pixel_values, *placement = join_pictures(pictures, model.vision_tower.image_size)
     embeddings = model.embed(
         input_ids.masked_fill(is_image, 0).to(device),
         pixel_values.to(device),
         is_image.flatten().nonzero().squeeze(-1).to(device),
-        *(None if tensor is None else tensor.to(device) for tensor in which),
+        *(None if tensor is None else tensor.to(device) for tensor in placement),
     )
     with attention_with_cache(model.language_model) as language_model:
         return language_model.generate(inputs_embeds=embeddings, attention_mask=mask.to(device), **options)

@@ -91,7 +91,13 @@ def layout_of(name: str, config: dict) -> str:
 
 
 def tiles_in(name: str, config: dict) -> tuple[str | None, list | str | None, int | None]:
-    """Return merge type, pinpoints and N of `anyres_max_N` of a LLaVA configuration; None without. Raises UserError."""
+    """Return merge type, pinpoints and N of `anyres_max_N` of a LLaVA configuration, LLaVA's own or transformers'.
+
+    All are None for a LLaVA model that takes images whole, and for a language model. Raises UserError.
+    """
+    if config.get("model_type") == "llava_next":
+        pairs = config.get("image_grid_pinpoints")  # height comes first there, width in LLaVA's own
+        return "spatial_unpad", pairs and [(width, height) for height, width in pairs], None
     aspect_ratio, merge_type = str(config.get("image_aspect_ratio")), config.get("mm_patch_merge_type", "flat")
     if aspect_ratio == "anyres" and merge_type in MERGE_TYPES:
         return merge_type, config.get("image_grid_pinpoints"), None

@@ -462,7 +462,7 @@ def _read_transformers(name: str, config: dict, model_flags, explicit: set[str])
     vision_config = load_vision_config(name)
     with foreign_code_refused(name):
         outer = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    strategies, tiled = _strategies(vision_config), config["model_type"] == "llava_next"
+    strategies, (merge_type, pinpoints, _) = _strategies(vision_config), tiles_in(name, outer.to_dict())
     for key, value, known in (
         ("projector_hidden_act", outer.projector_hidden_act, ("gelu",)),
         ("multimodal_projector_bias", getattr(outer, "multimodal_projector_bias", True), (True,)),
@@ -491,9 +491,8 @@ def _read_transformers(name: str, config: dict, model_flags, explicit: set[str])
         outer.vision_feature_layer,
         strategies[outer.vision_feature_select_strategy],
         assign_parts(open_weights(name, config), TRANSFORMERS_NAMES, name),
-        merge_type="spatial_unpad" if tiled else None,
-        # Height comes first there, width in LLaVA's own.
-        pinpoints=[(width, height) for height, width in outer.image_grid_pinpoints] if tiled else None,
+        merge_type=merge_type,
+        pinpoints=pinpoints,
         resized_to=vision_config.image_size if resized else None,
     )
 

@@ -72,6 +72,7 @@ def torch_groups_heads() -> bool:
 
 
 def flash_4_is_installed() -> bool:
+    """Return whether the package flash-attn-4 is there; that the GPU can run it is another question."""
     return all(importlib.util.find_spec(name) is not None for name in ("flash_attn", "flash_attn.cute"))
 
 

@@ -20,7 +20,7 @@ from ..arguments import PRESETS, check_model_place, choices, read_config
 from ..command_line import Parser, boolean
 from ..data_file import check_data_files
 from ..errors import UserError
-from ..formats.layouts import MERGE_TYPES, layout_of, tiles_in
+from ..formats.layouts import MERGE_TYPES, tiles_in
 from ..guards.early import refuse_at_once
 
 
@@ -387,25 +387,13 @@ def _tokens_of_tower(given: argparse.Namespace) -> tuple[int, Tiling | None]:
     config = load_vision_config(given.vision_tower, given.trust_remote_code)
     image_size = given.image_size or tower_image_size(given.vision_tower, config)
     tokens = tokens_per_image(config, given.mm_vision_select_feature, image_size)
-    merge_type, pinpoints, max_tiles = _tiles_of_model(given.model_name_or_path)
+    # What a LLaVA model fixes in a run that starts from it.
+    of_model = read_json(given.model_name_or_path, "config.json")
+    merge_type, pinpoints, max_tiles = tiles_in(given.model_name_or_path, of_model)
     if not merge_type and given.image_aspect_ratio != "anyres":
         return tokens, None
     merge_type, pinpoints = merge_type or given.mm_patch_merge_type, given.image_grid_pinpoints or pinpoints
     return tokens, choose_tiling(image_size, tokens, merge_type, pinpoints, max_tiles)
-
-
-def _tiles_of_model(name: str) -> tuple[str | None, list | str | None, int | None]:
-    """Return what a LLaVA model fixes in a run that starts from it: merge type, pinpoints, and tiles not interpolated.
-
-    All are None for a language model, and for a LLaVA model that takes images whole.
-    """
-    config = read_json(name, "config.json")
-    layout = layout_of(name, config)
-    if layout == "llava":
-        return tiles_in(name, config)
-    if layout == "transformers" and config["model_type"] == "llava_next":
-        return "spatial_unpad", [pair[::-1] for pair in config.get("image_grid_pinpoints") or []] or None, None
-    return None, None, None
 
 
 def examine(given: argparse.Namespace) -> int:
