@@ -5,6 +5,9 @@
         --setup /tmp/bench16 --whole_up_to 10000 --stage 2 --bf16 True --gradient_checkpointing False \
         --global_batch_size 6 --per_device_train_batch_size 1
 
+Weights are gathered once a step where all of them may be whole at a time, and in each micro-batch otherwise
+(`--live_up_to 5000000`).
+
 Every other flag is `train.py`'s. How often a weight is gathered depends on DeepSpeed's limits and not on its size, so a
 small model whose weights are divided all the same says it of a large one. The third of four steps counts.
 """
@@ -36,13 +39,16 @@ def sent_so_far() -> Counter:
     return sent
 
 
-def count_bytes(steps: list[dict]) -> None:
-    """Have every step of the trainer but the last append what it sent, its micro-batches, the bytes of its weights."""
+def count_bytes(steps: list[dict], whole_up_to: int) -> None:
+    """Have every step of the trainer but the last append what it sent, its micro-batches, the bytes of its weights.
+
+    whole_up_to: the parameters of a weight that is not divided, at most.
+    """
     before = Counter()
 
     def act(model, micro_batches: int) -> None:
         sizes = [(parameter.ds_numel * parameter.element_size(), parameter) for parameter in model.parameters()]
-        divided = sum(size for size, parameter in sizes if not parameter.ds_persist)
+        divided = sum(size for size, parameter in sizes if parameter.ds_numel > whole_up_to)
         weights, sent = sum(size for size, _ in sizes), sent_so_far() - before
         steps.append(dict(sent=sent, micro_batches=micro_batches, weights=weights, divided=divided))
         before.update(sent)
@@ -59,12 +65,18 @@ def main() -> None:
     parser.add_argument(
         "--whole_up_to", type=int, help="divide weights of more parameters than these [train.py's limit]"
     )
+    parser.add_argument("--live_up_to", type=int, help="of DeepSpeed's stage3_max_live_parameters [train.py's limit]")
     own, flags_of_train = parser.parse_known_args()
+    zero = {"stage": 3}
     if own.whole_up_to is not None:
-        set_zero({"stage3_param_persistence_threshold": own.whole_up_to})
+        zero["stage3_param_persistence_threshold"] = own.whole_up_to
+    if own.live_up_to is not None:
+        zero["stage3_max_live_parameters"] = own.live_up_to
+    set_zero(zero)
+    backend.complete_zero(zero, None)
     own.steps, own.output_dir, own.profile = 4, None, None
     steps = []
-    count_bytes(steps)
+    count_bytes(steps, zero["stage3_param_persistence_threshold"])
     throughput.run(own, flags_of_train)
     rank, processes = backend.launched_rank()
     if rank == 0:

@@ -6,10 +6,11 @@
     python benchmarks/evaluation.py --tree /tmp/before --setup /tmp/bench8   # short questions, two to a picture
     python benchmarks/evaluation.py --tree /tmp/before --setup /tmp/bench8 --records conversations
 
-Every other flag is `train.py`'s, for both. A run takes two steps and evaluates before them (which warms up), between
-them, where loss and answers are asked, and after them, where the answers are asked again with the images shuffled. Its
-log has the seconds, to which this adds CPU time, that of loader processes included. The table has medians of `--rounds`
-runs. Losses and answers before step 1, where both trees have the same weights, are compared.
+Every other flag is `train.py`'s, for both. A run takes four steps and evaluates before them (which warms up), three
+times between them, where loss and answers are asked, and after them, where the answers are asked again with the images
+shuffled. Its log has the seconds, to which this adds CPU time, that of loader processes included. The table has medians
+of `--rounds` runs, and of the three evaluations of each. Losses and answers before step 1, where both trees have the
+same weights, are compared.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-MOMENTS = {1: "loss and answers", 2: "and with images shuffled"}  # by the step after which they are
+MOMENTS = {"loss and answers": (1, 2, 3), "and with images shuffled": (4,)}  # the steps after which they are
 
 
 def main(command_line: list[str] | None = None) -> None:
@@ -49,14 +50,15 @@ def main(command_line: list[str] | None = None) -> None:
             for side, measured in runs.items():
                 tree = own.tree.resolve() if side == "there" else ROOT
                 measured.append(found := measure(tree, flags, Path(folder) / f"{side}-{number}"))
-                seconds = ", ".join(f"{found[step]['eval/seconds']:.1f} s for {name}" for step, name in MOMENTS.items())
-                print(f"round {number + 1} of {own.rounds}, {side}: {seconds}", flush=True)
+                seconds = {step: f"{values['eval/seconds']:.1f}" for step, values in found.items()}
+                each = (f"{', '.join(map(seconds.get, steps))} s for {name}" for name, steps in MOMENTS.items())
+                print(f"round {number + 1} of {own.rounds}, {side}: {'; '.join(each)}", flush=True)
     report(runs)
 
 
 def flags_of(own: argparse.Namespace) -> list[str]:
     """The flags of `train.py` that are not the caller's."""
-    flags = ["--stage", "2", "--max_steps", "2", "--eval_steps", "1", "--save_strategy", "no", "--report_to", "none"]
+    flags = ["--stage", "2", "--max_steps", "4", "--eval_steps", "1", "--save_strategy", "no", "--report_to", "none"]
     flags += ["--eval_samples_shown", "100000"]  # all, to be compared
     if own.setup is None:
         return flags
@@ -145,11 +147,11 @@ def report(runs: dict[str, list[dict[int, dict]]]) -> dict[str, float]:
     ratios = {}
     print(f"\n{questions} held-out questions\n\n| evaluation | tree | questions/s | each run | CPU s |")
     print("|---|---|---|---|---|")
-    for step, name in MOMENTS.items():
+    for name, steps in MOMENTS.items():
         medians = {}
         for side, measured in runs.items():
-            rates = [questions / found[step]["eval/seconds"] for found in measured]
-            cpu = medians[f"{side} cpu"] = statistics.median(found[step]["cpu"] for found in measured)
+            rates = [questions / found[step]["eval/seconds"] for found in measured for step in steps]
+            cpu = medians[f"{side} cpu"] = statistics.median(found[step]["cpu"] for found in measured for step in steps)
             medians[side] = statistics.median(rates)
             each = ", ".join(f"{rate:.1f}" for rate in rates)
             print(f"| {name} | {side} | {medians[side]:.1f} | {each} | {cpu:.1f} |")

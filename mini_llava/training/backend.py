@@ -6,6 +6,7 @@ any number of them.
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import math
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import nn
@@ -231,6 +233,8 @@ def complete_zero(zero: dict, gpu_memory: float | None) -> None:
         if zero.get(key, "auto") == "auto" and (zero["stage"] == 3 or not key.startswith("stage3")):
             zero[key] = value
     zero.setdefault("overlap_comm", gpu_memory is not None)
+    if zero["stage"] == 3:  # a copy of every gradient, which are copied once more to be sent
+        zero.setdefault("contiguous_gradients", False)
 
 
 def prepare(
@@ -255,11 +259,38 @@ def prepare(
                     set_z3_leaf_module(module, True)
     model, optimizer = accelerator.prepare(model, optimizer)
     create_moments(accelerator, optimizer)
-    zero = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"] if is_deepspeed(accelerator) else {}
-    overlaps = accelerator.device.type == "cuda" and zero.get("stage") == 3 and zero["overlap_comm"]
-    if overlaps and not is_offloaded(accelerator):  # a CPU's optimizer reads what the stream copies: the host must wait
-        optimizer.optimizer.reduce_and_partition_stream = _WaitedForByTheDevice()
+    if zero_stage(accelerator) == 3:
+        _make_zero3_do_less(accelerator, accelerator.unwrap_model(model), optimizer.optimizer)
     return model, optimizer
+
+
+def _make_zero3_do_less(accelerator: Accelerator, model: LlavaModel, zero: torch.optim.Optimizer) -> None:
+    """Leave out gathers, copies, casts and waits of DeepSpeed's ZeRO-3 that no result depends on."""
+    from deepspeed.runtime.zero import stage3
+
+    settings = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    parameters = list(model.parameters())
+    offloads_weights = (settings.get("offload_param") or {}).get("device", "none") != "none"
+    if sum(each.ds_numel for each in parameters) <= settings["stage3_max_live_parameters"] and not offloads_weights:
+        for parameter in parameters:
+            # What a micro-batch has gathered stays for the next. Before it changes weights DeepSpeed partitions all.
+            parameter.ds_persist = True
+    for layer in (*model.vision_tower.modules(), *model.projector.modules()):
+        if type(layer) is nn.Linear and layer.bias is not None:
+            layer.forward = functools.partial(_linear_of_rows, layer)
+    # Norms in fp32, as without DeepSpeed, instead of those of a copy of all gradients in fp64.
+    stage3.get_norm_dtype = lambda: torch.float32
+    if is_offloaded(accelerator):  # a CPU's optimizer reads what the stream copies: the host must wait
+        return
+    # Arriving gradients are added to the fp32 sums as they are, without a copy of them in fp32.
+    zero.gradient_accumulation_dtype = zero.communication_data_type
+    if accelerator.device.type == "cuda" and settings["overlap_comm"]:
+        zero.reduce_and_partition_stream = _WaitedForByTheDevice()
+
+
+def _linear_of_rows(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """Compute a linear layer of [..., width] as one of [rows, width], where DeepSpeed adds the bias in the product."""
+    return F.linear(x.flatten(0, -2), layer.weight, layer.bias).unflatten(0, x.shape[:-1])
 
 
 class _WaitedForByTheDevice(torch.cuda.Stream):  # pragma: no cover, needs a GPU

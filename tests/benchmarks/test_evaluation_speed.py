@@ -18,6 +18,6 @@ def test_a_tree_compared_with_itself_answers_the_same(tmp_path, capsys, monkeypa
     printed = capsys.readouterr().out
     assert "6 held-out questions" in printed and "; 6 of 6 answers are the same." in printed
     found = re.findall(r"^\| ([a-z ]*) \| (here|there) \| ([\d.]+) \|", printed, re.MULTILINE)
-    rows = [(name, side) for name in evaluation.MOMENTS.values() for side in ("there", "here")]
+    rows = [(name, side) for name in evaluation.MOMENTS for side in ("there", "here")]
     assert [row[:2] for row in found] == rows
     assert all(float(rate) > 0 for _, _, rate in found) and printed.count("| | ratio | **") == 2
