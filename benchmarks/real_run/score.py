@@ -156,7 +156,8 @@ def main() -> None:
     dtype = getattr(torch, given.dtype or ("float32" if device == "cpu" else "bfloat16"))
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    # torch prefers cuDNN's attention on some GPUs. It plans each new shape anew, and each token of an answer has one.
+    # Recent versions of torch prefer the attention of cuDNN on Hopper and Blackwell GPUs. It makes a plan for each new
+    # shape, and while an answer is generated each token has one.
     torch.backends.cuda.enable_cudnn_sdp(False)
 
     asked = {file: json.loads((given.data / f"{file}.json").read_text(encoding="utf-8")) for file in FILES}
@@ -180,8 +181,8 @@ def main() -> None:
         )
         clock.say(f"{name}: opened")
         if not opened_as:  # all models have the same tower, and so the same pixels
-            images = {question["image"] for questions in asked.values() for question in questions}
-            opened_as = open_pictures(conversation, given.data / "images", sorted(images))
+            images = sorted({question["image"] for questions in asked.values() for question in questions})
+            opened_as = open_pictures(conversation, given.data / "images", images)
             clock.say(f"{len(images):,} held-out pictures opened")
         is_caption = conversation.template.captions_only
         for file, questions in asked.items():
@@ -201,10 +202,11 @@ def main() -> None:
 
     opened_as |= open_pictures(conversation, given.data / "images", list(names))
     clock.say(f"{len(names):,} training pictures opened")
+    neighbours = dict(zip(images, nearest(conversation, list(names), images, opened_as), strict=True))
     for file in ("new_hand", "photographs", "new_things"):
         questions = [question for question in asked[file] if question["kind"] == "name"]
         written = [
-            [names[image] for image in nearest(conversation, list(names), pictures, opened_as)]
+            [names[neighbours[image]] for image in pictures]
             for pictures in ([question["image"] for question in questions], exchange(questions, seed=0))
         ]
         scores += score("nearest training picture", file, questions, written, False)
