@@ -152,6 +152,8 @@ def main() -> None:
     add("--samples", type=int, default=12, help="answers to print of each file [12]")
     add("--dtype", choices=DTYPES, help="[bfloat16 on a GPU, float32 on a CPU]")
     given = parser.parse_args()
+    if given.max_things is not None and given.max_things < 2:
+        parser.error(f"--max_things {given.max_things} is too few: each is also asked about with another's picture.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, given.dtype or ("float32" if device == "cpu" else "bfloat16"))
     logging.set_verbosity_error()

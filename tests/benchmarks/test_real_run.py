@@ -233,6 +233,13 @@ def test_models_and_nearest_pictures_are_scored(made, trained, tmp_path):
     assert re.search(r"asked: \d+ answers about photographs in [\d.]+ s\.", run.stdout)
 
 
+def test_a_single_thing_cannot_be_asked_about(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["score.py", "a=b", "--data", "c", "--output", "d", "--max_things", "1"])
+    with pytest.raises(SystemExit):
+        score.main()
+    assert "--max_things 1 is too few" in capsys.readouterr().err
+
+
 def test_many_questions_at_once_get_the_answers_that_one_gets(made, trained):
     folder, records = made
     conversation = Conversation(
