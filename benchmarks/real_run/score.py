@@ -63,9 +63,10 @@ def ask(
     model, tokenizer, template = conversation.model, conversation.tokenizer, conversation.template
     prompts = [tokenize_prompt(question, template, tokenizer) for question in questions]
     answers = [""] * len(questions)
-    by_length = sorted(range(len(questions)), key=lambda index: len(prompts[index]))
-    for start in range(0, len(by_length), batch_size):
-        batch = by_length[start : start + batch_size]
+    # A batch takes as long as its longest answer, and questions of a kind have answers of similar lengths.
+    order = sorted(range(len(questions)), key=lambda index: (questions[index]["kind"], len(prompts[index])))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
         opened = [opened_as[pictures[index]] for index in batch]
         ids = [expand_prompt(prompts[index], [picture]) for index, picture in zip(batch, opened, strict=True)]
         output = generate(model, ids, opened, conversation.device, max_new_tokens=LONGEST_ANSWER)
@@ -151,10 +152,15 @@ def main() -> None:
     add("--samples", type=int, default=12, help="answers to print of each file [12]")
     add("--dtype", choices=DTYPES, help="[bfloat16 on a GPU, float32 on a CPU]")
     given = parser.parse_args()
+    if given.max_things is not None and given.max_things < 2:
+        parser.error(f"--max_things {given.max_things} is too few: each is also asked about with another's picture.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, given.dtype or ("float32" if device == "cpu" else "bfloat16"))
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # Recent versions of torch prefer the attention of cuDNN on Hopper and Blackwell GPUs. It makes a plan for each new
+    # shape, and while an answer is generated each token has one.
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
     asked = {file: json.loads((given.data / f"{file}.json").read_text(encoding="utf-8")) for file in FILES}
     if given.max_things:
@@ -168,18 +174,20 @@ def main() -> None:
     names = {record["image"]: first_sentence(record["conversations"][1]["value"]) for record in shown}
 
     scores, answers, opened_as = [], {file: {} for file in FILES}, {}
+    clock = Clock()
     for model in given.models:
         name, _, place = model.partition("=")
         directory, _, version = place.partition(":")
         conversation = Conversation(
             open_saved(directory, version=version or None), dtype, device, {"max_new_tokens": LONGEST_ANSWER}
         )
+        clock.say(f"{name}: opened")
         if not opened_as:  # all models have the same tower, and so the same pixels
-            images = {question["image"] for questions in asked.values() for question in questions} | names.keys()
-            opened_as = open_pictures(conversation, given.data / "images", sorted(images))
+            images = sorted({question["image"] for questions in asked.values() for question in questions})
+            opened_as = open_pictures(conversation, given.data / "images", images)
+            clock.say(f"{len(images):,} held-out pictures opened")
         is_caption = conversation.template.captions_only
         for file, questions in asked.items():
-            started = time.perf_counter()
             if is_caption:  # which has no question: the name is what it should begin with
                 questions = [question for question in questions if question["kind"] == "name"]
             if not questions:
@@ -189,21 +197,37 @@ def main() -> None:
                 for pictures in ([question["image"] for question in questions], exchange(questions, seed=0))
             ]
             answers[file][name] = {q["id"]: both for q, both in zip(questions, zip(*written, strict=True), strict=True)}
-            seconds = time.perf_counter() - started
-            print(f"{name}: {2 * len(questions):,} answers about {FILES[file]} in {seconds:.0f} s.", flush=True)
+            clock.say(f"{name}: {2 * len(questions):,} answers about {FILES[file]}")
             scores += score(name, file, questions, written, is_caption)
             write(given.output, scores, answers)  # now already: the rest takes a while
+            clock.say("scored and written")
 
+    opened_as |= open_pictures(conversation, given.data / "images", list(names))
+    clock.say(f"{len(names):,} training pictures opened")
+    neighbours = dict(zip(images, nearest(conversation, list(names), images, opened_as), strict=True))
     for file in ("new_hand", "photographs", "new_things"):
         questions = [question for question in asked[file] if question["kind"] == "name"]
         written = [
-            [names[image] for image in nearest(conversation, list(names), pictures, opened_as)]
+            [names[neighbours[image]] for image in pictures]
             for pictures in ([question["image"] for question in questions], exchange(questions, seed=0))
         ]
         scores += score("nearest training picture", file, questions, written, False)
+    clock.say("nearest training pictures found and scored")
 
     write(given.output, scores, answers)
     print(table_of(scores) + "\n\n" + samples_of(asked, answers, given.samples))
+
+
+class Clock:
+    """Prints what was done and how long it took since the last time."""
+
+    def __init__(self):
+        self.last = time.perf_counter()
+
+    def say(self, done: str) -> None:
+        now = time.perf_counter()
+        print(f"{done} in {now - self.last:.1f} s.", flush=True)
+        self.last = now
 
 
 def write(file: Path, scores: list[dict], answers: dict[str, dict]) -> None:

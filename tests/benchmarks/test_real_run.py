@@ -5,6 +5,8 @@ import json
 import re
 import shlex
 import string
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -200,11 +202,48 @@ def test_the_page_has_commands_that_the_trainer_takes():
     assert stages == [1, 1, 2, 2]
 
 
-def test_many_questions_at_once_get_the_answers_that_one_gets(made, tmp_path):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Directory of a projector after one step of stage 1."""
+    directory = tmp_path_factory.mktemp("trained") / "stage1"
+    runs.train_here(runs.flags_of(1, directory, {"max_steps": 1, "warmup_ratio": 0, "save_strategy": "no"}))
+    return directory
+
+
+def test_models_and_nearest_pictures_are_scored(made, trained, tmp_path):
     folder, records = made
-    runs.train_here(runs.flags_of(1, tmp_path / "stage1", {"max_steps": 1, "warmup_ratio": 0, "save_strategy": "no"}))
+    models = [f"asked={trained}:v1", f"captions={trained}"]
+    options = ["--data", str(folder), "--output", str(tmp_path / "scores.json"), "--max_things", "3", "--samples", "1"]
+    command = [sys.executable, "-m", "benchmarks.real_run.score", *models, *options]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4_000:]
+    written = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
+    kinds = {}
+    for row in written["scores"]:
+        kinds.setdefault((row["model"], row["file"]), []).append(row["kind"])
+        assert score.table_of([row]).splitlines()[-1] in run.stdout
+    names = ["name", "a word of it"]
+    wanted = {"asked": ["name", "category", "yes_no", "a word of it"], "captions": names}
+    wanted["nearest training picture"] = names
+    assert kinds == {(model, file): of for model, of in wanted.items() for file in score.FILES}
+    for file in score.FILES:
+        asked = {question["id"] for question in records[file]}
+        assert written["answers"][file].keys() == {"asked", "captions"}
+        assert all(answered.keys() <= asked for answered in written["answers"][file].values())
+    assert re.search(r"asked: \d+ answers about photographs in [\d.]+ s\.", run.stdout)
+
+
+def test_a_single_thing_cannot_be_asked_about(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["score.py", "a=b", "--data", "c", "--output", "d", "--max_things", "1"])
+    with pytest.raises(SystemExit):
+        score.main()
+    assert "--max_things 1 is too few" in capsys.readouterr().err
+
+
+def test_many_questions_at_once_get_the_answers_that_one_gets(made, trained):
+    folder, records = made
     conversation = Conversation(
-        open_saved(str(tmp_path / "stage1"), version="v1"),
+        open_saved(str(trained), version="v1"),
         torch.float32,
         "cpu",
         {"max_new_tokens": score.LONGEST_ANSWER},
