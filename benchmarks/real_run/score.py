@@ -158,9 +158,6 @@ def main() -> None:
     dtype = getattr(torch, given.dtype or ("float32" if device == "cpu" else "bfloat16"))
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    # Recent versions of torch prefer the attention of cuDNN on Hopper and Blackwell GPUs. It makes a plan for each new
-    # shape, and while an answer is generated each token has one.
-    torch.backends.cuda.enable_cudnn_sdp(False)
 
     asked = {file: json.loads((given.data / f"{file}.json").read_text(encoding="utf-8")) for file in FILES}
     if given.max_things:

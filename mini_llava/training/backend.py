@@ -265,9 +265,7 @@ def prepare(
 
 
 def _make_zero3_do_less(accelerator: Accelerator, model: LlavaModel, zero: torch.optim.Optimizer) -> None:
-    """Leave out gathers, copies, casts and waits of DeepSpeed's ZeRO-3 that no result depends on."""
-    from deepspeed.runtime.zero import stage3
-
+    """Leave out gathers, copies, casts and waits of DeepSpeed's ZeRO-3 that no result needs."""
     settings = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
     parameters = list(model.parameters())
     offloads_weights = (settings.get("offload_param") or {}).get("device", "none") != "none"
@@ -278,8 +276,6 @@ def _make_zero3_do_less(accelerator: Accelerator, model: LlavaModel, zero: torch
     for layer in (*model.vision_tower.modules(), *model.projector.modules()):
         if type(layer) is nn.Linear and layer.bias is not None:
             layer.forward = functools.partial(_linear_of_rows, layer)
-    # Norms in fp32, as without DeepSpeed, instead of those of a copy of all gradients in fp64.
-    stage3.get_norm_dtype = lambda: torch.float32
     if is_offloaded(accelerator):  # a CPU's optimizer reads what the stream copies: the host must wait
         return
     # Arriving gradients are added to the fp32 sums as they are, without a copy of them in fp32.
@@ -289,7 +285,10 @@ def _make_zero3_do_less(accelerator: Accelerator, model: LlavaModel, zero: torch
 
 
 def _linear_of_rows(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """Compute a linear layer of [..., width] as one of [rows, width], where DeepSpeed adds the bias in the product."""
+    """Compute a linear layer of [..., width] as one of [rows, width].
+
+    For more than two dimensions DeepSpeed's replacement of `F.linear` rounds the product, and adds the bias to that.
+    """
     return F.linear(x.flatten(0, -2), layer.weight, layer.bias).unflatten(0, x.shape[:-1])
 
 
