@@ -7,6 +7,8 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.utils.config import get_timers_config
 
 from mini_llava.training import backend
@@ -48,6 +50,31 @@ def test_deepspeeds_clock_is_off_unless_a_config_asks_for_it():
         backend.complete_deepspeed_config(config, "bf16", 1.0)
         clocks.append(get_timers_config(config).enabled)
     assert clocks == [False, True]
+
+
+def test_zero3_sends_gradients_from_where_they_are_unless_a_config_asks_for_a_copy():
+    kept = []
+    for asked in ({"stage": 3}, {"stage": 3, "contiguous_gradients": True}, {"stage": 2}):
+        backend.complete_zero(asked, None)
+        kept.append(asked.get("contiguous_gradients"))
+    assert kept == [False, True, None]
+
+
+def test_under_zero3_a_bias_is_added_before_the_sum_is_rounded(monkeypatch):
+    """As without DeepSpeed, whose replacement of `F.linear` does so for matrices only."""
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(64, 64, dtype=torch.bfloat16), torch.randn(2, 8, 64, dtype=torch.bfloat16)
+    exact = F.linear(x.double(), layer.weight.double(), layer.bias.double()).bfloat16()
+    monkeypatch.setattr(F, "linear", zero3_linear_wrap)
+    assert torch.equal(backend._linear_of_rows(layer, x), exact)
+    assert not torch.equal(layer(x), exact), "DeepSpeed adds it so by itself now"
+
+
+def test_cudnns_attention_is_not_used():
+    """It plans anew for each shape, and on Hopper its gradients may be NaN where there is a mask."""
+    import mini_llava.model  # noqa: F401
+
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 FIRST_TENSOR = """
