@@ -163,11 +163,19 @@ def _forgotten(norm: Callable, readers: int, hidden: torch.Tensor) -> torch.Tens
 
 def _read(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     if not hasattr(x, "forgotten"):  # the hooks of a unit of ZeRO-3 have replaced the tensor
-        return F.linear(x, layer.weight, layer.bias)
+        return linear_of_rows(x, layer.weight, layer.bias)
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layer.weight.dtype
     bias = None if layer.bias is None else layer.bias.to(dtype)
     return _LinearOfNorm.apply(*x.forgotten, x, layer.weight.to(dtype), bias)
+
+
+def linear_of_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return `F.linear(x, weight, bias)` of the last dimension, computed as [rows, width].
+
+    For more than two dimensions DeepSpeed's replacement of `F.linear` rounds the product, and then adds the bias.
+    """
+    return F.linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
 
 
 class _LinearOfNorm(torch.autograd.Function):
@@ -177,7 +185,7 @@ class _LinearOfNorm(torch.autograd.Function):
     def forward(ctx, forgotten, hidden, x, weight, bias):
         ctx.forgotten = forgotten
         ctx.save_for_backward(hidden, weight)
-        return F.linear(x, weight, bias)
+        return linear_of_rows(x, weight, bias)
 
     @staticmethod
     def backward(ctx, gradient):

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import nn
@@ -25,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..arguments import Arguments
 from ..errors import UserError
 from ..model.llava import LlavaModel
+from ..options.kernels import linear_of_rows
 from ..processes import launched_rank
 from ..words import counted
 
@@ -273,9 +273,9 @@ def _make_zero3_do_less(accelerator: Accelerator, model: LlavaModel, zero: torch
         for parameter in parameters:
             # What a micro-batch has gathered stays for the next. Before it changes weights DeepSpeed partitions all.
             parameter.ds_persist = True
-    for layer in (*model.vision_tower.modules(), *model.projector.modules()):
-        if type(layer) is nn.Linear and layer.bias is not None:
-            layer.forward = functools.partial(_linear_of_rows, layer)
+    for layer in model.modules():
+        if type(layer) is nn.Linear and layer.bias is not None and "forward" not in vars(layer):
+            layer.forward = functools.partial(_forward_of_rows, layer)
     if is_offloaded(accelerator):  # a CPU's optimizer reads what the stream copies: the host must wait
         return
     # Arriving gradients are added to the fp32 sums as they are, without a copy of them in fp32.
@@ -284,12 +284,8 @@ def _make_zero3_do_less(accelerator: Accelerator, model: LlavaModel, zero: torch
         zero.reduce_and_partition_stream = _WaitedForByTheDevice()
 
 
-def _linear_of_rows(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """Compute a linear layer of [..., width] as one of [rows, width].
-
-    For more than two dimensions DeepSpeed's replacement of `F.linear` rounds the product, and adds the bias to that.
-    """
-    return F.linear(x.flatten(0, -2), layer.weight, layer.bias).unflatten(0, x.shape[:-1])
+def _forward_of_rows(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return linear_of_rows(x, layer.weight, layer.bias)
 
 
 class _WaitedForByTheDevice(torch.cuda.Stream):  # pragma: no cover, needs a GPU
