@@ -1,6 +1,7 @@
 """Draws what a real run came to: losses, held-out questions, scores, and pictures with what was asked and answered."""
 
 import argparse
+import io
 import json
 import re
 import textwrap
@@ -15,12 +16,17 @@ from PIL import Image
 
 RIGHT, WRONG = "#1a7f37", "#b35900"
 NAMES = {  # of the rows of scores
-    ("new_hand", "name"): "name",
-    ("new_hand", "category"): "category",
-    ("new_hand", "yes_no"): "yes or no",
-    ("new_things", "category"): "category,\nnew things",
-    ("new_things", "yes_no"): "yes or no,\nnew things",
+    ("new_hand", "name"): "another designer:\nname",
+    ("new_hand", "category"): "another designer:\ncategory",
+    ("new_hand", "yes_no"): "another designer:\nyes or no",
+    ("photographs", "name"): "photographs:\nname",
+    ("photographs", "category"): "photographs:\ncategory",
+    ("photographs", "yes_no"): "photographs:\nyes or no",
+    ("new_things", "category"): "never shown:\ncategory",
+    ("new_things", "yes_no"): "never shown:\nyes or no",
 }
+NEAREST = "nearest training picture"  # score.py's name for it
+SIDE, LINE = 2.7, 0.19  # inches: pictures in the examples, and lines of text under them
 
 
 def main() -> None:
@@ -36,19 +42,26 @@ def main() -> None:
     given = parser.parse_args()
     stage2 = {name: Path(directory) for name, _, directory in (text.partition("=") for text in given.stage2)}
 
-    widths = (1, 1, 1, 1.4) if given.scores else (1, 1, 1)
-    figure, axes = plt.subplots(1, len(widths), figsize=(3.9 * sum(widths), 3.8), width_ratios=widths)
-    draw_losses(axes[0], {"": given.stage1}, "Stage 1: captions")
-    draw_losses(axes[1], stage2, "Stage 2: questions")
-    draw_held_out(axes[2], stage2)
+    layout = [["stage 1", "stage 2", "held out"]] + [["scores"] * 3] * bool(given.scores)
+    figure, axes = plt.subplot_mosaic(layout, figsize=(11, 3.4 * len(layout)))
+    draw_losses(axes["stage 1"], {"": given.stage1}, "Stage 1: captions")
+    draw_losses(axes["stage 2"], stage2, "Stage 2: questions")
+    draw_held_out(axes["held out"], stage2)
     if given.scores:
-        draw_scores(axes[3], next(iter(stage2)), json.loads(given.scores.read_text(encoding="utf-8"))["scores"])
-    for axis in axes:
+        draw_scores(axes["scores"], next(iter(stage2)), json.loads(given.scores.read_text(encoding="utf-8"))["scores"])
+    for axis in axes.values():
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(given.output, dpi=110)
+    save(figure, given.output)
     if given.examples:
-        draw_examples(stage2, given.images).savefig(given.examples, dpi=80)
+        save(draw_examples(stage2, given.images), given.examples)
+
+
+def save(figure: plt.Figure, file: Path) -> None:
+    """As a PNG of 256 colours: a third of the size of one with all colours."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=90)
+    Image.open(drawn).convert("RGB").quantize(256).save(file, format="PNG", optimize=True)
 
 
 def read_lines(file: Path) -> list[dict]:
@@ -80,9 +93,9 @@ def points(log: list[dict], key: str) -> tuple[list[int], list[float]]:
     return [entry["step"] for entry in entries], [100 * entry[key] for entry in entries]
 
 
-def draw_scores(axis: plt.Axes, model: str, rows: list[dict]) -> None:
-    """Of one model, with 95 % intervals."""
-    rows = [row for row in rows if row["model"] == model and (row["file"], row["kind"]) in NAMES]
+def draw_scores(axis: plt.Axes, model: str, all_rows: list[dict]) -> None:
+    """Of one model, with 95 % intervals, and the nearest neighbour's names."""
+    rows = [row for row in all_rows if row["model"] == model and (row["file"], row["kind"]) in NAMES]
     places = np.arange(len(rows))
     bars = (("right", "its own picture", "#1f77b4"), ("exchanged", "another picture", "#ff9f4a"))
     for shift, (key, label, colour) in enumerate((*bars, ("commonest", "commonest answer", "#cccccc"))):
@@ -90,9 +103,12 @@ def draw_scores(axis: plt.Axes, model: str, rows: list[dict]) -> None:
         ends = 100 * np.array([row["right_interval"][1:] for row in rows]).T
         errors = np.abs(ends - heights) if key == "right" else None
         axis.bar(places + 0.27 * (shift - 1), heights, 0.27, yerr=errors, color=colour, label=label)
+    neighbours = {(row["file"], row["kind"]): 100 * row["right"] for row in all_rows if row["model"] == NEAREST}
+    found = [neighbours.get((row["file"], row["kind"]), np.nan) for row in rows]
+    axis.plot(places - 0.27, found, "D", color="black", markersize=5, label="nearest training picture's name")
     axis.set_xticks(places, [NAMES[row["file"], row["kind"]] for row in rows], fontsize="small")
     axis.set(title=f"Held-out pictures, {model}", ylabel="exactly right, %", ylim=(0, 100))
-    axis.legend(frameon=False, fontsize="small", loc="upper left")
+    axis.legend(frameon=False, ncols=4, loc="upper left")
 
 
 def draw_examples(runs: dict[str, Path], images: Path) -> plt.Figure:
@@ -104,27 +120,34 @@ def draw_examples(runs: dict[str, Path], images: Path) -> plt.Figure:
         for line in lines:
             if line["step"] in (0, last):
                 question = shown.setdefault(line["record"], {"line": line, "answers": {}})
-                question["answers"].setdefault(f"{name}" if line["step"] else "before stage 2", line)
-    figure, axes = plt.subplots(2, -(-len(shown) // 2), figsize=(3.4 * -(-len(shown) // 2), 9.6), squeeze=False)
+                question["answers"].setdefault(name if line["step"] else "before stage 2", line)
+    texts = [texts_under(question["line"], question["answers"]) for question in shown.values()]
+    under = LINE * (1 + max(sum(text.count("\n") + 1.3 for text, *_ in of_one) for of_one in texts))
+    columns = -(-len(shown) // 2)
+    figure, axes = plt.subplots(2, columns, figsize=(3.1 * columns, 2 * (SIDE + under)), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, question in zip(axes.flat, shown.values(), strict=False):
-        line = question["line"]
-        axis.imshow(Image.open(images / line["images"][0]))
-        # Without how to answer and the list of categories, which are the same each time.
-        asked = re.split(r" Answer |: smileys", line["question"])[0].rstrip("?") + "?"
-        texts = [(asked, "black", "bold"), (f"expected: {line['expected']}", "black", "normal")]
-        for name, answer in question["answers"].items():
-            text = textwrap.shorten(answer["answer"], 70, placeholder=" …")
-            texts.append((f"{name}: {text}", RIGHT if answer["right"] else WRONG, "normal"))
+    for axis, question, of_one in zip(axes.flat, shown.values(), texts, strict=False):
+        axis.imshow(Image.open(images / question["line"]["images"][0]))
         height = -0.03
-        for text, colour, weight in texts:
-            wrapped = textwrap.wrap(text, 36)
+        for text, colour, weight in of_one:
             style = dict(color=colour, weight=weight, fontsize=10, va="top", ha="center", transform=axis.transAxes)
-            axis.text(0.5, height, "\n".join(wrapped), **style)
-            height -= 0.08 * len(wrapped)
-    figure.subplots_adjust(left=0.01, right=0.99, top=0.99, bottom=0.19, hspace=0.62, wspace=0.1)
+            axis.text(0.5, height, text, **style)
+            height -= LINE / SIDE * (text.count("\n") + 1.3)
+    share = under / (2 * (SIDE + under))
+    figure.subplots_adjust(left=0, right=1, top=1, bottom=share, hspace=under / SIDE, wspace=0)
     return figure
+
+
+def texts_under(line: dict, answers: dict[str, dict]) -> list[tuple[str, str, str]]:
+    """(text, colour, weight) of the question, the expected answer and the answers."""
+    # Without how to answer and the list of categories, which are the same each time.
+    asked = re.split(r" Answer |: smileys", line["question"])[0].rstrip("?") + "?"
+    texts = [(asked, "black", "bold"), (f"expected: {line['expected']}", "black", "normal")]
+    for name, answer in answers.items():
+        text = textwrap.shorten(answer["answer"], 70, placeholder=" …")
+        texts.append((f"{name}: {text}", RIGHT if answer["right"] else WRONG, "normal"))
+    return [(textwrap.fill(text, 36), colour, weight) for text, colour, weight in texts]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.real_run import prepare_data, prepare_models, score
+from benchmarks.real_run import plot, prepare_data, prepare_models, score
 from mini_llava import arguments as flags
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import tokenize
@@ -191,6 +191,23 @@ def test_samples_are_drawn_and_not_chosen(made):
     table = score.samples_of(asked, answers, 3).splitlines()
     assert len(table) == 5 and all(line.count("|") == 5 and "a/b" in line for line in table[2:])
     assert table == score.samples_of(asked, answers, 3).splitlines()
+
+
+def test_the_examples_picture_has_room_for_all_its_texts(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    about = dict(images=["a.png"], question="What does the picture show? Answer briefly.", expected="long " * 12)
+    lines = [
+        about | dict(step=step, record=f"record {record}", answer="longer " * 9, right=bool(step))
+        for step in (0, 7)
+        for record in range(3)
+    ]
+    (tmp_path / "eval_samples.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    figure = plot.draw_examples({"one": tmp_path, "another": tmp_path}, tmp_path)
+    texts = [text for axis in figure.axes for text in axis.texts]
+    assert len(texts) == 3 * 5
+    for text in texts:
+        corners = text.get_window_extent().get_points()
+        assert (corners >= 0).all() and (corners <= figure.bbox.size).all(), text.get_text()
 
 
 def test_the_page_has_commands_that_the_trainer_takes():
