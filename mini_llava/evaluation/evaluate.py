@@ -22,7 +22,7 @@ from ..data.templates import written_answer
 from ..errors import UserError
 from ..guards.never_fatal import never_fatal
 from ..guards.preemption import start_worker
-from ..training.backend import gather_from_ranks, sum_over_ranks, zero_stage
+from ..training.backend import gather_from_ranks, sum_over_ranks, weights_stay, zero_stage
 from ..training.lockstep import Lockstep
 from ..watch import trackers
 from ..watch.json_lines import append_json_line, append_lines, read_lines
@@ -201,6 +201,7 @@ class Evaluation:
         sums = torch.zeros(len(self.questions), dtype=torch.float64, device=accelerator.device)
         answers: dict[tuple[int, bool], str] = {}
         with (
+            weights_stay(model),
             attention_with_cache(model.language_model),
             questions_bar(asked_in_all(found), title, accelerator.is_main_process) as bar,
         ):

@@ -93,6 +93,23 @@ def discard_gradients(accelerator: Accelerator, optimizer: torch.optim.Optimizer
             sums.update(dict.fromkeys(sums))
 
 
+@contextlib.contextmanager
+def weights_stay(model: nn.Module) -> Iterator[None]:
+    """Have ZeRO-3 gather each weight once inside, if all may be whole at a time; elsewhere do nothing.
+
+    By itself it releases a weight after each use where uses have no recorded order: every token of an answer would need
+    all of them gathered anew.
+    """
+    kept = [parameter for parameter in model.parameters() if getattr(parameter, "ds_persist", False)]
+    for parameter in kept:
+        parameter.ds_active_sub_modules.add("kept")
+    try:
+        yield
+    finally:
+        for parameter in kept:
+            parameter.ds_active_sub_modules.discard("kept")
+
+
 def to_device(batch: dict, device: torch.device) -> dict:
     """Return the batch with its tensors on the device; the host does not wait."""
     return {

@@ -6,10 +6,14 @@ import shutil
 
 import pytest
 import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mini_llava.data.templates import BadRecord
+from mini_llava.evaluation.evaluate import Evaluation
 from mini_llava.watch import progress
+from tests import forked_runs
 from tests.end_to_end import runs
 
 SHOWN = [*runs.HELD_OUT["words"], *runs.HELD_OUT["letters"]]
@@ -90,6 +94,38 @@ def test_two_processes_find_what_one_finds(one_process, two_processes, backend):
     assert [ours["answer"] for ours, _ in shown if ours["step"] == 0] == [
         sample["answer"] for sample in samples(one) if sample["step"] == 0
     ]
+
+
+def print_what_is_gathered() -> None:
+    """Has every evaluation of ZeRO-3 print how much of the model it has gathered."""
+    gathered, name = [], "_PartitionedParameterCoordinator__all_gather_params_"
+    gather, evaluate = getattr(PartitionedParameterCoordinator, name), Evaluation.evaluate
+
+    def counting(self, parameters, *others, **more):
+        gathered.extend(each.ds_numel for each in parameters if each.ds_status == ZeroParamStatus.NOT_AVAILABLE)
+        return gather(self, parameters, *others, **more)
+
+    def printing(self, step, log):
+        gathered.clear()
+        whole = sum(parameter.ds_numel for parameter in self.model.parameters())
+        is_done = evaluate(self, step, log)
+        print(f"\nevaluation {step} gathers {sum(gathered) / whole:.3f} of the model", flush=True)
+        return is_done
+
+    setattr(PartitionedParameterCoordinator, name, counting)
+    Evaluation.evaluate = printing
+
+
+@pytest.mark.slow
+def test_under_zero3_an_evaluation_gathers_no_weight_twice(tmp_path):
+    """Each token of an answer needs all of them."""
+    config, line = runs.config_file("zero3", tmp_path), runs.command_line("evaluated-stage2-clipped", tmp_path)
+    run = forked_runs.start(line, tmp_path / "printed.txt", config, 2, inside=print_what_is_gathered)
+    assert run.wait() == 0, run.text[-5000:]
+    shares = {int(step): float(share) for step, share in re.findall(r"evaluation (\d) gathers ([\d.]+) of", run.text)}
+    assert shares.keys() == {0, 2, 4, 5}
+    # Less than all: layers of the tower behind the selected one are not used; before step 1 the trial has gathered.
+    assert max(shares.values()) <= 1 and min(shares[step] for step in (2, 4)) > 0.5, shares
 
 
 @pytest.mark.parametrize("how", [{"packing": True}, {"packing": False}, {**runs.LORA, "bits": 8}])
