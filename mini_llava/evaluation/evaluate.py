@@ -201,7 +201,7 @@ class Evaluation:
         sums = torch.zeros(len(self.questions), dtype=torch.float64, device=accelerator.device)
         answers: dict[tuple[int, bool], str] = {}
         with (
-            weights_stay(model),
+            weights_stay(accelerator, model),
             attention_with_cache(model.language_model),
             questions_bar(asked_in_all(found), title, accelerator.is_main_process) as bar,
         ):

@@ -94,13 +94,15 @@ def discard_gradients(accelerator: Accelerator, optimizer: torch.optim.Optimizer
 
 
 @contextlib.contextmanager
-def weights_stay(model: nn.Module) -> Iterator[None]:
-    """Have ZeRO-3 gather each weight once inside, if all may be whole at a time; elsewhere do nothing.
+def weights_stay(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """Have ZeRO-3 gather each weight once inside, where no gradients are computed; elsewhere do nothing.
 
     By itself it releases a weight after each use where uses have no recorded order: every token of an answer would need
-    all of them gathered anew.
+    all of them gathered anew. Without activations twice as many may be whole as in training.
     """
-    kept = [parameter for parameter in model.parameters() if getattr(parameter, "ds_persist", False)]
+    parameters = list(model.parameters()) if zero_stage(accelerator) == 3 else []
+    all_stay = _may_be_whole(accelerator, parameters, 2)
+    kept = [parameter for parameter in parameters if all_stay or parameter.ds_persist]
     for parameter in kept:
         parameter.ds_active_sub_modules.add("kept")
     try:
@@ -108,6 +110,8 @@ def weights_stay(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in kept:
             parameter.ds_active_sub_modules.discard("kept")
+            if not parameter.ds_persist and parameter.ds_status.name == "AVAILABLE":
+                parameter.partition()
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
@@ -283,10 +287,8 @@ def prepare(
 
 def _make_zero3_do_less(accelerator: Accelerator, model: LlavaModel, zero: torch.optim.Optimizer) -> None:
     """Leave out gathers, copies, casts and waits of DeepSpeed's ZeRO-3 that no result needs."""
-    settings = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
     parameters = list(model.parameters())
-    offloads_weights = (settings.get("offload_param") or {}).get("device", "none") != "none"
-    if sum(each.ds_numel for each in parameters) <= settings["stage3_max_live_parameters"] and not offloads_weights:
+    if _may_be_whole(accelerator, parameters):
         for parameter in parameters:
             # What a micro-batch has gathered stays for the next. Before it changes weights DeepSpeed partitions all.
             parameter.ds_persist = True
@@ -297,8 +299,19 @@ def _make_zero3_do_less(accelerator: Accelerator, model: LlavaModel, zero: torch
         return
     # Arriving gradients are added to the fp32 sums as they are, without a copy of them in fp32.
     zero.gradient_accumulation_dtype = zero.communication_data_type
-    if accelerator.device.type == "cuda" and settings["overlap_comm"]:
+    overlaps = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]["overlap_comm"]
+    if accelerator.device.type == "cuda" and overlaps:
         zero.reduce_and_partition_stream = _WaitedForByTheDevice()
+
+
+def _may_be_whole(accelerator: Accelerator, parameters: list[nn.Parameter], limits: int = 1) -> bool:
+    """Return whether all weights that ZeRO-3 has partitioned may be gathered at a time, in so many times the limit."""
+    if not parameters:
+        return False
+    settings = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    is_offloaded = (settings.get("offload_param") or {}).get("device", "none") != "none"
+    most = limits * settings["stage3_max_live_parameters"]
+    return not is_offloaded and sum(parameter.ds_numel for parameter in parameters) <= most
 
 
 def _forward_of_rows(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
