@@ -33,7 +33,7 @@ from mini_llava.guards import liveness, preflight
 from mini_llava.guards.longest import try_longest
 from mini_llava.guards.not_finite import why_not_taken
 from mini_llava.guards.user_errors import USER_ERRORS
-from mini_llava.options import background
+from mini_llava.options import background, zero3
 from mini_llava.read_data import read_data
 from mini_llava.saving import Saving
 from mini_llava.tools.plan import MemoryAdvice
@@ -84,6 +84,7 @@ def train(arguments: flags.Arguments, advice: MemoryAdvice | None = None) -> Non
     model, plan = build_model(arguments, source, data.samples.tokenizer, data.samples.new_tokens, accelerator)
     optimizer, table = build_optimizer(arguments, model, plan, accelerator)
     model, optimizer = backend.prepare(accelerator, model, optimizer)
+    zero3.do_less(accelerator, model, optimizer)
     model.train()
     torch.manual_seed((training.seed << 16) + rank)  # from here on each rank has dropout masks of its own
 

@@ -22,7 +22,8 @@ from ..data.templates import written_answer
 from ..errors import UserError
 from ..guards.never_fatal import never_fatal
 from ..guards.preemption import start_worker
-from ..training.backend import gather_from_ranks, sum_over_ranks, weights_stay, zero_stage
+from ..options.zero3 import weights_stay
+from ..training.backend import gather_from_ranks, sum_over_ranks, zero_stage
 from ..training.lockstep import Lockstep
 from ..watch import trackers
 from ..watch.json_lines import append_json_line, append_lines, read_lines

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UserError
 from .packages import check_liger_kernel
+from .zero3 import linear_of_rows
 
 # Model types whose losses and gradients with and without the kernels were compared (tests/model/test_fused_kernels.py).
 FUSABLE = ("llama", "mistral", "qwen2", "qwen3")
@@ -168,14 +169,6 @@ def _read(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layer.weight.dtype
     bias = None if layer.bias is None else layer.bias.to(dtype)
     return _LinearOfNorm.apply(*x.forgotten, x, layer.weight.to(dtype), bias)
-
-
-def linear_of_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Return `F.linear(x, weight, bias)` of the last dimension, computed as [rows, width].
-
-    For more than two dimensions DeepSpeed's replacement of `F.linear` rounds the product, and then adds the bias.
-    """
-    return F.linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
 
 
 class _LinearOfNorm(torch.autograd.Function):

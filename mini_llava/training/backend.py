@@ -6,7 +6,6 @@ any number of them.
 """
 
 import contextlib
-import functools
 import importlib.metadata
 import importlib.util
 import math
@@ -24,7 +23,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..arguments import Arguments
 from ..errors import UserError
 from ..model.llava import LlavaModel
-from ..options.kernels import linear_of_rows
 from ..processes import launched_rank
 from ..words import counted
 
@@ -91,27 +89,6 @@ def discard_gradients(accelerator: Accelerator, optimizer: torch.optim.Optimizer
         inner.micro_step_id = -1
         for sums in (inner.averaged_gradients, inner.all_grad_tensors):
             sums.update(dict.fromkeys(sums))
-
-
-@contextlib.contextmanager
-def weights_stay(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
-    """Have ZeRO-3 gather each weight once inside, where no gradients are computed; elsewhere do nothing.
-
-    By itself it releases a weight after each use where uses have no recorded order: every token of an answer would need
-    all of them gathered anew. Without activations twice as many may be whole as in training.
-    """
-    parameters = list(model.parameters()) if zero_stage(accelerator) == 3 else []
-    all_stay = _may_be_whole(accelerator, parameters, 2)
-    kept = [parameter for parameter in parameters if all_stay or parameter.ds_persist]
-    for parameter in kept:
-        parameter.ds_active_sub_modules.add("kept")
-    try:
-        yield
-    finally:
-        for parameter in kept:
-            parameter.ds_active_sub_modules.discard("kept")
-            if not parameter.ds_persist and parameter.ds_status.name == "AVAILABLE":
-                parameter.partition()
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
@@ -280,53 +257,7 @@ def prepare(
                     set_z3_leaf_module(module, True)
     model, optimizer = accelerator.prepare(model, optimizer)
     create_moments(accelerator, optimizer)
-    if zero_stage(accelerator) == 3:
-        _make_zero3_do_less(accelerator, accelerator.unwrap_model(model), optimizer.optimizer)
     return model, optimizer
-
-
-def _make_zero3_do_less(accelerator: Accelerator, model: LlavaModel, zero: torch.optim.Optimizer) -> None:
-    """Leave out gathers, copies, casts and waits of DeepSpeed's ZeRO-3 that no result needs."""
-    parameters = list(model.parameters())
-    if _may_be_whole(accelerator, parameters):
-        for parameter in parameters:
-            # What a micro-batch has gathered stays for the next. Before it changes weights DeepSpeed partitions all.
-            parameter.ds_persist = True
-    for layer in model.modules():
-        if type(layer) is nn.Linear and layer.bias is not None and "forward" not in vars(layer):
-            layer.forward = functools.partial(_forward_of_rows, layer)
-    if is_offloaded(accelerator):  # a CPU's optimizer reads what the stream copies: the host must wait
-        return
-    # Arriving gradients are added to the fp32 sums as they are, without a copy of them in fp32.
-    zero.gradient_accumulation_dtype = zero.communication_data_type
-    overlaps = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]["overlap_comm"]
-    if accelerator.device.type == "cuda" and overlaps:
-        zero.reduce_and_partition_stream = _WaitedForByTheDevice()
-
-
-def _may_be_whole(accelerator: Accelerator, parameters: list[nn.Parameter], limits: int = 1) -> bool:
-    """Return whether all weights that ZeRO-3 has partitioned may be gathered at a time, in so many times the limit."""
-    if not parameters:
-        return False
-    settings = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
-    is_offloaded = (settings.get("offload_param") or {}).get("device", "none") != "none"
-    most = limits * settings["stage3_max_live_parameters"]
-    return not is_offloaded and sum(parameter.ds_numel for parameter in parameters) <= most
-
-
-def _forward_of_rows(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    return linear_of_rows(x, layer.weight, layer.bias)
-
-
-class _WaitedForByTheDevice(torch.cuda.Stream):  # pragma: no cover, needs a GPU
-    """Stream on which ZeRO-3 reduces gradients; what comes after them waits on the device.
-
-    At the end of each backward DeepSpeed has the host wait for it. The GPU then has nothing to do until the host has
-    prepared the next micro-batch and called the hooks of its first layers.
-    """
-
-    def synchronize(self) -> None:
-        torch.cuda.current_stream().wait_stream(self)
 
 
 def inner_optimizer(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

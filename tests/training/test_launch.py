@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.utils.config import get_timers_config
 
-from mini_llava.options.kernels import linear_of_rows
+from mini_llava.options.zero3 import linear_of_rows
 from mini_llava.training import backend
 from tests.end_to_end.runs import flags_of
 from tests.forked_runs import start
