@@ -414,7 +414,7 @@ class TrainingArguments:
     False, or where that much memory is not free, the run waits until it is written."""
 
     longest_batch_first: bool = flag(True, decides=NOTHING)
-    """Before step 1, run the longest micro-batch once, forward and backward, so that a run that needs too much memory
+    """Before step 1, run the longest micro-batch, forward and backward, so that a run that needs too much memory
     ends at once and not after hours. This does not change the training."""
 
 

@@ -120,8 +120,9 @@ def try_longest(
     statistics = [(buffer, buffer.clone()) for buffer in model.buffers()]  # some layers keep running means in them
     on_gpu = accelerator.device.type == "cuda"
     with torch.random.fork_rng(devices=[accelerator.device] if on_gpu else []):
-        # Where a step has several, the gradients of one are there when the next runs.
-        for _ in range(2 if longest.several else 1):
+        # Where a step has several, the gradients of one are there when the next runs. Under ZeRO-3 the weights that are
+        # gathered in the first are freed at once, while DeepSpeed records their order; from the second on they stay.
+        for _ in range(2 if longest.several or backend.zero_stage(accelerator) == 3 else 1):
             with backend.micro_step(accelerator, model, is_last=False):
                 batch = backend.to_device(work.micro_batches[0], accelerator.device)
                 backend.backward(accelerator, model(**batch))
