@@ -81,6 +81,8 @@ def main() -> None:
     rank, processes = backend.launched_rank()
     if rank == 0:
         last = steps[-1]
+        if not last["divided"]:
+            sys.exit("communication.py: error: no weight is divided here: give --whole_up_to a lower number.")
         print(f"\nWeights: {last['weights'] / 1e6:,.0f} MB, of them divided {last['divided'] / 1e6:,.0f} MB.\n")
         print(f"| a step of {last['micro_batches']} micro-batches | MB | times the divided weights, a micro-batch |")
         print("|---|---|---|")

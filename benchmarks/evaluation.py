@@ -43,6 +43,8 @@ def main(command_line: list[str] | None = None) -> None:
     own, flags = parser.parse_known_args(command_line)
     if own.inside:
         return run_inside(own.inside, flags)
+    if {"--max_steps", "--eval_steps"} & set(flags):
+        parser.error("a run has four steps and an evaluation after each: leave out --max_steps and --eval_steps.")
     flags = [*flags_of(own), *flags]
     runs: dict[str, list[dict[int, dict]]] = {"there": [], "here": []} if own.tree else {"here": []}
     with tempfile.TemporaryDirectory() as folder:
