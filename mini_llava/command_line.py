@@ -36,14 +36,20 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog.removeprefix(TOOL)}: error: {message}\n")
 
     def parse_args(self, args=None, namespace=None):
-        namespace, unknown = self.parse_known_args(args, namespace)
+        required = [action for action in self._actions if action.required]
+        for action in required:
+            action.required = False  # for now: a mistyped flag comes before the required one that it was to be
+        _, unknown = self.parse_known_args(args)
         if unknown:
-            flags = {action.dest for action in self._actions}.union(self.of_tool)
+            flags = {flag.lstrip("-") for action in self._actions for flag in action.option_strings}
             name = unknown[0].split("=")[0]
             if not name.startswith("-"):
                 self.error(f"{name!r} belongs to no flag.")
-            self.error(unknown_flag(name.lstrip("-"), flags, "--help_all" if "help_all" in flags else "--help"))
-        return namespace
+            shown_by = "--help_all" if "help_all" in flags else "--help"
+            self.error(unknown_flag(name.lstrip("-"), flags.union(self.of_tool), shown_by))
+        for action in required:
+            action.required = True
+        return self.parse_known_args(args, namespace)[0]
 
 
 class HelpFormatter(argparse.HelpFormatter):

@@ -13,7 +13,7 @@ from mini_llava import arguments as flags
 from mini_llava.command_line import field_texts
 from mini_llava.elsewhere import ELSEWHERE
 from mini_llava.guards.early import check_tracker
-from mini_llava.tools import chat, doctor, inspect, plan, tour
+from mini_llava.tools import chat, convert, doctor, export, inspect, plan, tour
 from mini_llava.training.backend import choose_precision
 from mini_llava.training.order import choose_batch
 from mini_llava.training.schedule import warmup_steps
@@ -237,6 +237,11 @@ def test_every_field_has_a_text_and_help_all_shows_all_of_them(capsys):
         (tour, ["--qqq"], "tour: error: unknown flag --qqq; see --help_all."),
         (doctor, ["--learning_rate", "1"], "doctor: error: unknown flag --learning_rate; see --help."),
         (chat, ["somewhere", "--qqq"], "chat: error: unknown flag --qqq; see --help."),
+        (chat, ["--drectory", "somewhere"], "chat: error: unknown flag --drectory; see --help."),
+        (convert, ["a", "--ouput", "b"], "convert: error: unknown flag --ouput, did you mean --output?"),
+        (convert, ["--ouput=b"], "convert: error: unknown flag --ouput, did you mean --output?"),
+        (convert, ["--output", "b"], "convert: error: the following arguments are required: SOURCE"),
+        (export, ["a", "--dtpye", "b"], "export: error: unknown flag --dtpye, did you mean --dtype?"),
     ],
 )
 def test_a_tool_names_its_own_flags_and_a_help_that_it_has(tool, words, sentence, capsys):
