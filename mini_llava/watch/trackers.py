@@ -1,15 +1,17 @@
 """Trackers of `--report_to`: TensorBoard, or another that accelerate knows. Their failures are warnings.
 
 TensorBoard names a run by the path of its folder. Each run has its own folder in `runs/` of the output directory,
-called by the time it started and by that directory; a resumed run goes on in the folder in which it began. Beside other
-trackers (`--report_to all`) that folder is `runs/` itself, since `runs` names the project for all of them.
+called by the time it started and by that directory; a resumed run goes on in the folder in which it began. To the other
+trackers the project is `mini_llava`, or what the variable WANDB_PROJECT says.
 """
 
+import os
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import LoggerType
 
 from ..guards.never_fatal import never_fatal, warn_once
@@ -21,17 +23,18 @@ def start(accelerator: Accelerator, values: dict, resumed_at: int | None = None,
     resumed_at: the step of the checkpoint; TensorBoard hides what was logged beyond it.
     """
     text = {key: str(value) for key, value in values.items()}
-    project, config = "runs", text
-    if accelerator.log_with == [LoggerType.TENSORBOARD]:
-        # The name of a project is a folder to TensorBoard alone, and it would show a configuration as two more runs.
-        project = f"runs/{run_folder(Path(accelerator.project_dir), resumed_at is not None)}"
-        config = None
     purge_step = 0 if resumed_at is None else resumed_at + 1
     names = ", ".join(str(tracker) for tracker in accelerator.log_with)
     try:
-        accelerator.init_trackers(project, config=config, init_kwargs={"tensorboard": {"purge_step": purge_step}})
+        # accelerate would name TensorBoard's folder by the project.
+        folder = f"runs/{run_folder(Path(accelerator.project_dir), resumed_at is not None)}"
+        ours = {LoggerType.TENSORBOARD: TensorBoardTracker(folder, accelerator.logging_dir, purge_step=purge_step)}
+        accelerator.log_with = [ours.get(tracker, tracker) for tracker in accelerator.log_with]
+        accelerator.init_trackers(os.environ.get("WANDB_PROJECT", "mini_llava"))
         for tracker in accelerator.trackers:
-            if tracker.name == "tensorboard" and accelerator.is_main_process:
+            if tracker.name != "tensorboard":  # which would show a configuration as two more runs
+                tracker.store_init_configuration(text)
+            elif accelerator.is_main_process:
                 rows = "\n".join(f"| {key} | {value} |" for key, value in text.items())
                 tracker.writer.add_text("arguments", f"| flag | value |\n|---|---|\n{rows}")
                 tracker.writer.add_text("what is trained", f"```\n{table}\n```")
@@ -43,7 +46,7 @@ def start(accelerator: Accelerator, values: dict, resumed_at: int | None = None,
 def run_folder(output_dir: Path, is_resumed: bool) -> str:
     """Return the name of the run's folder in `output_dir/runs`: of a resumed run the newest one there.
 
-    That may be `runs` itself, ".", which runs before there were such folders and runs with `--report_to all` wrote to.
+    That may be `runs` itself, ".", to which runs wrote before there were such folders.
     """
     events, runs = "events.out.tfevents.*", output_dir / "runs"
     # Such a file's name goes on with its seconds since 1970; a folder's hour may be that of another time zone.

@@ -4,12 +4,14 @@ import contextlib
 import json
 import os
 import resource
+import sys
 import warnings
 from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
 from accelerate import Accelerator
+from accelerate.utils import LoggerType
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mini_llava import arguments
@@ -86,7 +88,7 @@ def test_the_progress_line_says_what_the_loss_is_of(version, name):
 
 @pytest.mark.parametrize("folder", [".", "2026-01-02_03-04-05_out"])
 def test_a_resumed_run_goes_on_in_the_folder_that_was_written_last(folder, tmp_path):
-    """Which is `runs` itself for a run that began before runs had folders, or beside another tracker."""
+    """Which is `runs` itself for a run that began before runs had folders."""
     files = {"2026-10-25_02-30-00_out": 1000000001, folder: 1000000002, "1767323045.12": 1000000003}
     for name, second in files.items():  # the hour of the first one was summer's, and TensorBoard's own is no run's
         (tmp_path / "runs" / name).mkdir(parents=True, exist_ok=True)
@@ -221,6 +223,28 @@ def test_tensorboard_tells_runs_apart_by_when_and_where_they_were_started(tmp_pa
     names = sorted(str(run.relative_to(tmp_path)) for run in tmp_path.glob("*/runs/*"))
     assert names == ["a/runs/2026-01-09_12-30-05_a", "a/runs/2026-01-10_12-30-05_a", "b/runs/2026-01-11_12-30-05_b"]
     assert len(list((tmp_path / names[1]).iterdir())) == 2, "the resumed run went on in it"
+
+
+@pytest.mark.parametrize("named, project", [(None, "mini_llava"), ("mine", "mine")])
+@pytest.mark.parametrize("kinds", [["wandb"], ["tensorboard", "wandb"]])
+def test_another_tracker_gets_a_project_of_this_name_and_all_arguments(kinds, named, project, tmp_path, monkeypatch):
+    config, projects = {}, []
+    run = SimpleNamespace(finish=lambda: None)
+    wandb = SimpleNamespace(
+        init=lambda project: projects.append(project) or run,
+        config=SimpleNamespace(update=lambda values, allow_val_change: config.update(values)),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    if named:
+        monkeypatch.setenv("WANDB_PROJECT", named)
+    accelerator = Accelerator(cpu=True, project_dir=str(tmp_path))
+    accelerator.log_with = [LoggerType(kind) for kind in kinds]  # as if it were installed
+    trackers.start(accelerator, {"seed": 1})
+    assert [tracker.name for tracker in accelerator.trackers] == kinds
+    trackers.end(accelerator)
+    assert projects == [project] and config == {"seed": "1"}
+    assert [path.name[20:] for path in tmp_path.glob("runs/*")] == [tmp_path.name] * ("tensorboard" in kinds)
 
 
 @pytest.fixture
