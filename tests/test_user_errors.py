@@ -3,6 +3,7 @@
 import ast
 import json
 import pickle
+import re
 
 import pytest
 
@@ -69,6 +70,16 @@ def test_a_configuration_that_contradicts_itself_is_a_sentence(model_type, tmp_p
     with pytest.raises(UserError, match=r"cannot be read by transformers .*64. is not a multiple of") as error:
         read_language_config(tmp_path)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "llava_llama", "llava"])
+def test_heads_that_cannot_share_keys_evenly_are_a_sentence(model_type, tmp_path):
+    heads = {"hidden_size": 64, "num_attention_heads": 32, "num_key_value_heads": 5}
+    inner = {"text_config": heads, "vision_config": {}} if model_type == "llava" else heads
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, **inner}))
+    sentence = "its config.json has num_attention_heads 32, which is not a multiple of num_key_value_heads 5."
+    with pytest.raises(UserError, match=f"^{re.escape(f'{tmp_path}: {sentence}')}$"):
+        read_language_config(tmp_path)
 
 
 def test_a_model_that_transformers_does_not_know_is_a_sentence(tmp_path):

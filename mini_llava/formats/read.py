@@ -439,7 +439,20 @@ def read_language_config(name: str, trust_remote_code: bool = False) -> PreTrain
         return _language_config(name, config)
     with foreign_code_refused(name):
         outer = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code and layout == "language_model")
-    return outer.text_config if layout == "transformers" else outer
+    return _checked(name, outer.text_config if layout == "transformers" else outer)
+
+
+def _checked(name: str, language_config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the configuration. Raise UserError if heads cannot share keys and values evenly: transformers reads it."""
+    text_config = language_config.get_text_config()
+    heads, shared = (getattr(text_config, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
+    # A model's own code may have a list, a number for each layer.
+    if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
+        raise UserError(
+            f"{name}: its config.json has num_attention_heads {heads}, which is not a multiple of num_key_value_heads "
+            f"{shared}."
+        )
+    return language_config
 
 
 def _language_config(name: str, config: dict) -> PreTrainedConfig:
@@ -455,7 +468,8 @@ def _language_config(name: str, config: dict) -> PreTrainedConfig:
             f"{config.get('architectures')}, which name no language model that transformers knows."
         )
     with foreign_code_refused(name):
-        return AutoConfig.for_model(family, **{key: config[key] for key in config if not OF_LLAVA.search(key)})
+        of_family = {key: config[key] for key in config if not OF_LLAVA.search(key)}
+        return _checked(name, AutoConfig.for_model(family, **of_family))
 
 
 def _read_transformers(name: str, config: dict, model_flags, explicit: set[str]) -> Source:
@@ -475,7 +489,7 @@ def _read_transformers(name: str, config: dict, model_flags, explicit: set[str])
             f"{name}: its config.json has vision_feature_layer {outer.vision_feature_layer}; the features of several "
             f"layers at once are not supported."
         )
-    language_config = outer.text_config
+    language_config = _checked(name, outer.text_config)
     language_config.tie_word_embeddings = outer.tie_word_embeddings  # transformers goes by the outer one
     tower = model_flags.vision_tower if "vision_tower" in explicit else None
     resized = check_same_tower(name, vision_config, tower) if tower else False

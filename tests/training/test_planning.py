@@ -16,6 +16,7 @@ import train
 from benchmarks.random_setup import CLIP_L_336, LANGUAGE_MODELS, TINY_CLIP
 from mini_llava import arguments as flags
 from mini_llava.data.lengths import Lengths
+from mini_llava.errors import UserError
 from mini_llava.guards.longest import kept_of_a_position, longest_micro_batch
 from mini_llava.model.vision_tower import VisionTower
 from mini_llava.tools.memory import kept_of_a_picture
@@ -186,6 +187,14 @@ def test_the_command_says_what_it_refuses_and_plans_on_the_first_rank_alone(with
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert main(words) == 0 and not any(capsys.readouterr())
+
+
+def test_a_model_that_no_attention_can_run_is_not_planned(without_weights, tmp_path):
+    model = shutil.copytree(without_weights / "language_model", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | {"num_key_value_heads": 5}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="has num_attention_heads 32, which is not a multiple of num_key_value_heads 5"):
+        plan(without_weights, model_name_or_path=model)
 
 
 @pytest.mark.slow
