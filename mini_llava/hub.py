@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     StrictDataclassError,
 )
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from .errors import UserError
 
@@ -64,6 +64,16 @@ def read_json(path: str | os.PathLike, name: str) -> dict:
         return json.loads(Path(file).read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON ({error}). Fetch or write it again.") from error
+
+
+@contextmanager
+def short_bars_left_out() -> Iterator[None]:
+    """Show a progress bar of transformers only when it has taken a second: a shorter one tells nothing."""
+    before = logging.set_tqdm_hook(lambda bar, words, options: bar(*words, **options, delay=1))
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from ..data.images import normalisation_table
 from ..errors import UserError
 from ..guards.projector_file import check_projector_file
-from ..hub import find_file, foreign_code_refused, read_json
+from ..hub import find_file, foreign_code_refused, read_json, short_bars_left_out
 from ..model.llava import LlavaModel
 from ..model.projector import build_projector, list_some, load_projector
 from ..model.vision_tower import VisionTower, empty_model, has_layers, leading_tokens, tokens_per_image
@@ -217,6 +217,7 @@ class Source:
             newline.load_state_dict({name: stored.tensor for name, stored in self.stored["image_newline"].items()})
         return newline
 
+    @short_bars_left_out()
     def load_language_model(self, dtype: torch.dtype, attn_implementation: str | None, **options) -> nn.Module:
         """Load the language model; `options` go to `from_pretrained`. Under ZeRO-3 it is partitioned while it is read.
 
@@ -243,6 +244,7 @@ class Source:
         restore_rotary_frequencies(model)
         return model
 
+    @short_bars_left_out()
     def load_vision_tower(self, dtype: torch.dtype) -> VisionTower:
         if "vision_tower" not in self.stored:
             selected = self.select_layer, self.select_feature

@@ -3,18 +3,21 @@
 import json
 import pickle
 import shutil
+import time
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, CLIPVisionModel
+from transformers.utils import logging
 
 from mini_llava.arguments import Arguments, DataArguments, ModelArguments, TrainingArguments
 from mini_llava.data.templates import get_template
 from mini_llava.data.tokenization import tokenize
 from mini_llava.formats.read import load_llava, map_llava, open_source, restore_rotary_frequencies
 from mini_llava.formats.tokenizers import load_tokenizer
+from mini_llava.hub import short_bars_left_out
 from mini_llava.model.llava import LlavaModel
 from mini_llava.tools import export
 from tests.published_layouts import CLIP, FIXTURES, edit_json, like_liuhaotian, like_llava_hf, llava_weights, write_json
@@ -176,6 +179,17 @@ def test_weights_inside_count_and_not_those_of_the_towers_name(tmp_path):
     named = CLIPVisionModel.from_pretrained(CLIP).state_dict()
     name = next(name for name in named if "class_embedding" in name)
     assert not torch.equal(tower[name], named[name])
+
+
+def test_only_a_load_that_takes_a_second_shows_a_progress_bar(published, capfd):
+    load_here(published["LLaVA's, safetensors with the tower"])
+    assert "Loading weights" not in capfd.readouterr().err
+    with short_bars_left_out():
+        for _ in logging.tqdm(range(2), desc="Loading weights"):
+            time.sleep(0.6)
+    assert "Loading weights: 100%" in capfd.readouterr().err
+    list(logging.tqdm(range(2), desc="Another"))
+    assert "Another: 100%" in capfd.readouterr().err
 
 
 def test_exporting_reads_no_weight_before_it_is_written(published):
