@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from mini_llava.data.records import RecordStore
 from mini_llava.data.templates import BadRecord
 from mini_llava.formats.towers import load_vision_tower
-from mini_llava.tools import doctor
+from mini_llava.tools import doctor, export
 from mini_llava.tools.saved_models import PROJECTOR, STATE, WHOLE, open_saved
 from mini_llava.training.checkpoint import read_manifest
 from tests.end_to_end import runs
@@ -28,6 +28,8 @@ STEPS |= {"save_steps": 2, "warmup_ratio": 0, "model_max_length": 400, **ANYRES}
 # A tower of another size, trained too.
 RESIZED = {"image_size": 84, "image_grid_pinpoints": "[(84, 168), (168, 168)]", "unfreeze_mm_vision_tower": True}
 RESIZED |= {"max_steps": 2, "save_strategy": "no", "model_max_length": 800}
+# One image of a record is interpolated, each of several is shown whole.
+ONE_VISION = {"max_steps": 2, "save_strategy": "no", "export_format": "llava"}
 
 
 def from_the_middle(folder) -> dict:
@@ -57,13 +59,19 @@ def command_line(folder, stage: int, name: str, **more) -> list[str]:
 
 @pytest.fixture(scope="module")
 def here(folder):
-    """Stage 1, stage 2 on its projector, the same resumed from the middle, and a resized tower; in this process."""
+    """Stage 1, stage 2 on its projector, the same resumed from the middle, and a resized tower; in this process. And
+    stage 2's model under the configuration of LLaVA-OneVision, trained on."""
     runs.train_here(command_line(folder, 1, "stage1"))
     runs.train_here(command_line(folder, 2, "stage2", pretrain_mm_mlp_adapter=folder / "stage1"))
     runs.train_here(
         command_line(folder, 2, "resumed", pretrain_mm_mlp_adapter=folder / "stage1", **from_the_middle(folder))
     )
     runs.train_here(command_line(folder, 2, "resized", **RESIZED))
+    of_base = ["--export_format", "llava", "--vision_tower", str(runs.FIXTURES / "clip")]
+    export.main([str(folder / "stage2"), str(folder / "base"), *of_base])
+    config = json.loads((folder / "base" / "config.json").read_text()) | {"image_aspect_ratio": "anyres_max_2"}
+    (folder / "base" / "config.json").write_text(json.dumps(config))
+    runs.train_here(command_line(folder, 2, "one-vision", model_name_or_path=folder / "base", **ONE_VISION))
     return folder
 
 
@@ -80,6 +88,7 @@ def on_two(folder, here):
             command_line(folder, 2, "zero3-resumed", **projector, export_format="llava", **from_the_middle(folder)),
             command_line(folder, 2, "zero3-lora", **projector, **of_lora),
             command_line(folder, 2, "zero3-resized", **RESIZED, export_format="llava"),
+            command_line(folder, 2, "zero3-one-vision", model_name_or_path=folder / "base", **ONE_VISION),
         ],
         folder,
     )
@@ -115,7 +124,7 @@ def test_a_resumed_run_ends_with_the_same_bits(here):
     assert losses[0][2:] == losses[1]
 
 
-@pytest.mark.parametrize("name", ["stage1", "stage2", "resumed", "resized"])
+@pytest.mark.parametrize("name", ["stage1", "stage2", "resumed", "resized", "one-vision"])
 def test_two_zero3_processes_train_the_same(on_two, name):
     """Also where one rank has tiles, the other text only, and all ranks text only."""
     found, expected = (runs.log(on_two / run) for run in (f"zero3-{name}", name))
