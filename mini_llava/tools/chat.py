@@ -89,8 +89,8 @@ class Conversation:
     def ask(self, question: str, stream: bool = False) -> str:
         """Return the answer, printed while it is generated if `stream`; a failure leaves the conversation unchanged.
 
-        Images come first in their turn, unless the question has marks for them. A conversation with several images counts
-        as a record with several, so that an image asked about before may now be shown in another way.
+        Images come first in their turn, unless the question has marks for them. A conversation with several images
+        counts as a record with several, so an image that was alone before may now be shown in another way.
 
         Raises:
             BadImage: an image cannot be padded.
