@@ -64,26 +64,32 @@ class ImageReader:
     size: int | None = None
     tiling: object | None = None
 
-    def open(self, folder: str, name: str) -> Picture:
-        """Return an image file as the tower takes it. Raises BadImage; ValueError for a processor that does not fit."""
-        image = load_image(folder, name)
-        if self.tiling is not None:
+    def open(self, folder: str, name: str, several: bool = False) -> Picture:
+        """Return an image file as the tower takes it. Raises BadImage; ValueError for a processor that does not fit.
+
+        several: whether its record has other images too: some tilings then show each of them whole.
+        """
+        return self.prepare(load_image(folder, name), several)
+
+    def prepare(self, image: Image.Image, several: bool) -> Picture:
+        """Return an upright RGB image as `open` does."""
+        if self.tiling is not None and not self.tiling.shows_whole(several):
             return self.tiling.open(image, self.processor.resample)
-        pixels = pixel_values(image, self.processor, self.aspect_ratio)
+        pixels = pixel_values(image, self.processor, "pad" if self.tiling else self.aspect_ratio)
         if pixels.shape[1:] != (self.size, self.size):
             raise UserError(
                 f"The image processor gives {pixels.shape[2]}x{pixels.shape[1]} pixels, but the vision tower takes "
                 f"{self.size}x{self.size}: its directory holds a preprocessor_config.json of another tower."
             )
-        return Picture(pixels[None], self.features)
+        return Picture(pixels[None], self.features, self.tiling and self.tiling.order_of_whole())
 
-    def tokens(self, folder: str | None, name: str) -> int:
+    def tokens(self, folder: str | None, name: str, several: bool = False) -> int:
         """Return how many placeholders an image takes; for images in tiles this reads the header. Raises BadImage."""
-        return self.features if self.tiling is None else self.tiling.tokens(folder, name)
+        return self.features if self.tiling is None else self.tiling.tokens(folder, name, several)
 
-    def tiles(self, folder: str | None, name: str) -> int:
+    def tiles(self, folder: str | None, name: str, several: bool = False) -> int:
         """Return how many times the tower runs for an image. Raises BadImage."""
-        return 1 if self.tiling is None else self.tiling.tiles(folder, name)
+        return 1 if self.tiling is None else self.tiling.tiles(folder, name, several)
 
 
 def pixel_values(image: Image.Image, processor: BaseImageProcessor, aspect_ratio: str) -> torch.Tensor:

@@ -94,7 +94,7 @@ def measure_some(samples: Samples, cache_folder: str | os.PathLike, most: int) -
             sample = samples.tokenize(index)
             length.append(len(sample.input_ids))
             trained.append(np.count_nonzero(sample.labels != IGNORE_INDEX))
-            pictures.append(samples.tiles(index, sample.images))
+            pictures.append(samples.tiles(index, sample))
     if not length:
         raise BadRecord(
             f"None of {counted(len(chosen), 'record')} can be trained on; mini_llava.tools.doctor says why."
@@ -175,7 +175,7 @@ def _scan_part(samples: Samples, part: range) -> _Scan:
     for place, index in enumerate(part):
         try:
             sample = samples.tokenize(index)
-            scan.pictures[place] = samples.tiles(index, sample.images)
+            scan.pictures[place] = samples.tiles(index, sample)
         except BadRecord as error:
             scan.faults[index] = str(error)
             continue

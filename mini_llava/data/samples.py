@@ -50,7 +50,7 @@ class Samples(Dataset):
     def __getitem__(self, index: int) -> Sample:
         """Return the sample with its pictures. Raises BadRecord, BadImage and DataFileError."""
         sample, folder = self.tokenize(index), self.store.image_folder(index)
-        pictures = [self.image_reader.open(folder, name) for name in sample.images]
+        pictures = [self.image_reader.open(folder, name, sample.several) for name in sample.images]
         # An image in tiles got its places by the size in its header; a whole one always has as many.
         if sum(picture.tokens for picture in pictures) != np.count_nonzero(sample.input_ids == IMAGE_TOKEN_INDEX):
             names = ", ".join(map(shorten, sample.images))
@@ -74,9 +74,10 @@ class Samples(Dataset):
         """Return the ids up to the answer of the last question, int32 [L], one for each image. Raises BadRecord."""
         return tokenize_prompt(self.record(index), self.template, self.tokenizer)
 
-    def tiles(self, index: int, names: list[str]) -> int:
-        """Return how many times the vision tower runs for images of a record. Raises BadImage."""
-        return sum(self.image_reader.tiles(self.store.image_folder(index), name) for name in names)
+    def tiles(self, index: int, sample: Sample) -> int:
+        """Return how many times the vision tower runs for the images of a record's sample. Raises BadImage."""
+        folder = self.store.image_folder(index)
+        return sum(self.image_reader.tiles(folder, name, sample.several) for name in sample.images)
 
     def missing_image(self, index: int, names: list[str]) -> str | None:
         """Return why images of a record cannot be opened, as far as their paths tell, or None."""

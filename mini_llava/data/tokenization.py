@@ -42,12 +42,14 @@ class Sample:
     labels: int32 [L], IGNORE_INDEX where nothing is trained. Not shifted.
     images: file names in the order of the placeholders.
     pictures: the images, a `Picture` each, once `Samples` has opened them.
+    several: whether the record has several images, also where it was truncated to fewer.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     images: list[str]
     pictures: Sequence = ()
+    several: bool = False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,7 +61,7 @@ def tokenize(
     record: dict,
     template: Template,
     tokenizer: "PreTrainedTokenizerBase",
-    tokens_per_image: int | Callable[[str], int],
+    tokens_per_image: int | Callable[[str, bool], int],
     max_length: int,
 ) -> Sample:
     """Tokenize one record, truncated to `max_length` positions (an image counts all its tokens and is never split).
@@ -68,7 +70,8 @@ def tokenize(
     of it whether or not the tokenizer makes it a token of its own. A last question without an answer stays, untrained.
 
     Args:
-        tokens_per_image: a number, or a function from image name to number, whose exceptions are passed on.
+        tokens_per_image: a number, or a function from an image's name and `Sample.several` to a number, whose
+            exceptions are passed on.
 
     Raises BadRecord for anything that is not a conversation, for image marks that do not match the images, and if no
     trained token is left.
@@ -76,10 +79,11 @@ def tokenize(
     questions, answers, images = read_conversation(record, template)
     if not answers:
         raise BadRecord("no question has an answer, so there is nothing to train on.")
+    several = len(images) > 1
     if isinstance(tokens_per_image, int):
         image_tokens = [tokens_per_image] * len(images)
     else:
-        image_tokens = [tokens_per_image(name) for name in images]
+        image_tokens = [tokens_per_image(name, several) for name in images]
     pieces = template_for(record, template).render(questions, answers)
     input_ids, trained = _encode(pieces, tokenizer, image_tokens)
 
@@ -92,7 +96,7 @@ def tokenize(
                 f"it has {length} tokens (images included) and its first trained token is at position {first_trained}, "
                 f"but --model_max_length is {max_length}: nothing to train on is left."
             )
-    return Sample(input_ids, np.where(trained, input_ids, np.int32(IGNORE_INDEX)), images)
+    return Sample(input_ids, np.where(trained, input_ids, np.int32(IGNORE_INDEX)), images, several=several)
 
 
 def tokenize_prompt(

@@ -181,7 +181,8 @@ class HeldOutPictures(Dataset):
         for index in itertools.chain.from_iterable(records):
             try:
                 folder, names = store.image_folder(index), store.image_names(index)
-                opened.pictures.append([self.samples.image_reader.open(folder, name) for name in names])
+                several = len(names) > 1
+                opened.pictures.append([self.samples.image_reader.open(folder, name, several) for name in names])
             except (BadRecord, BadImage) as error:
                 return Opened([], BadRecord(f"--eval_data_path: {store.describe(index)}: {error}"))
             except DataFileError as error:

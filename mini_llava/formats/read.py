@@ -76,7 +76,7 @@ class Source:
             language model, which transformers reads by itself.
         trust_remote_code: whether code that the models bring is run; if not, UserError where it would be needed.
         merge_type, pinpoints: of images in tiles, as in LLaVA-1.6's configuration; a merge type None: images are whole.
-        max_tiles: N of `anyres_max_N`: the features of an image with many more tiles are interpolated.
+        max_tiles: N of `anyres_max_N`, see `Tiling`.
         resized_to: side of the pictures that the tower is made to take, pixels; None: those it was trained with.
     """
 
@@ -108,9 +108,8 @@ class Source:
             f"{self.select_feature}."
             + (f" Images come in tiles ({self.merge_type})." if self.merge_type else "")
             + (
-                f" Features of images in more than {self.max_tiles} tiles are interpolated "
-                f"(anyres_max_{self.max_tiles}). Where a record has several images, each comes in tiles too; "
-                "LLaVA-OneVision's code shows each of them whole."
+                f" Features of images in more than {self.max_tiles} tiles are interpolated, and each of several images "
+                f"in a record is shown whole (anyres_max_{self.max_tiles})."
                 if self.max_tiles
                 else ""
             )

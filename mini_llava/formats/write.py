@@ -155,7 +155,7 @@ def why_not_transformers(projector_type: str, model: LlavaModel) -> str | None:
     if tiling and tiling.max_tiles:
         return (
             f"transformers' LLaVA-NeXT does not interpolate features of images in more than {tiling.max_tiles} tiles, "
-            f"as anyres_max_{tiling.max_tiles} asks."
+            f"and splits each of several images into tiles, against anyres_max_{tiling.max_tiles}."
         )
     if tower.select_feature == "patch" and tower.leading_tokens > 1:
         return (

@@ -42,7 +42,8 @@ class Tiling:
         tile_size: side of a tile, pixels.
         grid: features on a side of a tile.
         max_tiles: N of LLaVA-OneVision's `anyres_max_N`: the features of a picture that has many more than N tiles have
-            are interpolated to about as many; None: never.
+            are interpolated to about as many, and each of several images of a record is shown whole, in one tile;
+            only with `spatial_unpad`. None: neither.
     """
 
     pinpoints: tuple[tuple[int, int], ...]
@@ -67,14 +68,26 @@ class Tiling:
     def has_newline(self) -> bool:
         return self.merge_type == "spatial_unpad"
 
-    def tokens(self, folder: str | None, name: str) -> int:
-        """Return how many image tokens a file has; only its header is read. Raises BadImage."""
+    def shows_whole(self, several: bool) -> bool:
+        """Return whether an image is shown in one tile, padded to a square; `several`: its record has others too."""
+        return several and self.max_tiles is not None
+
+    def order_of_whole(self) -> np.ndarray:
+        """Return `Picture.order` of an image in one tile: its features as they come, and one newline."""
+        return np.append(np.arange(self.grid**2, dtype=np.int32), np.int32(NEWLINE))
+
+    def tokens(self, folder: str | None, name: str, several: bool = False) -> int:
+        """Return how many image tokens a file has; at most its header is read. Raises BadImage."""
+        if self.shows_whole(several):
+            return len(self.order_of_whole())
         if folder is None:
             raise BadImage(f"it has the image {name!r}, but no --image_folder is given.")
         return len(self.arrange(image_size(folder, name))[0])
 
-    def tiles(self, folder: str, name: str) -> int:
-        """Return how many tiles a file has, the whole image among them; only its header is read."""
+    def tiles(self, folder: str, name: str, several: bool = False) -> int:
+        """Return how many tiles a file has, the whole image among them; at most its header is read."""
+        if self.shows_whole(several):
+            return 1
         width, height = self.resolution(image_size(folder, name))
         return 1 + width * height // self.tile_size**2
 
@@ -168,10 +181,7 @@ def choose_tiling(
         (left, top), (right, bottom) = [(int(columns), int(rows)) for columns, rows in (grids[0], grids[-1])]
         ranges = range(left, right + 1), range(top, bottom + 1)
         pinpoints = [(columns * tile_size, rows * tile_size) for columns in ranges[0] for rows in ranges[1]]
-    pinpoints = read_pinpoints(pinpoints)
-    if max_tiles and all(w * h <= MOST_RATIO**2 * max_tiles * tile_size**2 for w, h in pinpoints):
-        max_tiles = None  # of which no picture has so many
-    return Tiling(pinpoints, merge_type or "spatial_unpad", tile_size, grid, max_tiles)
+    return Tiling(read_pinpoints(pinpoints), merge_type or "spatial_unpad", tile_size, grid, max_tiles)
 
 
 def _interpolated(of_whole: np.ndarray, picture: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

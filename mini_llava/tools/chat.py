@@ -51,7 +51,7 @@ from ..data.tokenization import tokenize_prompt
 from ..evaluation.generate import expand_prompt, generate
 from ..formats.write import generation_settings
 from ..guards.user_errors import USER_ERRORS
-from ..image_files import BadImage
+from ..image_files import BadImage, load_image
 from .saved_models import SavedModel, open_saved
 
 COMMANDS = "/image FILE adds a picture to the next question, /reset begins anew, exit or Ctrl-D ends."
@@ -78,30 +78,33 @@ class Conversation:
 
     def reset(self) -> None:
         """Forget all questions, answers and images."""
-        self.turns, self.pictures, self.pending = [], [], []
+        self.turns, self.images, self.pending = [], [], []
 
     def add_image(self, file: str) -> None:
         """Add an image file to the next question. Raises BadImage."""
         path = Path(os.path.realpath(os.path.expanduser(file)))
-        self.pending.append(self.image_reader.open(path.parent, path.name))
+        self.pending.append(load_image(path.parent, path.name))
 
     @torch.inference_mode()
     def ask(self, question: str, stream: bool = False) -> str:
         """Return the answer, printed while it is generated if `stream`; a failure leaves the conversation unchanged.
 
-        Images come first in their turn, unless the question has marks for them.
+        Images come first in their turn, unless the question has marks for them. A conversation with several images
+        counts as a record with several, so an image that was alone before may now be shown in another way.
 
         Raises:
+            BadImage: an image cannot be padded.
             BadRecord: marks and images do not match, or the conversation is too long for the model.
         """
         if IMAGE_MARK not in question:
             question = (IMAGE_MARK + "\n") * len(self.pending) + question
         if self.template.captions_only:  # such a model knows one image and no turns
-            self.turns, self.pictures = [], []
-        turns, pictures = [*self.turns, question], self.pictures + self.pending
+            self.turns, self.images = [], []
+        turns, images = [*self.turns, question], self.images + self.pending
         # The prompt has no last answer: it is to be generated.
         spoken = [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate([*turns, ""])]
-        record = {"conversations": spoken, "image": [f"picture {index}" for index in range(len(pictures))]}
+        record = {"conversations": spoken, "image": [f"picture {index}" for index in range(len(images))]}
+        pictures = [self.image_reader.prepare(image, several=len(images) > 1) for image in images]
         ids = expand_prompt(tokenize_prompt(record, self.template, self.tokenizer), pictures)
         if len(ids) >= self.longest:
             raise BadRecord(f"the conversation has {len(ids)} tokens, and the model takes {self.longest}: /reset.")
@@ -118,7 +121,7 @@ class Conversation:
             streamer=Printer(self) if stream else None,
         )
         answer = written_answer(self.template, self.tokenizer.decode(output[0], skip_special_tokens=True))
-        self.turns, self.pictures, self.pending = [*turns, answer], pictures, []
+        self.turns, self.images, self.pending = [*turns, answer], images, []
         return answer
 
 

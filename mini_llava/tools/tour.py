@@ -113,7 +113,7 @@ def tour(arguments: flags.Arguments, records: list[int] | None) -> None:
         step(4, ImageReader.open, f"its image, {data_flags.image_aspect_ratio}, resized and kept as bytes")
         image = load_image(folder, name)
         print(f"  {name}: {Path(image_path(folder, name)).stat().st_size:,} bytes, {image.width}x{image.height} pixels")
-        show("pixels", samples.image_reader.open(folder, name).pixels)
+        show("pixels", samples.image_reader.open(folder, name, sample.several).pixels)
 
     # --- A micro-batch -----------------------------------------------------------------------------------------------
     layout = "concatenated, delimited by cu_seqlens" if data_flags.packing else "padded to the longest"

@@ -33,7 +33,7 @@ def store(tmp_path) -> RecordStore:
 
 
 class Ones(ImageReader):
-    def open(self, folder: str, name: str) -> Picture:
+    def open(self, folder: str, name: str, several: bool = False) -> Picture:
         if name == "6.png":
             raise BadImage(f"the image {name!r} cannot be read.")
         return Picture(torch.ones(1, 3, SIZE, SIZE, dtype=torch.uint8), features=0)

@@ -1,5 +1,6 @@
 """Images in tiles: cut, counted and ordered as transformers' LlavaNext does it, and measured from headers alone."""
 
+import itertools
 import json
 from dataclasses import replace
 from functools import partial
@@ -287,7 +288,7 @@ def test_an_image_that_is_replaced_while_it_is_read_is_a_bad_sample(textual, tmp
     store = RecordStore([str(tmp_path / "data.json")], [str(IMAGES)])
     samples = tiled(store, textual)
     tall = samples.image_reader.open(IMAGES, TALL)
-    monkeypatch.setattr(ImageReader, "open", lambda self, folder, name: tall)
+    monkeypatch.setattr(ImageReader, "open", lambda self, folder, name, several: tall)
     [(index, sentence)] = RankSteps(samples, True, "skip")[[[0]]].skipped
     assert index == 0 and "has changed its size since it was measured" in sentence
 
@@ -321,6 +322,12 @@ ONE_VISION = choose_tiling(TILE, GRID**2, pinpoints="(1x1),...,(3x4)", max_tiles
 
 def height_first(tiling) -> list[list[int]]:
     return [[height, width] for width, height in tiling.pinpoints]
+
+
+def one_vision_processor() -> LlavaOnevisionImageProcessorPil:
+    settings = clip_processor().to_dict() | {"size": {"height": TILE, "width": TILE}, "do_center_crop": False}
+    del settings["image_processor_type"], settings["crop_size"]
+    return LlavaOnevisionImageProcessorPil(**settings, image_grid_pinpoints=height_first(ONE_VISION))
 
 
 def test_an_image_takes_as_many_tokens_as_for_llava_one_vision():
@@ -367,18 +374,55 @@ def test_features_are_joined_and_interpolated_as_by_llava_one_vision():
 
 
 def test_the_tiles_are_those_of_llava_one_vision_to_the_bit():
-    settings = clip_processor().to_dict() | {"size": {"height": TILE, "width": TILE}, "do_center_crop": False}
-    del settings["image_processor_type"], settings["crop_size"]
-    processor = LlavaOnevisionImageProcessorPil(**settings, image_grid_pinpoints=height_first(ONE_VISION))
-    table = normalisation_table(clip_processor())
+    processor, table = one_vision_processor(), normalisation_table(clip_processor())
     for size in sizes(30):
         image = picture(*size)
         found = ONE_VISION.open(image, clip_processor().resample)
         assert torch.equal(normalise(found.pixels, table), processor(image, return_tensors="pt")["pixel_values"][0])
 
 
-def test_a_limit_that_no_grid_goes_beyond_is_left_out():
-    assert choose_tiling(TILE, GRID**2, pinpoints="(1x1),...,(2x2)", max_tiles=4).max_tiles is None
-    # 11 tiles for 9: 1.106 times too many on a side; 10 for 9: 1.05 times.
-    for tiles, kept in ((11, 9), (10, None)):
-        assert choose_tiling(TILE, GRID**2, pinpoints=[(tiles * TILE, TILE)], max_tiles=9).max_tiles == kept
+def test_several_images_of_a_record_are_shown_whole_as_by_llava_one_vision(tmp_path):
+    """In tokens, pixels to the bit and the order of features, one newline at the end; a record's only one in tiles."""
+    reader = ImageReader(GRID**2, clip_processor(), "anyres", TILE, ONE_VISION)
+    table, one_vision = normalisation_table(clip_processor()), one_vision_processor()
+    processor = LlavaOnevisionProcessor.__new__(LlavaOnevisionProcessor)  # __init__ needs torchvision, for videos
+    processor.image_processor, processor.image_token = one_vision, "*"
+    processor.num_image_tokens, processor.vision_aspect_ratio = GRID**2, "anyres_max_2"
+    processor.vision_feature_select_strategy = "full"
+    for first, second in itertools.pairwise(sizes(30)):
+        images = [picture(*first), picture(*second)]
+        inputs = one_vision([images, images[:1]], return_tensors="pt")
+        assert inputs["batch_num_images"].tolist() == [2, 1]
+        for place, image in enumerate([*images, images[0]]):
+            name, several = f"{place}.png", place < 2
+            image.save(tmp_path / name)
+            opened = reader.open(tmp_path, name, several)
+            expected = inputs["pixel_values"][place]
+            assert torch.equal(normalise(opened.pixels, table), expected[: len(opened.pixels)]), image.size
+            assert not expected[len(opened.pixels) :].any()  # filled up to the most tiles
+            tokens = len(processor.replace_image_token(inputs, place))
+            assert opened.tokens == reader.tokens(tmp_path, name, several) == tokens
+            assert len(opened.pixels) == reader.tiles(tmp_path, name, several)
+            if several:
+                assert opened.order.tolist() == [*range(GRID**2), NEWLINE] and opened.weights is None
+
+
+def test_llava_1_6_splits_each_of_several_images():
+    assert not TILING.shows_whole(several=True)
+    assert TILING.tokens(IMAGES, TALL, several=True) == TILING.tokens(IMAGES, TALL) > GRID**2 + 1
+
+
+def test_a_record_that_is_truncated_to_one_of_its_images_shows_it_whole(textual, tmp_path):
+    turns = [("human", "<image> What?"), ("gpt", "Red. " * 30), ("human", "<image> And this?"), ("gpt", "Blue.")]
+    long = {"image": [SMALL, TALL], "conversations": [{"from": role, "value": text} for role, text in turns]}
+    (tmp_path / "data.json").write_text(json.dumps([long, record([TALL], "<image> What?")]))
+    store = RecordStore([str(tmp_path / "data.json")], [str(IMAGES)])
+    samples = tiled(store, textual)
+    samples = replace(samples, image_reader=replace(samples.image_reader, tiling=ONE_VISION))
+    assert samples[0].images == [SMALL, TALL] and [p.tokens for p in samples[0].pictures] == [GRID**2 + 1] * 2
+    second = np.flatnonzero(samples[0].input_ids == IMAGE_TOKEN_INDEX)[GRID**2 + 1]
+    samples = replace(samples, max_length=int(second) + 5)
+    assert samples[0].images == [SMALL] and [p.tokens for p in samples[0].pictures] == [GRID**2 + 1]
+    lengths = measure(samples, 1, None)
+    assert lengths.pictures.tolist() == [1, ONE_VISION.tiles(IMAGES, TALL)] and not lengths.bad
+    assert lengths.length.tolist() == [len(samples[index].input_ids) for index in range(2)]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from mini_llava.data.records import RecordStore
 from mini_llava.data.templates import BadRecord
 from mini_llava.formats.towers import load_vision_tower
-from mini_llava.tools import doctor
+from mini_llava.tools import doctor, export
 from mini_llava.tools.saved_models import PROJECTOR, STATE, WHOLE, open_saved
 from mini_llava.training.checkpoint import read_manifest
 from tests.end_to_end import runs
@@ -28,6 +28,8 @@ STEPS |= {"save_steps": 2, "warmup_ratio": 0, "model_max_length": 400, **ANYRES}
 # A tower of another size, trained too.
 RESIZED = {"image_size": 84, "image_grid_pinpoints": "[(84, 168), (168, 168)]", "unfreeze_mm_vision_tower": True}
 RESIZED |= {"max_steps": 2, "save_strategy": "no", "model_max_length": 800}
+# One image of a record is interpolated, each of several is shown whole.
+ONE_VISION = {"max_steps": 3, "save_strategy": "no", "export_format": "llava"}
 
 
 def from_the_middle(folder) -> dict:
@@ -50,6 +52,14 @@ def folder(tmp_path_factory):
     return folder
 
 
+def held_out(folder) -> dict:
+    return {"eval_data_path": folder / "data.json", "eval_image_folder": IMAGES}
+
+
+def one_vision(folder) -> dict:
+    return ONE_VISION | held_out(folder) | {"model_name_or_path": folder / "base"}
+
+
 def command_line(folder, stage: int, name: str, **more) -> list[str]:
     values = {"data_path": folder / "data.json", "sample_order": folder / "order.json", "version": "v1"}
     return runs.flags_of(stage, folder / name, STEPS | values | more)
@@ -57,13 +67,19 @@ def command_line(folder, stage: int, name: str, **more) -> list[str]:
 
 @pytest.fixture(scope="module")
 def here(folder):
-    """Stage 1, stage 2 on its projector, the same resumed from the middle, and a resized tower; in this process."""
+    """Stage 1, stage 2 on its projector, the same resumed from the middle, and a resized tower; in this process. And
+    stage 2's model under the configuration of LLaVA-OneVision, trained on."""
     runs.train_here(command_line(folder, 1, "stage1"))
     runs.train_here(command_line(folder, 2, "stage2", pretrain_mm_mlp_adapter=folder / "stage1"))
     runs.train_here(
         command_line(folder, 2, "resumed", pretrain_mm_mlp_adapter=folder / "stage1", **from_the_middle(folder))
     )
     runs.train_here(command_line(folder, 2, "resized", **RESIZED))
+    of_base = ["--export_format", "llava", "--vision_tower", str(runs.FIXTURES / "clip")]
+    export.main([str(folder / "stage2"), str(folder / "base"), *of_base])
+    config = json.loads((folder / "base" / "config.json").read_text()) | {"image_aspect_ratio": "anyres_max_2"}
+    (folder / "base" / "config.json").write_text(json.dumps(config))
+    runs.train_here(command_line(folder, 2, "one-vision", **one_vision(folder)))
     return folder
 
 
@@ -80,6 +96,7 @@ def on_two(folder, here):
             command_line(folder, 2, "zero3-resumed", **projector, export_format="llava", **from_the_middle(folder)),
             command_line(folder, 2, "zero3-lora", **projector, **of_lora),
             command_line(folder, 2, "zero3-resized", **RESIZED, export_format="llava"),
+            command_line(folder, 2, "zero3-one-vision", **one_vision(folder)),
         ],
         folder,
     )
@@ -115,10 +132,10 @@ def test_a_resumed_run_ends_with_the_same_bits(here):
     assert losses[0][2:] == losses[1]
 
 
-@pytest.mark.parametrize("name", ["stage1", "stage2", "resumed", "resized"])
+@pytest.mark.parametrize("name", ["stage1", "stage2", "resumed", "resized", "one-vision"])
 def test_two_zero3_processes_train_the_same(on_two, name):
     """Also where one rank has tiles, the other text only, and all ranks text only."""
-    found, expected = (runs.log(on_two / run) for run in (f"zero3-{name}", name))
+    found, expected = ([line for line in runs.log(on_two / run) if "loss" in line] for run in (f"zero3-{name}", name))
     for mine, theirs in zip(found, expected, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)  # sums in another order, over four steps
         assert mine["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-4)
@@ -129,6 +146,20 @@ def test_two_zero3_processes_train_the_same(on_two, name):
         rows = len(mine[key]) if tensor.dim() else None  # transformers' layout has more, for <image>
         # Adam divides by the gradient's size: rounding of the smallest ones grows to a part of the step of 1e-2.
         torch.testing.assert_close(mine[key], tensor[:rows] if rows else tensor, rtol=0, atol=1e-3, msg=key)
+
+
+def test_llava_one_vision_shows_several_images_whole_in_training_and_held_out(on_two):
+    for run in ("one-vision", "zero3-one-vision"):
+        assert open_saved(str(on_two / run)).source.tiling.max_tiles == 2
+    mine, theirs = (
+        [line for line in runs.log(on_two / run) if "eval/loss" in line] for run in ("zero3-one-vision", "one-vision")
+    )
+    assert len(mine) == len(theirs) == 2
+    for line, expected in zip(mine, theirs, strict=True):
+        assert line["eval/loss"] == pytest.approx(expected["eval/loss"], rel=1e-5)
+    base = open_saved(str(on_two / "base"))
+    assert base.source.tiling.tokens(IMAGES, "tall_rgb.png", several=True) == 16 + 1
+    assert base.source.tiling.tokens(IMAGES, "tall_rgb.png") > 16 + 1
 
 
 def test_llavas_layout_and_lora_hold_the_newline_from_partitioned_models(on_two):
@@ -180,14 +211,8 @@ def test_a_plan_knows_the_newline_and_the_resized_tower(folder, capsys):
 
 
 def test_questions_about_several_images_are_answered_before_and_after_training(folder, capsys):
-    asked = {
-        "eval_data_path": folder / "data.json",
-        "eval_image_folder": IMAGES,
-        "max_steps": 1,
-        "warmup_ratio": 0,
-        "save_strategy": "no",
-    }
-    runs.train_here(command_line(folder, 2, "asked", **asked))
+    asked = {"max_steps": 1, "warmup_ratio": 0, "save_strategy": "no"}
+    runs.train_here(command_line(folder, 2, "asked", **asked, **held_out(folder)))
     printed = capsys.readouterr().out
     assert printed.count("16 held-out questions") == 2
 

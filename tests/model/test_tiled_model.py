@@ -83,7 +83,7 @@ def batch_of(model: LlavaModel, records: list[dict], packed: bool) -> dict:
     to_sample = partial(tokenize, tokens_per_image=partial(reader.tokens, IMAGES), max_length=500, **textual())
     samples = [to_sample(each) for each in records]
     for sample in samples:
-        sample.pictures = [reader.open(IMAGES, name) for name in sample.images]
+        sample.pictures = [reader.open(IMAGES, name, sample.several) for name in sample.images]
     return collate(samples, TILE, packed)
 
 
@@ -296,12 +296,12 @@ def test_a_model_of_llava_one_vision_is_read(one_vision):
     other = ["--image_aspect_ratio", "anyres", "--image_grid_pinpoints", "[(28, 28), (56, 84)]"]
     assert tiling_of_the_doctor(folder, folder.parent / "tower", *other).pinpoints == ((28, 28), (56, 84))
     described = found.source.describe()
-    assert "images in more than 2 tiles are interpolated (anyres_max_2)" in described and "several images" in described
+    assert "images in more than 2 tiles are interpolated, and each of several images" in described
     torch.testing.assert_close(features(found.load(torch.float32)), features(model), rtol=0, atol=1e-6)
 
 
 def test_transformers_llava_one_vision_gives_its_logits(one_vision):
-    """For pictures of 2 to 10 tiles; the features of the larger ones are interpolated."""
+    """For pictures of 2 to 10 tiles; the features of the larger ones are interpolated. Two at once are shown whole."""
     folder, _ = one_vision
     source = open_saved(str(folder)).source
     model = open_saved(str(folder)).load(torch.float32).eval()
@@ -344,16 +344,30 @@ def test_transformers_llava_one_vision_gives_its_logits(one_vision):
         interpolated.append(opened.weights is not None)
     assert interpolated == [False, False, True, False, True], "both kinds should occur"
 
+    reader = ImageReader(model.vision_tower.tokens_per_image, source.image_processor(), "anyres", tile, model.tiling)
+    both = [Image.open(IMAGES / name).convert("RGB") for name in (WIDE, TALL)]
+    assert both[0].size != both[1].size
+    opened = [reader.open(IMAGES, name, several=True) for name in (WIDE, TALL)]
+    ids = torch.tensor([[1, 5, *[0] * opened[0].tokens, 6, *[0] * opened[1].tokens, 7]])
+    assert [picture.tokens for picture in opened] == [(tile // 14) ** 2 + 1] * 2
+    pixel_values, *which = join_pictures(opened, tile)
+    with torch.no_grad():
+        embeddings = model.embed(ids, pixel_values, (ids[0] == 0).nonzero().flatten(), *which)
+        expected = model.language_model(inputs_embeds=embeddings, use_cache=False).logits
+        found = whole(input_ids=ids, **processor([both], return_tensors="pt")).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
 
 def test_interpolated_pictures_too_give_one_loss_packed_padded_and_one_by_one():
-    model = build()
+    """One tall picture is interpolated; in a record with another it is shown whole."""
+    model, records = build(), [*RECORDS, record([TALL], "<image>\nAnd this?")]
     pinpoints = [(TILE, TILE), (3 * TILE, TILE), (2 * TILE, 3 * TILE)]
     model.tiling = choose_tiling(TILE, GRID**2, pinpoints=pinpoints, max_tiles=2)
-    batches = [batch_of(model, [each], packed=False) for each in RECORDS]
+    batches = [batch_of(model, [each], packed=False) for each in records]
     assert {batch["feature_weights"] is None for batch in batches} == {True, False}
     loss, gradients = loss_and_gradients(model, batches)
     for packed in (True, False):
-        found, found_gradients = loss_and_gradients(model, [batch_of(model, RECORDS, packed)])
+        found, found_gradients = loss_and_gradients(model, [batch_of(model, records, packed)])
         # fp32 sums in another order, over losses of size 100 and gradients of size 1.
         torch.testing.assert_close(found, loss, rtol=1e-6, atol=0)
         for name, gradient in gradients.items():
@@ -376,21 +390,29 @@ def test_it_is_trained_on_and_keeps_its_grids(one_vision, tmp_path):
     assert "does not interpolate" in write.why_not_transformers("mlp2x_gelu", again.load(torch.float32))
 
 
-def test_a_flag_overrules_its_grids_and_transformers_takes_those_that_are_not_interpolated(one_vision, tmp_path):
+def test_a_flag_overrules_its_grids_and_transformers_takes_none_of_them(one_vision, tmp_path):
+    """Not even those that are never interpolated: LlavaNext splits each of several images."""
     folder, _ = one_vision
-    values = {"model_name_or_path": folder, "max_steps": 2, "global_batch_size": 4, "export_format": "llava"}
+    values = {"model_name_or_path": folder, "max_steps": 2, "global_batch_size": 4}
     line = runs.flags_of(2, tmp_path / "run", values)
     at = line.index("--vision_tower")
     del line[at : at + 2]
     runs.train_here([*line, "--image_grid_pinpoints", "[(28, 28), (28, 56), (56, 28)]"])
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["image_aspect_ratio"] == "anyres" and config["mm_patch_merge_type"] == "spatial_unpad"
+    assert config["image_aspect_ratio"] == "anyres_max_2" and config["mm_patch_merge_type"] == "spatial_unpad"
     assert config["image_grid_pinpoints"] == [[28, 28], [28, 56], [56, 28]]
     again = open_saved(str(tmp_path / "run"))
-    export.main([str(tmp_path / "run"), str(tmp_path / "exported")])
-    exported = open_saved(str(tmp_path / "exported"))
-    assert exported.source.tiling == again.source.tiling
-    expected = features(again.load(torch.float32))
-    torch.testing.assert_close(features(exported.load(torch.float32)), expected, rtol=0, atol=1e-6)
-    whole = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "exported", output_loading_info=True)[1]
-    assert not any(whole.values()), whole
+    refused = write.why_not_transformers("mlp2x_gelu", again.load(torch.float32))
+    assert "splits each of several images into tiles" in refused
+
+
+def test_the_chat_shows_its_images_whole_from_the_second_one_on(one_vision):
+    talk = chat.Conversation(open_saved(str(one_vision[0])), torch.float32, "cpu", {"max_new_tokens": 2})
+    seen = []
+    talk.model.vision_tower.register_forward_hook(lambda _module, given, _made: seen.append(len(given[0])))
+    talk.add_image(str(IMAGES / WIDE))
+    talk.ask("What is it?")
+    talk.add_image(str(IMAGES / TALL))
+    talk.ask("And this?")
+    of_one = talk.image_reader.tiles(IMAGES, WIDE)
+    assert of_one > 1 and seen == [of_one, 2]

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -121,7 +122,7 @@ def test_a_picture_given_later_stands_first_in_its_own_turn(folder):
     talk.add_image(str(WIDE))
     talk.ask("What is this?")
     assert [text.count("<image>\n") for text in talk.turns[::2]] == [0, 1] and talk.turns[2].startswith("<image>\n")
-    assert not talk.pending and len(talk.pictures) == 1
+    assert not talk.pending and len(talk.images) == 1
 
 
 def test_turned_photographs_are_turned_upright(folder, tmp_path):
@@ -133,7 +134,7 @@ def test_turned_photographs_are_turned_upright(folder, tmp_path):
     talk = conversation(folder / "transformers")
     for file in (WIDE, tmp_path / "turned.png"):
         talk.add_image(str(file))
-    assert torch.equal(*(picture.pixels for picture in talk.pending))
+    assert (np.array(talk.pending[0]) == np.array(talk.pending[1])).all()
 
 
 # --- the program -----------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ PICTURES = runs.MODEL_AND_DATA["image_folder"]
 
 
 class Blank(ImageReader):
-    def open(self, folder: str, name: str) -> Picture:
+    def open(self, folder: str, name: str, several: bool = False) -> Picture:
         return Picture(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE), TOKENS_PER_IMAGE)
 
 
