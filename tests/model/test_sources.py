@@ -181,7 +181,17 @@ def test_weights_inside_count_and_not_those_of_the_towers_name(tmp_path):
     assert not torch.equal(tower[name], named[name])
 
 
-def test_only_a_load_that_takes_a_second_shows_a_progress_bar(published, capfd):
+@pytest.fixture
+def progress_bars():
+    """On, whatever a test before has left."""
+    were_on = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    yield
+    if not were_on:
+        logging.disable_progress_bar()
+
+
+def test_only_a_load_that_takes_a_second_shows_a_progress_bar(published, capfd, progress_bars):
     load_here(published["LLaVA's, safetensors with the tower"])
     assert "Loading weights" not in capfd.readouterr().err
     with short_bars_left_out():
