@@ -5,7 +5,6 @@ LLaVA's training has none; the records are LLaVA's, as in training.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -68,8 +67,8 @@ def read_questions(samples: Samples, most: int | None, seed: int) -> list[Questi
                 raise BadRecord("its last question has no answer to compare with.")
             text = question["value"].replace(IMAGE_MARK, "").strip()
             images = [(index, name) for name in names]
-            tokens_of = partial(samples.image_reader.tokens, samples.store.image_folder(index), several=sample.several)
-            image_tokens = [tokens_of(name) for name in names]
+            folder = samples.store.image_folder(index)
+            image_tokens = [samples.image_reader.tokens(folder, name, sample.several) for name in names]
             asked = (prompt, images, image_tokens, text, answer["value"], metric_of(record))
             questions.append(Question(index, *asked, len(sample.input_ids), *_one_token_an_image(sample, image_tokens)))
         except (BadRecord, BadImage) as error:

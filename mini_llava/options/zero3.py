@@ -1,6 +1,6 @@
-"""Leaves out gathers, copies, casts and waits of DeepSpeed's ZeRO-3 that no result needs.
+"""Spares ZeRO-3 gathers, copies, casts and waits that no result needs.
 
-All of it could be missing: losses would be the same but for the rounding of layers with a bias, and slower to come.
+A run without this module would be slower, and its losses would differ only by the rounding of layers with a bias.
 """
 
 import contextlib
@@ -20,9 +20,8 @@ def do_less(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.O
     if zero_stage(accelerator) != 3:
         return
     model, zero = accelerator.unwrap_model(model), optimizer.optimizer
-    parameters = list(model.parameters())
-    if _may_be_whole(accelerator, parameters):
-        for parameter in parameters:
+    if _may_be_whole(accelerator, model):
+        for parameter in model.parameters():
             # What a micro-batch has gathered stays for the next. Before it changes weights DeepSpeed partitions all.
             parameter.ds_persist = True
     for layer in model.modules():
@@ -44,9 +43,11 @@ def weights_stay(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
     By itself it releases a weight after each use where uses have no recorded order: every token of an answer would need
     all of them gathered anew. Without activations twice as many may be whole as in training.
     """
-    parameters = list(model.parameters()) if zero_stage(accelerator) == 3 else []
-    all_stay = _may_be_whole(accelerator, parameters, 2)
-    kept = [parameter for parameter in parameters if all_stay or parameter.ds_persist]
+    if zero_stage(accelerator) != 3:
+        yield
+        return
+    all_stay = _may_be_whole(accelerator, model, limits=2)
+    kept = [parameter for parameter in model.parameters() if all_stay or parameter.ds_persist]
     for parameter in kept:
         parameter.ds_active_sub_modules.add("kept")
     try:
@@ -70,14 +71,12 @@ def _forward_of_rows(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return linear_of_rows(x, layer.weight, layer.bias)
 
 
-def _may_be_whole(accelerator: Accelerator, parameters: list[nn.Parameter], limits: int = 1) -> bool:
-    """Return whether all weights that ZeRO-3 has partitioned may be gathered at a time, in so many times the limit."""
-    if not parameters:
-        return False
+def _may_be_whole(accelerator: Accelerator, model: nn.Module, limits: int = 1) -> bool:
+    """Return whether all weights may be gathered at a time: as many as `limits` times the settings' live parameters."""
     settings = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
     is_offloaded = (settings.get("offload_param") or {}).get("device", "none") != "none"
     most = limits * settings["stage3_max_live_parameters"]
-    return not is_offloaded and sum(parameter.ds_numel for parameter in parameters) <= most
+    return not is_offloaded and sum(parameter.ds_numel for parameter in model.parameters()) <= most
 
 
 class _WaitedForByTheDevice(torch.cuda.Stream):  # pragma: no cover, needs a GPU

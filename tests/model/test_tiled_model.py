@@ -375,13 +375,18 @@ def test_interpolated_pictures_too_give_one_loss_packed_padded_and_one_by_one():
             torch.testing.assert_close(found_gradients[name], gradient, rtol=0, atol=2e-5 * scale, msg=name)
 
 
-def test_it_is_trained_on_and_keeps_its_grids(one_vision, tmp_path):
-    folder, model = one_vision
+def train_from(folder, output_dir, *flags: str) -> None:
+    """Two steps from a LLaVA model, which brings its tower."""
     values = {"model_name_or_path": folder, "max_steps": 2, "global_batch_size": 4}
-    line = runs.flags_of(2, tmp_path / "run", values)
+    line = runs.flags_of(2, output_dir, values)
     at = line.index("--vision_tower")
     del line[at : at + 2]
-    runs.train_here([*line, "--vision_tower", str(folder.parent / "tower")])
+    runs.train_here([*line, *flags])
+
+
+def test_it_is_trained_on_and_keeps_its_grids(one_vision, tmp_path):
+    folder, model = one_vision
+    train_from(folder, tmp_path / "run", "--vision_tower", str(folder.parent / "tower"))
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["image_aspect_ratio"] == "anyres_max_2" and config["mm_patch_merge_type"] == "spatial_unpad"
     assert config["image_grid_pinpoints"] == [[28 * across, 28 * down] for across in (1, 2, 3) for down in (1, 2, 3)]
@@ -392,12 +397,7 @@ def test_it_is_trained_on_and_keeps_its_grids(one_vision, tmp_path):
 
 def test_a_flag_overrules_its_grids_and_transformers_takes_none_of_them(one_vision, tmp_path):
     """Not even those that are never interpolated: LlavaNext splits each of several images."""
-    folder, _ = one_vision
-    values = {"model_name_or_path": folder, "max_steps": 2, "global_batch_size": 4}
-    line = runs.flags_of(2, tmp_path / "run", values)
-    at = line.index("--vision_tower")
-    del line[at : at + 2]
-    runs.train_here([*line, "--image_grid_pinpoints", "[(28, 28), (28, 56), (56, 28)]"])
+    train_from(one_vision[0], tmp_path / "run", "--image_grid_pinpoints", "[(28, 28), (28, 56), (56, 28)]")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["image_aspect_ratio"] == "anyres_max_2" and config["mm_patch_merge_type"] == "spatial_unpad"
     assert config["image_grid_pinpoints"] == [[28, 28], [28, 56], [56, 28]]
