@@ -68,6 +68,12 @@ class Tiling:
     def has_newline(self) -> bool:
         return self.merge_type == "spatial_unpad"
 
+    @property
+    def interpolates(self) -> bool:
+        """Return whether the features of any image are interpolated."""
+        features = self.grid / self.tile_size  # a pixel
+        return any(self._interpolated_shape(round(h * features), round(w * features)) for w, h in self.pinpoints)
+
     def shows_whole(self, several: bool) -> bool:
         """Return whether an image is shown in one tile, padded to a square; `several`: its record has others too."""
         return several and self.max_tiles is not None

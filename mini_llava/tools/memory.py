@@ -292,7 +292,7 @@ def _empty_batch(model: LlavaModel, shape: Shape) -> MicroBatch:
     tower, rows = model.vision_tower, (shape.rows, shape.columns)
     whole_numbers = functools.partial(torch.empty, dtype=torch.int64)
     image_tokens = min(shape.images * tower.tokens_per_image, shape.tokens)
-    four = (4,) if model.tiling and model.tiling.max_tiles else ()
+    four = (4,) if model.tiling and model.tiling.interpolates else ()
     return {
         "input_ids": whole_numbers(rows),
         "position_ids": whole_numbers(rows),

@@ -343,6 +343,13 @@ def test_an_image_takes_as_many_tokens_as_for_llava_one_vision():
     assert {interpolated for _, interpolated in seen} == {True, False}
 
 
+@pytest.mark.parametrize(("max_tiles", "interpolates"), [(None, False), (2, True), (7, True), (8, False), (9, False)])
+def test_a_plan_knows_whether_any_image_is_interpolated(max_tiles, interpolates):
+    """Nine tiles are 1.13 times as many as seven on a side, and 1.06 times as many as eight."""
+    tiling = choose_tiling(TILE, 3**2, pinpoints="(1x1),...,(3x3)", max_tiles=max_tiles)
+    assert tiling.interpolates == interpolates == (tiling.arrange((3 * TILE, 3 * TILE))[1] is not None)
+
+
 def test_a_strip_that_is_interpolated_keeps_a_column():
     """LLaVA-OneVision's code fails at it, asked for a size of 0."""
     strips = choose_tiling(TILE, 3**2, pinpoints=[(TILE, 40 * TILE)], max_tiles=1)
