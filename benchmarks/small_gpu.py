@@ -11,7 +11,6 @@ longest micro-batch that is planned for also runs. `--plan_only` needs no GPU.
 import argparse
 import contextlib
 import io
-import json
 import re
 import subprocess
 import sys
@@ -25,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.random_setup import QWEN2_HALF_B, SIGLIP_B_512, make_models, make_records  # noqa: E402
+from benchmarks.throughput import read_log  # noqa: E402
 from mini_llava import arguments as flags  # noqa: E402
 from mini_llava.tools.plan import parse_arguments, plan  # noqa: E402
 
@@ -102,8 +102,8 @@ def measured(recipe: Recipe, directory: Path) -> dict[str, float | str]:
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if ran.returncode:
         return {"failed": "\n".join(ran.stderr.strip().splitlines()[-15:])}
-    log = (directory / "output" / recipe.name / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    steps = [entry for entry in map(json.loads, log) if "samples_per_second" in entry][1:]
+    log = read_log(directory / "output" / recipe.name)
+    steps = [entry for entry in log if "samples_per_second" in entry][1:]
     seconds = sum(step["seconds_per_step"] for step in steps)
     samples = sum(step["samples_per_second"] * step["seconds_per_step"] for step in steps)
     return {"peak": max(step["peak_memory_gib"] for step in steps), "samples_per_second": samples / seconds}

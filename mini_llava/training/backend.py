@@ -1,8 +1,8 @@
-"""Every quirk of accelerate and DeepSpeed that the trainer has to know, each with its reason.
+"""Every quirk of accelerate and DeepSpeed that a result depends on, each with its reason.
 
-The loop in `train.py` calls `micro_step`, `backward` and `optimizer_step` whichever backend runs. accelerate and
-DeepSpeed are configured for an accumulation of 1: the loop says which micro-batch is the last, so that a step may have
-any number of them.
+What only spares ZeRO-3 work is in `options/zero3.py`. The loop in `train.py` calls `micro_step`, `backward` and
+`optimizer_step` whichever backend runs. accelerate and DeepSpeed are configured for an accumulation of 1: the loop says
+which micro-batch is the last, so that a step may have any number of them.
 """
 
 import contextlib
