@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument(
         "--whole_up_to", type=int, help="divide weights of more parameters than these [train.py's limit]"
     )
-    parser.add_argument("--live_up_to", type=int, help="of DeepSpeed's stage3_max_live_parameters [train.py's limit]")
+    parser.add_argument("--live_up_to", type=int, help="DeepSpeed's stage3_max_live_parameters [train.py's limit]")
     own, flags_of_train = parser.parse_known_args()
     zero = {"stage": 3}
     if own.whole_up_to is not None:
